@@ -1,0 +1,97 @@
+//! The filesystem's attributes from a program's side: nothing here that getfattr(1) and setfattr(1) could not do.
+
+use hugetlb2fs::units::PageSize;
+use rustix::fs::{XattrFlags, getxattr, setxattr};
+use rustix::io::Errno;
+use std::path::Path;
+
+/// Quarantined ranges.
+pub const POISON: &str = "user.hugetlb2.poison";
+/// Repair requests.
+pub const REPAIR: &str = "user.hugetlb2.repair";
+/// Collapse requests.
+pub const COLLAPSE: &str = "user.hugetlb2.collapse";
+/// How a file is mapped.
+pub const MAP: &str = "user.hugetlb2.map";
+const POOL: &str = "user.hugetlb2.pool";
+const SIZE: &str = "trusted.hugetlb2.size";
+/// What does not hold.
+pub const CHECK: &str = "trusted.hugetlb2.check";
+
+/// Reads an attribute; `None` where it has no value now.
+///
+/// # Errors
+/// The errno.
+pub fn read(path: &Path, name: &str) -> Result<Option<String>, Errno> {
+    let mut value = vec![0; 64 << 10]; // XATTR_SIZE_MAX
+    match getxattr(path, name, &mut value[..]) {
+        Ok(length) => {
+            value.truncate(length);
+            Ok(Some(String::from_utf8_lossy(&value).into_owned()))
+        }
+        Err(Errno::NODATA) => Ok(None),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// Writes an attribute.
+///
+/// # Errors
+/// The errno.
+pub fn write(path: &Path, name: &str, value: &str) -> Result<(), Errno> {
+    setxattr(path, name, value.as_bytes(), XattrFlags::empty())
+}
+
+/// The counters of a pool.
+pub struct Counters(Vec<(String, u64)>);
+
+impl Counters {
+    /// One of them.
+    pub fn get(&self, name: &str) -> Option<u64> {
+        self.0.iter().find(|row| row.0 == name).map(|row| row.1)
+    }
+
+    /// All, in the filesystem's order.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.0.iter().map(|(name, value)| (name.as_str(), *value))
+    }
+
+    /// The pool's page size.
+    ///
+    /// # Errors
+    /// A sentence, where it is none that this version knows.
+    pub fn page_size(&self) -> Result<PageSize, String> {
+        let known = [PageSize::Huge, PageSize::Gigantic];
+        let found = known.into_iter().find(|size| Some(size.bytes()) == self.get("page_size"));
+        found.ok_or_else(|| "the pool has a page size that this version does not know".to_owned())
+    }
+}
+
+/// Reads the counters of the pool that is mounted on `directory`.
+///
+/// # Errors
+/// A sentence, where none is.
+pub fn pool(directory: &Path) -> Result<Counters, String> {
+    let text = match read(directory, POOL) {
+        Ok(Some(text)) => text,
+        Ok(None) | Err(Errno::OPNOTSUPP) => return Err("no hugetlb2 pool is mounted there".to_owned()),
+        Err(errno) => return Err(errno.to_string()),
+    };
+    let row = |line: &str| {
+        let (name, value) = line.split_once(' ')?;
+        Some((name.to_owned(), value.parse().ok()?))
+    };
+    Ok(Counters(text.lines().filter_map(row).collect()))
+}
+
+/// Resizes the pool that is mounted on `directory`.
+///
+/// # Errors
+/// A sentence.
+pub fn resize(directory: &Path, bytes: u64) -> Result<(), String> {
+    write(directory, SIZE, &bytes.to_string()).map_err(|errno| match errno {
+        Errno::BUSY => "more of the pool is in use than the new size has".to_owned(),
+        Errno::NOSPC => "the machine has not that much memory".to_owned(),
+        other => format!("resizing the pool: {other}"),
+    })
+}

@@ -1,0 +1,1 @@
+//! The demonstration (being written).

@@ -1,0 +1,172 @@
+//! mount.hugetlb2, by the protocol of mount(8) for external helpers.
+
+use crate::attributes;
+use crate::options::Requested;
+use crate::session::{Daemon, Failure};
+use clap::{Arg, ArgAction, ArgMatches, Command};
+use hugetlb2fs::options::Options;
+use rustix::mount::{MountFlags, mount_remount};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use std::ffi::OsString;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+const USAGE_STATUS: u8 = 1;
+
+/// The command line.
+pub fn command() -> Command {
+    let flag = |name: &'static str, short: char, help: &'static str| {
+        Arg::new(name).short(short).action(ArgAction::SetTrue).help(help)
+    };
+    Command::new("mount.hugetlb2")
+        .version(clap::crate_version!())
+        .about("Takes a pool of gigantic pages from the machine and mounts it.")
+        .override_usage("mount.hugetlb2 NAME DIR [-sfnv] [-N NAMESPACE] [-o OPTIONS] [-t TYPE]")
+        .after_help(format!(
+            "Options of the pool (-o):\n{}\n\
+             mount(8)'s generic options (ro, nosuid, noexec, remount, ...) work as usual; remount,size= resizes a\n\
+             mounted pool, nonempty mounts over a directory that has entries.\n\n\
+             Exit status: 0 mounted, 1 wrong usage, 2 system error, 4 internal error, 8 interrupted, 32 mount failed.",
+            Options::help()
+        ))
+        .arg(Arg::new("name").required(true).help("what /proc/mounts shows as the source"))
+        .arg(Arg::new("dir").required(true).value_parser(clap::value_parser!(PathBuf)).help("an empty directory"))
+        .arg(flag("sloppy", 's', "ignore unknown options"))
+        .arg(flag("fake", 'f', "check everything, mount nothing"))
+        .arg(flag("no-mtab", 'n', "accepted; there is no mtab to write to"))
+        .arg(flag("verbose", 'v', "say what is done"))
+        .arg(Arg::new("namespace").short('N').help("mount in this mount namespace: a process id, or a path"))
+        .arg(Arg::new("options").short('o').action(ArgAction::Append).help("comma-separated; see below"))
+        .arg(Arg::new("type").short('t').help("accepted; there is one type"))
+}
+
+/// Runs as mount.hugetlb2.
+pub fn main(arguments: Vec<OsString>) -> ExitCode {
+    match command().try_get_matches_from(arguments) {
+        Ok(matches) => run(&matches),
+        Err(error) => {
+            let _ = error.print();
+            if error.use_stderr() { ExitCode::from(USAGE_STATUS) } else { ExitCode::SUCCESS }
+        }
+    }
+}
+
+/// Does what the command line asks for, and says what became of it.
+pub fn run(matches: &ArgMatches) -> ExitCode {
+    match carry_out(matches) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("mount.hugetlb2: {failure}");
+            ExitCode::from(failure.status())
+        }
+    }
+}
+
+fn carry_out(matches: &ArgMatches) -> Result<(), Failure> {
+    let strings = matches.get_many::<String>("options").into_iter().flatten().map(String::as_str);
+    let requested = Requested::parse(strings, matches.get_flag("sloppy")).map_err(Failure::Usage)?;
+    let directory: &PathBuf = matches.get_one("dir").expect("clap has required it");
+    let source: &String = matches.get_one("name").expect("clap has required it");
+    let verbose = matches.get_flag("verbose");
+    if !rustix::process::geteuid().is_root() {
+        return Err(Failure::Usage("only root can mount".into()));
+    }
+    let namespaces = Namespaces::open(matches.get_one::<String>("namespace"))?;
+    if requested.remount {
+        namespaces.enter_target()?;
+        return remount(directory, &requested, matches.get_flag("fake"));
+    }
+    check_size(&requested)?;
+    namespaces.enter_target()?;
+    let directory = check_directory(directory, requested.nonempty)?;
+    if matches.get_flag("fake") {
+        return Ok(());
+    }
+    namespaces.leave_target()?;
+    let (mut daemon, device) = Daemon::start(&requested.pool)?;
+    let pid = daemon.pid();
+    let (huge, total) = daemon.wait_until_filled()?;
+    if verbose || huge < total {
+        eprintln!("mount.hugetlb2: {huge} of {total} bytes are in 2 MiB folios");
+    }
+    namespaces.enter_target()?;
+    daemon.mount(&device, source, &directory, requested.flags)?;
+    if verbose {
+        eprintln!("mount.hugetlb2: {source} mounted on {}, served by process {pid}", directory.display());
+    }
+    Ok(())
+}
+
+fn check_size(requested: &Requested) -> Result<(), Failure> {
+    let memory = hugetlb2fs::sys::memory_total().map_err(|error| Failure::System(error.to_string()))?;
+    requested.pool.pages(memory).map(drop).map_err(Failure::Usage)
+}
+
+/// An existing directory, empty unless that is waived.
+fn check_directory(directory: &Path, nonempty: bool) -> Result<PathBuf, Failure> {
+    let wrong = |why: String| Failure::Mount(format!("mount point {}: {why}", directory.display()));
+    let resolved = directory.canonicalize().map_err(|error| wrong(error.to_string()))?;
+    if !resolved.is_dir() {
+        return Err(wrong("not a directory".into()));
+    }
+    let mut entries = resolved.read_dir().map_err(|error| wrong(error.to_string()))?;
+    if !nonempty && entries.next().is_some() {
+        return Err(wrong("not empty; what is in it could not be reached (option nonempty mounts all the same)".into()));
+    }
+    Ok(resolved)
+}
+
+/// Changes a mounted pool: its size through the attribute, flags through mount(2). What else may come along from fstab is
+/// as it was.
+fn remount(directory: &Path, requested: &Requested, fake: bool) -> Result<(), Failure> {
+    let failed = |why: String| Failure::Mount(format!("{}: {why}", directory.display()));
+    let pool = attributes::pool(directory).map_err(failed)?;
+    let asked = |name: &str| requested.given.iter().any(|given| given == name);
+    if asked("pagesize") && pool.get("page_size") != Some(requested.pool.page_size.bytes()) {
+        return Err(Failure::Usage("the page size of a mounted pool cannot be changed".into()));
+    }
+    if fake {
+        return Ok(());
+    }
+    if asked("size") {
+        let mut options = requested.pool.clone();
+        options.page_size = pool.page_size().map_err(failed)?;
+        let memory = hugetlb2fs::sys::memory_total().map_err(|error| Failure::System(error.to_string()))?;
+        let pages = options.pages(memory).map_err(Failure::Usage)?;
+        attributes::resize(directory, pages * options.page_size.bytes()).map_err(failed)?;
+    }
+    mount_remount(directory, requested.flags | MountFlags::empty(), "")
+        .map_err(|errno| failed(format!("mount(2), MS_REMOUNT: {errno}")))
+}
+
+/// Our own mount namespace, and the one to mount in where that is another (mount(8), `-N`).
+struct Namespaces {
+    own: File,
+    target: Option<File>,
+}
+
+impl Namespaces {
+    fn open(target: Option<&String>) -> Result<Self, Failure> {
+        let open = |path: &str| File::open(path).map_err(|error| Failure::Usage(format!("namespace {path}: {error}")));
+        let path = target.map(|target| match target.parse::<u32>() {
+            Ok(pid) => format!("/proc/{pid}/ns/mnt"),
+            Err(_) => target.clone(),
+        });
+        Ok(Self { own: open("/proc/self/ns/mnt")?, target: path.map(|path| open(&path)).transpose()? })
+    }
+
+    fn enter_target(&self) -> Result<(), Failure> {
+        self.target.as_ref().map_or(Ok(()), enter)
+    }
+
+    fn leave_target(&self) -> Result<(), Failure> {
+        self.target.as_ref().map_or(Ok(()), |_| enter(&self.own))
+    }
+}
+
+fn enter(namespace: &File) -> Result<(), Failure> {
+    use std::os::fd::AsFd;
+    move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Mount))
+        .map_err(|errno| Failure::System(format!("setns: {errno}")))
+}

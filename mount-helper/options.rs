@@ -1,0 +1,128 @@
+//! The string behind `-o`: ours, mount(8)'s generic ones, and those that only mount(8) itself looks at.
+
+use hugetlb2fs::options::Options;
+use rustix::mount::MountFlags;
+
+/// A generic option, and what it does to the flags of mount(2).
+type Generic = (&'static str, Change, MountFlags);
+
+#[derive(Clone, Copy)]
+enum Change {
+    Set,
+    Clear,
+}
+
+use Change::{Clear, Set};
+
+const GENERIC: &[Generic] = &[
+    ("ro", Set, MountFlags::RDONLY),
+    ("rw", Clear, MountFlags::RDONLY),
+    ("nosuid", Set, MountFlags::NOSUID),
+    ("suid", Clear, MountFlags::NOSUID),
+    ("nodev", Set, MountFlags::NODEV),
+    ("dev", Clear, MountFlags::NODEV),
+    ("noexec", Set, MountFlags::NOEXEC),
+    ("exec", Clear, MountFlags::NOEXEC),
+    ("sync", Set, MountFlags::SYNCHRONOUS),
+    ("async", Clear, MountFlags::SYNCHRONOUS),
+    ("dirsync", Set, MountFlags::DIRSYNC),
+    ("noatime", Set, MountFlags::NOATIME),
+    ("atime", Clear, MountFlags::NOATIME),
+    ("nodiratime", Set, MountFlags::NODIRATIME),
+    ("diratime", Clear, MountFlags::NODIRATIME),
+    ("relatime", Set, MountFlags::RELATIME),
+    ("norelatime", Clear, MountFlags::RELATIME),
+    ("strictatime", Set, MountFlags::STRICTATIME),
+    ("nostrictatime", Clear, MountFlags::STRICTATIME),
+    ("lazytime", Set, MountFlags::LAZYTIME),
+    ("nolazytime", Clear, MountFlags::LAZYTIME),
+    ("silent", Set, MountFlags::SILENT),
+    ("loud", Clear, MountFlags::SILENT),
+];
+
+/// What mount(8) has dealt with by itself, or fstab(5) says to others.
+const FOR_OTHERS: &[&str] = &["defaults", "auto", "noauto", "user", "nouser", "users", "owner", "group", "nofail", "_netdev"];
+
+/// What `-o` asks for.
+#[derive(Debug)]
+pub struct Requested {
+    /// Ours.
+    pub pool: Options,
+    /// Names of ours that were given.
+    pub given: Vec<String>,
+    /// For mount(2).
+    pub flags: MountFlags,
+    /// Change a pool that is mounted.
+    pub remount: bool,
+    /// Mount over a directory with entries, which cannot be reached then.
+    pub nonempty: bool,
+}
+
+impl Requested {
+    /// Parses the strings of all `-o`; with `sloppy`, unknown options are ignored (mount(8), `-s`).
+    ///
+    /// # Errors
+    /// A sentence that names the option.
+    pub fn parse<'a>(strings: impl Iterator<Item = &'a str>, sloppy: bool) -> Result<Self, String> {
+        let mut requested = Self {
+            pool: Options::default(),
+            given: Vec::new(),
+            flags: MountFlags::empty(),
+            remount: false,
+            nonempty: false,
+        };
+        for item in strings.flat_map(|string| string.split(',')).filter(|item| !item.is_empty()) {
+            requested.take(item, sloppy)?;
+        }
+        Ok(requested)
+    }
+
+    fn take(&mut self, item: &str, sloppy: bool) -> Result<(), String> {
+        let (name, value) = match item.split_once('=') {
+            Some((name, value)) => (name, Some(value)),
+            None => (item, None),
+        };
+        if let Some((_, change, flag)) = GENERIC.iter().find(|row| row.0 == item) {
+            match change {
+                Set => self.flags |= *flag,
+                Clear => self.flags -= *flag,
+            }
+            return Ok(());
+        }
+        let for_others = FOR_OTHERS.contains(&item) || name.starts_with("x-") || name.starts_with("X-") || name == "comment";
+        match item {
+            "remount" => self.remount = true,
+            "nonempty" => self.nonempty = true,
+            _ if for_others => {}
+            _ if sloppy && !Options::knows(name) => {}
+            _ => {
+                self.pool.set(name, value)?;
+                self.given.push(name.to_owned());
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Requested, String> {
+        Requested::parse(std::iter::once(text), false)
+    }
+
+    #[test]
+    fn generic_options_become_flags_and_the_last_one_holds() {
+        let requested = parse("ro,nosuid,rw,size=2M,noexec,x-systemd.automount,nofail").unwrap();
+        assert_eq!(requested.flags, MountFlags::NOSUID | MountFlags::NOEXEC);
+        assert_eq!(requested.given, ["size"]);
+    }
+
+    #[test]
+    fn unknown_options_are_refused_unless_sloppy() {
+        assert!(parse("size=2M,frobnicate").unwrap_err().contains("frobnicate"));
+        assert!(Requested::parse(std::iter::once("size=2M,frobnicate"), true).is_ok());
+        assert!(Requested::parse(std::iter::once("size=2Q"), true).is_err(), "ours stay checked");
+    }
+}

@@ -1,0 +1,250 @@
+//! Starting a daemon and mounting what it serves, with everything undone on the way out unless it is kept.
+
+use hugetlb2fs::control::{Control, Message};
+use hugetlb2fs::fuse::LARGEST_REQUEST;
+use hugetlb2fs::options::{Options, Size};
+use hugetlb2fs::units::PageSize;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::{Errno, FdFlags, fcntl_setfd};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use std::ffi::CString;
+use std::fs::File;
+use std::io::{IsTerminal, Write, pipe};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+/// As /proc/mounts shows it.
+pub const TYPE: &str = "fuse.hugetlb2";
+
+/// Why a mount did not come about, by the exit statuses of mount(8).
+#[derive(Debug)]
+pub enum Failure {
+    /// 1: the request was wrong, or made by somebody who may not.
+    Usage(String),
+    /// 2: the system could not do what it should be able to.
+    System(String),
+    /// 8: the user interrupted it.
+    Interrupted,
+    /// 32: the mount failed.
+    Mount(String),
+}
+
+impl Failure {
+    /// The exit status.
+    pub fn status(&self) -> u8 {
+        match self {
+            Self::Usage(_) => 1,
+            Self::System(_) => 2,
+            Self::Interrupted => 8,
+            Self::Mount(_) => 32,
+        }
+    }
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Usage(why) | Self::System(why) | Self::Mount(why) => f.write_str(why),
+            Self::Interrupted => f.write_str("interrupted; everything has been given back"),
+        }
+    }
+}
+
+/// A daemon that is being started. Dropping it ends it, and waits until all it had has been given back.
+pub struct Daemon {
+    child: Child,
+    control: Control,
+    interrupts: std::io::PipeReader,
+    kept: bool,
+}
+
+impl Daemon {
+    /// Starts a daemon on `/dev/fuse`; it begins to fill its pool at once.
+    ///
+    /// # Errors
+    /// [`Failure::System`].
+    pub fn start(options: &Options) -> Result<(Self, File), Failure> {
+        let system = |what: &'static str| move |error: std::io::Error| Failure::System(format!("{what}: {error}"));
+        let device = File::options().read(true).write(true).open("/dev/fuse").map_err(|error| {
+            Failure::System(format!("/dev/fuse cannot be opened: {error}; is the kernel's fuse module loaded (modprobe fuse)?"))
+        })?;
+        let (ours, theirs) = UnixStream::pair().map_err(system("socketpair"))?;
+        let (interrupts, interrupted) = pipe().map_err(system("pipe"))?;
+        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
+            let end = interrupted.try_clone().map_err(system("pipe"))?;
+            signal_hook::low_level::pipe::register(signal, std::os::fd::OwnedFd::from(end)).map_err(system("sigaction"))?;
+        }
+        for fd in [device.as_fd(), theirs.as_fd()] {
+            fcntl_setfd(fd, FdFlags::empty()).map_err(|errno| Failure::System(format!("fcntl: {errno}")))?;
+        }
+        let program = daemon_program()?;
+        let child = Command::new(&program)
+            .args(arguments(options))
+            .arg(format!("--fuse-fd={}", device.as_raw_fd()))
+            .arg(format!("--control-fd={}", theirs.as_raw_fd()))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(|error| Failure::System(format!("{} cannot be started: {error}", program.display())))?;
+        fcntl_setfd(&device, FdFlags::CLOEXEC).map_err(|errno| Failure::System(format!("fcntl: {errno}")))?;
+        Ok((Self { child, control: Control::new(ours), interrupts, kept: false }, device))
+    }
+
+    /// Waits for the daemon's next line, or for the user to interrupt it.
+    fn receive(&mut self) -> Result<Message, Failure> {
+        if !self.control.has_buffered() {
+            let mut fds = [
+                PollFd::new(&self.interrupts, PollFlags::IN),
+                PollFd::new(self.control.socket(), PollFlags::IN),
+            ];
+            while let Err(errno) = poll(&mut fds, None) {
+                if errno != Errno::INTR {
+                    return Err(Failure::System(format!("poll: {errno}")));
+                }
+            }
+            if !fds[0].revents().is_empty() {
+                return Err(Failure::Interrupted);
+            }
+        }
+        match self.control.receive() {
+            Some(Message::Failed(why)) => Err(Failure::Mount(why)),
+            Some(message) => Ok(message),
+            None => Err(Failure::System("the daemon ended without a word; see its log".into())),
+        }
+    }
+
+    /// Waits until the pool is filled, showing how far it is where somebody looks.
+    ///
+    /// # Errors
+    /// Why it cannot be filled.
+    pub fn wait_until_filled(&mut self) -> Result<(u64, u64), Failure> {
+        let mut meter = Meter::new();
+        loop {
+            match self.receive()? {
+                Message::Progress { done, total } => meter.show(done, total),
+                Message::Ready { huge, total } => return Ok((huge, total)),
+                other => return Err(Failure::System(format!("unexpected word from the daemon: {other}"))),
+            }
+        }
+    }
+
+    /// Mounts on `directory` and waits until the filesystem serves.
+    ///
+    /// # Errors
+    /// Why it does not; then nothing is mounted.
+    pub fn mount(mut self, device: &File, source: &str, directory: &Path, flags: MountFlags) -> Result<(), Failure> {
+        let data = format!(
+            "fd={},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other,max_read={LARGEST_REQUEST}",
+            device.as_raw_fd()
+        );
+        let data = CString::new(data).expect("no NUL in it");
+        mount(source, directory, TYPE, flags, Some(data.as_c_str()))
+            .map_err(|errno| Failure::Mount(format!("mount(2) on {}: {errno}", directory.display())))?;
+        let mounted = UnmountOnDrop(Some(directory));
+        // A daemon that is gone is found out when its answer is waited for.
+        let _ = self.control.send(&Message::Mounted);
+        match self.receive()? {
+            Message::Serving => {}
+            other => return Err(Failure::System(format!("unexpected word from the daemon: {other}"))),
+        }
+        mounted.keep();
+        self.kept = true;
+        Ok(())
+    }
+
+    /// Process id of the daemon.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if !self.kept {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// A mount that goes again unless it is kept.
+struct UnmountOnDrop<'a>(Option<&'a Path>);
+
+impl UnmountOnDrop<'_> {
+    fn keep(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for UnmountOnDrop<'_> {
+    fn drop(&mut self) {
+        if let Some(directory) = self.0 {
+            let _ = unmount(directory, UnmountFlags::DETACH);
+        }
+    }
+}
+
+/// The daemon's program: beside this one, or where it is installed.
+fn daemon_program() -> Result<PathBuf, Failure> {
+    const INSTALLED: [&str; 2] = ["/usr/local/sbin/hugetlb2fsd", "/usr/sbin/hugetlb2fsd"];
+    let beside = std::env::current_exe().ok().map(|program| program.with_file_name("hugetlb2fsd"));
+    let mut places = beside.into_iter().chain(INSTALLED.iter().map(PathBuf::from));
+    places.find(|place| place.is_file()).ok_or_else(|| {
+        Failure::System(format!("hugetlb2fsd is neither beside this program nor in {}", INSTALLED.join(" or ")))
+    })
+}
+
+/// The options as the daemon's flags; see [`hugetlb2fs::options::TABLE`].
+fn arguments(options: &Options) -> Vec<String> {
+    let size = match options.size {
+        Some(Size::Bytes(bytes)) => Some(bytes.to_string()),
+        Some(Size::Percent(percent)) => Some(format!("{percent}%")),
+        None => None,
+    };
+    let page_size = match options.page_size {
+        PageSize::Huge => "2M",
+        PageSize::Gigantic => "1G",
+    };
+    let switch = |on| if on { "on" } else { "off" };
+    let values = [
+        ("size", size),
+        ("pagesize", Some(page_size.to_owned())),
+        ("mode", Some(format!("{:o}", options.mode))),
+        ("uid", Some(options.uid.to_string())),
+        ("gid", Some(options.gid.to_string())),
+        ("collapse", Some(switch(options.collapse).to_owned())),
+        ("recovery_write", Some(switch(options.recovery_write).to_owned())),
+        ("log", options.log.clone()),
+    ];
+    values.into_iter().filter_map(|(name, value)| Some(format!("--{name}={}", value?))).collect()
+}
+
+/// Shows on a terminal how full the pool is.
+struct Meter {
+    shown: bool,
+}
+
+impl Meter {
+    fn new() -> Self {
+        Self { shown: std::io::stderr().is_terminal() }
+    }
+
+    fn show(&mut self, done: u64, total: u64) {
+        const GIB: f64 = (1u64 << 30) as f64;
+        if self.shown {
+            eprint!("\rtaking memory: {:.1} of {:.1} GiB", done as f64 / GIB, total as f64 / GIB);
+            let _ = std::io::stderr().flush();
+        }
+    }
+}
+
+impl Drop for Meter {
+    fn drop(&mut self) {
+        if self.shown {
+            eprint!("\r\x1b[K");
+        }
+    }
+}

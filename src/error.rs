@@ -1,0 +1,106 @@
+//! The one error type, and the one table from error to errno.
+
+use rustix::io::Errno;
+
+/// What an operation of the filesystem can fail with.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Error {
+    /// No free page in the pool, or no free block in a sealed file.
+    #[error("no free page in the pool")]
+    Full,
+    /// The machine itself has no memory for what the pool needs.
+    #[error("the machine is out of memory")]
+    NoMemory,
+    /// A quarantined subpage is in the way.
+    #[error("a quarantined subpage is in the way")]
+    Poisoned,
+    /// Not now, and why.
+    #[error("{0}")]
+    Busy(&'static str),
+    /// A transient refusal of the kernel (madvise(2), MADV_COLLAPSE).
+    #[error("the kernel cannot do this right now")]
+    Again,
+    /// A request that makes no sense, with what would.
+    #[error("{0}")]
+    Invalid(String),
+    /// Asked for something that is not there.
+    #[error("nothing of that kind is there")]
+    NoData,
+    /// Not offered by this filesystem or this kernel.
+    #[error("not supported")]
+    Unsupported,
+    /// Not a thing to be done to this object.
+    #[error("not permitted")]
+    NotPermitted,
+    /// Beyond the largest file.
+    #[error("beyond the largest file size")]
+    TooLarge,
+    /// An attribute's value is longer than getxattr(2) can return.
+    #[error("the attribute is too long to return")]
+    TooLong,
+    /// What outlives a process does not read as it was written.
+    #[error("damaged: {0}")]
+    Corrupt(String),
+    /// The kernel's own answer, passed on as it is.
+    #[error("{0}")]
+    Os(Errno),
+}
+
+/// Shorthand.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// What the caller of the system call sees.
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::Full => Errno::NOSPC,
+            // Not ENOMEM: for the caller the filesystem could not give the space it asked for, and ENOSPC
+            // is what open(2), write(2) and fallocate(2) document for that.
+            Self::NoMemory => Errno::NOSPC,
+            Self::Poisoned | Self::Corrupt(_) => Errno::IO,
+            Self::Busy(_) => Errno::BUSY,
+            Self::Again => Errno::AGAIN,
+            Self::Invalid(_) => Errno::INVAL,
+            Self::NoData => Errno::NODATA,
+            Self::Unsupported => Errno::OPNOTSUPP,
+            Self::NotPermitted => Errno::PERM,
+            Self::TooLarge => Errno::FBIG,
+            Self::TooLong => Errno::TOOBIG,
+            Self::Os(errno) => *errno,
+        }
+    }
+
+    /// An [`Error::Invalid`] that says what was wrong and what would be right.
+    pub fn invalid(why: impl Into<String>) -> Self {
+        Self::Invalid(why.into())
+    }
+}
+
+impl From<Errno> for Error {
+    fn from(errno: Errno) -> Self {
+        Self::Os(errno)
+    }
+}
+
+impl From<std::io::Error> for Error {
+    fn from(error: std::io::Error) -> Self {
+        Self::Os(Errno::from_io_error(&error).unwrap_or(Errno::IO))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_answer_is_passed_on_unchanged() {
+        assert_eq!(Error::from(Errno::NOTEMPTY).errno(), Errno::NOTEMPTY);
+        assert_eq!(Error::from(std::io::Error::from_raw_os_error(2)).errno(), Errno::NOENT);
+    }
+
+    #[test]
+    fn want_of_memory_looks_like_a_full_filesystem() {
+        assert_eq!(Error::NoMemory.errno(), Errno::NOSPC);
+        assert_eq!(Error::Full.errno(), Errno::NOSPC);
+    }
+}

@@ -1,0 +1,217 @@
+//! The extended attributes that are this filesystem's interface, beside those that users set.
+
+use super::{Fs, Object};
+use crate::error::{Error, Result};
+use crate::index::Kind;
+use crate::options::Size;
+use crate::quarantine;
+use crate::sealed::STRAYS_SHUT;
+use crate::sys;
+use crate::units::NodeId;
+use std::ffi::OsStr;
+use std::fmt::Write as _;
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// Longest value that getxattr(2) returns (XATTR_SIZE_MAX).
+const LONGEST_VALUE: usize = 64 << 10;
+
+/// Whether a value is wanted or only its length: looking at a length acknowledges nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reading {
+    /// The value.
+    Value,
+    /// Its length.
+    Length,
+}
+
+/// The attributes of the protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Protocol {
+    Poison,
+    Repair,
+    Collapse,
+    Map,
+    Pool,
+    Size,
+    Check,
+}
+
+/// Whose attribute it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum On {
+    File,
+    Root,
+}
+
+const TABLE: &[(&str, Protocol, On)] = &[
+    ("user.hugetlb2.poison", Protocol::Poison, On::File),
+    ("user.hugetlb2.repair", Protocol::Repair, On::File),
+    ("user.hugetlb2.collapse", Protocol::Collapse, On::File),
+    ("user.hugetlb2.map", Protocol::Map, On::File),
+    ("user.hugetlb2.pool", Protocol::Pool, On::Root),
+    ("trusted.hugetlb2.size", Protocol::Size, On::Root),
+    ("trusted.hugetlb2.check", Protocol::Check, On::Root),
+];
+
+/// Names under these belong to the protocol, whether it uses them or not.
+const PREFIXES: [&[u8]; 2] = [b"user.hugetlb2.", b"trusted.hugetlb2."];
+
+fn find(name: &OsStr) -> Option<(Protocol, On)> {
+    TABLE.iter().find(|row| row.0.as_bytes() == name.as_bytes()).map(|row| (row.1, row.2))
+}
+
+fn is_ours(name: &OsStr) -> bool {
+    PREFIXES.iter().any(|prefix| name.as_bytes().starts_with(prefix))
+}
+
+impl Fs {
+    /// getxattr(2).
+    ///
+    /// # Errors
+    /// ENODATA; E2BIG for a value that is too long to return.
+    pub fn attribute(&self, node: NodeId, name: &OsStr, reading: Reading) -> Result<Vec<u8>> {
+        if !is_ours(name) {
+            return self.index.attribute(node, name);
+        }
+        let (attribute, on) = find(name).ok_or(Error::NoData)?;
+        let text = match on {
+            On::Root if node == NodeId::ROOT => self.root_attribute(attribute)?,
+            On::File if self.is_file(node)? => self.file_attribute(&self.object(node)?, attribute, reading)?,
+            _ => return Err(Error::NoData),
+        };
+        if text.len() > LONGEST_VALUE { Err(Error::TooLong) } else { Ok(text.into_bytes()) }
+    }
+
+    fn root_attribute(&self, attribute: Protocol) -> Result<String> {
+        match attribute {
+            Protocol::Pool => self.pool_text(),
+            Protocol::Size => {
+                Ok(format!("{}\n", self.pool.balance().total * self.pool.page_size().bytes()))
+            }
+            Protocol::Check => {
+                Ok(self.check()?.iter().fold(String::new(), |text, what| text + what + "\n"))
+            }
+            _ => Err(Error::NoData),
+        }
+    }
+
+    fn file_attribute(&self, object: &Arc<Object>, attribute: Protocol, reading: Reading) -> Result<String> {
+        match attribute {
+            Protocol::Poison => {
+                if reading == Reading::Value {
+                    object.acknowledge()?;
+                }
+                match quarantine::format(&object.quarantined()) {
+                    text if text.is_empty() => Err(Error::NoData),
+                    text => Ok(text),
+                }
+            }
+            Protocol::Map => {
+                let mut text = String::new();
+                for extent in object.map(&self.nodes)? {
+                    let node = extent.node.map_or("-".to_owned(), |node| node.to_string());
+                    let _ = writeln!(text, "{} {} {node}", extent.range, extent.state.name());
+                }
+                Ok(text)
+            }
+            _ => Err(Error::NoData),
+        }
+    }
+
+    /// The counters of the pool, `<name> <value>` a line.
+    fn pool_text(&self) -> Result<String> {
+        let account = self.pool.balance();
+        let objects = self.all_objects();
+        let quarantined: u64 = objects.iter().map(|object| object.quarantined_count()).sum();
+        let mut text = String::new();
+        let mut line = |name: &str, value: u64| {
+            let _ = writeln!(text, "{name} {value}");
+        };
+        line("page_size", self.pool.page_size().bytes());
+        line("pages_total", account.total);
+        line("pages_free", account.free);
+        line("pages_used", account.held());
+        line("pages_reserved", account.reserved);
+        line("pages_orphaned", account.orphaned);
+        line("huge_bytes_at_mount", self.huge_at_mount);
+        for (node, bytes) in self.pool.reserves() {
+            line(&format!("reserve_bytes_node{node}"), bytes);
+        }
+        line("objects", objects.len() as u64);
+        line("orphans", self.index.orphan_count() as u64);
+        line("quarantined_soft", quarantined);
+        line("holes_shut_again", STRAYS_SHUT.load(Ordering::Relaxed));
+        line("daemon_pid", u64::from(std::process::id()));
+        Ok(text)
+    }
+
+    /// setxattr(2).
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a value that does not parse, EOPNOTSUPP for a name that is not used or not to be written.
+    pub fn set_attribute(&self, node: NodeId, name: &OsStr, value: &[u8], flags: i32) -> Result<()> {
+        if !is_ours(name) {
+            return self.index.set_attribute(node, name, value, flags);
+        }
+        let result = match find(name) {
+            Some((attribute, On::File)) if self.is_file(node)? => self.set_file_attribute(node, attribute, value),
+            Some((Protocol::Size, On::Root)) if node == NodeId::ROOT => self.resize(value),
+            _ => Err(Error::Unsupported),
+        };
+        result.inspect_err(|error| {
+            log::info!("{}: {:?} refused: {error}", name.display(), String::from_utf8_lossy(value));
+        })
+    }
+
+    fn set_file_attribute(&self, node: NodeId, attribute: Protocol, value: &[u8]) -> Result<()> {
+        let object = self.object(node)?;
+        match attribute {
+            Protocol::Poison => object.quarantine(value),
+            Protocol::Repair => self.with_context(&object, |context| object.repair(value, context)),
+            Protocol::Collapse => object.collapse(value),
+            _ => Err(Error::Unsupported),
+        }
+    }
+
+    fn resize(&self, value: &[u8]) -> Result<()> {
+        let text = std::str::from_utf8(value).map_err(|_| Error::invalid("not text"))?;
+        let size = Size::parse(text.trim_end_matches(['\0', '\n'])).map_err(Error::Invalid)?;
+        let pages = size.pages(self.pool.page_size(), sys::memory_total()?).map_err(Error::Invalid)?;
+        self.pool.resize(pages)?;
+        log::info!("the pool has {pages} pages now");
+        Ok(())
+    }
+
+    /// removexattr(2).
+    ///
+    /// # Errors
+    /// [`Error::NotPermitted`] for those of the protocol: a quarantine ends by repair, not by removing its description.
+    pub fn remove_attribute(&self, node: NodeId, name: &OsStr) -> Result<()> {
+        if is_ours(name) { Err(Error::NotPermitted) } else { self.index.remove_attribute(node, name) }
+    }
+
+    /// listxattr(2): names with a NUL behind each; those of `trusted.` for root only.
+    ///
+    /// # Errors
+    /// What listxattr(2) answers.
+    pub fn attribute_names(&self, node: NodeId, caller: u32) -> Result<Vec<u8>> {
+        let names = self.index.attribute_names(node)?;
+        let visible = |name: &[u8]| caller == 0 || !name.starts_with(b"trusted.");
+        let mut names: Vec<u8> = names
+            .split_inclusive(|byte| *byte == 0)
+            .filter(|name| visible(name))
+            .flatten()
+            .copied()
+            .collect();
+        if self.known_object(node).is_some_and(|object| object.quarantined_count() > 0) {
+            names.extend_from_slice(b"user.hugetlb2.poison\0");
+        }
+        Ok(names)
+    }
+
+    fn is_file(&self, node: NodeId) -> Result<bool> {
+        Ok(self.index.attributes(node)?.kind == Kind::File)
+    }
+}

@@ -1,0 +1,465 @@
+//! Files and directories as users see them: the tree's names, the objects' contents, one set of rules.
+//!
+//! Names and inodes are the index's, contents an [`Object`]'s, pages the pool's; this module joins them. An object is
+//! made when a regular file is opened for the first time (the kernel must be told then which file to map, though it
+//! be empty yet), and ends when the kernel forgets the node after its last name is gone.
+//!
+//! **Locks.** `objects` is held for one look-up, or while one object is made; never while another lock is waited for.
+
+mod attributes;
+mod object;
+
+pub use attributes::Reading;
+pub use object::{Allocation, Context, Extent, Object, State, Waker};
+
+use crate::error::{Error, Result};
+use crate::index::{Attributes, DirEntry, Index, Kind, New, Time};
+use crate::options::Options;
+use crate::pool::{Holding, Pool};
+use crate::sys::identity::Caller;
+use crate::sys::{memory_nodes, tmpfs};
+use crate::units::{FOLIO_SIZE, Folio, NodeId};
+use crossbeam::channel::Sender;
+use rustix::fs::RenameFlags;
+use rustix::io::Errno;
+use std::collections::HashMap;
+use std::ffi::{CStr, CString, OsStr};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// Where the objects' superblocks are mounted in the daemon's namespace.
+pub const OBJECTS: &str = "/objects";
+
+/// A folio that has become whole again and may be put back into one piece.
+pub type Repaired = (Arc<Object>, Folio);
+
+/// The filesystem.
+pub struct Fs {
+    index: Index,
+    pool: Pool,
+    objects: Mutex<HashMap<NodeId, Arc<Object>>>,
+    /// Objects of nodes that are gone, whose pages the machine had no memory to move yet.
+    stranded: Mutex<Vec<Arc<Object>>>,
+    recovery_write: bool,
+    repaired: Option<Sender<Repaired>>,
+    nodes: Vec<u32>,
+    huge_at_mount: u64,
+}
+
+/// What setattr is to change.
+#[derive(Clone, Copy, Debug)]
+pub struct Changes {
+    /// Permission bits.
+    pub mode: Option<u32>,
+    /// Owner.
+    pub uid: Option<u32>,
+    /// Group.
+    pub gid: Option<u32>,
+    /// Size in bytes.
+    pub size: Option<u64>,
+    /// Last access.
+    pub accessed: Time,
+    /// Last modification.
+    pub modified: Time,
+    /// The caller's uid; set-id bits are dropped when it is not root and changes the contents.
+    pub caller: u32,
+}
+
+/// What statfs(2) tells.
+#[derive(Clone, Copy, Debug)]
+pub struct Statistics {
+    /// Bytes in a page, the unit of the next two.
+    pub page_size: u64,
+    /// Pages of the pool.
+    pub pages: u64,
+    /// Nobody's.
+    pub free_pages: u64,
+    /// Inodes there may be.
+    pub inodes: u64,
+    /// Inodes that can still be made.
+    pub free_inodes: u64,
+}
+
+impl Fs {
+    /// An empty filesystem on `pool`. Folios that become whole again are reported to `repaired`.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn create(options: &Options, pool: Pool, repaired: Option<Sender<Repaired>>) -> Result<Self> {
+        let huge_at_mount = pool.collapse_reserves()?;
+        let index = Index::create(options.mode, options.uid, options.gid)?;
+        Ok(Self {
+            index,
+            pool,
+            objects: Mutex::default(),
+            stranded: Mutex::default(),
+            recovery_write: options.recovery_write,
+            repaired,
+            nodes: memory_nodes()?,
+            huge_at_mount,
+        })
+    }
+
+    /// The pool.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// Bytes of the pool that were in 2 MiB folios when it was mounted.
+    pub fn huge_at_mount(&self) -> u64 {
+        self.huge_at_mount
+    }
+
+    // ---- names --------------------------------------------------------------------------------------------------
+
+    /// Looks a name up; counts as one reference of the kernel's until [`Fs::forget`].
+    ///
+    /// # Errors
+    /// ENOENT, ENOTDIR, ENAMETOOLONG.
+    pub fn lookup(&self, parent: NodeId, name: &OsStr) -> Result<Attributes> {
+        self.index.lookup(parent, name).map(|attributes| self.with_contents(attributes))
+    }
+
+    /// stat(2).
+    ///
+    /// # Errors
+    /// ESTALE.
+    pub fn attributes(&self, node: NodeId) -> Result<Attributes> {
+        self.index.attributes(node).map(|attributes| self.with_contents(attributes))
+    }
+
+    fn with_contents(&self, mut attributes: Attributes) -> Attributes {
+        if attributes.kind == Kind::File
+            && let Some(object) = self.known_object(attributes.node)
+        {
+            (attributes.size, attributes.blocks) = object.size_and_blocks(&self.pool);
+        }
+        attributes
+    }
+
+    /// Changes what setattr asks for; the size first, as that is what can fail.
+    ///
+    /// # Errors
+    /// What truncate(2), chmod(2), chown(2) and utimens(2) answer.
+    pub fn change(&self, node: NodeId, changes: &Changes) -> Result<Attributes> {
+        if let Some(size) = changes.size {
+            self.object(node)?.truncate(size, &self.pool)?;
+            self.contents_changed(node, changes.caller != 0)?;
+        }
+        if changes.uid.is_some() || changes.gid.is_some() {
+            self.index.set_owner(node, changes.uid, changes.gid)?;
+        }
+        if let Some(mode) = changes.mode {
+            self.index.set_mode(node, mode)?;
+        }
+        if (changes.accessed, changes.modified) != (Time::Omit, Time::Omit) {
+            self.index.set_times(node, changes.accessed, changes.modified)?;
+        }
+        self.attributes(node)
+    }
+
+    fn contents_changed(&self, node: NodeId, drop_privileges: bool) -> Result<()> {
+        if drop_privileges {
+            self.index.drop_privileges(node)?;
+        }
+        self.index.set_times(node, Time::Omit, Time::Now)
+    }
+
+    /// Makes an entry that belongs to `caller`.
+    ///
+    /// # Errors
+    /// EEXIST and the like.
+    pub fn make(&self, parent: NodeId, name: &OsStr, new: New<'_>, caller: Caller) -> Result<Attributes> {
+        self.index.make(parent, name, new, caller)
+    }
+
+    /// link(2).
+    ///
+    /// # Errors
+    /// EEXIST, EMLINK and the like.
+    pub fn link(&self, node: NodeId, parent: NodeId, name: &OsStr) -> Result<Attributes> {
+        self.index.link(node, parent, name).map(|attributes| self.with_contents(attributes))
+    }
+
+    /// unlink(2). The memory stays until the last user is gone.
+    ///
+    /// # Errors
+    /// ENOENT, EISDIR.
+    pub fn unlink(&self, parent: NodeId, name: &OsStr) -> Result<()> {
+        self.index.unlink(parent, name).map(|orphan| self.note_orphan(orphan))
+    }
+
+    /// rmdir(2).
+    ///
+    /// # Errors
+    /// ENOTEMPTY, ENOTDIR.
+    pub fn remove_directory(&self, parent: NodeId, name: &OsStr) -> Result<()> {
+        self.index.remove_directory(parent, name)
+    }
+
+    /// renameat2(2).
+    ///
+    /// # Errors
+    /// EEXIST, ENOTEMPTY, EINVAL for RENAME_WHITEOUT.
+    pub fn rename(&self, from: (NodeId, &OsStr), to: (NodeId, &OsStr), flags: RenameFlags) -> Result<()> {
+        if flags.contains(RenameFlags::WHITEOUT) {
+            return Err(Error::invalid("there are no whiteouts here"));
+        }
+        self.index.rename(from, to, flags).map(|orphan| self.note_orphan(orphan))
+    }
+
+    fn note_orphan(&self, orphan: Option<NodeId>) {
+        if let Some(object) = orphan.and_then(|node| self.known_object(node)) {
+            object.note_orphaned(&self.pool);
+        }
+    }
+
+    /// readlink(2).
+    ///
+    /// # Errors
+    /// EINVAL.
+    pub fn read_link(&self, node: NodeId) -> Result<CString> {
+        self.index.read_link(node)
+    }
+
+    /// Opens a directory for [`Fs::read_directory`].
+    ///
+    /// # Errors
+    /// What open(2) answers.
+    pub fn open_directory(&self, node: NodeId) -> Result<OwnedFd> {
+        self.index.open_directory(node)
+    }
+
+    /// Reads a directory from the place `from` on for as long as `take` answers true.
+    ///
+    /// # Errors
+    /// What getdents(2) answers.
+    pub fn read_directory(&self, fd: &OwnedFd, from: u64, take: impl FnMut(DirEntry) -> bool) -> Result<()> {
+        self.index.read_directory(fd, from, take)
+    }
+
+    /// statfs(2).
+    ///
+    /// # Errors
+    /// What fstatfs(2) answers.
+    pub fn statistics(&self) -> Result<Statistics> {
+        let account = self.pool.balance();
+        let (inodes, free_inodes) = self.index.inodes()?;
+        Ok(Statistics {
+            page_size: self.pool.page_size().bytes(),
+            pages: account.total,
+            free_pages: account.free,
+            inodes,
+            free_inodes,
+        })
+    }
+
+    /// The kernel gives up `count` references. Returns true if the node is gone with that, and its memory back in the
+    /// pool.
+    pub fn forget(&self, node: NodeId, count: u64) -> bool {
+        let gone = self.index.forget(node, count);
+        if gone {
+            self.erase(node);
+        }
+        gone
+    }
+
+    // ---- objects ------------------------------------------------------------------------------------------------
+
+    fn objects(&self) -> MutexGuard<'_, HashMap<NodeId, Arc<Object>>> {
+        self.objects.lock().expect("no panic while the table of objects is open")
+    }
+
+    fn known_object(&self, node: NodeId) -> Option<Arc<Object>> {
+        self.objects().get(&node).cloned()
+    }
+
+    /// All objects, in no order.
+    pub fn all_objects(&self) -> Vec<Arc<Object>> {
+        self.objects().values().cloned().collect()
+    }
+
+    /// The contents of a regular file; made now if it has none yet.
+    ///
+    /// # Errors
+    /// EINVAL for anything else; [`Error::NoMemory`], ENFILE.
+    pub fn object(&self, node: NodeId) -> Result<Arc<Object>> {
+        let mut objects = self.objects();
+        if let Some(object) = objects.get(&node) {
+            return Ok(object.clone());
+        }
+        match self.index.attributes(node)?.kind {
+            Kind::File => {}
+            Kind::Directory => return Err(Error::Os(Errno::ISDIR)),
+            _ => return Err(Error::invalid("only regular files have contents")),
+        }
+        let holding = Holding::create(self.pool.page_size())?;
+        attach(node, &holding)?;
+        let object = Arc::new(Object::new(node, holding));
+        objects.insert(node, object.clone());
+        Ok(object)
+    }
+
+    /// Nobody can reach `node` any more: its memory goes back to the pool, then its inode.
+    fn erase(&self, node: NodeId) {
+        let object = self.objects().remove(&node);
+        if let Some(object) = object {
+            let mut stranded = self.stranded.lock().expect("no panic while the list is open");
+            stranded.push(object);
+            stranded.retain(|object| self.dismantle(object).is_err());
+        }
+        if let Err(error) = self.index.erase(node) {
+            log::error!("file {node}: its inode could not be removed: {error}");
+        }
+    }
+
+    fn dismantle(&self, object: &Object) -> Result<()> {
+        object.empty(&self.pool).inspect_err(|error| {
+            log::error!("file {}: its memory could not be moved back yet: {error}", object.node());
+        })?;
+        detach(object.node());
+        Ok(())
+    }
+
+    /// Makes what [`Object`]s need to know.
+    fn with_context<T>(&self, object: &Arc<Object>, run: impl FnOnce(Context<'_>) -> T) -> T {
+        let repaired = |folio| {
+            if let Some(sender) = &self.repaired {
+                // An agent that has ended is no reason for a repair to fail.
+                let _ = sender.send((object.clone(), folio));
+            }
+        };
+        run(Context { pool: &self.pool, recovery_write: self.recovery_write, repaired: &repaired })
+    }
+
+    // ---- contents -----------------------------------------------------------------------------------------------
+
+    /// pread(2).
+    ///
+    /// # Errors
+    /// EIO at a quarantined subpage.
+    pub fn read(&self, node: NodeId, buffer: &mut [u8], offset: u64) -> Result<usize> {
+        self.object(node)?.read(buffer, offset)
+    }
+
+    /// pwrite(2); with `drop_privileges` set-id bits go, as for any writer without CAP_FSETID.
+    ///
+    /// # Errors
+    /// ENOSPC, EIO, EBUSY, EFBIG.
+    pub fn write(&self, node: NodeId, bytes: &[u8], offset: u64, drop_privileges: bool) -> Result<usize> {
+        let object = self.object(node)?;
+        let written = self.with_context(&object, |context| object.write(bytes, offset, context))?;
+        self.contents_changed(node, drop_privileges)?;
+        Ok(written)
+    }
+
+    /// fallocate(2).
+    ///
+    /// # Errors
+    /// ENOSPC, EIO, EBUSY, EFBIG.
+    pub fn allocate(&self, node: NodeId, what: Allocation, offset: u64, length: u64) -> Result<()> {
+        let object = self.object(node)?;
+        self.with_context(&object, |context| object.allocate(what, offset, length, context))?;
+        self.contents_changed(node, false)
+    }
+
+    /// copy_file_range(2): up to `length` bytes, perhaps fewer.
+    ///
+    /// # Errors
+    /// What reading and writing answer, where nothing could be copied.
+    pub fn copy(&self, from: (NodeId, u64), to: (NodeId, u64), length: u64) -> Result<usize> {
+        const PIECE: usize = 1 << 20;
+        const MOST: usize = 256 << 20; // so that one request does not keep a thread for seconds
+        let length = usize::try_from(length).unwrap_or(MOST).min(MOST);
+        let mut buffer = vec![0; PIECE.min(length)];
+        let mut done = 0;
+        while done < length {
+            let wanted = buffer.len().min(length - done);
+            let piece = self.read(from.0, &mut buffer[..wanted], from.1 + done as u64).and_then(|read| {
+                match read {
+                    0 => Ok((0, 0)),
+                    read => Ok((read, self.write(to.0, &buffer[..read], to.1 + done as u64, false)?)),
+                }
+            });
+            match piece {
+                Ok((read, written)) => {
+                    done += written;
+                    if read == 0 || written < wanted {
+                        break;
+                    }
+                }
+                Err(_) if done > 0 => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(done)
+    }
+
+    /// lseek(2) with SEEK_DATA (true) or SEEK_HOLE.
+    ///
+    /// # Errors
+    /// ENXIO.
+    pub fn seek(&self, node: NodeId, offset: u64, data: bool) -> Result<u64> {
+        self.object(node)?.seek(offset, data)
+    }
+
+    // ---- check --------------------------------------------------------------------------------------------------
+
+    /// Verifies S1, P1, P2 and Q1; says what does not hold. Files cannot change in the meantime.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn check(&self) -> Result<Vec<String>> {
+        let stranded = self.stranded.lock().expect("no panic while the list is open").clone();
+        let table = self.objects();
+        let objects: Vec<_> = table.values().chain(&stranded).collect();
+        let locked: Vec<_> = objects.iter().map(|object| (object.node(), object.read_lock())).collect();
+        let mut wrong = Vec::new();
+        let (mut pages, mut bytes) = (0, 0);
+        for (node, holding) in &locked {
+            pages += holding.pages();
+            bytes += holding.sealed().folio_count() * FOLIO_SIZE;
+            wrong.extend(holding.sealed().check()?.into_iter().map(|what| format!("file {node}: {what}")));
+        }
+        for node in table.keys().filter(|node| !self.index.exists(**node)) {
+            wrong.push(format!("P2: object {node} belongs to no file"));
+        }
+        wrong.extend(self.pool.check(pages, bytes)?);
+        Ok(wrong)
+    }
+}
+
+impl Drop for Fs {
+    /// The memory is freed here, by us, and not some time after the process has ended.
+    fn drop(&mut self) {
+        let objects = std::mem::take(&mut *self.objects());
+        for node in objects.keys() {
+            detach(*node);
+        }
+        let _ = tmpfs::detach(crate::index::MOUNT_POINT);
+    }
+}
+
+fn object_path(node: NodeId) -> CString {
+    CString::new(format!("{OBJECTS}/{node}")).expect("hexadecimal digits hold no NUL")
+}
+
+fn attach(node: NodeId, holding: &Holding) -> Result<()> {
+    let path = object_path(node);
+    rustix::fs::mkdir(&*path, rustix::fs::Mode::from_raw_mode(0o700))?;
+    tmpfs::attach(holding.sealed().mount(), path_text(&path)).inspect_err(|_| {
+        let _ = rustix::fs::rmdir(&*path);
+    })
+}
+
+fn detach(node: NodeId) {
+    let path = object_path(node);
+    let detached = tmpfs::detach(path_text(&path)).and_then(|()| Ok(rustix::fs::rmdir(&*path)?));
+    if let Err(error) = detached {
+        log::error!("file {node}: its superblock stays mounted: {error}");
+    }
+}
+
+fn path_text(path: &CStr) -> &str {
+    path.to_str().expect("hexadecimal digits are text")
+}

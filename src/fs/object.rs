@@ -1,0 +1,568 @@
+//! A regular file's contents: reading, writing and resizing it, by the rules for quarantined subpages.
+//!
+//! **Lock.** One reader-writer lock a file: what only moves bytes shares it, what changes sizes, pages or the quarantine
+//! has it alone. Programs that map the file need neither.
+
+use crate::error::{Error, Result};
+use crate::pool::{Holding, Pool};
+use crate::quarantine::{self, Kind, Quarantined, Repair};
+use crate::sealed::{Bytes, Content};
+use crate::sys::{self, tmpfs};
+use crate::units::{FOLIO_SIZE, Folio, NodeId, Page, Range, SUBPAGE_SIZE, STAT_BLOCK, Subpage};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+/// Runs once, when the quarantine of a file has grown.
+pub type Waker = Box<dyn FnOnce() + Send>;
+
+/// A regular file's contents.
+pub struct Object {
+    node: NodeId,
+    data: Arc<File>,
+    holding: RwLock<Holding>,
+    /// Who waits for the quarantine to grow, by the kernel's handle.
+    wakers: Mutex<BTreeMap<u64, Waker>>,
+    /// Pages that the pool counts as orphaned for this file.
+    noted_orphaned: AtomicI64,
+}
+
+/// What an operation on a file's contents needs to know besides.
+#[derive(Clone, Copy)]
+pub struct Context<'a> {
+    /// Where pages come from.
+    pub pool: &'a Pool,
+    /// A write that covers a quarantined subpage repairs it.
+    pub recovery_write: bool,
+    /// Is told of folios that have become whole again.
+    pub repaired: &'a (dyn Fn(Folio) + Sync),
+}
+
+/// What fallocate(2) is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allocation {
+    /// Mode 0: memory for the range, and the file at least that long.
+    Extend,
+    /// FALLOC_FL_KEEP_SIZE: memory for the range.
+    KeepSize,
+    /// FALLOC_FL_PUNCH_HOLE: whole pages back to the pool, the rest zeroed.
+    Punch,
+    /// FALLOC_FL_ZERO_RANGE: zeros, and the file at least that long.
+    Zero,
+    /// FALLOC_FL_ZERO_RANGE with FALLOC_FL_KEEP_SIZE.
+    ZeroKeepSize,
+}
+
+/// How a part of a file is mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// By 2 MiB entries.
+    Huge,
+    /// By 4 KiB entries.
+    Small,
+    /// Not: quarantined.
+    Poisoned,
+    /// Not: its pages were given back.
+    Released,
+}
+
+impl State {
+    /// As the map attribute has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Huge => "huge",
+            Self::Small => "small",
+            Self::Poisoned => "poisoned",
+            Self::Released => "released",
+        }
+    }
+}
+
+/// A part of a file in one state, on one NUMA node as far as that is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Which part.
+    pub range: Range,
+    /// How it is mapped.
+    pub state: State,
+    /// Where its memory is.
+    pub node: Option<u32>,
+}
+
+impl Object {
+    /// Of `node`, with what `holding` has.
+    pub fn new(node: NodeId, holding: Holding) -> Self {
+        let data = holding.sealed().data().clone();
+        let (holding, wakers) = (RwLock::new(holding), Mutex::default());
+        Self { node, data, holding, wakers, noted_orphaned: AtomicI64::new(0) }
+    }
+
+    /// Whose contents these are.
+    pub fn node(&self) -> NodeId {
+        self.node
+    }
+
+    /// The file that programs map.
+    pub fn data(&self) -> &File {
+        &self.data
+    }
+
+    /// Shares the lock.
+    pub fn read_lock(&self) -> RwLockReadGuard<'_, Holding> {
+        self.holding.read().expect("no panic while a file is resized")
+    }
+
+    fn write_lock(&self) -> RwLockWriteGuard<'_, Holding> {
+        self.holding.write().expect("no panic while a file is resized")
+    }
+
+    /// Size in bytes, and memory in units of 512 bytes: whole pages, as the pool counts them.
+    pub fn size_and_blocks(&self, pool: &Pool) -> (u64, u64) {
+        let holding = self.read_lock();
+        (holding.sealed().size(), holding.pages() * (pool.page_size().bytes() / STAT_BLOCK))
+    }
+
+    // ---- read and write -----------------------------------------------------------------------------------------
+
+    /// Reads at `offset` up to the end of the file or the first quarantined subpage.
+    ///
+    /// # Errors
+    /// [`Error::Poisoned`] where the first byte is quarantined.
+    pub fn read(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
+        let holding = self.read_lock();
+        let end = offset.saturating_add(buffer.len() as u64).min(holding.sealed().size());
+        let range = Range::new(offset, end);
+        if range.is_empty() {
+            return Ok(0);
+        }
+        let good = good_prefix(&holding, range)?;
+        tmpfs::read_at(&self.data, &mut buffer[..good as usize], offset)
+    }
+
+    /// Writes at `offset`, lengthening the file where that is behind its end. Ends before the first subpage that is
+    /// quarantined and covered in part.
+    ///
+    /// # Errors
+    /// [`Error::Full`] where pages are needed that the pool does not have: nothing has changed. [`Error::Poisoned`]
+    /// where the first byte cannot be written for a quarantined subpage.
+    pub fn write(&self, bytes: &[u8], offset: u64, context: Context<'_>) -> Result<usize> {
+        if bytes.is_empty() {
+            return Ok(0);
+        }
+        let range = checked_range(offset, bytes.len() as u64)?;
+        {
+            let holding = self.read_lock();
+            if holding.has_pages(range) && holding.sealed().holes_in(range).next().is_none() {
+                return tmpfs::write_at(&self.data, bytes, offset);
+            }
+        }
+        self.write_alone(bytes, range, context)
+    }
+
+    fn write_alone(&self, bytes: &[u8], range: Range, context: Context<'_>) -> Result<usize> {
+        let mut holding = self.write_lock();
+        mend(&mut holding)?;
+        let end = writable_prefix(&holding, range, context.recovery_write)?;
+        let range = Range::new(range.start, end);
+        holding.grow(context.pool, range, range.end)?;
+        let mut done = range.start;
+        let holes: Vec<Subpage> = holding.sealed().holes_in(range).collect();
+        for hole in holes.iter().copied().map(Some).chain([None]) {
+            let until = hole.map_or(range.end, Subpage::offset);
+            let piece = &bytes[(done - range.start) as usize..(until - range.start) as usize];
+            done += tmpfs::write_at(&self.data, piece, done)? as u64;
+            let Some(hole) = hole else { break };
+            let start = (hole.offset() - range.start) as usize;
+            let mut content: Bytes = [0; SUBPAGE_SIZE as usize];
+            let given = &bytes[start..bytes.len().min(start + content.len())];
+            content[..given.len()].copy_from_slice(given);
+            self.repair_one(&mut holding, hole, Content::Bytes(&content), context)?;
+            done = hole.range().end.min(range.end);
+        }
+        Ok((done - range.start) as usize)
+    }
+
+    // ---- sizes and pages ----------------------------------------------------------------------------------------
+
+    /// ftruncate(2).
+    ///
+    /// # Errors
+    /// [`Error::Full`] with nothing changed; [`Error::Busy`] where soft holes forbid it.
+    pub fn truncate(&self, size: u64, pool: &Pool) -> Result<()> {
+        checked_range(0, size)?;
+        let mut holding = self.write_lock();
+        mend(&mut holding)?;
+        match holding.sealed().size() {
+            now if size < now => holding.shrink(pool, size),
+            now => holding.grow(pool, Range::new(now, now), size),
+        }
+    }
+
+    /// fallocate(2).
+    ///
+    /// # Errors
+    /// [`Error::Full`] with nothing changed; [`Error::Busy`] where soft holes forbid it.
+    pub fn allocate(&self, what: Allocation, offset: u64, length: u64, context: Context<'_>) -> Result<()> {
+        let range = checked_range(offset, length)?;
+        let mut holding = self.write_lock();
+        mend(&mut holding)?;
+        let pool = context.pool;
+        let size = holding.sealed().size();
+        match what {
+            Allocation::Extend => holding.grow(pool, range, range.end),
+            Allocation::KeepSize => holding.allocate(pool, range),
+            Allocation::Zero => {
+                holding.grow(pool, range, range.end)?;
+                self.zero(&mut holding, range, context)
+            }
+            Allocation::ZeroKeepSize => {
+                holding.grow(pool, range, size)?;
+                self.zero(&mut holding, range, context)
+            }
+            Allocation::Punch => self.punch(&mut holding, range, context),
+        }
+    }
+
+    /// Whole pages go back to the pool; the rest is zeroed where it has memory.
+    fn punch(&self, holding: &mut Holding, range: Range, context: Context<'_>) -> Result<()> {
+        let page_size = context.pool.page_size();
+        refuse_partial_holes(holding, range)?;
+        let whole: Vec<Page> = page_size.pages_within(range).collect();
+        holding.release(context.pool, whole.iter().copied())?;
+        let (head, tail) = match (whole.first(), whole.last()) {
+            (Some(first), Some(last)) => (
+                Range::new(range.start, page_size.range(*first).start),
+                Range::new(page_size.range(*last).end, range.end),
+            ),
+            _ => (range, Range::new(range.end, range.end)),
+        };
+        self.zero(holding, head, context)?;
+        self.zero(holding, tail, context)
+    }
+
+    /// Zeroes what has memory of `range`; quarantined subpages that it covers are repaired, for what they held is
+    /// discarded. [`Error::Poisoned`] where one is covered in part; nothing is zeroed then.
+    fn zero(&self, holding: &mut Holding, range: Range, context: Context<'_>) -> Result<()> {
+        const ZEROS: &[u8] = &[0; 256 << 10];
+        refuse_partial_holes(holding, range)?;
+        let range = range.intersect(Range::new(0, holding.sealed().size()));
+        let holes: Vec<Subpage> = holding.sealed().holes_in(range).collect();
+        for hole in holes {
+            self.repair_one(holding, hole, Content::Zero, context)?;
+        }
+        for page in context.pool.page_size().pages_touching(range).filter(|page| !holding.released().contains(page)) {
+            let piece = context.pool.page_size().range(page).intersect(range);
+            for step in piece.steps(ZEROS.len() as u64) {
+                tmpfs::write_at(&self.data, &ZEROS[..step.len() as usize], step.start)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The next place from `offset` on that is data (true) or not (false): SEEK_DATA and SEEK_HOLE of lseek(2).
+    /// Quarantined subpages, released pages and the end of the file are holes, all else is data.
+    ///
+    /// # Errors
+    /// ENXIO behind the end, and for data where there is none left.
+    pub fn seek(&self, offset: u64, data: bool) -> Result<u64> {
+        let holding = self.read_lock();
+        let size = holding.sealed().size();
+        let nothing = Error::Os(rustix::io::Errno::NXIO);
+        if offset >= size {
+            return Err(nothing);
+        }
+        let mut at = offset;
+        while let Some(hole) = hole_at(&holding, at) {
+            if !data {
+                return Ok(at);
+            }
+            at = hole.end;
+            if at >= size {
+                return Err(nothing);
+            }
+        }
+        if data {
+            return Ok(at);
+        }
+        let quarantined = holding.sealed().holes_in(Range::new(at, size)).next().map(Subpage::offset);
+        let released = holding.released_ranges().map(|range| range.start).find(|start| *start >= at);
+        Ok(quarantined.into_iter().chain(released).chain([size]).min().expect("the end is a hole"))
+    }
+
+    // ---- quarantine ---------------------------------------------------------------------------------------------
+
+    /// What is quarantined, ascending.
+    pub fn quarantined(&self) -> Vec<Quarantined> {
+        let holding = self.read_lock();
+        let holes = holding.sealed().holes().iter();
+        quarantine::coalesce(holes.map(|(subpage, record)| (*subpage, Kind::Soft, record.time)))
+    }
+
+    /// Quarantined subpages.
+    pub fn quarantined_count(&self) -> u64 {
+        self.read_lock().sealed().holes().len() as u64
+    }
+
+    /// Whether the quarantine has grown since [`Object::acknowledge`].
+    pub fn alarm(&self) -> bool {
+        self.read_lock().sealed().superblock().alarm
+    }
+
+    /// The growth of the quarantine has been seen.
+    ///
+    /// # Errors
+    /// What pwrite(2) answers.
+    pub fn acknowledge(&self) -> Result<()> {
+        if !self.alarm() {
+            return Ok(());
+        }
+        self.write_lock().sealed_mut().update(|superblock| superblock.alarm = false)
+    }
+
+    /// Runs `waker` once, when the quarantine grows; a later one with the same `key` takes its place.
+    pub fn wake_on_alarm(&self, key: u64, waker: Waker) {
+        self.wakers.lock().expect("no panic while the list is open").insert(key, waker);
+    }
+
+    /// Quarantines the subpages of the ranges that a value of the poison attribute names; those that are quarantined
+    /// already stay as they are.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a value that does not parse or a range without memory; [`Error::Busy`] for a pinned folio: those
+    /// before it in the value are quarantined by then.
+    pub fn quarantine(&self, value: &[u8]) -> Result<()> {
+        let mut holding = self.write_lock();
+        let ranges = quarantine::parse_poison(value, holding.sealed().size())?;
+        for range in &ranges {
+            if holding.released_ranges().any(|released| !released.intersect(*range).is_empty()) {
+                return Err(Error::invalid(format!("{range} was released and has no memory to quarantine")));
+            }
+        }
+        mend(&mut holding)?;
+        let time = sys::unix_time();
+        let before = holding.sealed().holes().len();
+        let result = ranges.iter().flat_map(|range| subpages(*range)).try_for_each(|subpage| {
+            if holding.sealed().holes().contains_key(&subpage) {
+                return Ok(());
+            }
+            holding.sealed_mut().quarantine(subpage, time)?;
+            log::warn!("file {}: {:#x} {SUBPAGE_SIZE:#x} quarantined (soft)", self.node, subpage.offset());
+            Ok(())
+        });
+        let grown = holding.sealed().holes().len() > before;
+        drop(holding);
+        if grown {
+            self.wake_all();
+        }
+        result
+    }
+
+    fn wake_all(&self) {
+        let wakers = std::mem::take(&mut *self.wakers.lock().expect("no panic while the list is open"));
+        wakers.into_values().for_each(|wake| wake());
+    }
+
+    /// Repairs as a value of the repair attribute asks for.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a value that does not parse, [`Error::NoData`] where a range holds nothing to repair or
+    /// nothing that could be salvaged: nothing is done.
+    pub fn repair(&self, value: &[u8], context: Context<'_>) -> Result<()> {
+        let mut holding = self.write_lock();
+        let requests = quarantine::parse_repair(value, holding.sealed().size())?;
+        mend(&mut holding)?;
+        for (verb, range) in &requests {
+            check_repairable(&holding, *verb, *range)?;
+        }
+        for (verb, range) in requests {
+            let holes: Vec<Subpage> = holding.sealed().holes_in(range).collect();
+            for hole in holes {
+                let rescued = match verb {
+                    Repair::Zero => None,
+                    Repair::Salvage => holding.sealed().rescued(hole).ok(),
+                };
+                let content = rescued.as_ref().map_or(Content::Zero, Content::Bytes);
+                self.repair_one(&mut holding, hole, content, context)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn repair_one(&self, holding: &mut Holding, hole: Subpage, content: Content<'_>, context: Context<'_>) -> Result<()> {
+        holding.sealed_mut().repair(hole, content)?;
+        log::info!("file {}: {:#x} {SUBPAGE_SIZE:#x} repaired", self.node, hole.offset());
+        if holding.sealed().holes_in(hole.folio().range()).next().is_none() {
+            (context.repaired)(hole.folio());
+        }
+        Ok(())
+    }
+
+    /// Puts huge mappings back as a value of the collapse attribute asks for. Parts that cannot be huge, for a quarantined
+    /// subpage or because they were released, are left alone.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a value that does not parse; [`Error::Again`] or [`Error::NoMemory`] where the kernel could
+    /// not, after having tried all.
+    pub fn collapse(&self, value: &[u8]) -> Result<()> {
+        let holding = self.read_lock();
+        let sealed = holding.sealed();
+        let ranges = quarantine::parse_collapse(value, sealed.size())?;
+        let mut result = Ok(());
+        for folio in ranges.iter().flat_map(|range| range.folios()).filter(|folio| sealed.has_memory(*folio)) {
+            match sealed.collapse(folio) {
+                Ok(()) | Err(Error::Busy(_)) => {}
+                Err(error) => result = Err(error),
+            }
+        }
+        result
+    }
+
+    /// Puts one folio back into one piece, as far as it can be.
+    ///
+    /// # Errors
+    /// As for [`crate::sealed::Sealed::collapse`].
+    pub fn collapse_folio(&self, folio: Folio) -> Result<()> {
+        let holding = self.read_lock();
+        if holding.sealed().has_memory(folio) { holding.sealed().collapse(folio) } else { Ok(()) }
+    }
+
+    /// How the file is mapped, without gaps, ascending.
+    ///
+    /// # Errors
+    /// What mmap(2) and the page map answer.
+    pub fn map(&self, nodes: &[u32]) -> Result<Vec<Extent>> {
+        const WINDOW: u64 = 1 << 30;
+        let holding = self.read_lock();
+        let sealed = holding.sealed();
+        let file = Range::new(0, sealed.size()).subpages_out();
+        let mut extents = Extents::default();
+        for window in file.steps(WINDOW) {
+            let huge = sealed.huge_ranges(window)?;
+            for folio in window.folios() {
+                let range = folio.range().intersect(file);
+                let node = match (sealed.has_memory(folio), nodes) {
+                    (false, _) => None,
+                    (true, [only]) => Some(*only),
+                    (true, _) => sealed.node_of(folio),
+                };
+                if !sealed.has_memory(folio) {
+                    extents.push(range, State::Released, None);
+                } else if huge.iter().any(|huge| huge.covers(folio.range())) {
+                    extents.push(range, State::Huge, node);
+                } else {
+                    let quarantined = |subpage: &Subpage| sealed.holes().contains_key(subpage);
+                    for subpage in subpages(range) {
+                        let state = if quarantined(&subpage) { State::Poisoned } else { State::Small };
+                        extents.push(subpage.range(), state, node);
+                    }
+                }
+            }
+        }
+        Ok(extents.0)
+    }
+
+    // ---- end ----------------------------------------------------------------------------------------------------
+
+    /// The file has lost its last name: its pages will come back when its last user is gone.
+    pub fn note_orphaned(&self, pool: &Pool) {
+        let pages = self.read_lock().pages() as i64;
+        self.noted_orphaned.store(pages, Ordering::Relaxed);
+        pool.note_orphaned(pages);
+    }
+
+    /// Gives all pages back to the pool.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`] where the machine has none for a step; to be called again.
+    pub fn empty(&self, pool: &Pool) -> Result<()> {
+        self.write_lock().empty(pool)?;
+        pool.note_orphaned(-self.noted_orphaned.swap(0, Ordering::Relaxed));
+        Ok(())
+    }
+}
+
+/// Joins neighbours in the same state on the same node.
+#[derive(Default)]
+struct Extents(Vec<Extent>);
+
+impl Extents {
+    fn push(&mut self, range: Range, state: State, node: Option<u32>) {
+        match self.0.last_mut() {
+            Some(last) if last.range.end == range.start && last.state == state && last.node == node => {
+                last.range.end = range.end;
+            }
+            _ => self.0.push(Extent { range, state, node }),
+        }
+    }
+}
+
+/// Before an operation that needs S1: take back what a program punched with madvise(2).
+fn mend(holding: &mut Holding) -> Result<()> {
+    holding.sealed_mut().reclaim_removed().map(drop)
+}
+
+fn subpages(range: Range) -> impl Iterator<Item = Subpage> {
+    let subpages = range.subpages();
+    (subpages.start.0..subpages.end.0).map(Subpage)
+}
+
+/// A range that a file can have.
+fn checked_range(offset: u64, length: u64) -> Result<Range> {
+    const MOST: u64 = i64::MAX as u64 / FOLIO_SIZE * FOLIO_SIZE; // so that rounding up cannot overflow
+    Range::checked_at(offset, length).filter(|range| range.end <= MOST).ok_or(Error::TooLarge)
+}
+
+/// Bytes of `range` before the first quarantined one.
+fn good_prefix(holding: &Holding, range: Range) -> Result<u64> {
+    match holding.sealed().holes_in(range).next() {
+        None => Ok(range.len()),
+        Some(hole) if hole.offset() <= range.start => Err(Error::Poisoned),
+        Some(hole) => Ok(hole.offset() - range.start),
+    }
+}
+
+/// Where a write of `range` has to end: before the first quarantined subpage that it must not repair.
+///
+/// A subpage that the write covers up to the end of the file is covered whole.
+fn writable_prefix(holding: &Holding, range: Range, recovery_write: bool) -> Result<u64> {
+    let file = Range::new(0, holding.sealed().size());
+    let obstacle = holding
+        .sealed()
+        .holes_in(range)
+        .find(|hole| !recovery_write || !range.covers(hole.range().intersect(file)));
+    match obstacle {
+        None => Ok(range.end),
+        Some(hole) if hole.offset() <= range.start => Err(Error::Poisoned),
+        Some(hole) => Ok(hole.offset()),
+    }
+}
+
+/// Part of a lost subpage cannot be zeroed.
+fn refuse_partial_holes(holding: &Holding, range: Range) -> Result<()> {
+    let file = Range::new(0, holding.sealed().size());
+    let range = range.intersect(file);
+    let covered = holding.sealed().holes_in(range).all(|hole| range.covers(hole.range().intersect(file)));
+    if covered { Ok(()) } else { Err(Error::Poisoned) }
+}
+
+/// The quarantined subpage or released page that holds the byte at `offset`.
+fn hole_at(holding: &Holding, offset: u64) -> Option<Range> {
+    let subpage = Subpage::containing(offset);
+    if holding.sealed().holes().contains_key(&subpage) {
+        return Some(subpage.range());
+    }
+    holding.released_ranges().find(|range| range.start <= offset && offset < range.end)
+}
+
+fn check_repairable(holding: &Holding, verb: Repair, range: Range) -> Result<()> {
+    let mut holes = holding.sealed().holes_in(range).peekable();
+    if holes.peek().is_none() {
+        return Err(Error::NoData);
+    }
+    match verb {
+        Repair::Zero => Ok(()),
+        Repair::Salvage if holes.any(|hole| holding.sealed().rescued(hole).is_ok()) => Ok(()),
+        Repair::Salvage => Err(Error::NoData),
+    }
+}

@@ -1,0 +1,611 @@
+//! From FUSE to [`crate::fs`] and back: decode, call, encode. The only module that knows fuser's types.
+//!
+//! Every regular file is opened `DIRECT_IO | PASSTHROUGH`: reads and writes come here, mmap(2) goes to the object's `data`
+//! without us (Linux 6.9). All opens of a file name the same backing id, which lives as long as the file does.
+//!
+//! Names, attributes and absence change through this kernel only, so it may keep names and attributes for good; it
+//! drops them itself where a request changes them (fs/fuse/dir.c).
+
+mod encode;
+
+use crate::error::{Error, Result};
+use crate::fs::{Allocation, Changes, Fs, Object, Reading};
+use crate::index::{Attributes, New, Time};
+use crate::sys::identity::Caller;
+use crate::units::NodeId;
+use encode::{errno, file_attr, file_type};
+use fuser::{
+    BackingId, BsdFileFlags, Config, CopyFileRangeFlags, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
+    InitFlags, KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite,
+    ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
+};
+use slab::Slab;
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ffi::{CString, OsStr};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, SystemTime};
+
+/// Largest read or write in one request; what `max_read=` of the mount must say too.
+pub const LARGEST_REQUEST: u32 = 1 << 20;
+
+/// Threads that serve requests. A request may wait (for pages of a file that is going away, for another's lock), and the
+/// one it waits for needs a thread too.
+const THREADS: usize = 8;
+
+/// For good: see the head of the module.
+const FOR_GOOD: Duration = Duration::from_secs(365 * 24 * 3600);
+
+const GENERATION: Generation = Generation(0);
+
+/// What the kernel must offer, and since when it does.
+const REQUIRED: &[(InitFlags, &str)] = &[
+    (InitFlags::FUSE_PASSTHROUGH, "FUSE passthrough (CONFIG_FUSE_PASSTHROUGH, Linux 6.9)"),
+    (InitFlags::FUSE_POSIX_ACL, "POSIX ACLs in FUSE (Linux 4.9)"),
+    (InitFlags::FUSE_DONT_MASK, "FUSE_DONT_MASK (Linux 2.6.31)"),
+    (InitFlags::FUSE_HANDLE_KILLPRIV_V2, "FUSE_HANDLE_KILLPRIV_V2 (Linux 5.11)"),
+];
+
+/// What the kernel may offer.
+const WELCOME: &[InitFlags] = &[InitFlags::FUSE_PARALLEL_DIROPS, InitFlags::FUSE_CACHE_SYMLINKS];
+
+/// A filesystem that answers the kernel.
+struct Adapter {
+    fs: Arc<Fs>,
+    directories: Mutex<Slab<Arc<OwnedFd>>>,
+    backings: Mutex<HashMap<NodeId, Arc<BackingId>>>,
+}
+
+/// A connection to the kernel, agreed on and not served yet.
+pub struct Connection(Session<Adapter>);
+
+impl Connection {
+    /// Answers the kernel's FUSE_INIT on `device`, which must have been mounted.
+    ///
+    /// # Errors
+    /// A sentence: what the kernel lacks, or that nothing is mounted.
+    pub fn establish(fs: Arc<Fs>, device: OwnedFd) -> Result<Self, String> {
+        let adapter = Adapter { fs, directories: Mutex::default(), backings: Mutex::default() };
+        let mut config = Config::default();
+        config.n_threads = Some(THREADS);
+        Session::from_fd(adapter, device, SessionACL::All, config).map(Self).map_err(|error| error.to_string())
+    }
+
+    /// Serves until the filesystem is unmounted.
+    ///
+    /// # Errors
+    /// What reading the device answers.
+    pub fn serve(self) -> Result<()> {
+        Ok(self.0.run()?)
+    }
+}
+
+/// What is missing in what the kernel offers; `None` if nothing is.
+fn missing(offered: InitFlags) -> Option<String> {
+    let names: Vec<_> =
+        REQUIRED.iter().filter(|(flag, _)| !offered.contains(*flag)).map(|(_, name)| *name).collect();
+    (!names.is_empty()).then(|| format!("this kernel lacks {}", names.join(", ")))
+}
+
+fn node_id(ino: INodeNo) -> NodeId {
+    NodeId(ino.0)
+}
+
+fn caller(request: &Request, umask: u32) -> Caller {
+    Caller { uid: request.uid(), gid: request.gid(), umask }
+}
+
+impl Adapter {
+    fn directories(&self) -> MutexGuard<'_, Slab<Arc<OwnedFd>>> {
+        self.directories.lock().expect("no panic while the table is open")
+    }
+
+    fn backings(&self) -> MutexGuard<'_, HashMap<NodeId, Arc<BackingId>>> {
+        self.backings.lock().expect("no panic while the table is open")
+    }
+
+    /// The file's one backing id; `register` makes it the first time.
+    fn backing(
+        &self,
+        object: &Object,
+        register: impl FnOnce(&std::fs::File) -> io::Result<BackingId>,
+    ) -> Result<Arc<BackingId>> {
+        let mut backings = self.backings();
+        if let Some(backing) = backings.get(&object.node()) {
+            return Ok(backing.clone());
+        }
+        let backing = Arc::new(register(object.data())?);
+        backings.insert(object.node(), backing.clone());
+        Ok(backing)
+    }
+
+    fn forget_one(&self, node: NodeId, count: u64) {
+        if self.fs.forget(node, count) {
+            self.backings().remove(&node);
+        }
+    }
+
+    /// Makes a regular file and readies it for being mapped; undone where the latter fails.
+    fn create_file(
+        &self,
+        parent: NodeId,
+        name: &OsStr,
+        mode: u32,
+        caller: Caller,
+    ) -> Result<(Attributes, Arc<Object>)> {
+        let attributes = self.fs.make(parent, name, New::Node(mode | libc::S_IFREG, 0), caller)?;
+        let object = self.fs.object(attributes.node).inspect_err(|_| {
+            let _ = self.fs.unlink(parent, name);
+            self.fs.forget(attributes.node, 1);
+        })?;
+        Ok((attributes, object))
+    }
+}
+
+fn open_flags() -> FopenFlags {
+    FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
+}
+
+fn reply_entry(reply: ReplyEntry, result: Result<Attributes>) {
+    match result {
+        Ok(attributes) => reply.entry(&FOR_GOOD, &file_attr(&attributes), GENERATION),
+        Err(error) => reply.error(errno(&error)),
+    }
+}
+
+fn reply_attr(reply: ReplyAttr, result: Result<Attributes>) {
+    match result {
+        Ok(attributes) => reply.attr(&FOR_GOOD, &file_attr(&attributes)),
+        Err(error) => reply.error(errno(&error)),
+    }
+}
+
+fn reply_empty(reply: ReplyEmpty, result: Result<()>) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(error) => reply.error(errno(&error)),
+    }
+}
+
+fn reply_write(reply: ReplyWrite, result: Result<usize>) {
+    match result {
+        Ok(written) => reply.written(written as u32),
+        Err(error) => reply.error(errno(&error)),
+    }
+}
+
+/// getxattr(2) and listxattr(2): a size of 0 asks for the length.
+fn reply_xattr(reply: ReplyXattr, size: u32, result: Result<Vec<u8>>) {
+    match result {
+        Ok(value) if size == 0 => reply.size(value.len() as u32),
+        Ok(value) if value.len() > size as usize => reply.error(fuser::Errno::ERANGE),
+        Ok(value) => reply.data(&value),
+        Err(error) => reply.error(errno(&error)),
+    }
+}
+
+fn time(time: Option<TimeOrNow>) -> Time {
+    match time {
+        None => Time::Omit,
+        Some(TimeOrNow::Now) => Time::Now,
+        Some(TimeOrNow::SpecificTime(time)) => Time::At(time),
+    }
+}
+
+/// The modes of fallocate(2) that there are here.
+fn allocation(mode: i32) -> Result<Allocation> {
+    const KEEP: i32 = libc::FALLOC_FL_KEEP_SIZE;
+    const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | KEEP;
+    const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE;
+    const ZERO_KEEP: i32 = ZERO | KEEP;
+    match mode {
+        0 => Ok(Allocation::Extend),
+        KEEP => Ok(Allocation::KeepSize),
+        PUNCH => Ok(Allocation::Punch),
+        ZERO => Ok(Allocation::Zero),
+        ZERO_KEEP => Ok(Allocation::ZeroKeepSize),
+        _ => Err(Error::Unsupported),
+    }
+}
+
+thread_local! {
+    /// What was read, on its way to the kernel.
+    static READ_BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Filesystem for Adapter {
+    fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        if let Some(what) = missing(config.capabilities()) {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, what));
+        }
+        let refused = |what: &str| io::Error::new(io::ErrorKind::Unsupported, what.to_owned());
+        for (flag, name) in REQUIRED {
+            config.add_capabilities(*flag).map_err(|_| refused(name))?;
+        }
+        for flag in WELCOME {
+            let _ = config.add_capabilities(*flag);
+        }
+        config.set_max_stack_depth(1).map_err(|_| refused("a stacking depth of 1"))?;
+        config.set_max_write(LARGEST_REQUEST).map_err(|_| refused("writes of 1 MiB"))?;
+        Ok(())
+    }
+
+    fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        reply_entry(reply, self.fs.lookup(node_id(parent), name));
+    }
+
+    fn forget(&self, _request: &Request, ino: INodeNo, nlookup: u64) {
+        self.forget_one(node_id(ino), nlookup);
+    }
+
+    fn getattr(&self, _request: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        reply_attr(reply, self.fs.attributes(node_id(ino)));
+    }
+
+    fn setattr(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _fh: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let changes = Changes {
+            mode: mode.map(|mode| mode & 0o7777),
+            uid,
+            gid,
+            size,
+            accessed: time(atime),
+            modified: time(mtime),
+            caller: request.uid(),
+        };
+        reply_attr(reply, self.fs.change(node_id(ino), &changes));
+    }
+
+    fn readlink(&self, _request: &Request, ino: INodeNo, reply: ReplyData) {
+        match self.fs.read_link(node_id(ino)) {
+            Ok(target) => reply.data(target.as_bytes()),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn mknod(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        let new = New::Node(mode, u64::from(rdev));
+        reply_entry(reply, self.fs.make(node_id(parent), name, new, caller(request, umask)));
+    }
+
+    fn mkdir(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        reply: ReplyEntry,
+    ) {
+        reply_entry(reply, self.fs.make(node_id(parent), name, New::Directory(mode), caller(request, umask)));
+    }
+
+    fn unlink(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        reply_empty(reply, self.fs.unlink(node_id(parent), name));
+    }
+
+    fn rmdir(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        reply_empty(reply, self.fs.remove_directory(node_id(parent), name));
+    }
+
+    fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+        let target = CString::new(target.as_os_str().as_bytes()).map_err(|_| Error::invalid("NUL in a target"));
+        let made = target.and_then(|target| {
+            self.fs.make(node_id(parent), name, New::Symlink(&target), caller(request, 0))
+        });
+        reply_entry(reply, made);
+    }
+
+    fn rename(
+        &self,
+        _request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        newparent: INodeNo,
+        newname: &OsStr,
+        flags: fuser::RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let flags = rustix::fs::RenameFlags::from_bits_retain(flags.bits());
+        reply_empty(reply, self.fs.rename((node_id(parent), name), (node_id(newparent), newname), flags));
+    }
+
+    fn link(&self, _request: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
+        reply_entry(reply, self.fs.link(node_id(ino), node_id(newparent), newname));
+    }
+
+    fn open(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        let object = self.fs.object(node_id(ino));
+        let backing =
+            object.and_then(|object| self.backing(&object, |data| reply.open_backing(data)));
+        match backing {
+            Ok(backing) => reply.opened_passthrough(FileHandle(0), open_flags(), &backing),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn create(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        _flags: i32,
+        reply: ReplyCreate,
+    ) {
+        let created = self.create_file(node_id(parent), name, mode, caller(request, umask));
+        let opened = created.and_then(|(attributes, object)| {
+            let backing = self.backing(&object, |data| reply.open_backing(data)).inspect_err(|_| {
+                let _ = self.fs.unlink(node_id(parent), name);
+                self.forget_one(attributes.node, 1);
+            })?;
+            Ok((attributes, backing))
+        });
+        match opened {
+            Ok((attributes, backing)) => reply.created_passthrough(
+                &FOR_GOOD,
+                &file_attr(&attributes),
+                GENERATION,
+                FileHandle(0),
+                open_flags(),
+                &backing,
+            ),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn read(
+        &self,
+        _request: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        READ_BUFFER.with_borrow_mut(|buffer| {
+            let size = size as usize;
+            if buffer.len() < size {
+                buffer.resize(size, 0);
+            }
+            match self.fs.read(node_id(ino), &mut buffer[..size], offset) {
+                Ok(read) => reply.data(&buffer[..read]),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn write(
+        &self,
+        _request: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let drop_privileges = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        reply_write(reply, self.fs.write(node_id(ino), data, offset, drop_privileges));
+    }
+
+    // Nothing is ever unwritten: the kernel stops asking when it is told that there is no such request.
+
+    fn flush(&self, _: &Request, _ino: INodeNo, _fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+        reply.error(fuser::Errno::ENOSYS);
+    }
+
+    fn fsync(&self, _: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        reply.error(fuser::Errno::ENOSYS);
+    }
+
+    fn fsyncdir(&self, _: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        reply.error(fuser::Errno::ENOSYS);
+    }
+
+    fn opendir(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        match self.fs.open_directory(node_id(ino)) {
+            Ok(fd) => {
+                let handle = self.directories().insert(Arc::new(fd));
+                reply.opened(FileHandle(handle as u64), FopenFlags::empty());
+            }
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn readdir(&self, _request: &Request, _ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let Some(fd) = self.directories().get(fh.0 as usize).cloned() else {
+            return reply.error(fuser::Errno::EBADF);
+        };
+        let read = self.fs.read_directory(&fd, offset, |entry| {
+            let name = OsStr::from_bytes(&entry.name);
+            !reply.add(INodeNo(entry.node.0), entry.next, file_type(entry.kind), name)
+        });
+        match read {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn releasedir(&self, _: &Request, _ino: INodeNo, fh: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
+        self.directories().try_remove(fh.0 as usize);
+        reply.ok();
+    }
+
+    fn statfs(&self, _request: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        const NAME_MAX: u32 = 255;
+        match self.fs.statistics() {
+            Ok(s) => {
+                let unit = s.page_size as u32;
+                reply.statfs(s.pages, s.free_pages, s.free_pages, s.inodes, s.free_inodes, unit, NAME_MAX, unit);
+            }
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn setxattr(
+        &self,
+        _request: &Request,
+        ino: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        reply_empty(reply, self.fs.set_attribute(node_id(ino), name, value, flags));
+    }
+
+    fn getxattr(&self, _request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        let reading = if size == 0 { Reading::Length } else { Reading::Value };
+        reply_xattr(reply, size, self.fs.attribute(node_id(ino), name, reading));
+    }
+
+    fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        reply_xattr(reply, size, self.fs.attribute_names(node_id(ino), request.uid()));
+    }
+
+    fn removexattr(&self, _request: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        reply_empty(reply, self.fs.remove_attribute(node_id(ino), name));
+    }
+
+    fn poll(
+        &self,
+        _request: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        notifier: PollNotifier,
+        _events: PollEvents,
+        flags: PollFlags,
+        reply: ReplyPoll,
+    ) {
+        let object = match self.fs.object(node_id(ino)) {
+            Ok(object) => object,
+            Err(error) => return reply.error(errno(&error)),
+        };
+        // First be told, then look: what happens in between is seen twice rather than not at all.
+        if flags.contains(PollFlags::FUSE_POLL_SCHEDULE_NOTIFY) {
+            let key = notifier.handle().0;
+            let wake = move || {
+                let _ = notifier.notify(); // a handle that the kernel has dropped is nobody's loss
+            };
+            object.wake_on_alarm(key, Box::new(wake));
+        }
+        let mut events =
+            PollEvents::POLLIN | PollEvents::POLLOUT | PollEvents::POLLRDNORM | PollEvents::POLLWRNORM;
+        if object.alarm() {
+            events |= PollEvents::POLLPRI;
+        }
+        reply.poll(events);
+    }
+
+    fn fallocate(
+        &self,
+        _request: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        let done = allocation(mode).and_then(|what| self.fs.allocate(node_id(ino), what, offset, length));
+        reply_empty(reply, done);
+    }
+
+    fn lseek(
+        &self,
+        _request: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
+        let data = match whence {
+            libc::SEEK_DATA => true,
+            libc::SEEK_HOLE => false,
+            _ => return reply.error(fuser::Errno::EINVAL),
+        };
+        let Ok(offset) = u64::try_from(offset) else { return reply.error(fuser::Errno::ENXIO) };
+        match self.fs.seek(node_id(ino), offset, data) {
+            Ok(found) => reply.offset(found as i64),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn copy_file_range(
+        &self,
+        _request: &Request,
+        ino_in: INodeNo,
+        _fh_in: FileHandle,
+        offset_in: u64,
+        ino_out: INodeNo,
+        _fh_out: FileHandle,
+        offset_out: u64,
+        len: u64,
+        _flags: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        let copied = self.fs.copy((node_id(ino_in), offset_in), (node_id(ino_out), offset_out), len);
+        reply_write(reply, copied);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_without_passthrough_is_told_what_it_lacks() {
+        let all = REQUIRED.iter().fold(InitFlags::empty(), |flags, (flag, _)| flags | *flag);
+        assert_eq!(missing(all), None);
+        let what = missing(all - InitFlags::FUSE_PASSTHROUGH).expect("something is missing");
+        assert!(what.contains("FUSE passthrough") && what.contains("6.9"), "{what}");
+    }
+
+    #[test]
+    fn modes_of_fallocate_that_are_not_offered_are_refused() {
+        assert!(matches!(allocation(libc::FALLOC_FL_COLLAPSE_RANGE), Err(Error::Unsupported)));
+        assert!(matches!(allocation(libc::FALLOC_FL_PUNCH_HOLE), Err(Error::Unsupported)));
+        assert!(matches!(
+            allocation(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE),
+            Ok(Allocation::Punch)
+        ));
+    }
+}

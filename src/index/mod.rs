@@ -1,0 +1,619 @@
+//! The tree: names, owners, modes, times, links and attributes, as the inodes of one private tmpfs.
+//!
+//! ```text
+//!   /index/tree/...       what users see; a regular file here is empty and only stands for its object
+//!   /index/.orphans/<id>  files that were unlinked and are still open or mapped
+//! ```
+//!
+//! Create, rename, link, chmod and the rest are the kernel's own, atomic system calls on that tmpfs, and POSIX comes
+//! with them. A [`NodeId`] is the file handle of an inode, so this module keeps no table from id to inode. What it does
+//! keep is what the kernel told it: how many references it holds to each inode ([`Nodes`]).
+//!
+//! **Unlinking.** The last name of an inode that the kernel still refers to goes in two steps: the inode is linked
+//! into `.orphans`, then the name is removed. Between the two it has one link too many, which the next start mends. A
+//! removed directory cannot be linked; it is held open instead. When the last reference is forgotten, so is the inode.
+//!
+//! **Locks.** `unlinking` is held from looking at a link count to having acted on it; `nodes` for one look-up. Neither
+//! while calling out of this module.
+
+mod nodes;
+
+use crate::error::{Error, Result};
+use crate::sys::handle;
+use crate::sys::identity::{Caller, acting_as};
+use crate::sys::{fd_path, tmpfs};
+use crate::units::NodeId;
+use nodes::Nodes;
+use rustix::fs::{
+    AtFlags, CWD, FileType, Gid, Mode, OFlags, RenameFlags, SeekFrom, Statx, StatxFlags, Timestamps, Uid,
+    XattrFlags,
+};
+use rustix::io::Errno;
+use std::ffi::{CStr, CString, OsStr};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// The index's mount point in the daemon's namespace.
+pub const MOUNT_POINT: &str = "/index";
+
+/// What kind of thing a node is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Regular file.
+    File,
+    /// Directory.
+    Directory,
+    /// Symbolic link.
+    Symlink,
+    /// FIFO.
+    Fifo,
+    /// Socket.
+    Socket,
+    /// Character device.
+    CharDevice,
+    /// Block device.
+    BlockDevice,
+}
+
+impl Kind {
+    fn from_mode(mode: u32) -> Self {
+        match FileType::from_raw_mode(mode) {
+            FileType::Directory => Self::Directory,
+            FileType::Symlink => Self::Symlink,
+            FileType::Fifo => Self::Fifo,
+            FileType::Socket => Self::Socket,
+            FileType::CharacterDevice => Self::CharDevice,
+            FileType::BlockDevice => Self::BlockDevice,
+            FileType::RegularFile | FileType::Unknown => Self::File,
+        }
+    }
+}
+
+/// What stat(2) tells of a node; a regular file's size and blocks are its object's, and zero here.
+#[derive(Clone, Copy, Debug)]
+pub struct Attributes {
+    /// Its id.
+    pub node: NodeId,
+    /// What it is.
+    pub kind: Kind,
+    /// Permission bits, with set-id and sticky bits.
+    pub mode: u32,
+    /// Names.
+    pub links: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Device number (major, minor).
+    pub device: (u32, u32),
+    /// Size in bytes.
+    pub size: u64,
+    /// Memory in units of 512 bytes.
+    pub blocks: u64,
+    /// Last access, as utimens(2) set it: reads do not change it.
+    pub accessed: SystemTime,
+    /// Last modification; writes through a mapping do not change it.
+    pub modified: SystemTime,
+    /// Last change of the inode.
+    pub changed: SystemTime,
+}
+
+/// What utimens(2) is to set one of the two times to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Time {
+    /// Leave it.
+    Omit,
+    /// The present.
+    Now,
+    /// That.
+    At(SystemTime),
+}
+
+/// What is made of a directory entry.
+#[derive(Clone, Copy, Debug)]
+pub enum New<'a> {
+    /// A regular file, FIFO, socket or device: file type and mode bits, device number as in `makedev(3)`.
+    Node(u32, u64),
+    /// A directory with these mode bits.
+    Directory(u32),
+    /// A symbolic link to there.
+    Symlink(&'a CStr),
+}
+
+/// One entry that reading a directory yields.
+#[derive(Clone, Debug)]
+pub struct DirEntry {
+    /// The node's id.
+    pub node: NodeId,
+    /// What it is.
+    pub kind: Kind,
+    /// Its name.
+    pub name: Vec<u8>,
+    /// Where to go on reading behind it; stable while the directory changes (tmpfs, Linux 6.6).
+    pub next: u64,
+}
+
+/// The tree.
+#[derive(Debug)]
+pub struct Index {
+    mount: OwnedFd,
+    tree: OwnedFd,
+    orphans: OwnedFd,
+    nodes: Mutex<Nodes>,
+    unlinking: Mutex<()>,
+}
+
+impl Index {
+    /// An empty tree, mounted at [`MOUNT_POINT`], whose root belongs to `uid` and `gid` and has `mode`.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn create(mode: u32, uid: u32, gid: u32) -> Result<Self> {
+        let mount = tmpfs::create(&tmpfs::Options { inode32: true, ..Default::default() })?;
+        tmpfs::attach(&mount, MOUNT_POINT)?;
+        let directory = |name: &str| -> Result<OwnedFd> {
+            rustix::fs::mkdirat(&mount, name, Mode::from_raw_mode(0o700))?;
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            Ok(rustix::fs::openat(&mount, name, flags, Mode::empty())?)
+        };
+        let (tree, orphans) = (directory("tree")?, directory(".orphans")?);
+        rustix::fs::fchown(&tree, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
+        rustix::fs::fchmod(&tree, Mode::from_raw_mode(mode))?;
+        handle::of(&tree, c"")?;
+        Ok(Self { mount, tree, orphans, nodes: Mutex::default(), unlinking: Mutex::default() })
+    }
+
+    fn nodes(&self) -> MutexGuard<'_, Nodes> {
+        self.nodes.lock().expect("no panic while the table of nodes is open")
+    }
+
+    fn open(&self, node: NodeId, flags: OFlags) -> Result<OwnedFd> {
+        match node {
+            NodeId::ROOT => Ok(rustix::fs::openat(&self.tree, ".", flags | OFlags::CLOEXEC, Mode::empty())?),
+            _ => handle::open(&self.mount, node, flags.bits() as i32),
+        }
+    }
+
+    /// A descriptor that names the node and gives no access to its contents.
+    fn path(&self, node: NodeId) -> Result<OwnedFd> {
+        self.open(node, OFlags::PATH)
+    }
+
+    fn id_of(&self, parent: &OwnedFd, name: &CStr) -> Result<NodeId> {
+        handle::of(parent, name)
+    }
+
+    /// The id that users know an inode by.
+    fn public_id(&self, id: NodeId) -> Result<NodeId> {
+        Ok(if id == handle::of(&self.tree, c"")? { NodeId::ROOT } else { id })
+    }
+
+    /// Looks `name` up in `parent`, and counts one more reference of the kernel's to what it finds.
+    ///
+    /// # Errors
+    /// What statx(2) answers.
+    pub fn lookup(&self, parent: NodeId, name: &OsStr) -> Result<Attributes> {
+        let directory = self.path(parent)?;
+        self.look_up_in(&directory, &c_name(name)?)
+    }
+
+    fn look_up_in(&self, directory: &OwnedFd, name: &CStr) -> Result<Attributes> {
+        let id = self.id_of(directory, name)?;
+        let node = self.path(id)?;
+        let attributes = self.attributes_of(&node, id)?;
+        self.nodes().look_up(id);
+        Ok(attributes)
+    }
+
+    /// What stat(2) tells of a node.
+    ///
+    /// # Errors
+    /// ESTALE where there is no such node any more.
+    pub fn attributes(&self, node: NodeId) -> Result<Attributes> {
+        self.attributes_of(&self.path(node)?, node)
+    }
+
+    fn attributes_of(&self, fd: &OwnedFd, node: NodeId) -> Result<Attributes> {
+        let stat = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)?;
+        let mut attributes = from_statx(node, &stat);
+        if self.nodes().is_unlinked(node) {
+            attributes.links = 0; // the one that it has is in `.orphans`
+        }
+        Ok(attributes)
+    }
+
+    /// Makes an entry that belongs to `caller` from the first moment it can be seen, and looks it up.
+    ///
+    /// # Errors
+    /// EEXIST, EDQUOT, ENOSPC: what the system call answers.
+    pub fn make(&self, parent: NodeId, name: &OsStr, new: New<'_>, caller: Caller) -> Result<Attributes> {
+        let directory = self.path(parent)?;
+        let name = c_name(name)?;
+        acting_as(caller, || {
+            match new {
+                New::Node(mode, device) => rustix::fs::mknodat(
+                    &directory,
+                    &*name,
+                    FileType::from_raw_mode(mode),
+                    Mode::from_raw_mode(mode),
+                    device,
+                )?,
+                New::Directory(mode) => rustix::fs::mkdirat(&directory, &*name, Mode::from_raw_mode(mode))?,
+                New::Symlink(target) => rustix::fs::symlinkat(target, &directory, &*name)?,
+            }
+            Ok(())
+        })?;
+        self.look_up_in(&directory, &name)
+    }
+
+    /// Gives a node one more name, and looks it up.
+    ///
+    /// # Errors
+    /// What linkat(2) answers.
+    pub fn link(&self, node: NodeId, parent: NodeId, name: &OsStr) -> Result<Attributes> {
+        let directory = self.path(parent)?;
+        let name = c_name(name)?;
+        let _unlinking = self.unlinking();
+        if self.nodes().is_unlinked(node) {
+            return Err(Error::Os(Errno::NOENT)); // as link(2) answers for an open file without a name
+        }
+        rustix::fs::linkat(self.path(node)?, c"", &directory, &*name, AtFlags::EMPTY_PATH)?;
+        self.look_up_in(&directory, &name)
+    }
+
+    fn unlinking(&self) -> MutexGuard<'_, ()> {
+        self.unlinking.lock().expect("no panic while unlinking")
+    }
+
+    /// Removes a name that is not a directory's. Returns the node if that was its last name.
+    ///
+    /// # Errors
+    /// What unlinkat(2) answers.
+    pub fn unlink(&self, parent: NodeId, name: &OsStr) -> Result<Option<NodeId>> {
+        let directory = self.path(parent)?;
+        let name = c_name(name)?;
+        let _unlinking = self.unlinking();
+        let orphan = self.orphan_if_last(&directory, &name)?;
+        let removed = rustix::fs::unlinkat(&directory, &*name, AtFlags::empty());
+        self.settle(orphan, removed)
+    }
+
+    /// Removes an empty directory.
+    ///
+    /// # Errors
+    /// What unlinkat(2) answers.
+    pub fn remove_directory(&self, parent: NodeId, name: &OsStr) -> Result<()> {
+        let directory = self.path(parent)?;
+        let name = c_name(name)?;
+        let _unlinking = self.unlinking();
+        let id = self.id_of(&directory, &name)?;
+        let held = self.path(id)?;
+        rustix::fs::unlinkat(&directory, &*name, AtFlags::REMOVEDIR)?;
+        self.nodes().mark_unlinked(id, Some(held));
+        Ok(())
+    }
+
+    /// Gives an entry another name or place, or exchanges two. Returns the node that lost its last name by it, if
+    /// that is not a directory.
+    ///
+    /// # Errors
+    /// What renameat2(2) answers.
+    pub fn rename(
+        &self,
+        from: (NodeId, &OsStr),
+        to: (NodeId, &OsStr),
+        flags: RenameFlags,
+    ) -> Result<Option<NodeId>> {
+        let (source, target) = (self.path(from.0)?, self.path(to.0)?);
+        let (old, new) = (c_name(from.1)?, c_name(to.1)?);
+        let _unlinking = self.unlinking();
+        let replaced = match self.id_of(&target, &new) {
+            Ok(id) if flags.is_empty() && id != self.id_of(&source, &old)? => Some(id),
+            _ => None,
+        };
+        let directory = match replaced.map(|id| self.path(id)).transpose()? {
+            Some(held) if from_statx_of(&held)?.kind == Kind::Directory => replaced.zip(Some(held)),
+            _ => None,
+        };
+        let orphan = match (replaced, &directory) {
+            (Some(_), None) => self.orphan_if_last(&target, &new)?,
+            _ => None,
+        };
+        let renamed = rustix::fs::renameat_with(&source, &*old, &target, &*new, flags);
+        if let (Ok(()), Some((id, held))) = (&renamed, directory) {
+            self.nodes().mark_unlinked(id, Some(held));
+        }
+        self.settle(orphan, renamed)
+    }
+
+    /// Links what `name` stands for into `.orphans`, if that is its only name.
+    fn orphan_if_last(&self, directory: &OwnedFd, name: &CStr) -> Result<Option<NodeId>> {
+        let id = self.id_of(directory, name)?;
+        let node = self.path(id)?;
+        let attributes = from_statx_of(&node)?;
+        if attributes.links > 1 || attributes.kind == Kind::Directory {
+            return Ok(None);
+        }
+        rustix::fs::linkat(&node, c"", &self.orphans, orphan_name(id), AtFlags::EMPTY_PATH)?;
+        Ok(Some(id))
+    }
+
+    /// Marks the orphan if its name is gone, and takes it back out of `.orphans` if not.
+    fn settle(&self, orphan: Option<NodeId>, removed: Result<(), Errno>) -> Result<Option<NodeId>> {
+        match (removed, orphan) {
+            (Ok(()), Some(id)) => self.nodes().mark_unlinked(id, None),
+            (Err(_), Some(id)) => {
+                rustix::fs::unlinkat(&self.orphans, orphan_name(id), AtFlags::empty())?;
+            }
+            (_, None) => {}
+        }
+        removed?;
+        Ok(orphan)
+    }
+
+    /// The kernel gives up `count` references to `node`. Returns true if they were the last ones to a node without
+    /// names: nobody can reach it any more, and [`Index::erase`] is due.
+    pub fn forget(&self, node: NodeId, count: u64) -> bool {
+        self.nodes().forget(node, count)
+    }
+
+    /// Removes a node that nobody can reach any more.
+    ///
+    /// # Errors
+    /// What unlinkat(2) answers.
+    pub fn erase(&self, node: NodeId) -> Result<()> {
+        match rustix::fs::unlinkat(&self.orphans, orphan_name(node), AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()), // a directory was only held open
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// The target of a symbolic link.
+    ///
+    /// # Errors
+    /// EINVAL for anything else.
+    pub fn read_link(&self, node: NodeId) -> Result<CString> {
+        Ok(rustix::fs::readlinkat(self.path(node)?, c"", Vec::new())?)
+    }
+
+    /// chmod(2).
+    ///
+    /// # Errors
+    /// What fchmodat(2) answers.
+    pub fn set_mode(&self, node: NodeId, mode: u32) -> Result<()> {
+        let fd = self.path(node)?;
+        Ok(rustix::fs::chmodat(CWD, fd_path(fd.as_fd()), Mode::from_raw_mode(mode), AtFlags::empty())?)
+    }
+
+    /// chown(2); the kernel clears set-id bits as it does everywhere.
+    ///
+    /// # Errors
+    /// What fchownat(2) answers.
+    pub fn set_owner(&self, node: NodeId, uid: Option<u32>, gid: Option<u32>) -> Result<()> {
+        let fd = self.path(node)?;
+        let (uid, gid) = (uid.map(Uid::from_raw), gid.map(Gid::from_raw));
+        Ok(rustix::fs::chownat(&fd, c"", uid, gid, AtFlags::EMPTY_PATH)?)
+    }
+
+    /// utimens(2).
+    ///
+    /// # Errors
+    /// What utimensat(2) answers.
+    pub fn set_times(&self, node: NodeId, accessed: Time, modified: Time) -> Result<()> {
+        let fd = self.path(node)?;
+        let times = Timestamps { last_access: to_timespec(accessed), last_modification: to_timespec(modified) };
+        Ok(rustix::fs::utimensat(&fd, c"", &times, AtFlags::EMPTY_PATH)?)
+    }
+
+    /// Drops set-user-id, and set-group-id of what a group may execute, and file capabilities: the contents change at
+    /// the hands of somebody without CAP_FSETID (FUSE_HANDLE_KILLPRIV_V2).
+    ///
+    /// # Errors
+    /// What chmod(2) answers.
+    pub fn drop_privileges(&self, node: NodeId) -> Result<()> {
+        const CAPABILITIES: &CStr = c"security.capability";
+        let fd = self.path(node)?;
+        let mode = from_statx_of(&fd)?.mode;
+        let group = if mode & 0o010 != 0 { 0o2000 } else { 0 };
+        let kept = mode & !(0o4000 | group);
+        if kept != mode {
+            self.set_mode(node, kept)?;
+        }
+        match rustix::fs::removexattr(fd_path(fd.as_fd()), CAPABILITIES) {
+            Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// An extended attribute of the inode itself.
+    ///
+    /// # Errors
+    /// What getxattr(2) answers.
+    pub fn attribute(&self, node: NodeId, name: &OsStr) -> Result<Vec<u8>> {
+        let fd = self.path(node)?;
+        let mut value = vec![0; 64 << 10]; // XATTR_SIZE_MAX
+        let length = rustix::fs::getxattr(fd_path(fd.as_fd()), name, &mut value[..])?;
+        value.truncate(length);
+        Ok(value)
+    }
+
+    /// Sets an extended attribute of the inode itself.
+    ///
+    /// # Errors
+    /// What setxattr(2) answers.
+    pub fn set_attribute(&self, node: NodeId, name: &OsStr, value: &[u8], flags: i32) -> Result<()> {
+        let fd = self.path(node)?;
+        let flags = XattrFlags::from_bits_retain(flags as u32);
+        Ok(rustix::fs::setxattr(fd_path(fd.as_fd()), name, value, flags)?)
+    }
+
+    /// Removes an extended attribute of the inode itself.
+    ///
+    /// # Errors
+    /// What removexattr(2) answers.
+    pub fn remove_attribute(&self, node: NodeId, name: &OsStr) -> Result<()> {
+        let fd = self.path(node)?;
+        Ok(rustix::fs::removexattr(fd_path(fd.as_fd()), name)?)
+    }
+
+    /// The names of the inode's extended attributes, each with a NUL behind it.
+    ///
+    /// # Errors
+    /// What listxattr(2) answers.
+    pub fn attribute_names(&self, node: NodeId) -> Result<Vec<u8>> {
+        let fd = self.path(node)?;
+        let mut names = vec![0; 64 << 10]; // XATTR_LIST_MAX
+        let length = rustix::fs::listxattr(fd_path(fd.as_fd()), &mut names[..])?;
+        names.truncate(length);
+        Ok(names)
+    }
+
+    /// Opens a directory for reading.
+    ///
+    /// # Errors
+    /// What open(2) answers.
+    pub fn open_directory(&self, node: NodeId) -> Result<OwnedFd> {
+        self.open(node, OFlags::RDONLY | OFlags::DIRECTORY)
+    }
+
+    /// Reads a directory from the place `from` on (0, or an entry's [`DirEntry::next`]) for as long as `take` answers
+    /// true. What it refuses is read again the next time.
+    ///
+    /// # Errors
+    /// What getdents(2) answers.
+    pub fn read_directory(
+        &self,
+        directory: &OwnedFd,
+        from: u64,
+        mut take: impl FnMut(DirEntry) -> bool,
+    ) -> Result<()> {
+        rustix::fs::seek(directory, SeekFrom::Start(from))?;
+        let mut buffer = Vec::with_capacity(32 << 10);
+        let mut entries = rustix::fs::RawDir::new(directory, buffer.spare_capacity_mut());
+        while let Some(entry) = entries.next() {
+            let entry = entry?;
+            let node = match self.entry_id(directory, entry.file_name()) {
+                Ok(node) => node,
+                Err(Error::Os(Errno::NOENT | Errno::STALE)) => continue, // removed since it was read
+                Err(error) => return Err(error),
+            };
+            let taken = take(DirEntry {
+                node,
+                kind: Kind::from_mode(entry.file_type().as_raw_mode()),
+                name: entry.file_name().to_bytes().to_vec(),
+                next: entry.next_entry_cookie(),
+            });
+            if !taken {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// `..` of the root is the root itself; nobody is to learn of what is above it.
+    fn entry_id(&self, directory: &OwnedFd, name: &CStr) -> Result<NodeId> {
+        let own = self.public_id(handle::of(directory, c"")?)?;
+        match name.to_bytes() {
+            b"." => Ok(own),
+            b".." if own == NodeId::ROOT => Ok(own),
+            _ => self.public_id(handle::of(directory, name)?),
+        }
+    }
+
+    /// How many inodes there may be, and how many more can be made (statfs(2)).
+    ///
+    /// # Errors
+    /// What fstatfs(2) answers.
+    pub fn inodes(&self) -> Result<(u64, u64)> {
+        let stat = rustix::fs::fstatfs(&self.mount)?;
+        Ok((stat.f_files, stat.f_ffree))
+    }
+
+    /// Nodes without names that somebody still has open or mapped.
+    pub fn orphan_count(&self) -> usize {
+        self.nodes().unlinked_count()
+    }
+
+    /// Whether an inode of this id exists.
+    pub fn exists(&self, node: NodeId) -> bool {
+        self.path(node).is_ok()
+    }
+}
+
+fn orphan_name(id: NodeId) -> String {
+    id.to_string()
+}
+
+fn c_name(name: &OsStr) -> Result<CString> {
+    CString::new(name.as_bytes()).map_err(|_| Error::Os(Errno::INVAL))
+}
+
+fn from_statx_of(fd: &OwnedFd) -> Result<Attributes> {
+    debug_assert!(fd.as_raw_fd() >= 0);
+    let stat = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)?;
+    Ok(from_statx(NodeId::ROOT, &stat))
+}
+
+fn from_statx(node: NodeId, stat: &Statx) -> Attributes {
+    let mode = u32::from(stat.stx_mode);
+    Attributes {
+        node,
+        kind: Kind::from_mode(mode),
+        mode: mode & 0o7777,
+        links: stat.stx_nlink,
+        uid: stat.stx_uid,
+        gid: stat.stx_gid,
+        device: (stat.stx_rdev_major, stat.stx_rdev_minor),
+        size: stat.stx_size,
+        blocks: stat.stx_blocks,
+        accessed: from_timestamp(stat.stx_atime.tv_sec, stat.stx_atime.tv_nsec),
+        modified: from_timestamp(stat.stx_mtime.tv_sec, stat.stx_mtime.tv_nsec),
+        changed: from_timestamp(stat.stx_ctime.tv_sec, stat.stx_ctime.tv_nsec),
+    }
+}
+
+fn from_timestamp(seconds: i64, nanoseconds: u32) -> SystemTime {
+    let fraction = Duration::from_nanos(u64::from(nanoseconds));
+    match u64::try_from(seconds) {
+        Ok(seconds) => UNIX_EPOCH + Duration::from_secs(seconds) + fraction,
+        Err(_) => UNIX_EPOCH - Duration::from_secs(seconds.unsigned_abs()) + fraction,
+    }
+}
+
+fn to_timespec(time: Time) -> rustix::fs::Timespec {
+    let special = |nanoseconds| rustix::fs::Timespec { tv_sec: 0, tv_nsec: nanoseconds };
+    let time = match time {
+        Time::Omit => return special(rustix::fs::UTIME_OMIT),
+        Time::Now => return special(rustix::fs::UTIME_NOW),
+        Time::At(time) => time,
+    };
+    match time.duration_since(UNIX_EPOCH) {
+        Ok(since) => rustix::fs::Timespec {
+            tv_sec: since.as_secs() as i64,
+            tv_nsec: i64::from(since.subsec_nanos()) as _,
+        },
+        Err(before) => {
+            let before = before.duration();
+            let borrow = i64::from(before.subsec_nanos() > 0);
+            rustix::fs::Timespec {
+                tv_sec: -(before.as_secs() as i64) - borrow,
+                tv_nsec: (borrow * 1_000_000_000 - i64::from(before.subsec_nanos())) as _,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_before_the_epoch_survive_the_way_to_the_kernel_and_back() {
+        for (seconds, nanoseconds) in [(-1, 0), (-1, 999_999_999), (-5, 250), (0, 1), (7, 0)] {
+            let timespec = to_timespec(Time::At(from_timestamp(seconds, nanoseconds)));
+            assert_eq!((timespec.tv_sec, timespec.tv_nsec as u32), (seconds, nanoseconds));
+        }
+    }
+}

@@ -1,0 +1,319 @@
+//! The one table of options: mount option = daemon flag = default = check = help text.
+
+use crate::units::PageSize;
+use std::fmt::Write as _;
+
+/// What a pool is mounted with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Grain of reservation.
+    pub page_size: PageSize,
+    /// Size of the pool; required.
+    pub size: Option<Size>,
+    /// Permission bits of the root directory.
+    pub mode: u32,
+    /// Owner of the root directory.
+    pub uid: u32,
+    /// Group of the root directory.
+    pub gid: u32,
+    /// Put huge mappings back after a repair without being asked.
+    pub collapse: bool,
+    /// A write that covers a quarantined subpage repairs it.
+    pub recovery_write: bool,
+    /// Where the daemon logs to; the system log where none is given.
+    pub log: Option<String>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            page_size: PageSize::Gigantic,
+            size: None,
+            mode: 0o755,
+            uid: 0,
+            gid: 0,
+            collapse: true,
+            recovery_write: true,
+            log: None,
+        }
+    }
+}
+
+/// A size as it was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Size {
+    /// So many bytes.
+    Bytes(u64),
+    /// So many hundredths of the machine's memory.
+    Percent(u64),
+}
+
+impl Size {
+    /// Parses a number of bytes with an optional suffix K, M, G or T (powers of 1024), or a percentage.
+    ///
+    /// # Errors
+    /// A sentence that says what is wrong and what would be right.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let wrong = || format!("{text:?} is not a size: a number with K, M, G or T behind it, or a percentage of RAM");
+        if let Some(percent) = text.strip_suffix('%') {
+            let percent: u64 = percent.parse().map_err(|_| wrong())?;
+            return if (1..=100).contains(&percent) { Ok(Self::Percent(percent)) } else { Err(wrong()) };
+        }
+        let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+        let shift = match &text[digits.len()..] {
+            "" => 0,
+            "k" | "K" => 10,
+            "m" | "M" => 20,
+            "g" | "G" => 30,
+            "t" | "T" => 40,
+            _ => return Err(wrong()),
+        };
+        let number = parse_number(digits).ok_or_else(wrong)?;
+        let bytes = number.checked_mul(1 << shift).filter(|bytes| *bytes <= i64::MAX as u64);
+        Ok(Self::Bytes(bytes.ok_or_else(|| format!("{text} is more than any machine has"))?))
+    }
+
+    /// Whole pages of it, on a machine with `memory` bytes.
+    ///
+    /// # Errors
+    /// A sentence, where that is none.
+    pub fn pages(self, page_size: PageSize, memory: u64) -> Result<u64, String> {
+        let bytes = match self {
+            Self::Bytes(bytes) => bytes,
+            Self::Percent(percent) => (u128::from(memory) * u128::from(percent) / 100) as u64,
+        };
+        match page_size.pages_down(bytes) {
+            0 => Err(format!(
+                "a size of {bytes} bytes is less than one page of {} (see pagesize=)",
+                describe(page_size)
+            )),
+            pages => Ok(pages),
+        }
+    }
+}
+
+/// Parses a decimal number, or a hexadecimal one that starts with `0x`.
+pub fn parse_number(text: &str) -> Option<u64> {
+    match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(hex) if !hex.starts_with('+') => u64::from_str_radix(hex, 16).ok(),
+        Some(_) => None,
+        None if text.starts_with('+') => None,
+        None => text.parse().ok(),
+    }
+}
+
+fn describe(page_size: PageSize) -> &'static str {
+    match page_size {
+        PageSize::Huge => "2M",
+        PageSize::Gigantic => "1G",
+    }
+}
+
+/// One row of the table.
+pub struct Row {
+    /// As in `-o name=value` and `--name=value`.
+    pub name: &'static str,
+    /// What stands for the value in a help text.
+    pub value: &'static str,
+    /// The value that holds where none is given; `None` for an option that must be given.
+    pub default: Option<&'static str>,
+    /// One line for people.
+    pub help: &'static str,
+    /// Checks a value and puts it in.
+    set: fn(&mut Options, &str) -> Result<(), String>,
+}
+
+/// All options that are ours; the generic ones of mount(8) are the mount helper's.
+pub const TABLE: &[Row] = &[
+    Row {
+        name: "size",
+        value: "SIZE",
+        default: None,
+        help: "size of the pool: bytes, a number with K, M, G or T, or a percentage of RAM; in whole pages, rounded down",
+        set: |options, text| Size::parse(text).map(|size| options.size = Some(size)),
+    },
+    Row {
+        name: "pagesize",
+        value: "1G|2M",
+        default: Some("1G"),
+        help: "size of a page, the grain of reservation",
+        set: |options, text| {
+            options.page_size = match Size::parse(text) {
+                Ok(Size::Bytes(bytes)) if bytes == PageSize::Huge.bytes() => PageSize::Huge,
+                Ok(Size::Bytes(bytes)) if bytes == PageSize::Gigantic.bytes() => PageSize::Gigantic,
+                _ => return Err(format!("{text:?} is not a page size: 1G or 2M")),
+            };
+            Ok(())
+        },
+    },
+    Row {
+        name: "mode",
+        value: "OCTAL",
+        default: Some("755"),
+        help: "permission bits of the root directory",
+        set: |options, text| {
+            let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o7777 && !text.starts_with('+'));
+            options.mode = mode.ok_or_else(|| format!("{text:?} is not a mode: an octal number up to 7777"))?;
+            Ok(())
+        },
+    },
+    Row {
+        name: "uid",
+        value: "NUMBER",
+        default: Some("0"),
+        help: "owner of the root directory",
+        set: |options, text| parse_id(text).map(|id| options.uid = id),
+    },
+    Row {
+        name: "gid",
+        value: "NUMBER",
+        default: Some("0"),
+        help: "group of the root directory",
+        set: |options, text| parse_id(text).map(|id| options.gid = id),
+    },
+    Row {
+        name: "collapse",
+        value: "on|off",
+        default: Some("on"),
+        help: "put huge mappings back after a repair without being asked",
+        set: |options, text| parse_switch(text).map(|on| options.collapse = on),
+    },
+    Row {
+        name: "recovery_write",
+        value: "on|off",
+        default: Some("on"),
+        help: "let a write that covers a quarantined subpage whole repair it",
+        set: |options, text| parse_switch(text).map(|on| options.recovery_write = on),
+    },
+    Row {
+        name: "log",
+        value: "FILE",
+        default: Some("the system log"),
+        help: "append the daemon's log to this file",
+        set: |options, text| {
+            if !text.starts_with('/') {
+                return Err(format!("{text:?} is not an absolute path"));
+            }
+            options.log = Some(text.to_owned());
+            Ok(())
+        },
+    },
+];
+
+fn parse_id(text: &str) -> Result<u32, String> {
+    let id = text.parse::<u32>().ok().filter(|id| *id != u32::MAX && !text.starts_with('+'));
+    id.ok_or_else(|| format!("{text:?} is not a numeric user or group id"))
+}
+
+fn parse_switch(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(format!("{text:?} is neither on nor off")),
+    }
+}
+
+impl Options {
+    /// Whether `name` is in the table.
+    pub fn knows(name: &str) -> bool {
+        TABLE.iter().any(|row| row.name == name)
+    }
+
+    /// Takes one option.
+    ///
+    /// # Errors
+    /// A sentence that names the option, says what is wrong and what would be right.
+    pub fn set(&mut self, name: &str, value: Option<&str>) -> Result<(), String> {
+        let row = TABLE.iter().find(|row| row.name == name).ok_or_else(|| {
+            let names: Vec<_> = TABLE.iter().map(|row| row.name).collect();
+            format!("unknown option {name:?}; there are {}, and mount(8)'s own", names.join(", "))
+        })?;
+        let value = value.ok_or_else(|| format!("option {name} needs a value: {name}={}", row.value))?;
+        (row.set)(self, value).map_err(|why| format!("option {name}: {why}"))
+    }
+
+    /// Pages of the pool, on a machine with `memory` bytes.
+    ///
+    /// # Errors
+    /// A sentence, where no size is given or it is less than a page.
+    pub fn pages(&self, memory: u64) -> Result<u64, String> {
+        let size = self.size.ok_or("option size is required: size=64G, say")?;
+        size.pages(self.page_size, memory).map_err(|why| format!("option size: {why}"))
+    }
+
+    /// The table as text for a help page.
+    pub fn help() -> String {
+        let mut out = String::new();
+        for row in TABLE {
+            let default = row.default.map_or("required".to_owned(), |value| format!("default {value}"));
+            let option = format!("{}={}", row.name, row.value);
+            let _ = writeln!(out, "  {option:24}{} ({default})", row.help);
+        }
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set(name: &str, value: &str) -> Result<Options, String> {
+        let mut options = Options::default();
+        options.set(name, Some(value)).map(|()| options)
+    }
+
+    #[test]
+    fn sizes_are_read_with_every_suffix() {
+        for (text, bytes) in [("4096", 4096), ("3K", 3 << 10), ("2m", 2 << 20), ("4G", 4 << 30), ("0x10", 16)] {
+            assert_eq!(Size::parse(text), Ok(Size::Bytes(bytes)), "{text}");
+        }
+        assert_eq!(Size::parse("25%"), Ok(Size::Percent(25)));
+        assert_eq!(Size::Percent(25).pages(PageSize::Gigantic, 16 << 30), Ok(4));
+    }
+
+    #[test]
+    fn malformed_values_are_refused_with_what_would_be_right() {
+        for (name, value) in [
+            ("size", "1Q"),
+            ("size", ""),
+            ("size", "-1"),
+            ("size", "+1"),
+            ("size", "0%"),
+            ("size", "101%"),
+            ("size", "99999999999T"),
+            ("pagesize", "3M"),
+            ("pagesize", "0"),
+            ("mode", "999"),
+            ("mode", "17777"),
+            ("uid", "root"),
+            ("gid", "4294967295"),
+            ("collapse", "yes"),
+            ("log", "relative"),
+        ] {
+            let why = set(name, value).expect_err(value);
+            assert!(why.starts_with(&format!("option {name}: ")), "{why}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_option_and_one_without_value_are_refused() {
+        assert!(Options::default().set("szie", Some("1G")).unwrap_err().contains("unknown option"));
+        assert!(Options::default().set("size", None).unwrap_err().contains("needs a value"));
+    }
+
+    #[test]
+    fn a_size_below_a_page_is_refused() {
+        assert!(set("size", "0").unwrap().pages(1 << 40).unwrap_err().contains("less than one page"));
+        assert!(set("size", "1023M").unwrap().pages(1 << 40).is_err());
+        assert_eq!(set("size", "2047M").unwrap().pages(1 << 40), Ok(1));
+        assert!(Options::default().pages(1 << 40).unwrap_err().contains("required"));
+    }
+
+    #[test]
+    fn every_default_in_the_table_is_the_default() {
+        for row in TABLE.iter().filter(|row| row.name != "log") {
+            let Some(default) = row.default else { continue };
+            assert_eq!(set(row.name, default).unwrap(), Options::default(), "{}", row.name);
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! A file's pages: a sealed file, and how many of the pool's pages are its own.
+//!
+//! ```text
+//!     page 0        page 1 (released)   page 2            page 3
+//!   +-------------+ - - - - - - - - - +-----------+ - - + - - - - - - -+
+//!   | memory      |   nothing         | memory    |     |              |
+//!   +-------------+ - - - - - - - - - +-----------+ - - + - - - - - - -+
+//!                                        end of file ^  ^ its folio     ^ reserved_pages
+//! ```
+//!
+//! The pages up to `reserved_pages` are the file's, except those that it has released (punched). Memory is in them up
+//! to the folio with the end of file; what lies behind is the file's in the account, and in the reserve as memory.
+
+use super::Pool;
+use crate::error::{Error, Result};
+use crate::sealed::{Reach, Sealed};
+use crate::units::{FOLIO_SIZE, Page, PageSize, Range};
+use std::collections::BTreeSet;
+
+/// Why soft holes forbid a resize (see S1).
+const HAS_SOFT_HOLES: Error =
+    Error::Busy("the file has quarantined subpages; repair them before it grows or gives pages back");
+
+/// A file's pages.
+#[derive(Debug)]
+pub struct Holding {
+    sealed: Sealed,
+    page_size: PageSize,
+    released: BTreeSet<Page>,
+}
+
+impl Holding {
+    /// One without pages.
+    ///
+    /// # Errors
+    /// As for [`Sealed::create`].
+    pub fn create(page_size: PageSize) -> Result<Self> {
+        Ok(Self { sealed: Sealed::create(Reach::Programs, None)?, page_size, released: BTreeSet::new() })
+    }
+
+    /// The sealed file.
+    pub fn sealed(&self) -> &Sealed {
+        &self.sealed
+    }
+
+    /// The sealed file, for quarantine and repair; its folios are this module's.
+    pub fn sealed_mut(&mut self) -> &mut Sealed {
+        &mut self.sealed
+    }
+
+    /// Pages that are the file's.
+    pub fn pages(&self) -> u64 {
+        self.sealed.superblock().reserved_pages - self.released.len() as u64
+    }
+
+    /// The pages that were released, ascending.
+    pub fn released(&self) -> &BTreeSet<Page> {
+        &self.released
+    }
+
+    /// The bytes of released pages below the end of file, as ranges, ascending.
+    pub fn released_ranges(&self) -> impl Iterator<Item = Range> + '_ {
+        let file = Range::new(0, self.sealed.size());
+        self.released.iter().map(move |page| self.page_size.range(*page).intersect(file))
+    }
+
+    /// Whether every byte of `range` has memory or is a soft hole.
+    pub fn has_pages(&self, range: Range) -> bool {
+        range.end <= self.sealed.size()
+            && (self.released.is_empty()
+                || self.page_size.pages_touching(range).all(|page| !self.released.contains(&page)))
+    }
+
+    /// Makes the file at least `size` bytes long, with memory for every byte from the old end on and in `range`.
+    ///
+    /// # Errors
+    /// [`Error::Full`], [`Error::NoMemory`], [`Error::Busy`] where soft holes forbid it; nothing has changed.
+    pub fn grow(&mut self, pool: &Pool, range: Range, size: u64) -> Result<()> {
+        let before = self.sealed.size();
+        let size = size.max(before);
+        let grown = Range::new(before, size);
+        let missing: BTreeSet<Page> = self
+            .page_size
+            .pages_touching(range.intersect(Range::new(0, size)))
+            .chain(self.page_size.pages_touching(grown))
+            .filter(|page| self.released.contains(page))
+            .collect();
+        if missing.is_empty() && grown.is_empty() {
+            return Ok(());
+        }
+        self.refuse_with_holes()?;
+        let reserved = self.sealed.superblock().reserved_pages;
+        let wanted = reserved.max(self.page_size.pages_up(size));
+        let token = pool.reserve(wanted - reserved + missing.len() as u64)?;
+        self.take_memory(pool, &missing, grown)?;
+        self.released.retain(|page| !missing.contains(page));
+        self.sealed.update(|superblock| superblock.reserved_pages = wanted)?;
+        token.spend();
+        Ok(())
+    }
+
+    /// Memory for released pages, then for what the file grows by.
+    fn take_memory(&mut self, pool: &Pool, missing: &BTreeSet<Page>, grown: Range) -> Result<()> {
+        let before = self.sealed.size();
+        let memory_end = before.next_multiple_of(FOLIO_SIZE);
+        let mut done = Vec::new();
+        let mut result = Ok(());
+        for page in missing {
+            let range = self.page_size.range(*page).intersect(Range::new(0, memory_end));
+            result = pool.move_out(&mut self.sealed, range, before);
+            if result.is_err() {
+                break;
+            }
+            done.push(range);
+        }
+        let result = result.and_then(|()| self.grow_end(pool, memory_end, grown.end));
+        if result.is_err() {
+            for range in done.into_iter().rev() {
+                pool.undo_move_out(&mut self.sealed, range, before);
+            }
+        }
+        result
+    }
+
+    /// Makes the file `size` bytes long; it has memory up to `memory_end`.
+    fn grow_end(&mut self, pool: &Pool, memory_end: u64, size: u64) -> Result<()> {
+        let before = self.sealed.size();
+        self.sealed.grow_size(size.min(memory_end))?;
+        let moved = pool.move_out(&mut self.sealed, Range::new(memory_end, size).folios_out(), size);
+        if moved.is_err() && self.sealed.size() > before {
+            self.sealed.cut(before)?;
+        }
+        moved
+    }
+
+    /// Makes the pages up to the end of `range` the file's, with memory for what lies in `range` before the end of file,
+    /// and leaves its size alone.
+    ///
+    /// # Errors
+    /// [`Error::Full`], [`Error::NoMemory`], [`Error::Busy`] where soft holes forbid it; nothing has changed.
+    pub fn allocate(&mut self, pool: &Pool, range: Range) -> Result<()> {
+        let reserved = self.sealed.superblock().reserved_pages;
+        let wanted = reserved.max(self.page_size.pages_up(range.end));
+        let token = pool.reserve(wanted - reserved)?;
+        self.grow(pool, range, self.sealed.size())?;
+        self.sealed.update(|superblock| superblock.reserved_pages = wanted)?;
+        token.spend();
+        Ok(())
+    }
+
+    /// Makes the file `size` bytes long, not longer than it is, and gives back the pages behind; what was
+    /// quarantined there is forgotten.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] where soft holes before the new end forbid it. [`Error::NoMemory`] where the machine has no memory
+    /// for a step; the file may have become shorter by then, but not as short as asked.
+    pub fn shrink(&mut self, pool: &Pool, size: u64) -> Result<()> {
+        if self.sealed.holes_in(Range::new(0, size)).next().is_some() {
+            return Err(HAS_SOFT_HOLES);
+        }
+        let gone = Range::new(size.next_multiple_of(FOLIO_SIZE), self.sealed.size());
+        pool.move_in(&mut self.sealed, gone)?;
+        self.sealed.cut(size.min(self.sealed.size()))?;
+        self.give_up_pages_from(pool, Page(self.page_size.pages_up(size)))
+    }
+
+    fn give_up_pages_from(&mut self, pool: &Pool, first: Page) -> Result<()> {
+        let before = self.pages();
+        self.sealed.update(|superblock| {
+            superblock.reserved_pages = superblock.reserved_pages.min(first.0);
+        })?;
+        self.released.retain(|page| *page < first);
+        pool.release(before - self.pages());
+        Ok(())
+    }
+
+    /// Gives back whole pages in the middle of the file; what was quarantined there is forgotten.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] where soft holes elsewhere forbid it; [`Error::NoMemory`] after some of the pages.
+    pub fn release(&mut self, pool: &Pool, pages: impl Iterator<Item = Page>) -> Result<()> {
+        let pages: BTreeSet<Page> = pages.filter(|page| self.owns(*page)).collect();
+        if pages.is_empty() {
+            return Ok(());
+        }
+        let inside = |offset: u64| pages.contains(&Page(offset / self.page_size.bytes()));
+        if self.sealed.holes().keys().any(|hole| !inside(hole.offset())) {
+            return Err(HAS_SOFT_HOLES);
+        }
+        for page in pages {
+            let range = self.page_size.range(page);
+            let memory = range.intersect(Range::new(0, self.sealed.size().next_multiple_of(FOLIO_SIZE)));
+            let size = self.sealed.size();
+            pool.move_in(&mut self.sealed, memory)?;
+            self.sealed.grow_size(size)?; // where the end of file was in it, that moved
+            self.released.insert(page);
+            pool.release(1);
+        }
+        Ok(())
+    }
+
+    fn owns(&self, page: Page) -> bool {
+        page.0 < self.sealed.superblock().reserved_pages && !self.released.contains(&page)
+    }
+
+    fn refuse_with_holes(&self) -> Result<()> {
+        if self.sealed.holes().is_empty() { Ok(()) } else { Err(HAS_SOFT_HOLES) }
+    }
+
+    /// Gives everything back. Where the machine has no memory for that, the holding keeps the rest and can be asked again.
+    ///
+    /// # Errors
+    /// As for [`Holding::shrink`].
+    pub fn empty(&mut self, pool: &Pool) -> Result<()> {
+        self.shrink(pool, 0)
+    }
+}

@@ -1,0 +1,417 @@
+//! The pool: the memory that was taken at mount, and who has it.
+//!
+//! ```text
+//!   free pages --reserve()--> Token --spend()--> pages of a Holding --release()--> free pages
+//!       ^                       | drop                                                  |
+//!       +-----------------------+                                                       |
+//!       +-------------------------------------------------------------------------------+
+//! ```
+//!
+//! > **P1.** Pages of holdings + pages of tokens + free pages = the pool's size; and the memory of the reserves plus
+//! > the memory of all files' `data` is that size in bytes, but for the one step of a move that is under way.
+//!
+//! The account (pages) is a mutex that is held for an addition; memory (folios) moves outside of it. A [`Token`]
+//! stands for pages that nobody else can have; taking from it cannot fail for want of space. A file's pages belong
+//! to it whole, but their memory stays in the reserve as far as it lies behind the 2 MiB folio with the end of file: no
+//! program can reach it there, and none must reach memory that has not been cleared (see [`crate::sealed`]).
+//!
+//! **Moves.** Memory goes from one sealed file to another in steps of at most [`STEP`]: the target takes a step from
+//! the machine, then the source gives as much back. Never the other way round: between the two somebody else could
+//! take it. So the machine needs one step more than the pool, for as long as a move lasts.
+//!
+//! **Locks**, in order: a file's own (the caller's), a reserve's, the account.
+
+mod holding;
+
+pub use holding::Holding;
+
+use crate::error::{Error, Result};
+use crate::sealed::{Reach, Sealed};
+use crate::sys;
+use crate::units::{FOLIO_SIZE, PageSize, Range};
+use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+
+/// Most memory that a move takes from the machine before it gives as much back.
+pub const STEP: u64 = 64 << 20;
+
+/// What is left to the rest of the machine: taking its last memory would not fail but wake the OOM killer.
+const MARGIN: u64 = 64 << 20;
+
+/// How long a request for pages waits for those of files that were unlinked and whose last user may be gone: the
+/// kernel tells of that (FORGET) by itself, but not before unlink(2) returns.
+const RECLAIM_PATIENCE: Duration = Duration::from_millis(200);
+
+/// The pool.
+#[derive(Debug)]
+pub struct Pool {
+    page_size: PageSize,
+    reserves: Vec<Reserve>,
+    account: Mutex<Account>,
+    /// Signalled when free pages grow.
+    freed: Condvar,
+    /// Held while the pool's size changes.
+    resizing: Mutex<()>,
+}
+
+/// The free memory of one NUMA node.
+#[derive(Debug)]
+struct Reserve {
+    node: u32,
+    sealed: Mutex<Sealed>,
+}
+
+/// Pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Account {
+    /// The pool's size.
+    pub total: u64,
+    /// Nobody's.
+    pub free: u64,
+    /// In tokens.
+    pub reserved: u64,
+    /// Of those that holdings have: of files that were unlinked.
+    pub orphaned: u64,
+}
+
+impl Account {
+    /// Pages that holdings have.
+    pub fn held(&self) -> u64 {
+        self.total - self.free - self.reserved
+    }
+}
+
+/// Pages that were promised to somebody. Dropping it gives them back.
+#[derive(Debug)]
+pub struct Token<'pool> {
+    pool: &'pool Pool,
+    pages: u64,
+}
+
+impl Token<'_> {
+    /// The pages become a holding's.
+    fn spend(mut self) {
+        let pages = std::mem::take(&mut self.pages);
+        self.pool.account().reserved -= pages;
+    }
+
+    /// The pages leave the pool.
+    fn destroy(mut self) {
+        let pages = std::mem::take(&mut self.pages);
+        let mut account = self.pool.account();
+        account.reserved -= pages;
+        account.total -= pages;
+    }
+}
+
+impl Drop for Token<'_> {
+    fn drop(&mut self) {
+        let mut account = self.pool.account();
+        account.reserved -= self.pages;
+        account.free += self.pages;
+        self.pool.freed.notify_all();
+    }
+}
+
+impl Pool {
+    /// Takes `pages` pages from the machine, evenly from its NUMA nodes, and tells `progress` how many bytes it has.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`] where the machine cannot give that much; what was taken is given back. What `progress`
+    /// answers, likewise.
+    pub fn fill(page_size: PageSize, pages: u64, mut progress: impl FnMut(u64) -> Result<()>) -> Result<Self> {
+        let nodes = sys::memory_nodes()?;
+        let mut reserves = Vec::new();
+        for node in &nodes {
+            let bound = (nodes.len() > 1).then_some(*node);
+            let sealed = Sealed::create(Reach::Private, bound)?;
+            reserves.push(Reserve { node: *node, sealed: Mutex::new(sealed) });
+        }
+        let mut taken = 0;
+        for (n, reserve) in reserves.iter().enumerate() {
+            let share = pages / nodes.len() as u64 + u64::from((n as u64) < pages % nodes.len() as u64);
+            reserve.grow(share * page_size.bytes(), |step| {
+                taken += step;
+                progress(taken)
+            })?;
+        }
+        let account = Account { total: pages, free: pages, reserved: 0, orphaned: 0 };
+        let (account, freed, resizing) = (Mutex::new(account), Condvar::new(), Mutex::new(()));
+        Ok(Self { page_size, reserves, account, freed, resizing })
+    }
+
+    /// Grain of reservation.
+    pub fn page_size(&self) -> PageSize {
+        self.page_size
+    }
+
+    /// The state of the account.
+    pub fn balance(&self) -> Account {
+        *self.account()
+    }
+
+    /// The reserves' NUMA nodes and bytes.
+    pub fn reserves(&self) -> Vec<(u32, u64)> {
+        self.reserves.iter().map(|reserve| (reserve.node, reserve.lock().size())).collect()
+    }
+
+    fn account(&self) -> MutexGuard<'_, Account> {
+        self.account.lock().expect("no panic while the account is open")
+    }
+
+    /// Reserves pages: all or none. Where only pages of unlinked files would make it possible, waits a moment for
+    /// the kernel to let go of them.
+    ///
+    /// # Errors
+    /// [`Error::Full`].
+    pub fn reserve(&self, pages: u64) -> Result<Token<'_>> {
+        let hopeful = |account: &mut Account| account.free < pages && account.free + account.orphaned >= pages;
+        let (mut account, _) = self
+            .freed
+            .wait_timeout_while(self.account(), RECLAIM_PATIENCE, hopeful)
+            .expect("no panic while the account is open");
+        if account.free < pages {
+            return Err(Error::Full);
+        }
+        account.free -= pages;
+        account.reserved += pages;
+        Ok(Token { pool: self, pages })
+    }
+
+    /// A holding has given up `pages` pages, whose memory is back in the reserves.
+    fn release(&self, pages: u64) {
+        self.account().free += pages;
+        self.freed.notify_all();
+    }
+
+    /// A holding of `pages` pages belongs to an unlinked file now, or (negative) to none any more.
+    pub fn note_orphaned(&self, pages: i64) {
+        let mut account = self.account();
+        account.orphaned = account.orphaned.saturating_add_signed(pages);
+        self.freed.notify_all();
+    }
+
+    /// Changes the pool's size while it is in use.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] for less than is in use, [`Error::NoMemory`] for more than the machine can give; the size is as
+    /// before.
+    pub fn resize(&self, pages: u64) -> Result<()> {
+        let _one_at_a_time = self.resizing.lock().expect("no panic while the pool is resized");
+        let before = self.balance().total;
+        if pages >= before {
+            return self.enlarge(pages - before);
+        }
+        let token = self
+            .reserve(before - pages)
+            .map_err(|_| Error::Busy("more pages are in use than the pool would have; remove files first"))?;
+        let mut left = (before - pages) * self.page_size.bytes();
+        while left > 0 {
+            let mut richest = self.richest_reserve();
+            let step = left.min(STEP).min(richest.size());
+            let size = richest.size() - step;
+            richest.cut(size)?;
+            left -= step;
+        }
+        token.destroy();
+        Ok(())
+    }
+
+    fn enlarge(&self, pages: u64) -> Result<()> {
+        let poorest = self.reserves.iter().min_by_key(|reserve| reserve.lock().size());
+        let reserve = poorest.expect("there is a node with memory");
+        let mut added = 0;
+        let grown = reserve.grow(pages * self.page_size.bytes(), |step| {
+            added += step;
+            Ok(())
+        });
+        if grown.is_err() {
+            log::warn!("the machine has no memory for {pages} pages more; {added} bytes are given back");
+            let mut sealed = reserve.lock();
+            let size = sealed.size().saturating_sub(added);
+            sealed.cut(size)?;
+            return grown;
+        }
+        let mut account = self.account();
+        account.total += pages;
+        account.free += pages;
+        self.freed.notify_all();
+        Ok(())
+    }
+
+    fn richest_reserve(&self) -> MutexGuard<'_, Sealed> {
+        let richest = self.reserves.iter().max_by_key(|reserve| reserve.lock().size());
+        richest.expect("there is a node with memory").lock()
+    }
+
+    /// Moves memory for `range`, which has none, into `target`, and makes it `size` bytes long as it goes.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`] where the machine has no memory for a step; what was moved is moved back.
+    fn move_out(&self, target: &mut Sealed, range: Range, size: u64) -> Result<()> {
+        let before = target.size();
+        let mut start = range.start;
+        while start < range.end {
+            match self.move_one_step_out(target, Range::new(start, range.end), size) {
+                Ok(moved) => start += moved,
+                Err(error) => {
+                    self.undo_move_out(target, Range::new(range.start, start), before);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn undo_move_out(&self, target: &mut Sealed, moved: Range, size: u64) {
+        let undone = self.move_in(target, moved).and_then(|()| match target.size() {
+            longer if longer > size => target.cut(size),
+            _ => target.grow_size(size),
+        });
+        if let Err(error) = undone {
+            log::error!("memory could not be moved back into the reserve and stays with its file: {error}");
+        }
+    }
+
+    fn move_one_step_out(&self, target: &mut Sealed, range: Range, size: u64) -> Result<u64> {
+        let reserve = self.reserves.iter().max_by_key(|reserve| reserve.lock().size());
+        let reserve = reserve.expect("there is a node with memory");
+        let mut source = reserve.lock();
+        let step = range.len().min(affordable_step()?).min(source.size());
+        assert!(step > 0, "a token was given for memory that the reserves do not have");
+        let _bound = self.bind_to(reserve.node)?;
+        target.take(Range::at(range.start, step), size)?;
+        let left = source.size() - step;
+        source.cut(left)?;
+        Ok(step)
+    }
+
+    /// Moves the memory of all folios of `range` that have any back into the reserves, the last one first. A range that
+    /// reaches to the end of the file shortens it.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`] where the machine has no memory for a step; what was moved by then stays moved.
+    fn move_in(&self, source: &mut Sealed, range: Range) -> Result<()> {
+        while let Some(step) = self.last_step_within(source, range)? {
+            let mut target = self.reserve_for(source, step).lock();
+            let size = target.size();
+            target.take(Range::at(size, step.len()), size + step.len())?;
+            drop(target);
+            if step.end >= source.size() {
+                source.cut(step.start.min(source.size()))?;
+            } else {
+                source.give(step)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The last run of folios with memory in `range`, of one node and at most a step long.
+    fn last_step_within(&self, source: &Sealed, range: Range) -> Result<Option<Range>> {
+        let mut folios = range.folios().rev().skip_while(|folio| !source.has_memory(*folio));
+        let Some(last) = folios.next() else { return Ok(None) };
+        let most = affordable_step()? / FOLIO_SIZE;
+        let node = self.node_of(source, last);
+        let before = folios
+            .take(most as usize - 1)
+            .take_while(|folio| source.has_memory(*folio) && self.node_of(source, *folio) == node)
+            .count() as u64;
+        let end = last.range().end;
+        Ok(Some(Range::new(end - (before + 1) * FOLIO_SIZE, end)))
+    }
+
+    fn node_of(&self, source: &Sealed, folio: crate::units::Folio) -> Option<u32> {
+        if self.reserves.len() == 1 { None } else { source.node_of(folio) }
+    }
+
+    fn reserve_for(&self, source: &Sealed, step: Range) -> &Reserve {
+        let node = step.folios().next().and_then(|folio| self.node_of(source, folio));
+        self.reserves.iter().find(|reserve| Some(reserve.node) == node).unwrap_or(&self.reserves[0])
+    }
+
+    /// Until the guard is dropped, this thread takes new memory from `node`.
+    fn bind_to(&self, node: u32) -> Result<Option<NodeBinding>> {
+        if self.reserves.len() == 1 {
+            return Ok(None);
+        }
+        sys::mapping::bind_thread_to_node(Some(node))?;
+        Ok(Some(NodeBinding))
+    }
+
+    /// Puts what came in small pages into folios, and returns how many bytes of the reserves are in 2 MiB folios.
+    ///
+    /// # Errors
+    /// What mmap(2) and the page map answer.
+    pub fn collapse_reserves(&self) -> Result<u64> {
+        let mut folios = 0;
+        for reserve in &self.reserves {
+            folios += reserve.lock().collapse_untouched()?;
+        }
+        Ok(folios * FOLIO_SIZE)
+    }
+
+    /// Checks S1 of the reserves and P1, given what all holdings together have; says what does not hold.
+    ///
+    /// The caller keeps pages from moving in the meantime.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn check(&self, held_pages: u64, held_bytes: u64) -> Result<Vec<String>> {
+        let _not_now = self.resizing.lock().expect("no panic while the pool is resized");
+        let mut wrong = Vec::new();
+        let mut bytes = held_bytes;
+        for reserve in &self.reserves {
+            let sealed = reserve.lock();
+            bytes += sealed.folio_count() * FOLIO_SIZE;
+            wrong.extend(sealed.check()?.into_iter().map(|what| format!("reserve {}: {what}", reserve.node)));
+        }
+        let account = self.balance();
+        if account.held() != held_pages {
+            wrong.push(format!("P1: files have {held_pages} pages, and the account says {}", account.held()));
+        }
+        if bytes != account.total * self.page_size.bytes() {
+            wrong.push(format!("P1: {bytes} bytes are there for {} pages", account.total));
+        }
+        Ok(wrong)
+    }
+}
+
+impl Reserve {
+    fn lock(&self) -> MutexGuard<'_, Sealed> {
+        self.sealed.lock().expect("no panic while a reserve is resized")
+    }
+
+    /// Takes `bytes` more from the machine; what was taken before an error stays.
+    fn grow(&self, bytes: u64, mut progress: impl FnMut(u64) -> Result<()>) -> Result<()> {
+        for step in Range::new(0, bytes).steps(STEP) {
+            if sys::memory_available()? < step.len() + MARGIN {
+                return Err(Error::NoMemory);
+            }
+            let mut sealed = self.lock();
+            let size = sealed.size();
+            sealed.take(Range::at(size, step.len()), size + step.len())?;
+            drop(sealed);
+            progress(step.len())?;
+        }
+        Ok(())
+    }
+}
+
+/// How much a move may take from the machine before it gives as much back.
+fn affordable_step() -> Result<u64> {
+    match sys::memory_available()? {
+        available if available >= STEP + MARGIN => Ok(STEP),
+        available if available >= 2 * FOLIO_SIZE => Ok(FOLIO_SIZE),
+        _ => Err(Error::NoMemory),
+    }
+}
+
+struct NodeBinding;
+
+impl Drop for NodeBinding {
+    fn drop(&mut self) {
+        if let Err(error) = sys::mapping::bind_thread_to_node(None) {
+            log::error!("a thread stays bound to a NUMA node: {error}");
+        }
+    }
+}

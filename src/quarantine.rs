@@ -1,0 +1,214 @@
+//! Quarantined ranges and the text in which people and programs speak of them; nothing here does anything.
+//!
+//! The grammar of the attributes: one item a line, numbers decimal or `0x` hexadecimal, ranges rounded outward to
+//! 4 KiB. What is malformed, or lies behind the end of the file, is refused as a whole.
+
+use crate::error::{Error, Result};
+use crate::options::parse_number;
+use crate::units::{Range, SUBPAGE_SIZE, Subpage};
+use std::fmt::Write as _;
+
+/// Who keeps a subpage out of use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The kernel: a real memory error.
+    Hw,
+    /// A hole that S1 keeps shut.
+    Soft,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Hw => "hw",
+            Self::Soft => "soft",
+        }
+    }
+}
+
+/// A quarantined range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Quarantined {
+    /// Whole subpages.
+    pub range: Range,
+    /// Who keeps it.
+    pub kind: Kind,
+    /// Since when, in seconds since the epoch.
+    pub time: u64,
+}
+
+/// Joins neighbours of one kind and time; `subpages` ascend.
+pub fn coalesce(subpages: impl Iterator<Item = (Subpage, Kind, u64)>) -> Vec<Quarantined> {
+    let mut out: Vec<Quarantined> = Vec::new();
+    for (subpage, kind, time) in subpages {
+        let range = subpage.range();
+        match out.last_mut() {
+            Some(last) if last.range.end == range.start && last.kind == kind && last.time == time => {
+                last.range.end = range.end;
+            }
+            _ => out.push(Quarantined { range, kind, time }),
+        }
+    }
+    out
+}
+
+/// The value of the poison attribute.
+pub fn format(quarantined: &[Quarantined]) -> String {
+    let mut out = String::new();
+    for item in quarantined {
+        let _ = writeln!(out, "{} {} {}", item.range, item.kind.name(), item.time);
+    }
+    out
+}
+
+/// What a repair puts in place of a lost subpage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Repair {
+    /// Zeros.
+    Zero,
+    /// The bytes that are still known.
+    Salvage,
+}
+
+/// Parses what is written to the poison attribute: `<offset> <length>` a line; further columns are ignored, so that a
+/// value that was read can be written.
+///
+/// # Errors
+/// [`Error::Invalid`], for a file of `size` bytes.
+pub fn parse_poison(value: &[u8], size: u64) -> Result<Vec<Range>> {
+    let ranges = items(value)?
+        .map(|line| {
+            let mut words = line.split_ascii_whitespace();
+            parse_range(words.next(), words.next(), size)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    if ranges.is_empty() {
+        return Err(Error::invalid("no range; expected <offset> <length>"));
+    }
+    Ok(ranges)
+}
+
+/// Parses what is written to the repair attribute: `zero|salvage <offset> <length>` or `zero|salvage all` a line.
+///
+/// # Errors
+/// [`Error::Invalid`], for a file of `size` bytes.
+pub fn parse_repair(value: &[u8], size: u64) -> Result<Vec<(Repair, Range)>> {
+    let parse = |line: &str| {
+        let (verb, target) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
+        let verb = match verb {
+            "zero" => Repair::Zero,
+            "salvage" => Repair::Salvage,
+            other => return Err(Error::invalid(format!("{other:?} is neither zero nor salvage"))),
+        };
+        Ok((verb, parse_target(target, size)?))
+    };
+    let repairs = items(value)?.map(parse).collect::<Result<Vec<_>>>()?;
+    if repairs.is_empty() {
+        return Err(Error::invalid("no request; expected zero|salvage <offset> <length>, or all"));
+    }
+    Ok(repairs)
+}
+
+/// Parses what is written to the collapse attribute: `<offset> <length>` or `all` a line.
+///
+/// # Errors
+/// [`Error::Invalid`], for a file of `size` bytes.
+pub fn parse_collapse(value: &[u8], size: u64) -> Result<Vec<Range>> {
+    let ranges = items(value)?.map(|line| parse_target(line, size)).collect::<Result<Vec<_>>>()?;
+    if ranges.is_empty() {
+        return Err(Error::invalid("no range; expected <offset> <length>, or all"));
+    }
+    Ok(ranges)
+}
+
+/// Lines that say something; a final newline or NUL, as shells and C programs add them, is no line.
+fn items(value: &[u8]) -> Result<impl Iterator<Item = &str>> {
+    let value = value.strip_suffix(b"\0").unwrap_or(value);
+    let text = std::str::from_utf8(value).map_err(|_| Error::invalid("not text"))?;
+    Ok(text.lines().map(str::trim).filter(|line| !line.is_empty()))
+}
+
+fn parse_target(text: &str, size: u64) -> Result<Range> {
+    let mut words = text.split_ascii_whitespace();
+    let (first, second, third) = (words.next(), words.next(), words.next());
+    match (first, second) {
+        (Some("all"), None) => Ok(Range::new(0, size).subpages_out()),
+        _ if third.is_some() => Err(Error::invalid(format!("{text:?} has more than an offset and a length"))),
+        _ => parse_range(first, second, size),
+    }
+}
+
+fn parse_range(offset: Option<&str>, length: Option<&str>, size: u64) -> Result<Range> {
+    let number = |word: Option<&str>, what: &str| {
+        let word = word.ok_or_else(|| Error::invalid(format!("the {what} is missing")))?;
+        parse_number(word).ok_or_else(|| Error::invalid(format!("{word:?} is not a number ({what})")))
+    };
+    let (offset, length) = (number(offset, "offset")?, number(length, "length")?);
+    let range = Range::checked_at(offset, length).filter(|range| range.end <= size.next_multiple_of(SUBPAGE_SIZE));
+    match range {
+        Some(range) if !range.is_empty() && range.start < size => Ok(range.subpages_out()),
+        Some(range) if range.is_empty() => Err(Error::invalid("the length is 0")),
+        _ => Err(Error::invalid(format!("{offset:#x} {length:#x} reaches behind the end of the file ({size:#x})"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIZE: u64 = 1 << 20;
+
+    #[test]
+    fn neighbours_are_joined_and_others_are_not() {
+        let joined = coalesce(
+            [(1, 5), (2, 5), (3, 6), (9, 6)].iter().map(|(n, time)| (Subpage(*n), Kind::Soft, *time)),
+        );
+        let ranges: Vec<_> = joined.iter().map(|item| (item.range.start / 4096, item.range.len() / 4096)).collect();
+        assert_eq!(ranges, [(1, 2), (3, 1), (9, 1)]);
+    }
+
+    #[test]
+    fn a_value_that_was_read_can_be_written() {
+        let quarantined = coalesce([(Subpage(7), Kind::Soft, 1_800_000_000)].into_iter());
+        let text = format(&quarantined);
+        assert_eq!(text, "0x7000 0x1000 soft 1800000000\n");
+        assert_eq!(parse_poison(text.as_bytes(), SIZE).unwrap(), [Subpage(7).range()]);
+    }
+
+    #[test]
+    fn ranges_are_rounded_outward_and_numbers_may_be_hexadecimal() {
+        assert_eq!(parse_poison(b"0x1001 1", SIZE).unwrap(), [Range::new(0x1000, 0x2000)]);
+        assert_eq!(parse_poison(b"4095 2\n8192 1\0", SIZE).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn the_last_subpage_of_a_file_that_ends_within_it_can_be_named() {
+        assert_eq!(parse_poison(b"4096 4096", 5000).unwrap(), [Range::new(4096, 8192)]);
+        assert!(parse_poison(b"8192 1", 5000).is_err());
+    }
+
+    #[test]
+    fn malformed_poison_is_refused() {
+        for value in [&b""[..], b"x", b"1", b"1 y", b"-1 5", b"0 0", b"0x 1", b"+1 1", b"1048576 1", b"0 1048577",
+            b"18446744073709551615 2", b"\xff\xfe", b"0 4096\nnonsense"]
+        {
+            assert!(matches!(parse_poison(value, SIZE), Err(Error::Invalid(_))), "{value:?}");
+        }
+    }
+
+    #[test]
+    fn repairs_name_what_to_put_in_place() {
+        assert_eq!(parse_repair(b"zero 0 1", SIZE).unwrap(), [(Repair::Zero, Range::new(0, 4096))]);
+        assert_eq!(parse_repair(b"salvage all\n", SIZE).unwrap(), [(Repair::Salvage, Range::new(0, SIZE))]);
+        for value in [&b""[..], b"zero", b"heal all", b"zero all all", b"zero 0", b"zero 0 1 2", b"all", b"zeroall"] {
+            assert!(matches!(parse_repair(value, SIZE), Err(Error::Invalid(_))), "{value:?}");
+        }
+    }
+
+    #[test]
+    fn collapse_takes_a_range_or_all() {
+        assert_eq!(parse_collapse(b"all", SIZE).unwrap(), [Range::new(0, SIZE)]);
+        assert_eq!(parse_collapse(b"0 4096", SIZE).unwrap(), [Range::new(0, 4096)]);
+        assert!(parse_collapse(b"everything", SIZE).is_err());
+    }
+}

@@ -1,0 +1,267 @@
+//! The ledger of a sealed file: what is known about each soft-quarantined subpage.
+//!
+//! Block 0 is the object's superblock ([`Superblock`]). Block `n` holds the 4096 bytes rescued from the n-th
+//! quarantined subpage; it is the very block that the subpage gave up. As that leaves no room in it, what
+//! *describes* the subpage is an extended attribute of the ledger, `trusted.record.<n>` ([`Record`]). That has three
+//! uses: every byte can be put back, the description is in place *before* the subpage is punched (so that a hole is
+//! never without one, whenever the daemon dies), and it survives a memory error in the block.
+
+use crate::error::{Error, Result};
+use crate::sys::tmpfs;
+use crate::units::{Range, SUBPAGE_SIZE, Subpage};
+use rustix::fs::XattrFlags;
+use rustix::io::Errno;
+use slab::Slab;
+use std::collections::BTreeMap;
+use std::fs::File;
+
+/// Version of [`Superblock`] and [`Record`]; a reader that does not know it refuses the object.
+const VERSION: u32 = 1;
+const MAGIC: [u8; 8] = *b"hugetlb2";
+const SUPERBLOCK_BYTES: usize = 32;
+const RECORD_BYTES: usize = 32;
+
+const _: () = assert!(SUPERBLOCK_BYTES as u64 <= SUBPAGE_SIZE);
+
+/// Bytes of one subpage.
+pub type Bytes = [u8; SUBPAGE_SIZE as usize];
+
+/// What a sealed file keeps about itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Superblock {
+    /// Pages from the file's start on that belong to it, whether it has memory in all of them or not.
+    pub reserved_pages: u64,
+    /// The quarantine has grown since its owner last looked (POLLPRI).
+    pub alarm: bool,
+}
+
+impl Superblock {
+    fn encode(self) -> [u8; SUPERBLOCK_BYTES] {
+        let mut out = [0; SUPERBLOCK_BYTES];
+        out[..8].copy_from_slice(&MAGIC);
+        out[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        out[12] = u8::from(self.alarm);
+        out[16..24].copy_from_slice(&self.reserved_pages.to_le_bytes());
+        let checksum = crc32fast::hash(&out[..24]);
+        out[24..28].copy_from_slice(&checksum.to_le_bytes());
+        out
+    }
+
+    fn decode(bytes: &[u8; SUPERBLOCK_BYTES]) -> Result<Self> {
+        if bytes[..8] != MAGIC || number(&bytes[24..28]) != u64::from(crc32fast::hash(&bytes[..24])) {
+            return Err(Error::Corrupt("an object's superblock".into()));
+        }
+        if number(&bytes[8..12]) != u64::from(VERSION) {
+            return Err(Error::Corrupt(format!("an object of version {}", number(&bytes[8..12]))));
+        }
+        Ok(Self { reserved_pages: number(&bytes[16..24]), alarm: bytes[12] != 0 })
+    }
+}
+
+/// One quarantined subpage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// The ledger's block that holds the rescued bytes.
+    pub slot: u64,
+    /// When it was quarantined, in seconds since the epoch.
+    pub time: u64,
+    /// Checksum of the rescued bytes; `None` where none could be rescued.
+    pub checksum: Option<u32>,
+}
+
+impl Record {
+    fn encode(self, subpage: Subpage) -> [u8; RECORD_BYTES] {
+        let mut out = [0; RECORD_BYTES];
+        out[..4].copy_from_slice(&VERSION.to_le_bytes());
+        out[4] = u8::from(self.checksum.is_some());
+        out[8..16].copy_from_slice(&subpage.0.to_le_bytes());
+        out[16..24].copy_from_slice(&self.time.to_le_bytes());
+        out[24..28].copy_from_slice(&self.checksum.unwrap_or(0).to_le_bytes());
+        let checksum = crc32fast::hash(&out[..28]);
+        out[28..].copy_from_slice(&checksum.to_le_bytes());
+        out
+    }
+
+    fn decode(slot: u64, bytes: &[u8; RECORD_BYTES]) -> Result<(Subpage, Self)> {
+        if number(&bytes[28..]) != u64::from(crc32fast::hash(&bytes[..28])) {
+            return Err(Error::Corrupt(format!("ledger record {slot}")));
+        }
+        if number(&bytes[..4]) != u64::from(VERSION) {
+            return Err(Error::Corrupt(format!("a ledger record of version {}", number(&bytes[..4]))));
+        }
+        let checksum = (bytes[4] != 0).then(|| number(&bytes[24..28]) as u32);
+        Ok((Subpage(number(&bytes[8..16])), Self { slot, time: number(&bytes[16..24]), checksum }))
+    }
+}
+
+/// A little-endian number of up to eight bytes.
+fn number(bytes: &[u8]) -> u64 {
+    bytes.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte))
+}
+
+/// The ledger's file, and what it says.
+#[derive(Debug)]
+pub struct Ledger {
+    file: File,
+    superblock: Superblock,
+    records: BTreeMap<Subpage, Record>,
+    /// Key `n` stands for block `n + 1`.
+    slots: Slab<Subpage>,
+}
+
+impl Ledger {
+    /// A new ledger in a superblock that has one free block for it.
+    pub fn create(file: File) -> Result<Self> {
+        tmpfs::allocate(&file, block(0))?;
+        let ledger =
+            Self { file, superblock: Superblock::default(), records: BTreeMap::new(), slots: Slab::new() };
+        ledger.write_superblock()?;
+        Ok(ledger)
+    }
+
+    /// Reads back what `create` and the other functions wrote.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] for a superblock or record that is damaged or of another version.
+    pub fn open(file: File) -> Result<Self> {
+        let mut bytes = [0; SUPERBLOCK_BYTES];
+        tmpfs::read_at(&file, &mut bytes, 0)?;
+        let superblock = Superblock::decode(&bytes)?;
+        let mut records = BTreeMap::new();
+        for slot in recorded_slots(&file)? {
+            let mut bytes = [0; RECORD_BYTES];
+            rustix::fs::fgetxattr(&file, attribute(slot), &mut bytes[..])?;
+            let (subpage, record) = Record::decode(slot, &bytes)?;
+            records.insert(subpage, record);
+        }
+        let slots = records.iter().map(|(subpage, record)| ((record.slot - 1) as usize, *subpage)).collect();
+        Ok(Self { file, superblock, records, slots })
+    }
+
+    /// The object's superblock.
+    pub fn superblock(&self) -> Superblock {
+        self.superblock
+    }
+
+    /// Changes the object's superblock.
+    pub fn update(&mut self, change: impl FnOnce(&mut Superblock)) -> Result<()> {
+        let before = self.superblock;
+        change(&mut self.superblock);
+        if self.superblock == before {
+            return Ok(());
+        }
+        self.write_superblock().inspect_err(|_| self.superblock = before)
+    }
+
+    fn write_superblock(&self) -> Result<()> {
+        tmpfs::write_at(&self.file, &self.superblock.encode(), 0).map(drop)
+    }
+
+    /// The quarantined subpages and their records, ascending.
+    pub fn records(&self) -> &BTreeMap<Subpage, Record> {
+        &self.records
+    }
+
+    /// Describes `subpage` before it is punched; takes no block yet.
+    pub fn record(&mut self, subpage: Subpage, time: u64, rescued: Option<&Bytes>) -> Result<Record> {
+        assert!(!self.records.contains_key(&subpage), "{subpage:?} is quarantined already");
+        let checksum = rescued.map(|bytes| crc32fast::hash(bytes));
+        let slot = self.slots.vacant_key() as u64 + 1;
+        let record = Record { slot, time, checksum };
+        rustix::fs::fsetxattr(&self.file, attribute(slot), &record.encode(subpage), XattrFlags::empty())?;
+        self.slots.insert(subpage);
+        self.records.insert(subpage, record);
+        Ok(record)
+    }
+
+    /// Strikes the record of `subpage` out, whose block has been [`Ledger::release_block`]d or was never taken.
+    pub fn forget(&mut self, subpage: Subpage) -> Result<()> {
+        let record = self.records[&subpage];
+        rustix::fs::fremovexattr(&self.file, attribute(record.slot))?;
+        self.records.remove(&subpage);
+        self.slots.remove((record.slot - 1) as usize);
+        Ok(())
+    }
+
+    /// Takes the superblock's free block for a record; [`Error::Full`] while there is none.
+    pub fn take_block(&self, record: Record) -> Result<()> {
+        tmpfs::allocate(&self.file, block(record.slot))
+    }
+
+    /// Gives a record's block up.
+    pub fn release_block(&self, record: Record) -> Result<()> {
+        tmpfs::punch(&self.file, block(record.slot))
+    }
+
+    /// Stores what was rescued in the block that was taken for it.
+    pub fn store(&self, record: Record, rescued: &Bytes) -> Result<()> {
+        tmpfs::write_at(&self.file, rescued, record.slot * SUBPAGE_SIZE).map(drop)
+    }
+
+    /// What was rescued.
+    ///
+    /// # Errors
+    /// [`Error::NoData`] where nothing is known, or what was kept has itself been lost.
+    pub fn rescued(&self, record: Record) -> Result<Bytes> {
+        let mut bytes = [0; SUBPAGE_SIZE as usize];
+        let read = tmpfs::read_at(&self.file, &mut bytes, record.slot * SUBPAGE_SIZE).unwrap_or(0);
+        let known = read == bytes.len() && record.checksum == Some(crc32fast::hash(&bytes));
+        if known { Ok(bytes) } else { Err(Error::NoData) }
+    }
+
+    /// Blocks that the ledger holds, its superblock among them.
+    pub fn blocks(&self) -> Result<u64> {
+        tmpfs::blocks_taken(&self.file)
+    }
+}
+
+fn block(slot: u64) -> Range {
+    Range::at(slot * SUBPAGE_SIZE, SUBPAGE_SIZE)
+}
+
+fn attribute(slot: u64) -> String {
+    format!("trusted.record.{slot}")
+}
+
+/// The slots that have a record: those with a block, and perhaps one that a dead daemon had announced.
+fn recorded_slots(file: &File) -> Result<Vec<u64>> {
+    let end = tmpfs::size(file)? / SUBPAGE_SIZE + 1;
+    let mut slots = Vec::new();
+    for slot in 1..=end {
+        match rustix::fs::fgetxattr(file, attribute(slot), &mut [0u8; RECORD_BYTES][..]) {
+            Ok(_) => slots.push(slot),
+            Err(Errno::NODATA) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(slots)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_reads_as_it_was_written() {
+        let record = Record { slot: 7, time: 1_800_000_000, checksum: Some(42) };
+        let bytes = record.encode(Subpage(0x1234_5678));
+        assert_eq!(Record::decode(7, &bytes).unwrap(), (Subpage(0x1234_5678), record));
+    }
+
+    #[test]
+    fn a_damaged_record_is_refused() {
+        let mut bytes = Record { slot: 1, time: 5, checksum: None }.encode(Subpage(9));
+        bytes[8] ^= 1;
+        assert!(matches!(Record::decode(1, &bytes), Err(Error::Corrupt(_))));
+    }
+
+    #[test]
+    fn a_superblock_of_another_version_is_refused() {
+        let mut bytes = Superblock { reserved_pages: 3, alarm: true }.encode();
+        assert_eq!(Superblock::decode(&bytes).unwrap(), Superblock { reserved_pages: 3, alarm: true });
+        bytes[8] = 2;
+        let checksum = crc32fast::hash(&bytes[..24]);
+        bytes[24..28].copy_from_slice(&checksum.to_le_bytes());
+        assert!(matches!(Superblock::decode(&bytes), Err(Error::Corrupt(_))));
+    }
+}

@@ -1,0 +1,692 @@
+//! A sealed file: a tmpfs superblock of its own, all of whose blocks are taken.
+//!
+//! ```text
+//!            data                                    ledger
+//!   +--------------------------+---------+     +----+----+----+
+//!   | 2 MiB | 2 MiB | 2M |....|  no     |     | sb | r1 | r2 |     limit = taken = data + ledger
+//!   | folio | folio | *  |  * |  memory |     |    |    |    |     (*: a soft hole; its block is r1, r2)
+//!   +--------------------------+---------+     +----+----+----+
+//! ```
+//!
+//! > **S1.** A sealed file has no free block, except inside a resize and for the microseconds of a quarantine or
+//! > repair.
+//!
+//! From S1 follows that *a hole in `data` cannot be filled by anyone*: a fault there finds no block and becomes SIGBUS
+//! in every process that maps the file, a write becomes ENOSPC. This module is the only one that changes how
+//! many blocks a superblock has, takes or frees, and so the owner of S1.
+//!
+//! **Who may do what.** Functions with `&mut self` need the caller's exclusive lock on the file and leave S1 as
+//! they found it, whatever they return. Functions with `&self` may run beside each other. Neither keeps a program that
+//! maps the file from touching it at any instruction; that is what [`Sealed::shut_strays`] is for: where a block was
+//! free for an instant, a touched hole may have caught it. The count of blocks says so at once, the hole is found
+//! with cachestat(2), punched again, counted and logged.
+//!
+//! **No uncleared folio is ever within a program's reach.** Memory for `data` is taken by a write fault of our own, below
+//! the end of file, where tmpfs clears a folio before anybody can see it. fallocate(2) would be faster (it clears
+//! nothing), but a program that calls MADV_COLLAPSE on such a folio gets it mapped with its former user's bytes, even
+//! beyond the end of file (Linux 6.18, `collapse_pte_mapped_thp` does not look at the uptodate flag). fallocate is
+//! for memory that no program can map ([`Reach::Private`]), and for parts of a folio, which MADV_COLLAPSE leaves alone.
+
+mod ledger;
+
+pub use ledger::{Bytes, Record, Superblock};
+use ledger::Ledger;
+
+use crate::error::{Error, Result};
+use crate::sys::mapping::Window;
+use crate::sys::tmpfs;
+use crate::units::{FOLIO_SIZE, Folio, Range, SUBPAGE_SIZE, SUBPAGES_PER_FOLIO, Subpage};
+use rustix::fs::{Mode, OFlags};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+/// Tries at something that a program which hammers the file can spoil; each takes some 10 us, and the worst seen
+/// needed 200.
+const TRIES: u32 = 10_000;
+
+const UNWINNABLE: &str = "the subpage is pinned (vmsplice, io_uring, VFIO or the like), or touched faster than it can be \
+    taken away";
+
+/// Holes that were filled while a block was free, found and shut again, since the daemon started.
+pub static STRAYS_SHUT: AtomicU64 = AtomicU64::new(0);
+
+/// Whether programs can map a sealed file's `data`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// They can: memory is cleared before they can see it.
+    Programs,
+    /// Only the daemon, which never reads it: memory stays as it came.
+    Private,
+}
+
+/// What a repaired subpage is to hold.
+#[derive(Clone, Copy, Debug)]
+pub enum Content<'a> {
+    /// Zeros.
+    Zero,
+    /// These bytes.
+    Bytes(&'a Bytes),
+}
+
+impl Content<'_> {
+    fn bytes(&self) -> &Bytes {
+        const ZEROS: Bytes = [0; SUBPAGE_SIZE as usize];
+        match self {
+            Self::Zero => &ZEROS,
+            Self::Bytes(bytes) => bytes,
+        }
+    }
+}
+
+/// A sealed file. Dropping it closes it; the memory is freed with the last user of the superblock.
+#[derive(Debug)]
+pub struct Sealed {
+    mount: OwnedFd,
+    data: Arc<File>,
+    ledger: Ledger,
+    reach: Reach,
+    size: u64,
+    /// Whether each folio of `data` has memory.
+    folios: Vec<bool>,
+    /// How many of them do.
+    folio_count: u64,
+}
+
+impl Sealed {
+    /// Creates an empty one, with memory from `node` only where one is given.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`], and what fsopen(2) and openat(2) answer.
+    pub fn create(reach: Reach, node: Option<u32>) -> Result<Self> {
+        let options = tmpfs::Options { blocks: Some(1), huge: true, inode32: false, node };
+        let mount = tmpfs::create(&options)?;
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let create = |name| -> Result<File> {
+            Ok(rustix::fs::openat(&mount, name, flags, Mode::from_raw_mode(0o600))?.into())
+        };
+        let ledger = Ledger::create(create("ledger")?)?;
+        let data = Arc::new(create("data")?);
+        Ok(Self { mount, data, ledger, reach, size: 0, folios: Vec::new(), folio_count: 0 })
+    }
+
+    /// Opens what [`Sealed::create`] made, perhaps in a process that is no more, by the mount of its superblock.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] for a ledger that is damaged or of another version.
+    pub fn open(reach: Reach, mount: OwnedFd) -> Result<Self> {
+        let flags = OFlags::RDWR | OFlags::CLOEXEC;
+        let open = |name| -> Result<File> { Ok(rustix::fs::openat(&mount, name, flags, Mode::empty())?.into()) };
+        let ledger = Ledger::open(open("ledger")?)?;
+        let data = Arc::new(open("data")?);
+        let size = tmpfs::size(&data)?;
+        let mut sealed = Self { mount, data, ledger, reach, size, folios: Vec::new(), folio_count: 0 };
+        sealed.find_memory()?;
+        Ok(sealed)
+    }
+
+    /// A folio has memory, or only soft holes.
+    fn find_memory(&mut self) -> Result<()> {
+        for folio in Range::new(0, self.size).folios() {
+            let has_holes = self.holes_in(folio.range()).next().is_some();
+            if has_holes || tmpfs::resident(&self.data, folio.range())? > 0 {
+                self.mark(folio.range(), true);
+            }
+        }
+        Ok(())
+    }
+
+    /// The mount of its superblock.
+    pub fn mount(&self) -> impl AsFd + '_ {
+        &self.mount
+    }
+
+    /// The file that programs map.
+    pub fn data(&self) -> &Arc<File> {
+        &self.data
+    }
+
+    /// Size of `data` in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// What it keeps about itself.
+    pub fn superblock(&self) -> Superblock {
+        self.ledger.superblock()
+    }
+
+    /// Changes what it keeps about itself.
+    ///
+    /// # Errors
+    /// What pwrite(2) answers.
+    pub fn update(&mut self, change: impl FnOnce(&mut Superblock)) -> Result<()> {
+        self.ledger.update(change)
+    }
+
+    /// The soft holes, ascending.
+    pub fn holes(&self) -> &BTreeMap<Subpage, Record> {
+        self.ledger.records()
+    }
+
+    /// The soft holes that hold any byte of `range`.
+    pub fn holes_in(&self, range: Range) -> impl DoubleEndedIterator<Item = Subpage> + '_ {
+        self.holes().range(range.subpages()).map(|(subpage, _)| *subpage)
+    }
+
+    /// Whether `folio` has memory.
+    pub fn has_memory(&self, folio: Folio) -> bool {
+        self.folios.get(folio.0 as usize).copied().unwrap_or(false)
+    }
+
+    /// The folios that have memory, ascending.
+    pub fn folios(&self) -> impl DoubleEndedIterator<Item = Folio> + '_ {
+        (0..self.folios.len() as u64).map(Folio).filter(|folio| self.has_memory(*folio))
+    }
+
+    /// Folios that have memory.
+    pub fn folio_count(&self) -> u64 {
+        self.folio_count
+    }
+
+    /// Blocks that `data` has, holes not counted.
+    fn expected_blocks(&self) -> u64 {
+        self.folio_count * SUBPAGES_PER_FOLIO - self.holes().len() as u64
+    }
+
+    /// The limit that makes S1 hold: everything that is meant to be taken, and the superblock of the ledger.
+    fn limit(&self) -> u64 {
+        self.folio_count * SUBPAGES_PER_FOLIO + 1
+    }
+
+    // ---- resize -------------------------------------------------------------------------------------------------
+
+    /// Takes memory for the folios of `range` (none of which has any) and makes `data` at least `size` long, but not
+    /// longer than `range` reaches.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`] or [`Error::Full`]; everything is as before.
+    pub fn take(&mut self, range: Range, size: u64) -> Result<()> {
+        assert!(range.folios().all(|folio| !self.has_memory(folio)), "{range} has memory already");
+        let before = self.size;
+        self.mark(range, true);
+        let taken = self
+            .set_limit()
+            .and_then(|()| self.grow_size(size.min(range.end)))
+            .and_then(|()| self.fill(range));
+        if taken.is_err() {
+            self.mark(range, false);
+            self.undo_take(range, before);
+        }
+        taken
+    }
+
+    fn undo_take(&mut self, range: Range, size: u64) {
+        let cut = if self.size > size { self.cut(size) } else { Ok(()) };
+        if let Err(error) = cut.and_then(|()| self.vacate(range)) {
+            log::error!("memory that was taken in part could not be given back: {error}");
+        }
+    }
+
+    /// Gives every block of `range` memory, out of the free blocks that there are for it.
+    fn fill(&mut self, range: Range) -> Result<()> {
+        for _ in 0..TRIES {
+            match self.try_fill(range) {
+                Err(Error::Full) if self.shut_strays()? > 0 => continue,
+                result => return result,
+            }
+        }
+        Err(Error::Busy("the file is touched faster than memory can be put where it belongs"))
+    }
+
+    fn try_fill(&self, range: Range) -> Result<()> {
+        if self.reach == Reach::Private {
+            return tmpfs::allocate(&self.data, range);
+        }
+        let end = range.end.min(self.size.next_multiple_of(SUBPAGE_SIZE)).max(range.start);
+        if end > range.start {
+            Window::new(&self.data, range)?.populate_write(Range::new(range.start, end))?;
+        }
+        self.fill_behind_end(Range::new(end, range.end))
+    }
+
+    /// The part of a folio that lies behind the end of file; nothing is left to do where the folio is in one piece.
+    fn fill_behind_end(&self, tail: Range) -> Result<()> {
+        if tail.is_empty() {
+            return Ok(());
+        }
+        assert!(tail.len() < FOLIO_SIZE, "a whole folio would come uncleared");
+        tmpfs::allocate(&self.data, tail)?;
+        tmpfs::clear(&self.data, tail)
+    }
+
+    /// Gives back the memory of the folios of `range`, with the soft holes in it and their records. Where that is the
+    /// end of the file, the caller shrinks it with [`Sealed::cut`] instead.
+    ///
+    /// # Errors
+    /// What the kernel answers; the call can be repeated.
+    pub fn give(&mut self, range: Range) -> Result<()> {
+        self.forget_holes(range)?;
+        self.mark(range, false);
+        self.vacate(range)
+    }
+
+    /// Makes `data` `size` bytes long (not longer than it is) and gives back the memory of all folios from there on.
+    ///
+    /// The folio that holds the new end keeps its memory, zeroed behind the end.
+    ///
+    /// # Errors
+    /// As for [`Sealed::give`].
+    pub fn cut(&mut self, size: u64) -> Result<()> {
+        assert!(size <= self.size);
+        let kept = size.next_multiple_of(FOLIO_SIZE);
+        let gone = Range::new(kept, (self.folios.len() as u64 * FOLIO_SIZE).max(kept));
+        self.forget_holes(Range::new(size.next_multiple_of(SUBPAGE_SIZE), gone.end))?;
+        tmpfs::set_size(&self.data, size)?;
+        self.size = size;
+        self.mark(gone, false);
+        self.vacate(gone)?;
+        let tail = Range::new(size.next_multiple_of(SUBPAGE_SIZE), kept);
+        if !tail.is_empty() && self.has_memory(Subpage::containing(tail.start).folio()) {
+            self.fill(tail)?;
+        }
+        Ok(())
+    }
+
+    /// Makes `data` `size` bytes long (not shorter than it is) within the folio that holds its end.
+    ///
+    /// # Errors
+    /// What the kernel answers; the size is as before.
+    pub fn grow_size(&mut self, size: u64) -> Result<()> {
+        if size <= self.size {
+            return Ok(());
+        }
+        if self.reach == Reach::Programs {
+            self.zero_behind_end(size)?;
+        }
+        tmpfs::set_size(&self.data, size)?;
+        self.size = size;
+        Ok(())
+    }
+
+    /// A program that maps the folio with the end of file by a 2 MiB entry can write behind the end. Those bytes must
+    /// not come to light when the file grows.
+    fn zero_behind_end(&mut self, size: u64) -> Result<()> {
+        const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+        let end = size.min(self.size.next_multiple_of(FOLIO_SIZE));
+        if !self.has_memory(Subpage::containing(self.size).folio()) {
+            return Ok(());
+        }
+        for piece in Range::new(self.size, end).steps(ZEROS.len() as u64) {
+            tmpfs::write_at(&self.data, &ZEROS[..piece.len() as usize], piece.start)?;
+            self.size = piece.end;
+        }
+        Ok(())
+    }
+
+    fn forget_holes(&mut self, range: Range) -> Result<()> {
+        let holes: Vec<Subpage> = self.holes_in(range).collect();
+        for subpage in holes {
+            self.ledger.release_block(self.holes()[&subpage])?;
+            self.ledger.forget(subpage)?;
+        }
+        Ok(())
+    }
+
+    /// Punches `range`, of which no folio is meant to have memory, until the limit can be lowered: a program may touch
+    /// what was just punched as long as there is a block for it.
+    fn vacate(&mut self, range: Range) -> Result<()> {
+        for _ in 0..TRIES {
+            if !range.is_empty() {
+                tmpfs::punch(&self.data, range)?;
+            }
+            match self.set_limit() {
+                Err(Error::Busy(_)) => self.shut_strays()?,
+                result => return result,
+            };
+        }
+        Err(Error::Busy("the file is touched faster than memory can be taken from it"))
+    }
+
+    fn set_limit(&self) -> Result<()> {
+        tmpfs::set_limit(&self.mount, self.limit())
+    }
+
+    fn mark(&mut self, range: Range, has_memory: bool) {
+        for folio in range.folios() {
+            let index = folio.0 as usize;
+            if self.folios.len() <= index {
+                self.folios.resize(index + 1, false);
+            }
+            match (self.folios[index], has_memory) {
+                (false, true) => self.folio_count += 1,
+                (true, false) => self.folio_count -= 1,
+                _ => {}
+            }
+            self.folios[index] = has_memory;
+        }
+        let used = self.folios.iter().rposition(|has| *has).map_or(0, |last| last + 1);
+        self.folios.truncate(used);
+    }
+
+    // ---- quarantine and repair ----------------------------------------------------------------------------------
+
+    /// Takes `subpage` out of the file: from when this returns, touching it is SIGBUS and nothing fills it.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] where somebody has pinned the folio, so that the kernel cannot split it; the bytes are as
+    /// before. What the kernel answers otherwise.
+    pub fn quarantine(&mut self, subpage: Subpage, time: u64) -> Result<()> {
+        assert!(self.has_memory(subpage.folio()), "{subpage:?} has no memory");
+        let mut rescued = [0; SUBPAGE_SIZE as usize];
+        let known = tmpfs::read_at(&self.data, &mut rescued, subpage.offset())
+            .is_ok_and(|read| read > 0);
+        let record = self.ledger.record(subpage, time, known.then_some(&rescued))?;
+        if let Err(error) = self.trade_to_ledger(subpage, record) {
+            self.put_back(subpage, known.then_some(&rescued));
+            self.ledger.forget(subpage)?;
+            return Err(error);
+        }
+        if known {
+            self.ledger.store(record, &rescued)?;
+        }
+        self.ledger.update(|superblock| superblock.alarm = true)
+    }
+
+    /// Undoes the zeroing of a punch that freed nothing.
+    fn put_back(&self, subpage: Subpage, rescued: Option<&Bytes>) {
+        let Some(bytes) = rescued else { return };
+        let length = SUBPAGE_SIZE.min(self.size - subpage.offset()) as usize;
+        if let Err(error) = tmpfs::write_at(&self.data, &bytes[..length], subpage.offset()) {
+            log::error!("{subpage:?} could not be written back: {error}");
+        }
+    }
+
+    /// Moves the block of `subpage` to the ledger. A second thread spins for it, so that a program that hammers the
+    /// subpage seldom gets it back first; when it does, punch again.
+    fn trade_to_ledger(&mut self, subpage: Subpage, record: Record) -> Result<()> {
+        self.trade(
+            |sealed| sealed.ledger.take_block(record),
+            |sealed, attempt| {
+                tmpfs::punch(&sealed.data, subpage.range())?;
+                if attempt == 0 && sealed.is_in_one_piece(subpage)? {
+                    return Err(Error::Busy(
+                        "the folio is pinned (vmsplice, io_uring, VFIO or the like) and cannot be split",
+                    ));
+                }
+                Ok(())
+            },
+        )?;
+        // The block that the ledger got may have been another hole's; no block is free now, so what is shut stays shut.
+        self.shut_strays()?;
+        for _ in 0..TRIES {
+            if tmpfs::resident(&self.data, subpage.range())? == 0 {
+                return Ok(());
+            }
+            tmpfs::punch(&self.data, subpage.range())?;
+        }
+        Err(Error::Busy(UNWINNABLE))
+    }
+
+    /// Puts `subpage` back, holding `content`; other soft holes stay shut.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn repair(&mut self, subpage: Subpage, content: Content<'_>) -> Result<()> {
+        let record = self.holes()[&subpage];
+        // A write of a whole subpage fills a hole in one step: nobody can map it before the bytes are in it. Behind
+        // the end of file nothing is written, as that would move the end.
+        let length = SUBPAGE_SIZE.min(self.size - subpage.offset()) as usize;
+        let released = AtomicBool::new(false);
+        self.trade(
+            |sealed| {
+                match tmpfs::write_at(&sealed.data, &content.bytes()[..length], subpage.offset())? {
+                    written if written == length => Ok(()),
+                    _ => Err(Error::Full),
+                }
+            },
+            |sealed, _| {
+                if !released.swap(true, Ordering::Relaxed) {
+                    sealed.ledger.release_block(record)?;
+                }
+                // Another hole of this file may have caught the block.
+                sealed.shut_strays_but(Some(subpage)).map(drop)
+            },
+        )?;
+        self.ledger.forget(subpage)?;
+        self.shut_strays().map(drop)
+    }
+
+    /// What was rescued of a quarantined subpage.
+    ///
+    /// # Errors
+    /// [`Error::NoData`] where nothing is known.
+    pub fn rescued(&self, subpage: Subpage) -> Result<Bytes> {
+        self.ledger.rescued(self.holes()[&subpage])
+    }
+
+    /// Runs `take` over and over on a second thread until it finds a free block, and `free`, which frees one, on
+    /// this one until it has.
+    fn trade(
+        &self,
+        take: impl Fn(&Self) -> Result<()> + Sync,
+        free: impl Fn(&Self, u32) -> Result<()>,
+    ) -> Result<()> {
+        let stop = AtomicBool::new(false);
+        let spinning = AtomicBool::new(false);
+        let taker = || loop {
+            match take(self) {
+                Err(Error::Full) if stop.load(Ordering::Relaxed) => return Err(Error::Full),
+                Err(Error::Full) => spinning.store(true, Ordering::Release),
+                result => return result,
+            }
+        };
+        std::thread::scope(|scope| {
+            let taker = scope.spawn(taker);
+            while !spinning.load(Ordering::Acquire) && !taker.is_finished() {
+                std::thread::yield_now();
+            }
+            let freed = (0..TRIES).try_for_each(|attempt| {
+                if taker.is_finished() {
+                    return Ok(());
+                }
+                free(self, attempt)?;
+                // With fewer processors than threads that spin, the taker needs ours.
+                std::thread::yield_now();
+                Ok(())
+            });
+            stop.store(true, Ordering::Relaxed);
+            let taken = taker.join().expect("the taker does not panic");
+            match (taken, freed) {
+                (Ok(()), _) => Ok(()),
+                (Err(Error::Full), Ok(())) => {
+                    Err(Error::Busy(UNWINNABLE))
+                }
+                (Err(_), Err(error)) | (Err(error), Ok(())) => Err(error),
+            }
+        })
+    }
+
+    /// Whether the folio of `subpage`, which is being punched, is still in one piece.
+    fn is_in_one_piece(&self, subpage: Subpage) -> Result<bool> {
+        let window = Window::new(&self.data, subpage.folio().range())?;
+        let neighbour = Subpage(subpage.0 ^ 1); // not the subpage itself: that would fill it again
+        match window.populate(neighbour.range()) {
+            Err(Error::NoData | Error::Poisoned) => Ok(false),
+            Err(error) => Err(error),
+            Ok(()) => Ok(!window.huge_ranges()?.is_empty()),
+        }
+    }
+
+    /// Finds holes that were filled while a block was free, and punches them again. Returns how many there were.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn shut_strays(&self) -> Result<u64> {
+        self.shut_strays_but(None)
+    }
+
+    /// The same, with one hole that is being filled on purpose.
+    fn shut_strays_but(&self, but: Option<Subpage>) -> Result<u64> {
+        if tmpfs::blocks_taken(&self.data)? <= self.expected_blocks() {
+            return Ok(0);
+        }
+        let mut shut = 0;
+        for subpage in self.holes().keys().filter(|subpage| Some(**subpage) != but) {
+            if tmpfs::resident(&self.data, subpage.range())? > 0 {
+                tmpfs::punch(&self.data, subpage.range())?;
+                shut += 1;
+                log::warn!("a quarantined subpage at {:#x} was filled in passing; it is shut again", subpage.offset());
+            }
+        }
+        shut += self.punch_where_no_memory_is_meant()?;
+        STRAYS_SHUT.fetch_add(shut, Ordering::Relaxed);
+        Ok(shut)
+    }
+
+    fn punch_where_no_memory_is_meant(&self) -> Result<u64> {
+        let end = self.size.div_ceil(FOLIO_SIZE).max(self.folios.len() as u64);
+        let mut punched = 0;
+        for folio in (0..end).map(Folio).filter(|folio| !self.has_memory(*folio)) {
+            if tmpfs::resident(&self.data, folio.range())? > 0 {
+                tmpfs::punch(&self.data, folio.range())?;
+                punched += 1;
+            }
+        }
+        Ok(punched)
+    }
+
+    // ---- huge mappings ------------------------------------------------------------------------------------------
+
+    /// Puts `folio` back into one piece, where it is not.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] with a quarantined subpage in it; else as for [`Window::collapse`].
+    pub fn collapse(&self, folio: Folio) -> Result<()> {
+        if self.holes_in(folio.range()).next().is_some() {
+            return Err(Error::Busy("a quarantined subpage keeps this part from being one huge page"));
+        }
+        Window::new(&self.data, folio.range())?.collapse(folio)
+    }
+
+    /// Maps `range`, which has memory, and returns which parts of it that maps by 2 MiB entries.
+    ///
+    /// # Errors
+    /// What mmap(2) and the page map answer.
+    pub fn huge_ranges(&self, range: Range) -> Result<Vec<Range>> {
+        let window = Window::new(&self.data, range)?;
+        for folio in range.folios() {
+            match window.populate(Range::at(folio.range().start, 1).subpages_out()) {
+                Ok(()) | Err(Error::NoData | Error::Poisoned) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        window.huge_ranges()
+    }
+
+    /// The NUMA node that the memory of `folio` is on, as far as the kernel tells.
+    pub fn node_of(&self, folio: Folio) -> Option<u32> {
+        let window = Window::new(&self.data, folio.range()).ok()?;
+        folio.range().steps(SUBPAGE_SIZE).find_map(|subpage| {
+            window.populate(subpage).ok()?;
+            window.node_of(subpage.start)
+        })
+    }
+
+    /// Puts what memory came in small pages into folios, and returns how many folios are in one piece.
+    ///
+    /// For memory that nobody has touched: it is mapped but neither read nor cleared.
+    ///
+    /// # Errors
+    /// What mmap(2) and the page map answer.
+    pub fn collapse_untouched(&self) -> Result<u64> {
+        if self.folios.is_empty() {
+            return Ok(0);
+        }
+        let window = Window::new(&self.data, Range::new(0, self.folios.len() as u64 * FOLIO_SIZE))?;
+        for folio in self.folios() {
+            if let Err(error) = window.collapse(folio) {
+                log::debug!("folio {} stays in small pages: {error}", folio.0);
+            }
+        }
+        Ok(window.huge_ranges()?.iter().map(|range| range.len() / FOLIO_SIZE).sum())
+    }
+
+    // ---- check --------------------------------------------------------------------------------------------------
+
+    /// Checks S1 and Q1 (a soft hole has exactly one record, and the other way round); says what does not hold.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn check(&self) -> Result<Vec<String>> {
+        let mut wrong = Vec::new();
+        let blocks = tmpfs::blocks(&self.mount)?;
+        if blocks.free != 0 || blocks.limit != self.limit() {
+            wrong.push(format!(
+                "S1: {} of {} blocks are free, and {} are meant to be taken",
+                blocks.free,
+                blocks.limit,
+                self.limit()
+            ));
+        }
+        if tmpfs::size(&self.data)? != self.size {
+            wrong.push(format!("the data file is not {} bytes long", self.size));
+        }
+        for folio in (0..self.folios.len() as u64).map(Folio) {
+            let holes = self.holes_in(folio.range()).count() as u64;
+            let meant = if self.has_memory(folio) { SUBPAGES_PER_FOLIO - holes } else { 0 };
+            let resident = tmpfs::resident(&self.data, folio.range())?;
+            if resident != meant {
+                wrong.push(format!("Q1: folio {} has {resident} subpages, and {meant} are meant", folio.0));
+            }
+        }
+        for subpage in self.holes().keys() {
+            if tmpfs::resident(&self.data, subpage.range())? != 0 {
+                wrong.push(format!("Q1: the quarantined subpage at {:#x} has memory", subpage.offset()));
+            }
+        }
+        let ledger = self.ledger.blocks()?;
+        if ledger != self.holes().len() as u64 + 1 {
+            wrong.push(format!("Q1: the ledger has {ledger} blocks for {} holes", self.holes().len()));
+        }
+        Ok(wrong)
+    }
+
+    /// Takes back what a program gave up behind our back: madvise(2) with MADV_REMOVE punches the file without asking.
+    /// Returns whether there was any.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`].
+    pub fn reclaim_removed(&mut self) -> Result<bool> {
+        if tmpfs::blocks(&self.mount)?.free == 0 {
+            return Ok(false);
+        }
+        self.shut_strays()?;
+        let torn: Vec<Folio> = self
+            .folios()
+            .filter(|folio| {
+                let meant = SUBPAGES_PER_FOLIO - self.holes_in(folio.range()).count() as u64;
+                tmpfs::resident(&self.data, folio.range()).is_ok_and(|resident| resident < meant)
+            })
+            .collect();
+        for folio in &torn {
+            self.fill_around_holes(*folio)?;
+        }
+        Ok(!torn.is_empty())
+    }
+
+    fn fill_around_holes(&mut self, folio: Folio) -> Result<()> {
+        let holes: Vec<Subpage> = self.holes_in(folio.range()).collect();
+        let mut start = folio.range().start;
+        for end in holes.iter().map(|hole| hole.offset()).chain([folio.range().end]) {
+            let piece = Range::new(start, end);
+            if !piece.is_empty() {
+                self.fill(piece)?;
+            }
+            start = end + SUBPAGE_SIZE;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,214 @@
+//! The daemon's own short-lived mappings of a file, never read or written through.
+//!
+//! They exist for what only madvise(2) and the page tables can do or tell: put a huge mapping back, find out how
+//! memory is mapped and on which node it lies. File bytes go through pread(2) and pwrite(2), where a memory error
+//! is an errno and not a signal.
+
+use super::meaning;
+use crate::error::{Error, Result};
+use crate::units::{FOLIO_SIZE, Folio, Range};
+use memmap2::{Advice, MmapOptions, MmapRaw};
+use rustix::io::Errno;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+
+/// A mapping of a folio-aligned part of a file.
+pub struct Window {
+    map: MmapRaw,
+    range: Range,
+}
+
+impl Window {
+    /// Maps `range`, grown to whole folios. Takes no memory and touches none.
+    ///
+    /// # Errors
+    /// What mmap(2) answers.
+    pub fn new(file: &File, range: Range) -> Result<Self> {
+        let range = range.folios_out();
+        assert!(!range.is_empty());
+        let map = MmapOptions::new().offset(range.start).len(range.len() as usize).map_raw(file)?;
+        // tmpfs aligns mappings of `huge=always` files itself since Linux 4.8 (shmem_get_unmapped_area).
+        if !(map.as_ptr() as u64).is_multiple_of(FOLIO_SIZE) {
+            return Err(Error::Again);
+        }
+        Ok(Self { map, range })
+    }
+
+    fn position(&self, range: Range) -> (usize, usize) {
+        assert!(self.range.covers(range), "{range} is outside of the window");
+        ((range.start - self.range.start) as usize, range.len() as usize)
+    }
+
+    /// Faults `range` in for reading (MADV_POPULATE_READ, Linux 5.14).
+    ///
+    /// # Errors
+    /// [`Error::Poisoned`] where the kernel holds a poisoned page, [`Error::NoData`] where a hole cannot be filled.
+    pub fn populate(&self, range: Range) -> Result<()> {
+        let (start, length) = self.position(range);
+        self.map.advise_range(Advice::PopulateRead, start, length).map_err(|error| {
+            match Errno::from_io_error(&error) {
+                Some(Errno::FAULT) => Error::NoData,
+                Some(errno) => meaning(errno),
+                None => error.into(),
+            }
+        })
+    }
+
+    /// Faults `range` in for writing (MADV_POPULATE_WRITE, Linux 5.14), so that it has memory, cleared before anybody
+    /// else can see it.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`], [`Error::Full`] where the superblock has no block left or the file ends before `range` does.
+    pub fn populate_write(&self, range: Range) -> Result<()> {
+        let (start, length) = self.position(range);
+        self.map.advise_range(Advice::PopulateWrite, start, length).map_err(|error| {
+            match Errno::from_io_error(&error) {
+                Some(Errno::FAULT) => Error::Full,
+                Some(errno) => meaning(errno),
+                None => error.into(),
+            }
+        })
+    }
+
+    /// Puts `folio` into one 2 MiB page (MADV_COLLAPSE, Linux 6.1); other processes map it so at their next touch.
+    ///
+    /// # Errors
+    /// [`Error::Again`] where somebody holds one of its pages at the moment, [`Error::NoMemory`] where the machine has
+    /// no free 2 MiB, [`Error::NoData`] where it has a hole.
+    pub fn collapse(&self, folio: Folio) -> Result<()> {
+        const MADV_COLLAPSE: libc::c_int = 25;
+        let (start, length) = self.position(folio.range());
+        let address = self.map.as_mut_ptr().wrapping_add(start);
+        // SAFETY: the range lies in our own mapping, and MADV_COLLAPSE changes how it is mapped, not what it holds.
+        #[allow(unsafe_code)]
+        let result = unsafe { libc::madvise(address.cast(), length, MADV_COLLAPSE) };
+        if result == 0 {
+            return Ok(());
+        }
+        Err(match Errno::from_io_error(&std::io::Error::last_os_error()) {
+            Some(Errno::AGAIN | Errno::BUSY) => Error::Again,
+            Some(Errno::NOMEM) => Error::NoMemory,
+            Some(Errno::INVAL) => Error::NoData,
+            other => Error::Os(other.unwrap_or(Errno::IO)),
+        })
+    }
+
+    /// The parts of the window that are mapped by 2 MiB entries right now (PAGEMAP_SCAN, Linux 6.7), ascending.
+    ///
+    /// # Errors
+    /// What ioctl(2) on /proc/self/pagemap answers.
+    pub fn huge_ranges(&self) -> Result<Vec<Range>> {
+        let pagemap = File::open("/proc/self/pagemap")?;
+        let base = self.map.as_ptr() as u64;
+        let end = base + self.range.len();
+        let mut found = Vec::new();
+        let mut start = base;
+        while start < end {
+            let mut regions = [PageRegion::default(); 64];
+            let (count, walked_to) = scan_huge(&pagemap, start, end, &mut regions)?;
+            found.extend(regions[..count].iter().map(|region| {
+                Range::new(region.start - base + self.range.start, region.end - base + self.range.start)
+            }));
+            start = walked_to;
+        }
+        Ok(found)
+    }
+
+    /// The NUMA node of the page at `offset`, which must be mapped; `None` where it is not (move_pages(2)).
+    pub fn node_of(&self, offset: u64) -> Option<u32> {
+        let (start, _) = self.position(Range::at(offset, 1));
+        let page: *const u8 = self.map.as_ptr().wrapping_add(start);
+        let mut status: libc::c_int = -1;
+        // SAFETY: one page and one status, both alive for the call; without target nodes nothing is moved.
+        #[allow(unsafe_code)]
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_move_pages,
+                0,
+                1usize,
+                &raw const page,
+                std::ptr::null::<libc::c_int>(),
+                &raw mut status,
+                0,
+            )
+        };
+        (result == 0).then(|| u32::try_from(status).ok()).flatten()
+    }
+}
+
+/// `struct page_region` of linux/fs.h.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct PageRegion {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+/// `struct pm_scan_arg` of linux/fs.h.
+#[repr(C)]
+#[derive(Default)]
+struct PmScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+const _: () = assert!(size_of::<PmScanArg>() == 96 && size_of::<PageRegion>() == 24);
+
+/// Fills `regions` with what is mapped huge in `start..end`; returns how many, and how far the walk came.
+fn scan_huge(pagemap: &File, start: u64, end: u64, regions: &mut [PageRegion]) -> Result<(usize, u64)> {
+    const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610u32 as libc::Ioctl; // _IOWR('f', 16, struct pm_scan_arg)
+    const PAGE_IS_HUGE: u64 = 1 << 6;
+    let mut argument = PmScanArg {
+        size: size_of::<PmScanArg>() as u64,
+        start,
+        end,
+        vec: regions.as_mut_ptr() as u64,
+        vec_len: regions.len() as u64,
+        category_mask: PAGE_IS_HUGE,
+        return_mask: PAGE_IS_HUGE,
+        ..PmScanArg::default()
+    };
+    // SAFETY: the argument has the kernel's layout and names `regions`, which outlives the call, with its length.
+    #[allow(unsafe_code)]
+    let count = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut argument) };
+    if count < 0 {
+        return Err(std::io::Error::last_os_error().into());
+    }
+    Ok((count as usize, argument.walk_end.max(start + 1)))
+}
+
+/// Makes the calling thread take new memory from one NUMA node, or again from anywhere (set_mempolicy(2)).
+///
+/// # Errors
+/// EINVAL for a node that is not there.
+pub fn bind_thread_to_node(node: Option<u32>) -> Result<()> {
+    const MAX_NODES: usize = 1024; // MAX_NUMNODES of every distribution's kernel or more
+    let mut mask = [0u64; MAX_NODES / 64];
+    let mode = match node {
+        None => libc::MPOL_DEFAULT,
+        Some(node) => {
+            let word = mask.get_mut(node as usize / 64).ok_or(Error::Os(Errno::INVAL))?;
+            *word |= 1 << (node % 64);
+            libc::MPOL_BIND
+        }
+    };
+    let (pointer, bits) = match node {
+        None => (std::ptr::null(), 0),
+        Some(_) => (mask.as_ptr(), MAX_NODES + 1),
+    };
+    // SAFETY: the mask is alive for the call and has the number of bits that is named (the kernel reads one less).
+    #[allow(unsafe_code)]
+    let result = unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, pointer, bits) };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
+}

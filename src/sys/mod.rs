@@ -1,0 +1,122 @@
+//! The system calls: one function one call, and the only `unsafe` of the project.
+//!
+//! Descriptors are owned types, an errno becomes the thing it means ([`Error::Full`], [`Error::Busy`]) where the
+//! call is made, and calls that rustix offers are wrapped only where there is such a meaning to give.
+
+pub mod handle;
+pub mod identity;
+pub mod mapping;
+pub mod namespace;
+pub mod sigbus;
+pub mod tmpfs;
+
+use crate::error::Error;
+use rustix::io::Errno;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// The meaning of what memory-taking calls on tmpfs answer.
+fn meaning(errno: Errno) -> Error {
+    match errno {
+        Errno::NOSPC => Error::Full,
+        Errno::NOMEM => Error::NoMemory,
+        Errno::HWPOISON => Error::Poisoned,
+        other => Error::Os(other),
+    }
+}
+
+/// Repeats a call that a signal interrupted.
+fn uninterrupted<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
+    loop {
+        match call() {
+            Err(Errno::INTR) => continue,
+            result => return result,
+        }
+    }
+}
+
+/// A path that names what `fd` refers to, whatever it was opened with (proc(5), /proc/self/fd).
+pub fn fd_path(fd: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
+/// Takes over a descriptor that the parent process left open for us, and keeps our own children from getting it.
+///
+/// # Errors
+/// EBADF where there is none of that number; [`Error::Invalid`] for standard input, output or error.
+pub fn inherited(fd: RawFd) -> Result<OwnedFd, Error> {
+    if fd <= 2 {
+        return Err(Error::invalid("standard input, output and error are not handed over"));
+    }
+    // SAFETY: the number only reaches F_SETFD, which refuses one that is not open.
+    #[allow(unsafe_code)]
+    let result = unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+    if result != 0 {
+        return Err(std::io::Error::last_os_error().into());
+    }
+    // SAFETY: it is open, and by the caller's word nobody else's in this process.
+    #[allow(unsafe_code)]
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Seconds since the epoch.
+pub fn unix_time() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+/// What the kernel could give without swapping (MemAvailable, proc(5)), in bytes.
+///
+/// # Errors
+/// Where /proc is not mounted or has no such line.
+pub fn memory_available() -> Result<u64, Error> {
+    meminfo("MemAvailable:")
+}
+
+/// The machine's memory (MemTotal, proc(5)), in bytes.
+///
+/// # Errors
+/// Where /proc is not mounted or has no such line.
+pub fn memory_total() -> Result<u64, Error> {
+    meminfo("MemTotal:")
+}
+
+fn meminfo(name: &str) -> Result<u64, Error> {
+    let text = std::fs::read_to_string("/proc/meminfo")?;
+    let kib: Option<u64> = text
+        .lines()
+        .find_map(|line| line.strip_prefix(name))
+        .and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse().ok());
+    kib.map(|kib| kib * 1024).ok_or_else(|| Error::Corrupt(format!("/proc/meminfo has no {name}")))
+}
+
+/// The NUMA nodes that have memory (/sys/devices/system/node/has_memory), ascending; never empty.
+///
+/// # Errors
+/// Where /sys is not mounted or the list does not parse.
+pub fn memory_nodes() -> Result<Vec<u32>, Error> {
+    let Ok(text) = std::fs::read_to_string("/sys/devices/system/node/has_memory") else {
+        return Ok(vec![0]); // a kernel without CONFIG_NUMA
+    };
+    parse_node_list(text.trim()).ok_or_else(|| Error::Corrupt(format!("node list {text:?}")))
+}
+
+/// Parses the kernel's list format, `0-2,5`.
+fn parse_node_list(text: &str) -> Option<Vec<u32>> {
+    let mut nodes = Vec::new();
+    for part in text.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last): (u32, u32) = (first.parse().ok()?, last.parse().ok()?);
+        nodes.extend(first..=last);
+    }
+    (!nodes.is_empty()).then_some(nodes)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn node_lists_are_read_as_the_kernel_writes_them() {
+        assert_eq!(super::parse_node_list("0"), Some(vec![0]));
+        assert_eq!(super::parse_node_list("0-2,5"), Some(vec![0, 1, 2, 5]));
+        assert_eq!(super::parse_node_list(""), None);
+    }
+}

@@ -1,0 +1,45 @@
+//! A mount namespace of our own with an empty root of our own (mount_namespaces(7), pivot_root(2)).
+
+use super::tmpfs;
+use crate::error::Result;
+use rustix::fs::{CWD, Mode};
+use rustix::mount::{
+    MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount_change, move_mount, open_tree,
+    unmount,
+};
+use rustix::thread::UnshareFlags;
+use std::os::fd::{AsFd, OwnedFd};
+
+/// Leaves every mount of the machine behind, so that none is held busy by us, and keeps `/proc` and `/sys`.
+///
+/// Afterwards `/` is an empty tmpfs that only this process and its children can see; the directories named
+/// in `directories` exist in it. Nothing of the old tree can be reached any more: open what is needed first.
+///
+/// # Errors
+/// EPERM without CAP_SYS_ADMIN; EINVAL where the old root is the initramfs itself, which cannot be left.
+pub fn enter_private_root(directories: &[&str]) -> Result<()> {
+    // SAFETY: a new mount namespace affects neither descriptors nor memory of this single-threaded process.
+    #[allow(unsafe_code)]
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }?;
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+    let root = tmpfs::create(&tmpfs::Options { blocks: Some(16), ..Default::default() })?;
+    for name in ["proc", "sys"] {
+        let tree = clone_tree(&format!("/{name}"))?;
+        rustix::fs::mkdirat(&root, name, Mode::from_raw_mode(0o755))?;
+        move_mount(&tree, "", &root, name, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    }
+    for name in directories {
+        rustix::fs::mkdirat(&root, *name, Mode::from_raw_mode(0o700))?;
+    }
+    // Any directory will do to attach the new root to, and this one exists: we have just cloned it.
+    tmpfs::attach(root.as_fd(), "/proc")?;
+    rustix::process::fchdir(&root)?;
+    rustix::process::pivot_root(".", ".")?;
+    unmount(".", UnmountFlags::DETACH)?;
+    Ok(rustix::process::chdir("/")?)
+}
+
+fn clone_tree(path: &str) -> Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    Ok(open_tree(CWD, path, flags)?)
+}

@@ -1,0 +1,274 @@
+//! Touching mapped memory as a program does, and noting where it gets SIGBUS (sigaction(2), mmap(2)).
+//!
+//! For programs that prove what a mapping holds: the demonstration, the benches and the tests. The two instructions
+//! that touch memory stand at known addresses; when one of them gets the signal, the handler notes address and
+//! code and lets the program go on behind it, with the mapping as it was. Any other SIGBUS ends the program.
+
+use crate::error::Result;
+use crate::units::{Range, SUBPAGE_SIZE, Subpage};
+use std::cell::Cell;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::sync::OnceLock;
+
+use probe::{hugetlb2_fault, hugetlb2_load, hugetlb2_store};
+
+/// The two touching instructions, and where a thread goes on that one of them got a SIGBUS.
+mod probe {
+    // Assembly counts as unsafe code; SAFETY: three leaf functions that follow the C calling convention.
+    #![allow(unsafe_code)]
+
+    #[cfg(target_arch = "x86_64")]
+    std::arch::global_asm!(
+        ".globl hugetlb2_load, hugetlb2_store, hugetlb2_fault",
+        "hugetlb2_load:",
+        "movzx eax, byte ptr [rdi]",
+        "ret",
+        "hugetlb2_store:",
+        "mov byte ptr [rdi], sil",
+        "xor eax, eax",
+        "ret",
+        "hugetlb2_fault:",
+        "mov eax, 0x100",
+        "ret",
+    );
+
+    #[cfg(target_arch = "aarch64")]
+    std::arch::global_asm!(
+        ".globl hugetlb2_load, hugetlb2_store, hugetlb2_fault",
+        "hugetlb2_load:",
+        "ldrb w0, [x0]",
+        "ret",
+        "hugetlb2_store:",
+        "strb w1, [x0]",
+        "mov w0, #0",
+        "ret",
+        "hugetlb2_fault:",
+        "mov w0, #0x100",
+        "ret",
+    );
+
+    // SAFETY: defined above with these signatures; the first instruction of each is the one that touches memory.
+    #[allow(unsafe_code)]
+    unsafe extern "C" {
+        pub(super) fn hugetlb2_load(pointer: *const u8) -> u32;
+        pub(super) fn hugetlb2_store(pointer: *mut u8, byte: u8) -> u32;
+        pub(super) fn hugetlb2_fault();
+    }
+}
+
+const FAULTED: u32 = 0x100;
+
+thread_local! {
+    /// Address and code of the thread's latest SIGBUS; written by the handler.
+    static LATEST: Cell<(usize, i32)> = const { Cell::new((0, 0)) };
+}
+
+/// A mapping (MAP_SHARED or MAP_PRIVATE) that is read and written like memory.
+#[derive(Debug)]
+pub struct Mapping {
+    base: *mut u8,
+    length: usize,
+    offset: u64,
+}
+
+// SAFETY: the mapping belongs to the process, and no reference to its bytes is ever made.
+#[allow(unsafe_code)]
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl Sync for Mapping {}
+
+/// One SIGBUS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hit {
+    /// The subpage of the file that was touched.
+    pub subpage: Subpage,
+    /// `si_code`: BUS_ADRERR (2) for a hole, BUS_MCEERR_AR (4) for a memory error.
+    pub code: i32,
+}
+
+/// Sharing of a [`Mapping`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// MAP_SHARED.
+    Shared,
+    /// MAP_PRIVATE.
+    Private,
+}
+
+impl Mapping {
+    /// Maps `range` of `file` readable and, where `writable`, writable.
+    ///
+    /// # Errors
+    /// What mmap(2) answers.
+    pub fn new(file: &File, range: Range, sharing: Sharing, writable: bool) -> Result<Self> {
+        install_handler()?;
+        let protection = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
+        let flags = match sharing {
+            Sharing::Shared => libc::MAP_SHARED,
+            Sharing::Private => libc::MAP_PRIVATE,
+        };
+        let length = range.len() as usize;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        #[allow(unsafe_code)]
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                length,
+                protection,
+                flags,
+                file.as_raw_fd(),
+                range.start as libc::off_t,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error().into());
+        }
+        Ok(Self { base: base.cast(), length, offset: range.start })
+    }
+
+    /// The address of the mapping's first byte.
+    pub fn address(&self) -> usize {
+        self.base as usize
+    }
+
+    fn pointer(&self, offset: u64) -> *mut u8 {
+        let at = (offset - self.offset) as usize;
+        assert!(at < self.length, "offset {offset:#x} is not mapped");
+        self.base.wrapping_add(at)
+    }
+
+    /// Reads the byte at `offset` of the file.
+    ///
+    /// # Errors
+    /// The SIGBUS that was received instead.
+    pub fn load(&self, offset: u64) -> std::result::Result<u8, Hit> {
+        let pointer = self.pointer(offset);
+        // SAFETY: the byte is inside of the mapping; a fault there is resolved by the handler.
+        #[allow(unsafe_code)]
+        let value = unsafe { hugetlb2_load(pointer) };
+        if value == FAULTED { Err(self.latest_hit()) } else { Ok(value as u8) }
+    }
+
+    /// Writes the byte at `offset` of the file.
+    ///
+    /// # Errors
+    /// The SIGBUS that was received instead.
+    pub fn store(&self, offset: u64, byte: u8) -> std::result::Result<(), Hit> {
+        let pointer = self.pointer(offset);
+        // SAFETY: the byte is inside of the mapping; a fault there is resolved by the handler.
+        #[allow(unsafe_code)]
+        let value = unsafe { hugetlb2_store(pointer, byte) };
+        if value == FAULTED { Err(self.latest_hit()) } else { Ok(()) }
+    }
+
+    /// Reads `buffer.len()` bytes from `offset`; none of them may be in a lost subpage.
+    ///
+    /// # Errors
+    /// The signal that was received.
+    pub fn read(&self, offset: u64, buffer: &mut [u8]) -> std::result::Result<(), Hit> {
+        for (n, byte) in buffer.iter_mut().enumerate() {
+            *byte = self.load(offset + n as u64)?;
+        }
+        Ok(())
+    }
+
+    /// Touches the first byte of every subpage and returns where that was a SIGBUS, ascending.
+    pub fn walk(&self) -> Vec<Hit> {
+        (0..self.length as u64)
+            .step_by(SUBPAGE_SIZE as usize)
+            .filter_map(|at| self.load(self.offset + at).err())
+            .collect()
+    }
+
+    /// madvise(2) on all of it.
+    ///
+    /// # Errors
+    /// What madvise(2) answers.
+    pub fn advise(&self, advice: i32) -> Result<()> {
+        self.advise_range(Range::at(self.offset, self.length as u64), advice)
+    }
+
+    /// madvise(2) on a part of it.
+    ///
+    /// # Errors
+    /// What madvise(2) answers.
+    pub fn advise_range(&self, range: Range, advice: i32) -> Result<()> {
+        let start = self.pointer(range.start);
+        assert!(range.end - self.offset <= self.length as u64);
+        // SAFETY: the range is inside of our own mapping, which is only ever accessed byte by byte.
+        #[allow(unsafe_code)]
+        let result = unsafe { libc::madvise(start.cast(), range.len() as usize, advice) };
+        if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
+    }
+
+    fn latest_hit(&self) -> Hit {
+        let (address, code) = LATEST.get();
+        let offset = address as u64 - self.base as u64 + self.offset;
+        Hit { subpage: Subpage::containing(offset), code }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the range was mapped by `new`, with whatever the handler put into it.
+        #[allow(unsafe_code)]
+        unsafe {
+            libc::munmap(self.base.cast(), self.length)
+        };
+    }
+}
+
+fn install_handler() -> Result<()> {
+    static INSTALLED: OnceLock<Result<()>> = OnceLock::new();
+    INSTALLED
+        .get_or_init(|| {
+            // SAFETY: zero is a valid value of every field; the handler has the signature that SA_SIGINFO asks for.
+            #[allow(unsafe_code)]
+            let result = unsafe {
+                let mut action: libc::sigaction = std::mem::zeroed();
+                action.sa_flags = libc::SA_SIGINFO | libc::SA_NODEFER;
+                action.sa_sigaction = handler as *const () as usize;
+                libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut())
+            };
+            if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
+        })
+        .clone()
+}
+
+/// Continues behind a probing instruction; everything else dies of the signal as if there were no handler.
+extern "C" fn handler(_signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    let probes = [hugetlb2_load as *const () as u64, hugetlb2_store as *const () as u64];
+    // SAFETY: the kernel passes valid pointers (SA_SIGINFO), and the handler runs on the thread that they describe.
+    #[allow(unsafe_code)]
+    let (address, code, instruction) = unsafe {
+        let context = &mut *context.cast::<libc::ucontext_t>();
+        ((*info).si_addr() as usize, (*info).si_code, instruction_pointer(context))
+    };
+    if probes.contains(instruction) {
+        LATEST.set((address, code));
+        *instruction = hugetlb2_fault as *const () as u64;
+    } else {
+        // SAFETY: signal(2) is async-signal-safe; on return the instruction faults again and the default action ends us.
+        #[allow(unsafe_code)]
+        unsafe {
+            libc::signal(libc::SIGBUS, libc::SIG_DFL)
+        };
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn instruction_pointer(context: &mut libc::ucontext_t) -> &mut u64 {
+    let register: &mut i64 = &mut context.uc_mcontext.gregs[libc::REG_RIP as usize];
+    // SAFETY: i64 and u64 have the same size, alignment and valid values.
+    #[allow(unsafe_code)]
+    unsafe {
+        &mut *std::ptr::from_mut(register).cast()
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+fn instruction_pointer(context: &mut libc::ucontext_t) -> &mut u64 {
+    &mut context.uc_mcontext.pc
+}

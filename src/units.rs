@@ -1,0 +1,265 @@
+//! The units in which memory is counted, as types, and every conversion between them.
+//!
+//! | type | what it counts | size |
+//! |---|---|---|
+//! | [`Subpage`] | what a memory error costs: one base page | 4 KiB |
+//! | [`Folio`] | what a PMD maps: the largest page tmpfs knows | 2 MiB |
+//! | [`PageSize`] | what is reserved and counted against the pool | 2 MiB or 1 GiB |
+//! | [`Range`] | bytes, half open | any |
+//!
+//! A conversion that rounds says in which direction in its name.
+
+use std::fmt;
+
+/// Bytes in a base page, the grain of mapping and of quarantine.
+pub const SUBPAGE_SIZE: u64 = 4096;
+/// Bytes in a PMD-mapped folio (x86_64, and aarch64 with 4 KiB base pages).
+pub const FOLIO_SIZE: u64 = 2 << 20;
+/// Base pages in a folio.
+pub const SUBPAGES_PER_FOLIO: u64 = FOLIO_SIZE / SUBPAGE_SIZE;
+/// Bytes in one unit of `st_blocks` (stat(2)).
+pub const STAT_BLOCK: u64 = 512;
+
+const _: () = assert!(SUBPAGES_PER_FOLIO == 512);
+const _: () = assert!(FOLIO_SIZE.is_power_of_two() && SUBPAGE_SIZE.is_power_of_two());
+
+/// Index of a 4 KiB subpage in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Subpage(pub u64);
+
+impl Subpage {
+    /// The subpage that holds the byte at `offset`.
+    pub fn containing(offset: u64) -> Self {
+        Self(offset / SUBPAGE_SIZE)
+    }
+
+    /// First byte.
+    pub fn offset(self) -> u64 {
+        self.0 * SUBPAGE_SIZE
+    }
+
+    /// Its bytes.
+    pub fn range(self) -> Range {
+        Range::at(self.offset(), SUBPAGE_SIZE)
+    }
+
+    /// The folio that it is a part of.
+    pub fn folio(self) -> Folio {
+        Folio(self.0 / SUBPAGES_PER_FOLIO)
+    }
+}
+
+/// Index of a 2 MiB folio in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Folio(pub u64);
+
+impl Folio {
+    /// Its bytes.
+    pub fn range(self) -> Range {
+        Range::at(self.0 * FOLIO_SIZE, FOLIO_SIZE)
+    }
+}
+
+/// Index of a page (of the pool's [`PageSize`]) in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Page(pub u64);
+
+/// The size of the pool's pages: the grain of reservation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageSize {
+    /// 2 MiB: one folio.
+    Huge,
+    /// 1 GiB: 512 folios.
+    Gigantic,
+}
+
+impl PageSize {
+    /// Bytes in a page.
+    pub const fn bytes(self) -> u64 {
+        match self {
+            Self::Huge => FOLIO_SIZE,
+            Self::Gigantic => 1 << 30,
+        }
+    }
+
+    /// Pages that `bytes` need, the last one perhaps in part.
+    pub const fn pages_up(self, bytes: u64) -> u64 {
+        bytes.div_ceil(self.bytes())
+    }
+
+    /// Whole pages in `bytes`.
+    pub const fn pages_down(self, bytes: u64) -> u64 {
+        bytes / self.bytes()
+    }
+
+    /// The bytes of `page`.
+    pub fn range(self, page: Page) -> Range {
+        Range::at(page.0 * self.bytes(), self.bytes())
+    }
+
+    /// The pages that hold any byte of `range`.
+    pub fn pages_touching(self, range: Range) -> impl Iterator<Item = Page> + use<> {
+        let end = if range.is_empty() { range.start / self.bytes() } else { self.pages_up(range.end) };
+        (range.start / self.bytes()..end).map(Page)
+    }
+
+    /// The pages of which `range` holds every byte.
+    pub fn pages_within(self, range: Range) -> impl Iterator<Item = Page> + use<> {
+        (self.pages_up(range.start)..self.pages_down(range.end)).map(Page)
+    }
+}
+
+const _: () = assert!(PageSize::Gigantic.bytes().is_multiple_of(FOLIO_SIZE));
+
+/// Bytes of a file, from `start` up to but not including `end`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// First byte.
+    pub start: u64,
+    /// One past the last byte; never below `start`.
+    pub end: u64,
+}
+
+impl Range {
+    /// `start..end`; empty where `end` is not above `start`.
+    pub fn new(start: u64, end: u64) -> Self {
+        Self { start, end: end.max(start) }
+    }
+
+    /// `length` bytes from `start`; `None` past the end of 64 bits.
+    pub fn checked_at(start: u64, length: u64) -> Option<Self> {
+        Some(Self { start, end: start.checked_add(length)? })
+    }
+
+    /// `length` bytes from `start`, for offsets that are known to be a file's.
+    ///
+    /// # Panics
+    /// Where the end does not fit in 64 bits.
+    pub fn at(start: u64, length: u64) -> Self {
+        Self::checked_at(start, length).expect("a file's range ends below 2^64")
+    }
+
+    /// Length in bytes.
+    pub fn len(self) -> u64 {
+        self.end - self.start
+    }
+
+    /// Holds no byte.
+    pub fn is_empty(self) -> bool {
+        self.start == self.end
+    }
+
+    /// Holds every byte of `other`.
+    pub fn covers(self, other: Self) -> bool {
+        self.start <= other.start && other.end <= self.end
+    }
+
+    /// The bytes that both hold.
+    pub fn intersect(self, other: Self) -> Self {
+        Self::new(self.start.max(other.start), self.end.min(other.end))
+    }
+
+    /// Grown to whole subpages.
+    pub fn subpages_out(self) -> Self {
+        self.aligned_out(SUBPAGE_SIZE)
+    }
+
+    /// Grown to whole folios.
+    pub fn folios_out(self) -> Self {
+        self.aligned_out(FOLIO_SIZE)
+    }
+
+    fn aligned_out(self, grain: u64) -> Self {
+        Self::new(self.start / grain * grain, self.end.next_multiple_of(grain))
+    }
+
+    /// The subpages that hold any of its bytes.
+    pub fn subpages(self) -> std::ops::Range<Subpage> {
+        let out = self.subpages_out();
+        Subpage(out.start / SUBPAGE_SIZE)..Subpage(out.end / SUBPAGE_SIZE)
+    }
+
+    /// The folios that hold any of its bytes.
+    pub fn folios(self) -> impl DoubleEndedIterator<Item = Folio> + use<> {
+        let out = self.folios_out();
+        (out.start / FOLIO_SIZE..out.end / FOLIO_SIZE).map(Folio)
+    }
+
+    /// Cut into pieces of at most `step` bytes, in order.
+    pub fn steps(self, step: u64) -> impl DoubleEndedIterator<Item = Range> + use<> {
+        let count = self.len().div_ceil(step);
+        (0..count).map(move |n| Range::new(self.start + n * step, (self.start + (n + 1) * step).min(self.end)))
+    }
+}
+
+impl fmt::Display for Range {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x} {:#x}", self.start, self.len())
+    }
+}
+
+/// A file's identity: inode number and generation of its inode in the index.
+///
+/// Never reused while the filesystem lives (the generation is random), and enough to open the inode
+/// again (open_by_handle_at(2)). The root is 1, as FUSE demands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NodeId(pub u64);
+
+impl NodeId {
+    /// The directory that users see as the mount's root.
+    pub const ROOT: Self = Self(1);
+
+    /// From the two halves of a tmpfs file handle.
+    pub fn from_parts(generation: u32, inode: u32) -> Self {
+        Self(u64::from(generation) << 32 | u64::from(inode))
+    }
+
+    /// The generation, the inode number.
+    pub fn parts(self) -> (u32, u32) {
+        ((self.0 >> 32) as u32, self.0 as u32)
+    }
+}
+
+impl fmt::Display for NodeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_round_outward_to_subpages() {
+        assert_eq!(Range::at(1, 1).subpages_out(), Range::at(0, 4096));
+        assert_eq!(Range::at(4095, 2).subpages_out(), Range::at(0, 8192));
+        assert_eq!(Range::at(4096, 4096).subpages_out(), Range::at(4096, 4096));
+    }
+
+    #[test]
+    fn pages_within_are_those_wholly_covered_and_pages_touching_those_met() {
+        let size = PageSize::Huge;
+        let range = Range::new(1, 3 * FOLIO_SIZE);
+        assert_eq!(size.pages_within(range).collect::<Vec<_>>(), [Page(1), Page(2)]);
+        assert_eq!(size.pages_touching(range).collect::<Vec<_>>(), [Page(0), Page(1), Page(2)]);
+        assert_eq!(size.pages_touching(Range::new(5, 5)).count(), 0);
+    }
+
+    #[test]
+    fn steps_cover_a_range_without_overlap() {
+        let steps: Vec<_> = Range::new(10, 35).steps(10).collect();
+        assert_eq!(steps, [Range::new(10, 20), Range::new(20, 30), Range::new(30, 35)]);
+    }
+
+    #[test]
+    fn a_node_id_survives_the_way_through_a_handle() {
+        let id = NodeId::from_parts(0xdead_beef, 42);
+        assert_eq!(id.parts(), (0xdead_beef, 42));
+    }
+
+    #[test]
+    fn a_range_past_64_bits_is_refused() {
+        assert_eq!(Range::checked_at(u64::MAX, 2), None);
+    }
+}
