@@ -1,4 +1,267 @@
-//! The command hugetlb2 (being written).
+//! The command hugetlb2: for people. Everything it does goes through the filesystem's attributes.
+
+use crate::{attributes, demo, mount, touch};
+use clap::{Parser, Subcommand, ValueEnum};
+use hugetlb2fs::quarantine;
+use rustix::io::Errno;
+use serde_json::{Map, Value, json};
 use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-pub fn main(_arguments: Vec<OsString>) -> ExitCode { ExitCode::SUCCESS }
+
+const FAILED: u8 = 1;
+
+/// Looks after pools of gigantic pages and the files in them.
+#[derive(Parser)]
+#[command(name = "hugetlb2", version, about, propagate_version = true)]
+struct Cli {
+    /// Answer in JSON
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Show the mounted pools, or those mounted on the directories given
+    Status {
+        /// Mount points
+        directories: Vec<PathBuf>,
+    },
+    /// Show what is quarantined in a file, or quarantine a range of it
+    ///
+    /// A range is rounded outward to 4 KiB. Its bytes are kept as far as they can be read, for `repair salvage`.
+    Poison {
+        /// The file
+        file: PathBuf,
+        /// First byte and number of bytes, decimal or 0x hexadecimal; nothing, to show
+        #[arg(num_args = 2, value_names = ["OFFSET", "LENGTH"])]
+        range: Vec<String>,
+    },
+    /// Put quarantined memory back into use
+    Repair {
+        /// The file
+        file: PathBuf,
+        /// zero: with zeros in it; salvage: with every byte that is still known, zeros elsewhere
+        #[arg(value_enum)]
+        verb: Verb,
+        /// `all`, or first byte and number of bytes (decimal or 0x hexadecimal)
+        #[arg(num_args = 1..=2, required = true, value_names = ["OFFSET", "LENGTH"])]
+        target: Vec<String>,
+    },
+    /// Put huge mappings back now, where memory has come to lie in small pages
+    Collapse {
+        /// The file
+        file: PathBuf,
+        /// `all`, or first byte and number of bytes (decimal or 0x hexadecimal)
+        #[arg(num_args = 1..=2, required = true, value_names = ["OFFSET", "LENGTH"])]
+        target: Vec<String>,
+    },
+    /// Show how a file is mapped: offset, length, state, NUMA node
+    Map {
+        /// The file
+        file: PathBuf,
+    },
+    /// Verify a pool while it is in use; exit status 1 if something does not hold
+    Check {
+        /// The mount point
+        directory: PathBuf,
+    },
+    /// Show on real memory what this filesystem is for; needs root, 2 GiB and a few seconds
+    Demo,
+    /// Mount a pool: mount.hugetlb2 by another name, see `hugetlb2 mount --help`
+    #[command(disable_help_flag = true)]
+    Mount {
+        /// What mount.hugetlb2 takes
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
+    /// Map a file and touch it as standard input says (for demonstrations and tests)
+    #[command(hide = true)]
+    Touch,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Verb {
+    Zero,
+    Salvage,
+}
+
+/// Runs as hugetlb2.
+pub fn main(arguments: Vec<OsString>) -> ExitCode {
+    let cli = Cli::parse_from(arguments);
+    let done = match cli.action {
+        Action::Status { directories } => status(&directories, cli.json),
+        Action::Poison { file, range } => poison(&file, &range, cli.json),
+        Action::Repair { file, verb, target } => repair(&file, verb, &target, cli.json),
+        Action::Collapse { file, target } => collapse(&file, &target, cli.json),
+        Action::Map { file } => map(&file, cli.json),
+        Action::Check { directory } => check(&directory, cli.json),
+        Action::Demo => return demo::main(cli.json),
+        Action::Mount { arguments } => {
+            return mount::main(std::iter::once("mount.hugetlb2".into()).chain(arguments).collect());
+        }
+        Action::Touch => return touch::main(),
+    };
+    done.unwrap_or_else(|why| {
+        if cli.json {
+            println!("{}", json!({ "error": why }));
+        }
+        eprintln!("hugetlb2: {why}");
+        ExitCode::from(FAILED)
+    })
+}
+
+type Done = Result<ExitCode, String>;
+
+fn print_json(value: &Value) {
+    println!("{value:#}");
+}
+
+// ---- pools ----------------------------------------------------------------------------------------------------------
+
+/// The mount points of all pools (proc(5), mountinfo).
+fn mount_points() -> Result<Vec<PathBuf>, String> {
+    let text = std::fs::read_to_string("/proc/self/mountinfo").map_err(|error| format!("mountinfo: {error}"))?;
+    let is_ours = |line: &&str| line.split(" - ").nth(1).is_some_and(|rest| rest.starts_with("fuse.hugetlb2 "));
+    Ok(text.lines().filter(is_ours).filter_map(|line| line.split(' ').nth(4)).map(unescape).collect())
+}
+
+/// mountinfo writes space, tab, newline and backslash as three octal digits.
+fn unescape(text: &str) -> PathBuf {
+    let octal = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")];
+    PathBuf::from(octal.iter().fold(text.to_owned(), |text, (code, plain)| text.replace(code, plain)))
+}
+
+fn status(directories: &[PathBuf], json: bool) -> Done {
+    let directories = if directories.is_empty() { mount_points()? } else { directories.to_vec() };
+    if !json && directories.is_empty() {
+        println!("no pool is mounted");
+    }
+    let mut pools = Vec::new();
+    for directory in directories {
+        let counters = attributes::pool(&directory).map_err(|why| format!("{}: {why}", directory.display()))?;
+        if json {
+            let mut pool = Map::new();
+            pool.insert("mount_point".into(), json!(directory.to_string_lossy()));
+            pool.extend(counters.iter().map(|(name, value)| (name.to_owned(), json!(value))));
+            pools.push(Value::Object(pool));
+        } else {
+            show_pool(&directory, &counters);
+        }
+    }
+    if json {
+        print_json(&Value::Array(pools));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn show_pool(directory: &Path, counters: &attributes::Counters) {
+    const MIB: u64 = 1 << 20;
+    let of = |name: &str| counters.get(name).unwrap_or(0);
+    println!("{}", directory.display());
+    println!("  pages         {} of {} MiB: {} used, {} free", of("pages_total"), of("page_size") / MIB,
+        of("pages_used"), of("pages_free"));
+    println!("  in folios     {} of {} MiB were in 2 MiB folios when it was mounted", of("huge_bytes_at_mount") / MIB,
+        of("pages_total") * of("page_size") / MIB);
+    println!("  files         {} open or with contents, {} unlinked and still in use", of("objects"), of("orphans"));
+    println!("  quarantined   {} subpages of 4 KiB", of("quarantined_soft"));
+    println!("  daemon        process {}", of("daemon_pid"));
+}
+
+fn check(directory: &Path, json: bool) -> Done {
+    let text = attributes::read(directory, attributes::CHECK).map_err(|errno| match errno {
+        Errno::OPNOTSUPP => format!("{}: no hugetlb2 pool is mounted there", directory.display()),
+        other => format!("{}: {other}", directory.display()),
+    })?;
+    let text = text.ok_or_else(|| format!("{}: no hugetlb2 pool is mounted there, or you are not root", directory.display()))?;
+    let wrong: Vec<&str> = text.lines().collect();
+    if json {
+        print_json(&json!({ "ok": wrong.is_empty(), "wrong": wrong }));
+    } else if wrong.is_empty() {
+        println!("{}: everything holds", directory.display());
+    } else {
+        wrong.iter().for_each(|what| println!("{what}"));
+    }
+    Ok(if wrong.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(FAILED) })
+}
+
+// ---- files ----------------------------------------------------------------------------------------------------------
+
+fn poison(file: &Path, range: &[String], json: bool) -> Done {
+    if range.is_empty() {
+        let text = attributes::read(file, attributes::POISON).map_err(|errno| describe(file, errno))?;
+        show_table(text.unwrap_or_default().as_str(), &["offset", "length", "kind", "time"], json);
+        return Ok(ExitCode::SUCCESS);
+    }
+    let value = range.join(" ");
+    explain(file, |size| quarantine::parse_poison(value.as_bytes(), size).map(drop))?;
+    request(file, attributes::POISON, &value, json)
+}
+
+fn repair(file: &Path, verb: Verb, target: &[String], json: bool) -> Done {
+    let verb = match verb {
+        Verb::Zero => "zero",
+        Verb::Salvage => "salvage",
+    };
+    let value = format!("{verb} {}", target.join(" "));
+    explain(file, |size| quarantine::parse_repair(value.as_bytes(), size).map(drop))?;
+    request(file, attributes::REPAIR, &value, json)
+}
+
+fn collapse(file: &Path, target: &[String], json: bool) -> Done {
+    let value = target.join(" ");
+    explain(file, |size| quarantine::parse_collapse(value.as_bytes(), size).map(drop))?;
+    request(file, attributes::COLLAPSE, &value, json)
+}
+
+fn map(file: &Path, json: bool) -> Done {
+    let text = attributes::read(file, attributes::MAP).map_err(|errno| describe(file, errno))?;
+    let text = text.ok_or_else(|| format!("{}: not a regular file of a hugetlb2 pool", file.display()))?;
+    show_table(&text, &["offset", "length", "state", "node"], json);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Says what is wrong with a request in words; the filesystem can only say EINVAL.
+fn explain(file: &Path, parse: impl FnOnce(u64) -> hugetlb2fs::error::Result<()>) -> Result<(), String> {
+    let metadata = std::fs::metadata(file).map_err(|error| format!("{}: {error}", file.display()))?;
+    parse(metadata.len()).map_err(|error| format!("{}: {error}", file.display()))
+}
+
+fn request(file: &Path, attribute: &str, value: &str, json: bool) -> Done {
+    attributes::write(file, attribute, value).map_err(|errno| describe(file, errno))?;
+    if json {
+        print_json(&json!({ "ok": true }));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn describe(file: &Path, errno: Errno) -> String {
+    let why = match errno {
+        Errno::NODATA => "there is nothing of that kind in this range".to_owned(),
+        Errno::BUSY => "the memory is pinned or otherwise busy; see the daemon's log".to_owned(),
+        Errno::OPNOTSUPP => "not a regular file of a hugetlb2 pool".to_owned(),
+        Errno::AGAIN => "the kernel could not do it for all of the range now; try again".to_owned(),
+        Errno::TOOBIG => "the list is longer than an extended attribute can be (64 KiB)".to_owned(),
+        other => other.to_string(),
+    };
+    format!("{}: {why}", file.display())
+}
+
+/// Shows the lines of an attribute: as they are under a heading, or as JSON with numbers as numbers.
+fn show_table(text: &str, columns: &[&str], json: bool) {
+    let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split(' ').collect()).collect();
+    if json {
+        let value = |word: &str| hugetlb2fs::options::parse_number(word).map_or_else(|| json!(word), |n| json!(n));
+        let object = |row: &Vec<&str>| -> Value {
+            columns.iter().zip(row).map(|(name, word)| ((*name).to_owned(), value(word))).collect::<Map<_, _>>().into()
+        };
+        return print_json(&rows.iter().map(object).collect());
+    }
+    let print = |row: &[&str]| {
+        println!("{}", row.iter().map(|word| format!("{word:>14}")).collect::<Vec<_>>().join(" "));
+    };
+    print(columns);
+    rows.iter().for_each(|row| print(row));
+}

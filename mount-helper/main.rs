@@ -6,6 +6,7 @@ mod demo;
 mod mount;
 mod options;
 mod session;
+mod touch;
 mod umount;
 
 use std::ffi::OsString;

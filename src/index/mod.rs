@@ -172,7 +172,7 @@ impl Index {
     fn open(&self, node: NodeId, flags: OFlags) -> Result<OwnedFd> {
         match node {
             NodeId::ROOT => Ok(rustix::fs::openat(&self.tree, ".", flags | OFlags::CLOEXEC, Mode::empty())?),
-            _ => handle::open(&self.mount, node, flags.bits() as i32),
+            _ => handle::open(&self.tree, node, flags.bits() as i32),
         }
     }
 

@@ -284,8 +284,7 @@ impl Sealed {
         let kept = size.next_multiple_of(FOLIO_SIZE);
         let gone = Range::new(kept, (self.folios.len() as u64 * FOLIO_SIZE).max(kept));
         self.forget_holes(Range::new(size.next_multiple_of(SUBPAGE_SIZE), gone.end))?;
-        tmpfs::set_size(&self.data, size)?;
-        self.size = size;
+        self.set_size(size)?;
         self.mark(gone, false);
         self.vacate(gone)?;
         let tail = Range::new(size.next_multiple_of(SUBPAGE_SIZE), kept);
@@ -306,9 +305,7 @@ impl Sealed {
         if self.reach == Reach::Programs {
             self.zero_behind_end(size)?;
         }
-        tmpfs::set_size(&self.data, size)?;
-        self.size = size;
-        Ok(())
+        self.set_size(size)
     }
 
     /// A program that maps the folio with the end of file by a 2 MiB entry can write behind the end. Those bytes must
@@ -348,6 +345,16 @@ impl Sealed {
             };
         }
         Err(Error::Busy("the file is touched faster than memory can be taken from it"))
+    }
+
+    /// Setting the size that a tmpfs file has already is no idle call: it frees what lies behind the end, and splits the
+    /// folio for it (shmem_setattr).
+    fn set_size(&mut self, size: u64) -> Result<()> {
+        if size != self.size {
+            tmpfs::set_size(&self.data, size)?;
+            self.size = size;
+        }
+        Ok(())
     }
 
     fn set_limit(&self) -> Result<()> {

@@ -53,7 +53,8 @@ pub fn of(parent: impl AsFd, name: &CStr) -> Result<NodeId> {
     Ok(NodeId::from_parts(handle.generation, handle.inode_low))
 }
 
-/// Opens the inode `id` of the filesystem that `mount` is on. Needs CAP_DAC_READ_SEARCH.
+/// Opens the inode `id` of the filesystem that `mount` is on, a descriptor that was not opened with O_PATH. Needs
+/// CAP_DAC_READ_SEARCH.
 ///
 /// # Errors
 /// ESTALE where there is no such inode any more.

@@ -1,0 +1,180 @@
+//! `hugetlb2 touch`: a program that maps a file and touches it on command, one line in, one line out. The demonstration
+//! and the tests use it as "another process that has the file mapped".
+//!
+//! ```text
+//!   map PATH OFFSET LENGTH shared|private ro|rw   ok
+//!   load OFFSET                                   byte N          or: sigbus OFFSET CODE
+//!   store OFFSET BYTE                             ok              or: sigbus OFFSET CODE
+//!   fill OFFSET LENGTH BYTE                       ok              or: sigbus OFFSET CODE
+//!   differ OFFSET LENGTH BYTE                     count N         (bytes that are not BYTE; or: sigbus ...)
+//!   walk                                          hits OFFSET:CODE ...   (one touch per subpage)
+//!   huge                                          count N         (2 MiB entries that map it, smaps)
+//!   advise OFFSET LENGTH ADVICE                   ok              (madvise(2), by number)
+//!   hammer OFFSET                                 ok              (a thread loads and stores there until stop)
+//!   stop                                          count N M       (touches, and how many were SIGBUS)
+//!   unmap                                         ok
+//! ```
+//!
+//! `error WHY` answers what cannot be done; end of input ends the program.
+
+use hugetlb2fs::sys::sigbus::{Hit, Mapping, Sharing};
+use hugetlb2fs::units::Range;
+use std::fs::File;
+use std::io::{BufRead, Write};
+use std::process::ExitCode;
+use std::str::{FromStr, SplitAsciiWhitespace};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+/// The mapping, and the thread that hammers it.
+#[derive(Default)]
+struct Toucher {
+    mapping: Option<Arc<Mapping>>,
+    hammer: Option<Hammer>,
+}
+
+struct Hammer {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<(u64, u64)>,
+}
+
+/// Serves standard input until its end.
+pub fn main() -> ExitCode {
+    let mut toucher = Toucher::default();
+    let mut out = std::io::stdout().lock();
+    for line in std::io::stdin().lock().lines().map_while(Result::ok) {
+        let answer = toucher.answer(&line).unwrap_or_else(|why| format!("error {why}"));
+        if writeln!(out, "{answer}").and_then(|()| out.flush()).is_err() {
+            break;
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+fn number<T: FromStr>(words: &mut SplitAsciiWhitespace<'_>) -> Result<T, String> {
+    words.next().and_then(|word| word.parse().ok()).ok_or_else(|| "a number is missing".to_owned())
+}
+
+fn sigbus(hit: Hit) -> String {
+    format!("sigbus {} {}", hit.subpage.offset(), hit.code)
+}
+
+impl Toucher {
+    fn answer(&mut self, line: &str) -> Result<String, String> {
+        let mut words = line.split_ascii_whitespace();
+        match words.next() {
+            Some("map") => self.map(&mut words),
+            Some("load") => {
+                let offset = number(&mut words)?;
+                Ok(self.mapping()?.load(offset).map_or_else(sigbus, |byte| format!("byte {byte}")))
+            }
+            Some("store") => {
+                let (offset, byte) = (number(&mut words)?, number(&mut words)?);
+                Ok(self.mapping()?.store(offset, byte).map_or_else(sigbus, |()| "ok".to_owned()))
+            }
+            Some("fill") => self.fill(&mut words),
+            Some("differ") => self.differ(&mut words),
+            Some("walk") => {
+                let hits = self.mapping()?.walk();
+                let hits = hits.iter().map(|hit| format!(" {}:{}", hit.subpage.offset(), hit.code));
+                Ok(hits.fold("hits".to_owned(), |line, hit| line + &hit))
+            }
+            Some("huge") => huge_entries(self.mapping()?.address()).map(|count| format!("count {count}")),
+            Some("advise") => {
+                let range = Range::at(number(&mut words)?, number(&mut words)?);
+                let advice = number(&mut words)?;
+                self.mapping()?.advise_range(range, advice).map_err(|error| error.to_string())?;
+                Ok("ok".to_owned())
+            }
+            Some("hammer") => self.hammer(number(&mut words)?),
+            Some("stop") => self.stop(),
+            Some("unmap") => {
+                self.mapping = None;
+                Ok("ok".to_owned())
+            }
+            other => Err(format!("unknown command {other:?}")),
+        }
+    }
+
+    fn mapping(&self) -> Result<&Arc<Mapping>, String> {
+        self.mapping.as_ref().ok_or_else(|| "nothing is mapped".to_owned())
+    }
+
+    fn map(&mut self, words: &mut SplitAsciiWhitespace<'_>) -> Result<String, String> {
+        let path = words.next().ok_or("a path is missing")?;
+        let range = Range::at(number(words)?, number(words)?);
+        let sharing = match words.next() {
+            Some("shared") => Sharing::Shared,
+            Some("private") => Sharing::Private,
+            other => return Err(format!("{other:?} is neither shared nor private")),
+        };
+        let writable = words.next() == Some("rw");
+        let file = File::options().read(true).write(writable && sharing == Sharing::Shared).open(path);
+        let file = file.map_err(|error| format!("{path}: {error}"))?;
+        let mapping = Mapping::new(&file, range, sharing, writable).map_err(|error| error.to_string())?;
+        self.mapping = Some(Arc::new(mapping));
+        Ok("ok".to_owned())
+    }
+
+    fn fill(&self, words: &mut SplitAsciiWhitespace<'_>) -> Result<String, String> {
+        let range = Range::at(number(words)?, number(words)?);
+        let byte = number(words)?;
+        let mapping = self.mapping()?;
+        let filled = (range.start..range.end).try_for_each(|offset| mapping.store(offset, byte));
+        Ok(filled.map_or_else(sigbus, |()| "ok".to_owned()))
+    }
+
+    fn differ(&self, words: &mut SplitAsciiWhitespace<'_>) -> Result<String, String> {
+        let range = Range::at(number(words)?, number(words)?);
+        let byte: u8 = number(words)?;
+        let mapping = self.mapping()?;
+        let mut count = 0;
+        for offset in range.start..range.end {
+            match mapping.load(offset) {
+                Ok(found) => count += u64::from(found != byte),
+                Err(hit) => return Ok(sigbus(hit)),
+            }
+        }
+        Ok(format!("count {count}"))
+    }
+
+    fn hammer(&mut self, offset: u64) -> Result<String, String> {
+        let mapping = self.mapping()?.clone();
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let thread = std::thread::spawn(move || {
+            let (mut touches, mut faults) = (0, 0);
+            while !stopped.load(Ordering::Relaxed) {
+                let touched = mapping.load(offset).and_then(|byte| mapping.store(offset, byte));
+                touches += 1;
+                faults += u64::from(touched.is_err());
+            }
+            (touches, faults)
+        });
+        self.hammer = Some(Hammer { stop, thread });
+        Ok("ok".to_owned())
+    }
+
+    fn stop(&mut self) -> Result<String, String> {
+        let hammer = self.hammer.take().ok_or("nothing is hammered")?;
+        hammer.stop.store(true, Ordering::Relaxed);
+        let (touches, faults) = hammer.thread.join().map_err(|_| "the hammer panicked".to_owned())?;
+        Ok(format!("count {touches} {faults}"))
+    }
+}
+
+/// How many 2 MiB entries map the mapping that starts at `address` (proc(5), smaps).
+fn huge_entries(address: usize) -> Result<u64, String> {
+    let smaps = std::fs::read_to_string("/proc/self/smaps").map_err(|error| format!("smaps: {error}"))?;
+    let header = format!("{address:x}-");
+    let mut lines = smaps.lines().skip_while(|line| !line.starts_with(&header)).skip(1);
+    let is_field = |line: &&str| line.split(' ').next().is_some_and(|word| word.ends_with(':'));
+    let kib: u64 = lines
+        .by_ref()
+        .take_while(is_field)
+        .filter(|line| line.starts_with("ShmemPmdMapped:") || line.starts_with("FilePmdMapped:"))
+        .filter_map(|line| line.split_ascii_whitespace().nth(1)?.parse::<u64>().ok())
+        .sum();
+    Ok(kib / 2048)
+}

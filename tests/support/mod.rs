@@ -1,0 +1,282 @@
+//! What the tests stand on: real mounts that are gone at the end of a test whatever happens, and other processes
+//! that have files mapped.
+#![allow(dead_code, missing_docs)]
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::mount::{UnmountFlags, unmount};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Output, Stdio};
+
+pub const SUBPAGE: u64 = 4096;
+pub const FOLIO: u64 = 2 << 20;
+pub const GIB: u64 = 1 << 30;
+
+pub const POISON: &str = "user.hugetlb2.poison";
+pub const REPAIR: &str = "user.hugetlb2.repair";
+pub const COLLAPSE: &str = "user.hugetlb2.collapse";
+pub const MAP: &str = "user.hugetlb2.map";
+pub const POOL: &str = "user.hugetlb2.pool";
+pub const SIZE: &str = "trusted.hugetlb2.size";
+pub const CHECK: &str = "trusted.hugetlb2.check";
+
+/// The program under test; it goes by the name that it is called by.
+pub fn hugetlb2() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_hugetlb2"))
+}
+
+pub fn mount_hugetlb2() -> Command {
+    let mut command = hugetlb2();
+    command.arg0("mount.hugetlb2");
+    command
+}
+
+pub fn umount_hugetlb2() -> Command {
+    let mut command = hugetlb2();
+    command.arg0("umount.fuse.hugetlb2");
+    command
+}
+
+/// Runs to the end and returns what was printed; panics unless it exits with 0.
+pub fn run(command: &mut Command) -> String {
+    let output = command.output().expect("the program can be started");
+    assert!(output.status.success(), "{command:?}: {}\n{}{}", output.status, text(&output.stdout), text(&output.stderr));
+    text(&output.stdout)
+}
+
+pub fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Runs to the end and returns exit status and standard error.
+pub fn status_and_error(command: &mut Command) -> (i32, String) {
+    let Output { status, stderr, .. } = command.output().expect("the program can be started");
+    (status.code().expect("it is not ended by a signal"), text(&stderr))
+}
+
+/// A pool that is mounted for the length of a test.
+pub struct Pool {
+    directory: tempfile::TempDir,
+    daemon: Option<Daemon>,
+}
+
+impl Pool {
+    /// `pages` pages of 2 MiB.
+    pub fn small(pages: u64) -> Self {
+        Self::mount(&format!("pagesize=2M,size={}", pages * FOLIO))
+    }
+
+    /// `pages` pages of 1 GiB.
+    pub fn gigantic(pages: u64) -> Self {
+        Self::mount(&format!("pagesize=1G,size={}", pages * GIB))
+    }
+
+    /// With these options; the daemon's log goes to the test's standard error when it fails.
+    pub fn mount(options: &str) -> Self {
+        let directory = tempfile::tempdir().expect("a directory for the test");
+        std::fs::create_dir(directory.path().join("mnt")).expect("a mount point");
+        let log = directory.path().join("log");
+        let mount_point = directory.path().join("mnt");
+        run(mount_hugetlb2().arg("test-pool").arg(&mount_point).arg("-o").arg(format!("{options},log={}", log.display())));
+        let mut pool = Self { directory, daemon: None };
+        pool.daemon = Some(Daemon::of(&mount_point));
+        pool
+    }
+
+    pub fn path(&self) -> PathBuf {
+        self.directory.path().join("mnt")
+    }
+
+    /// A path in the pool.
+    pub fn join(&self, name: impl AsRef<Path>) -> PathBuf {
+        self.path().join(name)
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
+    }
+
+    pub fn counters(&self) -> BTreeMap<String, u64> {
+        counters(&self.path())
+    }
+
+    pub fn counter(&self, name: &str) -> u64 {
+        self.counters()[name]
+    }
+
+    pub fn free_pages(&self) -> u64 {
+        self.counter("pages_free")
+    }
+
+    /// Asserts that every invariant holds.
+    pub fn check(&self) {
+        let wrong = get(self.path(), CHECK).expect("the check attribute");
+        assert_eq!(wrong, "", "the check found something\n{}", self.log());
+    }
+
+    pub fn daemon(&self) -> &Daemon {
+        self.daemon.as_ref().expect("it is mounted")
+    }
+
+    /// Unmounts now, and returns when the daemon has ended and its memory is free.
+    pub fn unmount(mut self) {
+        let daemon = self.daemon.take().expect("it is mounted");
+        unmount(self.path(), UnmountFlags::empty()).expect("nothing holds the mount");
+        daemon.wait();
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("---- log of {}\n{}", self.path().display(), self.log());
+        }
+        if let Some(daemon) = self.daemon.take() {
+            let detached = unmount(self.path(), UnmountFlags::DETACH);
+            if !std::thread::panicking() {
+                detached.expect("it is mounted");
+                daemon.wait();
+            }
+        }
+    }
+}
+
+/// A daemon, to wait for its end.
+pub struct Daemon {
+    pub pid: i32,
+    fd: OwnedFd,
+}
+
+impl Daemon {
+    pub fn of(mount_point: &Path) -> Self {
+        let pid = counters(mount_point)["daemon_pid"] as i32;
+        let fd = pidfd_open(Pid::from_raw(pid).expect("a process id"), PidfdFlags::empty()).expect("it runs");
+        Self { pid, fd }
+    }
+
+    /// Waits for its end; that it takes more than ten seconds is an error.
+    pub fn wait(&self) {
+        assert!(self.ends_within(10), "the daemon {} does not end", self.pid);
+    }
+
+    pub fn ends_within(&self, seconds: i64) -> bool {
+        let timeout = Timespec { tv_sec: seconds, tv_nsec: 0 };
+        poll(&mut [PollFd::new(&self.fd, PollFlags::IN)], Some(&timeout)).expect("poll works") == 1
+    }
+}
+
+pub fn counters(mount_point: &Path) -> BTreeMap<String, u64> {
+    let text = get(mount_point, POOL).expect("the pool attribute");
+    let row = |line: &str| {
+        let (name, value) = line.split_once(' ').expect("name and value");
+        (name.to_owned(), value.parse().expect("a number"))
+    };
+    text.lines().map(row).collect()
+}
+
+// ---- attributes -----------------------------------------------------------------------------------------------------
+
+pub fn get(path: impl AsRef<Path>, name: &str) -> rustix::io::Result<String> {
+    let mut value = vec![0; 64 << 10];
+    let length = rustix::fs::lgetxattr(path.as_ref(), name, &mut value[..])?;
+    Ok(text(&value[..length]))
+}
+
+pub fn set(path: impl AsRef<Path>, name: &str, value: impl AsRef<[u8]>) -> rustix::io::Result<()> {
+    rustix::fs::lsetxattr(path.as_ref(), name, value.as_ref(), rustix::fs::XattrFlags::empty())
+}
+
+/// Quarantines `length` bytes at `offset`.
+pub fn poison(path: impl AsRef<Path>, offset: u64, length: u64) -> rustix::io::Result<()> {
+    set(path, POISON, format!("{offset} {length}"))
+}
+
+// ---- another process ------------------------------------------------------------------------------------------------
+
+/// Another process that maps a file and touches it; see `mount-helper/touch.rs` for the language.
+pub struct Toucher {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+}
+
+impl Toucher {
+    pub fn start() -> Self {
+        let mut child = hugetlb2()
+            .arg("touch")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the program can be started");
+        let input = child.stdin.take().expect("a pipe");
+        let output = BufReader::new(child.stdout.take().expect("a pipe"));
+        Self { child, input, output }
+    }
+
+    /// One that maps all of `file`, which has `length` bytes, shared and writable.
+    pub fn mapping(file: &Path, length: u64) -> Self {
+        let mut toucher = Self::start();
+        toucher.map(file, 0, length, "shared rw");
+        toucher
+    }
+
+    pub fn map(&mut self, file: &Path, offset: u64, length: u64, how: &str) {
+        assert_eq!(self.ask(&format!("map {} {offset} {length} {how}", file.display())), "ok");
+    }
+
+    pub fn ask(&mut self, line: &str) -> String {
+        writeln!(self.input, "{line}").expect("it listens");
+        let mut answer = String::new();
+        self.output.read_line(&mut answer).expect("it answers");
+        answer.trim_end().to_owned()
+    }
+
+    /// The byte at `offset`, or `None` for SIGBUS.
+    pub fn load(&mut self, offset: u64) -> Option<u8> {
+        let answer = self.ask(&format!("load {offset}"));
+        match answer.split_once(' ') {
+            Some(("byte", byte)) => Some(byte.parse().expect("a byte")),
+            Some(("sigbus", _)) => None,
+            _ => panic!("load {offset}: {answer}"),
+        }
+    }
+
+    /// Whether the store succeeded; SIGBUS if not.
+    pub fn store(&mut self, offset: u64, byte: u8) -> bool {
+        let answer = self.ask(&format!("store {offset} {byte}"));
+        assert!(answer == "ok" || answer.starts_with("sigbus"), "store {offset}: {answer}");
+        answer == "ok"
+    }
+
+    /// Offsets of the subpages whose first byte is SIGBUS.
+    pub fn walk(&mut self) -> Vec<u64> {
+        let answer = self.ask("walk");
+        let hits = answer.strip_prefix("hits").unwrap_or_else(|| panic!("walk: {answer}"));
+        hits.split_ascii_whitespace()
+            .map(|hit| hit.split_once(':').expect("offset and code").0.parse().expect("an offset"))
+            .collect()
+    }
+
+    /// The number after `count`.
+    pub fn count(&mut self, line: &str) -> u64 {
+        let answer = self.ask(line);
+        let count = answer.strip_prefix("count ").unwrap_or_else(|| panic!("{line}: {answer}"));
+        count.split(' ').next().expect("a word").parse().expect("a number")
+    }
+
+    /// 2 MiB entries that map it.
+    pub fn huge(&mut self) -> u64 {
+        self.count("huge")
+    }
+}
+
+impl Drop for Toucher {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
