@@ -50,6 +50,7 @@ fn set_up(
 ) -> Result<Arc<Fs>, String> {
     let what = |what: &'static str| move |error: Error| format!("{what}: {error}");
     let pages = options.pages(sys::memory_total().map_err(what("reading /proc/meminfo"))?)?;
+    sys::huge_tmpfs_allowed().map_err(|error| error.to_string())?;
     prepare_process().map_err(what("preparing the daemon (it must be started by root)"))?;
     let pool = fill(options.page_size, pages, control)?;
     let fs = Fs::create(options, pool, repaired).map_err(what("creating the filesystem"))?;

@@ -466,7 +466,8 @@ impl Object {
 
     /// The file has lost its last name: its pages will come back when its last user is gone.
     pub fn note_orphaned(&self, pool: &Pool) {
-        let pages = self.read_lock().pages() as i64;
+        let holding = self.read_lock(); // so that the pages are still there when they are noted
+        let pages = holding.pages() as i64;
         self.noted_orphaned.store(pages, Ordering::Relaxed);
         pool.note_orphaned(pages);
     }
@@ -476,7 +477,8 @@ impl Object {
     /// # Errors
     /// [`Error::NoMemory`] where the machine has none for a step; to be called again.
     pub fn empty(&self, pool: &Pool) -> Result<()> {
-        self.write_lock().empty(pool)?;
+        let mut holding = self.write_lock();
+        holding.empty(pool)?;
         pool.note_orphaned(-self.noted_orphaned.swap(0, Ordering::Relaxed));
         Ok(())
     }

@@ -80,6 +80,21 @@ pub fn memory_total() -> Result<u64, Error> {
     meminfo("MemTotal:")
 }
 
+/// Whether tmpfs may have 2 MiB folios on this machine (Documentation/admin-guide/mm/transhuge.rst).
+///
+/// # Errors
+/// [`Error::Invalid`] with what to change.
+pub fn huge_tmpfs_allowed() -> Result<(), Error> {
+    const SWITCH: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+    match std::fs::read_to_string(SWITCH) {
+        Ok(text) if text.contains("[deny]") => {
+            Err(Error::invalid(format!("huge pages are denied to tmpfs: write never or advise to {SWITCH}")))
+        }
+        Ok(_) => Ok(()),
+        Err(_) => Err(Error::invalid("this kernel lacks transparent huge pages (CONFIG_TRANSPARENT_HUGEPAGE)")),
+    }
+}
+
 fn meminfo(name: &str) -> Result<u64, Error> {
     let text = std::fs::read_to_string("/proc/meminfo")?;
     let kib: Option<u64> = text
