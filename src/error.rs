@@ -58,8 +58,8 @@ impl Error {
             // is what open(2), write(2) and fallocate(2) document for that.
             Self::NoMemory => Errno::NOSPC,
             Self::Poisoned | Self::Corrupt(_) => Errno::IO,
-            Self::Busy(_) => Errno::BUSY,
-            Self::Again => Errno::AGAIN,
+            // Not EAGAIN: setxattr(2) makes EOPNOTSUPP of that (fs/xattr.c, __vfs_setxattr_noperm).
+            Self::Busy(_) | Self::Again => Errno::BUSY,
             Self::Invalid(_) => Errno::INVAL,
             Self::NoData => Errno::NODATA,
             Self::Unsupported => Errno::OPNOTSUPP,

@@ -30,6 +30,7 @@
 mod ledger;
 
 pub use ledger::{Bytes, Record, Superblock};
+use crossbeam::channel::{RecvTimeoutError, Sender};
 use ledger::Ledger;
 
 use crate::error::{Error, Result};
@@ -42,6 +43,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 /// Tries at something that a program which hammers the file can spoil; each takes some 10 us, and the worst seen
 /// needed 200.
@@ -475,42 +477,40 @@ impl Sealed {
     }
 
     /// Runs `take` over and over on a second thread until it finds a free block, and `free`, which frees one, on
-    /// this one until it has.
+    /// this one until it has. This thread sleeps in between: it must not keep the other from its processor.
     fn trade(
         &self,
         take: impl Fn(&Self) -> Result<()> + Sync,
         free: impl Fn(&Self, u32) -> Result<()>,
     ) -> Result<()> {
-        let stop = AtomicBool::new(false);
-        let spinning = AtomicBool::new(false);
-        let taker = || loop {
-            match take(self) {
-                Err(Error::Full) if stop.load(Ordering::Relaxed) => return Err(Error::Full),
-                Err(Error::Full) => spinning.store(true, Ordering::Release),
-                result => return result,
+        const PATIENCE: Duration = Duration::from_micros(200);
+        let stop = &AtomicBool::new(false);
+        let (spinning, watch) = crossbeam::channel::bounded(1);
+        // Sends once, when it spins, and closes the channel when it is done.
+        let spin = |spinning: Sender<()>| {
+            let mut taken = take(self);
+            let _ = spinning.send(());
+            while matches!(taken, Err(Error::Full)) && !stop.load(Ordering::Relaxed) {
+                std::thread::yield_now(); // for when there is but one processor for both
+                taken = take(self);
             }
+            taken
         };
         std::thread::scope(|scope| {
-            let taker = scope.spawn(taker);
-            while !spinning.load(Ordering::Acquire) && !taker.is_finished() {
-                std::thread::yield_now();
+            let taker = scope.spawn(move || spin(spinning));
+            let mut freed = Ok(());
+            let _ = watch.recv();
+            for attempt in 0..TRIES {
+                freed = free(self, attempt);
+                let done = watch.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Disconnected);
+                if done || freed.is_err() {
+                    break;
+                }
             }
-            let freed = (0..TRIES).try_for_each(|attempt| {
-                if taker.is_finished() {
-                    return Ok(());
-                }
-                free(self, attempt)?;
-                // With fewer processors than threads that spin, the taker needs ours.
-                std::thread::yield_now();
-                Ok(())
-            });
             stop.store(true, Ordering::Relaxed);
-            let taken = taker.join().expect("the taker does not panic");
-            match (taken, freed) {
+            match (taker.join().expect("the taker does not panic"), freed) {
                 (Ok(()), _) => Ok(()),
-                (Err(Error::Full), Ok(())) => {
-                    Err(Error::Busy(UNWINNABLE))
-                }
+                (Err(Error::Full), Ok(())) => Err(Error::Busy(UNWINNABLE)),
                 (Err(_), Err(error)) | (Err(error), Ok(())) => Err(error),
             }
         })
