@@ -43,6 +43,9 @@ const GENERIC: &[Generic] = &[
 /// What mount(8) has dealt with by itself, or fstab(5) says to others.
 const FOR_OTHERS: &[&str] = &["defaults", "auto", "noauto", "user", "nouser", "users", "owner", "group", "nofail", "_netdev"];
 
+/// What the kernel shows of a mounted pool; mount(8) passes it on when that is remounted. It stays as it is.
+const OF_THE_KERNEL: &[&str] = &["user_id", "group_id", "default_permissions", "allow_other", "max_read", "seclabel"];
+
 /// What `-o` asks for.
 #[derive(Debug)]
 pub struct Requested {
@@ -71,7 +74,9 @@ impl Requested {
             remount: false,
             nonempty: false,
         };
-        for item in strings.flat_map(|string| string.split(',')).filter(|item| !item.is_empty()) {
+        let items: Vec<&str> = strings.flat_map(|string| string.split(',')).filter(|item| !item.is_empty()).collect();
+        requested.remount = items.contains(&"remount");
+        for item in items {
             requested.take(item, sloppy)?;
         }
         Ok(requested)
@@ -91,9 +96,10 @@ impl Requested {
         }
         let for_others = FOR_OTHERS.contains(&item) || name.starts_with("x-") || name.starts_with("X-") || name == "comment";
         match item {
-            "remount" => self.remount = true,
+            "remount" => {}
             "nonempty" => self.nonempty = true,
             _ if for_others => {}
+            _ if self.remount && OF_THE_KERNEL.contains(&name) => {}
             _ if sloppy && !Options::knows(name) => {}
             _ => {
                 self.pool.set(name, value)?;
@@ -117,6 +123,12 @@ mod tests {
         let requested = parse("ro,nosuid,rw,size=2M,noexec,x-systemd.automount,nofail").unwrap();
         assert_eq!(requested.flags, MountFlags::NOSUID | MountFlags::NOEXEC);
         assert_eq!(requested.given, ["size"]);
+    }
+
+    #[test]
+    fn what_the_kernel_shows_is_accepted_at_a_remount_only() {
+        assert!(parse("rw,user_id=0,allow_other,max_read=1048576,remount,size=2M").unwrap().remount);
+        assert!(parse("user_id=0,size=2M").unwrap_err().contains("user_id"));
     }
 
     #[test]

@@ -120,6 +120,7 @@ impl Pool {
     /// [`Error::NoMemory`] where the machine cannot give that much; what was taken is given back. What `progress`
     /// answers, likewise.
     pub fn fill(page_size: PageSize, pages: u64, mut progress: impl FnMut(u64) -> Result<()>) -> Result<Self> {
+        refuse_more_than_available(pages * page_size.bytes())?;
         let nodes = sys::memory_nodes()?;
         let mut reserves = Vec::new();
         for node in &nodes {
@@ -132,6 +133,7 @@ impl Pool {
             let share = pages / nodes.len() as u64 + u64::from((n as u64) < pages % nodes.len() as u64);
             reserve.grow(share * page_size.bytes(), |step| {
                 taken += step;
+                log::debug!("{taken} bytes taken");
                 progress(taken)
             })?;
         }
@@ -382,11 +384,13 @@ impl Reserve {
     }
 
     /// Takes `bytes` more from the machine; what was taken before an error stays.
+    ///
+    /// What cannot succeed is refused before it starts: it would take the last memory of the machine from everybody
+    /// else, if only for a moment. Others take memory while this goes on, so each step asks again.
     fn grow(&self, bytes: u64, mut progress: impl FnMut(u64) -> Result<()>) -> Result<()> {
+        refuse_more_than_available(bytes)?;
         for step in Range::new(0, bytes).steps(STEP) {
-            if sys::memory_available()? < step.len() + MARGIN {
-                return Err(Error::NoMemory);
-            }
+            refuse_more_than_available(step.len())?;
             let mut sealed = self.lock();
             let size = sealed.size();
             sealed.take(Range::at(size, step.len()), size + step.len())?;
@@ -395,6 +399,11 @@ impl Reserve {
         }
         Ok(())
     }
+}
+
+/// [`Error::NoMemory`] where the machine cannot give `bytes` now and keep its margin.
+fn refuse_more_than_available(bytes: u64) -> Result<()> {
+    if sys::memory_available()? < bytes.saturating_add(MARGIN) { Err(Error::NoMemory) } else { Ok(()) }
 }
 
 /// How much a move may take from the machine before it gives as much back.
