@@ -423,7 +423,8 @@ impl Sealed {
                         "the folio is pinned (vmsplice, io_uring, VFIO or the like) and cannot be split",
                     ));
                 }
-                Ok(())
+                // Another hole of this file may have caught the block.
+                sealed.shut_strays_but(Some(subpage)).map(drop)
             },
         )?;
         // The block that the ledger got may have been another hole's; no block is free now, so what is shut stays shut.
@@ -484,8 +485,10 @@ impl Sealed {
         let stop = AtomicBool::new(false);
         let spinning = AtomicBool::new(false);
         let taker = || loop {
+            // Looked at first: what was full before the stop may have a free block now, which must not be left behind.
+            let last = stop.load(Ordering::Acquire);
             match take(self) {
-                Err(Error::Full) if stop.load(Ordering::Relaxed) => return Err(Error::Full),
+                Err(Error::Full) if last => return Err(Error::Full),
                 Err(Error::Full) => spinning.store(true, Ordering::Release),
                 result => return result,
             }
@@ -504,7 +507,7 @@ impl Sealed {
                 std::thread::yield_now();
                 Ok(())
             });
-            stop.store(true, Ordering::Relaxed);
+            stop.store(true, Ordering::Release);
             let taken = taker.join().expect("the taker does not panic");
             match (taken, freed) {
                 (Ok(()), _) => Ok(()),
@@ -518,6 +521,9 @@ impl Sealed {
 
     /// Whether the folio of `subpage`, which is being punched, is still in one piece.
     fn is_in_one_piece(&self, subpage: Subpage) -> Result<bool> {
+        if self.holes_in(subpage.folio().range()).any(|hole| hole != subpage) {
+            return Ok(false); // and to look there might fill one of the holes with the block that is free
+        }
         let window = Window::new(&self.data, subpage.folio().range())?;
         let neighbour = Subpage(subpage.0 ^ 1); // not the subpage itself: that would fill it again
         match window.populate(neighbour.range()) {
