@@ -13,14 +13,22 @@
 //!   hammer OFFSET                                 ok              (a thread loads and stores there until stop)
 //!   stop                                          count N M       (touches, and how many were SIGBUS)
 //!   unmap                                         ok
+//!   pwrite PATH OFFSET LENGTH BYTE                count N         (bytes written; or: errno E)
+//!   append PATH LENGTH BYTE                       count N         (as pwrite, with O_APPEND)
+//!   pread PATH OFFSET LENGTH                      runs N:BYTE ... (what was read; or: errno E)
+//!   truncate PATH SIZE                            ok              (or: errno E)
+//!   fallocate PATH MODE OFFSET LENGTH             ok              (or: errno E)
 //! ```
 //!
-//! `error WHY` answers what cannot be done; end of input ends the program.
+//! The last five are one system call each on a file that is opened for it. `error WHY` answers what cannot be done; end of input ends the program.
 
 use hugetlb2fs::sys::sigbus::{Hit, Mapping, Sharing};
 use hugetlb2fs::units::Range;
-use std::fs::File;
-use std::io::{BufRead, Write};
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufRead, Write};
+use std::os::unix::fs::FileExt;
 use std::process::ExitCode;
 use std::str::{FromStr, SplitAsciiWhitespace};
 use std::sync::Arc;
@@ -93,6 +101,11 @@ impl Toucher {
                 self.mapping = None;
                 Ok("ok".to_owned())
             }
+            Some("pwrite") => call(&mut words, File::options().write(true), pwrite),
+            Some("append") => call(&mut words, File::options().append(true), append),
+            Some("pread") => call(&mut words, File::options().read(true), pread),
+            Some("truncate") => call(&mut words, File::options().write(true), truncate),
+            Some("fallocate") => call(&mut words, File::options().write(true), fallocate),
             other => Err(format!("unknown command {other:?}")),
         }
     }
@@ -162,6 +175,59 @@ impl Toucher {
         let (touches, faults) = hammer.thread.join().map_err(|_| "the hammer panicked".to_owned())?;
         Ok(format!("count {touches} {faults}"))
     }
+}
+
+/// A line on one file: its path, then numbers.
+type Words<'a> = SplitAsciiWhitespace<'a>;
+
+/// Opens the file that the line names and makes one system call on it; the answer is `errno E` where either fails.
+fn call(
+    words: &mut Words<'_>,
+    how: &OpenOptions,
+    call: impl FnOnce(&File, &mut Words<'_>) -> Result<io::Result<String>, String>,
+) -> Result<String, String> {
+    let path = words.next().ok_or("a path is missing")?;
+    let answer = match how.open(path) {
+        Ok(file) => call(&file, words)?,
+        Err(error) => Err(error),
+    };
+    answer.or_else(|error| match error.raw_os_error() {
+        Some(errno) => Ok(format!("errno {errno}")),
+        None => Err(error.to_string()),
+    })
+}
+
+fn pwrite(file: &File, words: &mut Words<'_>) -> Result<io::Result<String>, String> {
+    let (offset, length, byte) = (number(words)?, number(words)?, number(words)?);
+    Ok(file.write_at(&vec![byte; length], offset).map(|count| format!("count {count}")))
+}
+
+fn append(mut file: &File, words: &mut Words<'_>) -> Result<io::Result<String>, String> {
+    let (length, byte) = (number(words)?, number(words)?);
+    Ok(file.write(&vec![byte; length]).map(|count| format!("count {count}")))
+}
+
+fn pread(file: &File, words: &mut Words<'_>) -> Result<io::Result<String>, String> {
+    let (offset, length) = (number(words)?, number(words)?);
+    let mut buffer = vec![0; length];
+    Ok(file.read_at(&mut buffer, offset).map(|count| runs(&buffer[..count])))
+}
+
+fn runs(bytes: &[u8]) -> String {
+    let runs = bytes.chunk_by(|one, next| one == next);
+    runs.fold("runs".to_owned(), |line, run| line + &format!(" {}:{}", run.len(), run[0]))
+}
+
+fn truncate(file: &File, words: &mut Words<'_>) -> Result<io::Result<String>, String> {
+    let size = number(words)?;
+    Ok(file.set_len(size).map(|()| "ok".to_owned()))
+}
+
+fn fallocate(file: &File, words: &mut Words<'_>) -> Result<io::Result<String>, String> {
+    let mode = FallocateFlags::from_bits_retain(number(words)?);
+    let (offset, length) = (number(words)?, number(words)?);
+    let done: Result<(), Errno> = rustix::fs::fallocate(file, mode, offset, length);
+    Ok(done.map(|()| "ok".to_owned()).map_err(io::Error::from))
 }
 
 /// How many 2 MiB entries map the mapping that starts at `address` (proc(5), smaps).

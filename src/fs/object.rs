@@ -8,7 +8,7 @@ use crate::pool::{Holding, Pool};
 use crate::quarantine::{self, Kind, Quarantined, Repair};
 use crate::sealed::{Bytes, Content};
 use crate::sys::{self, tmpfs};
-use crate::units::{FOLIO_SIZE, Folio, NodeId, Page, Range, SUBPAGE_SIZE, STAT_BLOCK, Subpage};
+use crate::units::{FOLIO_SIZE, Folio, NodeId, Range, SUBPAGE_SIZE, STAT_BLOCK, Subpage};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -208,16 +208,17 @@ impl Object {
         let mut holding = self.write_lock();
         mend(&mut holding)?;
         let pool = context.pool;
-        let size = holding.sealed().size();
         match what {
             Allocation::Extend => holding.grow(pool, range, range.end),
             Allocation::KeepSize => holding.allocate(pool, range),
             Allocation::Zero => {
+                refuse_partial_holes(&holding, range)?;
                 holding.grow(pool, range, range.end)?;
                 self.zero(&mut holding, range, context)
             }
             Allocation::ZeroKeepSize => {
-                holding.grow(pool, range, size)?;
+                refuse_partial_holes(&holding, range)?;
+                holding.allocate(pool, range)?;
                 self.zero(&mut holding, range, context)
             }
             Allocation::Punch => self.punch(&mut holding, range, context),
@@ -226,19 +227,9 @@ impl Object {
 
     /// Whole pages go back to the pool; the rest is zeroed where it has memory.
     fn punch(&self, holding: &mut Holding, range: Range, context: Context<'_>) -> Result<()> {
-        let page_size = context.pool.page_size();
         refuse_partial_holes(holding, range)?;
-        let whole: Vec<Page> = page_size.pages_within(range).collect();
-        holding.release(context.pool, whole.iter().copied())?;
-        let (head, tail) = match (whole.first(), whole.last()) {
-            (Some(first), Some(last)) => (
-                Range::new(range.start, page_size.range(*first).start),
-                Range::new(page_size.range(*last).end, range.end),
-            ),
-            _ => (range, Range::new(range.end, range.end)),
-        };
-        self.zero(holding, head, context)?;
-        self.zero(holding, tail, context)
+        holding.release(context.pool, range)?;
+        self.zero(holding, range, context) // and not what was released
     }
 
     /// Zeroes what has memory of `range`; quarantined subpages that it covers are repaired, for what they held is

@@ -71,6 +71,13 @@ impl Holding {
                 || self.page_size.pages_touching(range).all(|page| !self.released.contains(&page)))
     }
 
+    /// The released pages that hold any byte of `range`. It is them that are looked through, as a range may be as long
+    /// as the largest file size, which is no file's.
+    fn released_touching(&self, range: Range) -> impl Iterator<Item = Page> + '_ {
+        let touches = move |page: &Page| !self.page_size.range(*page).intersect(range).is_empty();
+        self.released.iter().copied().filter(touches)
+    }
+
     /// Makes the file at least `size` bytes long, with memory for every byte from the old end on and in `range`.
     ///
     /// # Errors
@@ -79,20 +86,22 @@ impl Holding {
         let before = self.sealed.size();
         let size = size.max(before);
         let grown = Range::new(before, size);
-        let missing: BTreeSet<Page> = self
-            .page_size
-            .pages_touching(range.intersect(Range::new(0, size)))
-            .chain(self.page_size.pages_touching(grown))
-            .filter(|page| self.released.contains(page))
-            .collect();
-        if missing.is_empty() && grown.is_empty() {
+        let inside = range.intersect(Range::new(0, size));
+        let missing = self.released_touching(inside).chain(self.released_touching(grown)).collect();
+        if BTreeSet::is_empty(&missing) && grown.is_empty() {
             return Ok(());
         }
         self.refuse_with_holes()?;
+        self.acquire(pool, &missing, grown, size)
+    }
+
+    /// Makes the pages up to `end` and the released ones in `missing` the file's, with memory for what lies before the
+    /// end of file, which comes to be that of `grown`.
+    fn acquire(&mut self, pool: &Pool, missing: &BTreeSet<Page>, grown: Range, end: u64) -> Result<()> {
         let reserved = self.sealed.superblock().reserved_pages;
-        let wanted = reserved.max(self.page_size.pages_up(size));
+        let wanted = reserved.max(self.page_size.pages_up(end));
         let token = pool.reserve(wanted - reserved + missing.len() as u64)?;
-        self.take_memory(pool, &missing, grown)?;
+        self.take_memory(pool, missing, grown)?;
         self.released.retain(|page| !missing.contains(page));
         self.sealed.update(|superblock| superblock.reserved_pages = wanted)?;
         token.spend();
@@ -139,13 +148,12 @@ impl Holding {
     /// # Errors
     /// [`Error::Full`], [`Error::NoMemory`], [`Error::Busy`] where soft holes forbid it; nothing has changed.
     pub fn allocate(&mut self, pool: &Pool, range: Range) -> Result<()> {
-        let reserved = self.sealed.superblock().reserved_pages;
-        let wanted = reserved.max(self.page_size.pages_up(range.end));
-        let token = pool.reserve(wanted - reserved)?;
-        self.grow(pool, range, self.sealed.size())?;
-        self.sealed.update(|superblock| superblock.reserved_pages = wanted)?;
-        token.spend();
-        Ok(())
+        let size = self.sealed.size();
+        let missing: BTreeSet<Page> = self.released_touching(range).collect();
+        if missing.iter().any(|page| self.page_size.range(*page).start < size) {
+            self.refuse_with_holes()?; // behind the end no memory moves
+        }
+        self.acquire(pool, &missing, Range::new(size, size), range.end)
     }
 
     /// Makes the file `size` bytes long, not longer than it is, and gives back the pages behind; what was
@@ -174,12 +182,12 @@ impl Holding {
         Ok(())
     }
 
-    /// Gives back whole pages in the middle of the file; what was quarantined there is forgotten.
+    /// Gives back the pages of which `range` holds every byte; what was quarantined there is forgotten.
     ///
     /// # Errors
     /// [`Error::Busy`] where soft holes elsewhere forbid it; [`Error::NoMemory`] after some of the pages.
-    pub fn release(&mut self, pool: &Pool, pages: impl Iterator<Item = Page>) -> Result<()> {
-        let pages: BTreeSet<Page> = pages.filter(|page| self.owns(*page)).collect();
+    pub fn release(&mut self, pool: &Pool, range: Range) -> Result<()> {
+        let pages: BTreeSet<Page> = self.owned().filter(|page| range.covers(self.page_size.range(*page))).collect();
         if pages.is_empty() {
             return Ok(());
         }
@@ -191,16 +199,19 @@ impl Holding {
             let range = self.page_size.range(page);
             let memory = range.intersect(Range::new(0, self.sealed.size().next_multiple_of(FOLIO_SIZE)));
             let size = self.sealed.size();
-            pool.move_in(&mut self.sealed, memory)?;
+            let moved = pool.move_in(&mut self.sealed, memory);
             self.sealed.grow_size(size)?; // where the end of file was in it, that moved
+            moved?;
             self.released.insert(page);
             pool.release(1);
         }
         Ok(())
     }
 
-    fn owns(&self, page: Page) -> bool {
-        page.0 < self.sealed.superblock().reserved_pages && !self.released.contains(&page)
+    /// The pages that are the file's, ascending.
+    fn owned(&self) -> impl Iterator<Item = Page> + '_ {
+        let reserved = (0..self.sealed.superblock().reserved_pages).map(Page);
+        reserved.filter(|page| !self.released.contains(page))
     }
 
     fn refuse_with_holes(&self) -> Result<()> {

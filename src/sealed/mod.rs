@@ -425,7 +425,8 @@ impl Sealed {
                         "the folio is pinned (vmsplice, io_uring, VFIO or the like) and cannot be split",
                     ));
                 }
-                Ok(())
+                // Another hole of this file may have caught the block.
+                sealed.shut_strays_but(Some(subpage)).map(drop)
             },
         )?;
         // The block that the ledger got may have been another hole's; no block is free now, so what is shut stays shut.
@@ -489,25 +490,32 @@ impl Sealed {
         // Sends once, when it spins, and closes the channel when it is done.
         let spin = |spinning: Sender<()>| {
             let mut taken = take(self);
-            let _ = spinning.send(());
-            while matches!(taken, Err(Error::Full)) && !stop.load(Ordering::Relaxed) {
+            if matches!(taken, Err(Error::Full)) {
+                let _ = spinning.send(());
+            }
+            while matches!(taken, Err(Error::Full)) {
+                // Looked at first: what was full before the stop may have a free block now, which must not be left behind.
+                let last = stop.load(Ordering::Acquire);
                 std::thread::yield_now(); // for when there is but one processor for both
                 taken = take(self);
+                if last {
+                    break;
+                }
             }
             taken
         };
         std::thread::scope(|scope| {
             let taker = scope.spawn(move || spin(spinning));
             let mut freed = Ok(());
-            let _ = watch.recv();
+            let mut waiting = watch.recv().is_ok();
             for attempt in 0..TRIES {
-                freed = free(self, attempt);
-                let done = watch.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Disconnected);
-                if done || freed.is_err() {
+                if !waiting || freed.is_err() {
                     break;
                 }
+                freed = free(self, attempt);
+                waiting = watch.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout);
             }
-            stop.store(true, Ordering::Relaxed);
+            stop.store(true, Ordering::Release);
             match (taker.join().expect("the taker does not panic"), freed) {
                 (Ok(()), _) => Ok(()),
                 (Err(Error::Full), Ok(())) => Err(Error::Busy(UNWINNABLE)),
@@ -518,6 +526,9 @@ impl Sealed {
 
     /// Whether the folio of `subpage`, which is being punched, is still in one piece.
     fn is_in_one_piece(&self, subpage: Subpage) -> Result<bool> {
+        if self.holes_in(subpage.folio().range()).any(|hole| hole != subpage) {
+            return Ok(false); // and to look there might fill one of the holes with the block that is free
+        }
         let window = Window::new(&self.data, subpage.folio().range())?;
         let neighbour = Subpage(subpage.0 ^ 1); // not the subpage itself: that would fill it again
         match window.populate(neighbour.range()) {
