@@ -394,8 +394,7 @@ impl Sealed {
             .is_ok_and(|read| read > 0);
         let record = self.ledger.record(subpage, time, known.then_some(&rescued))?;
         if let Err(error) = self.trade_to_ledger(subpage, record) {
-            self.put_back(subpage, known.then_some(&rescued));
-            self.ledger.forget(subpage)?;
+            self.undo_quarantine(subpage, &rescued)?;
             return Err(error);
         }
         if known {
@@ -404,18 +403,18 @@ impl Sealed {
         self.ledger.update(|superblock| superblock.alarm = true)
     }
 
-    /// Undoes the zeroing of a punch that freed nothing.
-    fn put_back(&self, subpage: Subpage, rescued: Option<&Bytes>) {
-        let Some(bytes) = rescued else { return };
-        let length = SUBPAGE_SIZE.min(self.size - subpage.offset()) as usize;
-        if let Err(error) = tmpfs::write_at(&self.data, &bytes[..length], subpage.offset()) {
+    /// Undoes what a quarantine that did not succeed has done: a punch that freed nothing has zeroed the subpage, one that
+    /// did free its block has left that to whoever came first.
+    fn undo_quarantine(&mut self, subpage: Subpage, rescued: &Bytes) -> Result<()> {
+        self.fill_hole(subpage, rescued).inspect_err(|error| {
             log::error!("{subpage:?} could not be written back: {error}");
-        }
+        })?;
+        self.ledger.forget(subpage)
     }
 
     /// Moves the block of `subpage` to the ledger. A second thread spins for it, so that a program that hammers the
     /// subpage seldom gets it back first; when it does, punch again.
-    fn trade_to_ledger(&mut self, subpage: Subpage, record: Record) -> Result<()> {
+    fn trade_to_ledger(&self, subpage: Subpage, record: Record) -> Result<()> {
         self.trade(
             |sealed| sealed.ledger.take_block(record),
             |sealed, attempt| {
@@ -425,12 +424,11 @@ impl Sealed {
                         "the folio is pinned (vmsplice, io_uring, VFIO or the like) and cannot be split",
                     ));
                 }
-                // Another hole of this file may have caught the block.
-                sealed.shut_strays_but(Some(subpage)).map(drop)
+                sealed.free_block_that_another_hole_caught(subpage)
             },
         )?;
         // The block that the ledger got may have been another hole's; no block is free now, so what is shut stays shut.
-        self.shut_strays()?;
+        self.shut_strays_but(Some(subpage))?;
         for _ in 0..TRIES {
             if tmpfs::resident(&self.data, subpage.range())? == 0 {
                 return Ok(());
@@ -440,22 +438,43 @@ impl Sealed {
         Err(Error::Busy(UNWINNABLE))
     }
 
+    /// While `subpage` itself is empty and the ledger still waits for its block, another hole may have it.
+    fn free_block_that_another_hole_caught(&self, subpage: Subpage) -> Result<()> {
+        if tmpfs::resident(&self.data, subpage.range())? == 0 {
+            self.shut_strays_but(Some(subpage))?;
+        }
+        Ok(())
+    }
+
     /// Puts `subpage` back, holding `content`; other soft holes stay shut.
     ///
     /// # Errors
-    /// What the kernel answers.
+    /// What the kernel answers; the subpage is quarantined as before.
     pub fn repair(&mut self, subpage: Subpage, content: Content<'_>) -> Result<()> {
         let record = self.holes()[&subpage];
-        // A write of a whole subpage fills a hole in one step: nobody can map it before the bytes are in it. Behind
-        // the end of file nothing is written, as that would move the end.
+        let rescued = self.ledger.rescued(record);
+        if let Err(error) = self.fill_hole(subpage, content.bytes()) {
+            self.trade_to_ledger(subpage, record)?;
+            if let Ok(bytes) = rescued {
+                self.ledger.store(record, &bytes)?;
+            }
+            return Err(error);
+        }
+        self.ledger.forget(subpage)?;
+        self.shut_strays().map(drop)
+    }
+
+    /// Gives `subpage`, which has a record, the block that the ledger may have for it, and `bytes`. A write of a whole
+    /// subpage fills a hole in one step: nobody can map it before the bytes are in it. Behind the end of file nothing is
+    /// written, as that would move the end.
+    fn fill_hole(&self, subpage: Subpage, bytes: &Bytes) -> Result<()> {
+        let record = self.holes()[&subpage];
         let length = SUBPAGE_SIZE.min(self.size - subpage.offset()) as usize;
         let released = AtomicBool::new(false);
         self.trade(
-            |sealed| {
-                match tmpfs::write_at(&sealed.data, &content.bytes()[..length], subpage.offset())? {
-                    written if written == length => Ok(()),
-                    _ => Err(Error::Full),
-                }
+            |sealed| match tmpfs::write_at(&sealed.data, &bytes[..length], subpage.offset())? {
+                written if written == length => Ok(()),
+                _ => Err(Error::Full),
             },
             |sealed, _| {
                 if !released.swap(true, Ordering::Relaxed) {
@@ -464,9 +483,7 @@ impl Sealed {
                 // Another hole of this file may have caught the block.
                 sealed.shut_strays_but(Some(subpage)).map(drop)
             },
-        )?;
-        self.ledger.forget(subpage)?;
-        self.shut_strays().map(drop)
+        )
     }
 
     /// What was rescued of a quarantined subpage.
@@ -524,14 +541,20 @@ impl Sealed {
         })
     }
 
-    /// Whether the folio of `subpage`, which is being punched, is still in one piece.
+    /// Whether the folio of `subpage`, which is being punched, is still in one piece. Touches neither that nor any other
+    /// hole: with a block free, that would fill it.
     fn is_in_one_piece(&self, subpage: Subpage) -> Result<bool> {
-        if self.holes_in(subpage.folio().range()).any(|hole| hole != subpage) {
-            return Ok(false); // and to look there might fill one of the holes with the block that is free
+        let folio = subpage.folio().range();
+        let has_other_holes = self.holes_in(folio).any(|hole| hole != subpage);
+        let mut others = folio.intersect(Range::new(0, self.size)).steps(SUBPAGE_SIZE);
+        let Some(neighbour) = others.find(|range| range.start != subpage.offset()) else {
+            return Ok(false);
+        };
+        if has_other_holes {
+            return Ok(false);
         }
-        let window = Window::new(&self.data, subpage.folio().range())?;
-        let neighbour = Subpage(subpage.0 ^ 1); // not the subpage itself: that would fill it again
-        match window.populate(neighbour.range()) {
+        let window = Window::new(&self.data, folio)?;
+        match window.populate(neighbour.subpages_out()) {
             Err(Error::NoData | Error::Poisoned) => Ok(false),
             Err(error) => Err(error),
             Ok(()) => Ok(!window.huge_ranges()?.is_empty()),
