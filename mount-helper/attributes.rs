@@ -11,6 +11,8 @@ pub const POISON: &str = "user.hugetlb2.poison";
 pub const REPAIR: &str = "user.hugetlb2.repair";
 /// Collapse requests.
 pub const COLLAPSE: &str = "user.hugetlb2.collapse";
+/// Real memory errors, asked for.
+pub const INJECT: &str = "trusted.hugetlb2.inject";
 /// How a file is mapped.
 pub const MAP: &str = "user.hugetlb2.map";
 const POOL: &str = "user.hugetlb2.pool";

@@ -34,6 +34,7 @@ enum Protocol {
     Collapse,
     Map,
     Pool,
+    Inject,
     Size,
     Check,
 }
@@ -50,6 +51,7 @@ const TABLE: &[(&str, Protocol, On)] = &[
     ("user.hugetlb2.repair", Protocol::Repair, On::File),
     ("user.hugetlb2.collapse", Protocol::Collapse, On::File),
     ("user.hugetlb2.map", Protocol::Map, On::File),
+    ("trusted.hugetlb2.inject", Protocol::Inject, On::File),
     ("user.hugetlb2.pool", Protocol::Pool, On::Root),
     ("trusted.hugetlb2.size", Protocol::Size, On::Root),
     ("trusted.hugetlb2.check", Protocol::Check, On::Root),
@@ -100,6 +102,7 @@ impl Fs {
     fn file_attribute(&self, object: &Arc<Object>, attribute: Protocol, reading: Reading) -> Result<String> {
         match attribute {
             Protocol::Poison => {
+                self.look_for_poison();
                 if reading == Reading::Value {
                     object.acknowledge()?;
                 }
@@ -124,7 +127,8 @@ impl Fs {
     fn pool_text(&self) -> Result<String> {
         let account = self.pool.balance();
         let objects = self.all_objects();
-        let quarantined: u64 = objects.iter().map(|object| object.quarantined_count()).sum();
+        let counts = objects.iter().map(|object| object.quarantined_counts());
+        let (soft, hw) = counts.fold((0, 0), |sum, counts| (sum.0 + counts.0, sum.1 + counts.1));
         let mut text = String::new();
         let mut line = |name: &str, value: u64| {
             let _ = writeln!(text, "{name} {value}");
@@ -141,7 +145,8 @@ impl Fs {
         }
         line("objects", objects.len() as u64);
         line("orphans", self.index.orphan_count() as u64);
-        line("quarantined_soft", quarantined);
+        line("quarantined_soft", soft);
+        line("quarantined_hw", hw);
         line("holes_shut_again", STRAYS_SHUT.load(Ordering::Relaxed));
         line("daemon_pid", u64::from(std::process::id()));
         Ok(text)
@@ -171,6 +176,11 @@ impl Fs {
             Protocol::Poison => object.quarantine(value),
             Protocol::Repair => self.with_context(&object, |context| object.repair(value, context)),
             Protocol::Collapse => object.collapse(value),
+            Protocol::Inject => object.inject(value).inspect_err(|error| {
+                if matches!(error, Error::Unsupported) {
+                    log::warn!("nothing injected: this kernel has no CONFIG_MEMORY_FAILURE");
+                }
+            }),
             _ => Err(Error::Unsupported),
         }
     }
@@ -205,7 +215,7 @@ impl Fs {
             .flatten()
             .copied()
             .collect();
-        if self.known_object(node).is_some_and(|object| object.quarantined_count() > 0) {
+        if self.known_object(node).is_some_and(|object| object.quarantined_counts() != (0, 0)) {
             names.extend_from_slice(b"user.hugetlb2.poison\0");
         }
         Ok(names)

@@ -17,7 +17,7 @@ use crate::index::{Attributes, DirEntry, Index, Kind, New, Time};
 use crate::options::Options;
 use crate::pool::{Holding, Pool};
 use crate::sys::identity::Caller;
-use crate::sys::{memory_nodes, tmpfs};
+use crate::sys::{memory_failures, memory_nodes, tmpfs};
 use crate::units::{FOLIO_SIZE, Folio, NodeId};
 use crossbeam::channel::Sender;
 use rustix::fs::RenameFlags;
@@ -42,6 +42,8 @@ pub struct Fs {
     stranded: Mutex<Vec<Arc<Object>>>,
     recovery_write: bool,
     repaired: Option<Sender<Repaired>>,
+    /// The kernel's count of memory errors when all files were last looked through; `None` where it has none.
+    failures: Mutex<Option<u64>>,
     nodes: Vec<u32>,
     huge_at_mount: u64,
 }
@@ -95,6 +97,7 @@ impl Fs {
             stranded: Mutex::default(),
             recovery_write: options.recovery_write,
             repaired,
+            failures: Mutex::new(memory_failures()),
             nodes: memory_nodes()?,
             huge_at_mount,
         })
@@ -143,7 +146,8 @@ impl Fs {
     /// What truncate(2), chmod(2), chown(2) and utimens(2) answer.
     pub fn change(&self, node: NodeId, changes: &Changes) -> Result<Attributes> {
         if let Some(size) = changes.size {
-            self.object(node)?.truncate(size, &self.pool)?;
+            let object = self.object(node)?;
+            self.heeding_poison(|| object.truncate(size, &self.pool))?;
             self.contents_changed(node, changes.caller != 0)?;
         }
         if changes.uid.is_some() || changes.gid.is_some() {
@@ -332,6 +336,36 @@ impl Fs {
         run(Context { pool: &self.pool, recovery_write: self.recovery_write, repaired: &repaired })
     }
 
+    // ---- memory errors ------------------------------------------------------------------------------------------
+
+    /// Looks all files through for memory errors, if the kernel has met any since the last time.
+    pub fn look_for_poison(&self) {
+        let mut seen = self.failures.lock().expect("no panic while files are looked through");
+        let now = memory_failures();
+        if now == *seen {
+            return;
+        }
+        // What happens from here on counts as not seen, even if it is.
+        *seen = now;
+        for object in self.all_objects() {
+            if let Err(error) = object.look_for_poison() {
+                log::error!("file {}: it could not be looked through for memory errors: {error}", object.node());
+                *seen = None; // once more, then
+            }
+        }
+    }
+
+    /// Runs `access` once more where it met a memory error that was not known, as it may go on around it then.
+    fn heeding_poison<T>(&self, mut access: impl FnMut() -> Result<T>) -> Result<T> {
+        match access() {
+            Err(Error::Poisoned) => {
+                self.look_for_poison();
+                access()
+            }
+            result => result,
+        }
+    }
+
     // ---- contents -----------------------------------------------------------------------------------------------
 
     /// pread(2).
@@ -339,7 +373,8 @@ impl Fs {
     /// # Errors
     /// EIO at a quarantined subpage.
     pub fn read(&self, node: NodeId, buffer: &mut [u8], offset: u64) -> Result<usize> {
-        self.object(node)?.read(buffer, offset)
+        let object = self.object(node)?;
+        self.heeding_poison(|| object.read(buffer, offset))
     }
 
     /// pwrite(2); with `drop_privileges` set-id bits go, as for any writer without CAP_FSETID.
@@ -348,7 +383,8 @@ impl Fs {
     /// ENOSPC, EIO, EBUSY, EFBIG.
     pub fn write(&self, node: NodeId, bytes: &[u8], offset: u64, drop_privileges: bool) -> Result<usize> {
         let object = self.object(node)?;
-        let written = self.with_context(&object, |context| object.write(bytes, offset, context))?;
+        let write = || self.with_context(&object, |context| object.write(bytes, offset, context));
+        let written = self.heeding_poison(write)?;
         self.contents_changed(node, drop_privileges)?;
         Ok(written)
     }
@@ -359,7 +395,8 @@ impl Fs {
     /// ENOSPC, EIO, EBUSY, EFBIG.
     pub fn allocate(&self, node: NodeId, what: Allocation, offset: u64, length: u64) -> Result<()> {
         let object = self.object(node)?;
-        self.with_context(&object, |context| object.allocate(what, offset, length, context))?;
+        let allocate = || self.with_context(&object, |context| object.allocate(what, offset, length, context));
+        self.heeding_poison(allocate)?;
         self.contents_changed(node, false)
     }
 

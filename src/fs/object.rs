@@ -153,7 +153,7 @@ impl Object {
         let range = checked_range(offset, bytes.len() as u64)?;
         {
             let holding = self.read_lock();
-            if holding.has_pages(range) && holding.sealed().holes_in(range).next().is_none() {
+            if holding.has_pages(range) && holding.sealed().lost_in(range).next().is_none() {
                 return tmpfs::write_at(&self.data, bytes, offset);
             }
         }
@@ -167,7 +167,7 @@ impl Object {
         let range = Range::new(range.start, end);
         holding.grow(context.pool, range, range.end)?;
         let mut done = range.start;
-        let holes: Vec<Subpage> = holding.sealed().holes_in(range).collect();
+        let holes: Vec<Subpage> = holding.sealed().lost_in(range).collect();
         for hole in holes.iter().copied().map(Some).chain([None]) {
             let until = hole.map_or(range.end, Subpage::offset);
             let piece = &bytes[(done - range.start) as usize..(until - range.start) as usize];
@@ -238,7 +238,7 @@ impl Object {
         const ZEROS: &[u8] = &[0; 256 << 10];
         refuse_partial_holes(holding, range)?;
         let range = range.intersect(Range::new(0, holding.sealed().size()));
-        let holes: Vec<Subpage> = holding.sealed().holes_in(range).collect();
+        let holes: Vec<Subpage> = holding.sealed().lost_in(range).collect();
         for hole in holes {
             self.repair_one(holding, hole, Content::Zero, context)?;
         }
@@ -276,7 +276,7 @@ impl Object {
         if data {
             return Ok(at);
         }
-        let quarantined = holding.sealed().holes_in(Range::new(at, size)).next().map(Subpage::offset);
+        let quarantined = holding.sealed().lost_in(Range::new(at, size)).next().map(Subpage::offset);
         let released = holding.released_ranges().map(|range| range.start).find(|start| *start >= at);
         Ok(quarantined.into_iter().chain(released).chain([size]).min().expect("the end is a hole"))
     }
@@ -286,13 +286,48 @@ impl Object {
     /// What is quarantined, ascending.
     pub fn quarantined(&self) -> Vec<Quarantined> {
         let holding = self.read_lock();
-        let holes = holding.sealed().holes().iter();
-        quarantine::coalesce(holes.map(|(subpage, record)| (*subpage, Kind::Soft, record.time)))
+        let soft = holding.sealed().holes().iter().map(|(subpage, record)| (*subpage, Kind::Soft, record.time));
+        let hw = holding.sealed().poisoned().iter().map(|(subpage, time)| (*subpage, Kind::Hw, *time));
+        let mut all: Vec<_> = soft.chain(hw).collect();
+        all.sort_by_key(|(subpage, ..)| *subpage);
+        quarantine::coalesce(all.into_iter())
     }
 
-    /// Quarantined subpages.
-    pub fn quarantined_count(&self) -> u64 {
-        self.read_lock().sealed().holes().len() as u64
+    /// Quarantined subpages, soft and hw.
+    pub fn quarantined_counts(&self) -> (u64, u64) {
+        let holding = self.read_lock();
+        (holding.sealed().holes().len() as u64, holding.sealed().poisoned().len() as u64)
+    }
+
+    /// Looks for memory errors that the kernel has met in the file, and returns how many are new.
+    ///
+    /// # Errors
+    /// What mmap(2) and setxattr(2) answer.
+    pub fn look_for_poison(&self) -> Result<usize> {
+        let mut holding = self.write_lock();
+        let found = holding.sealed_mut().note_poison(sys::unix_time())?;
+        drop(holding);
+        for subpage in &found {
+            log::error!("file {}: memory error, {:#x} {SUBPAGE_SIZE:#x} quarantined (hw)", self.node, subpage.offset());
+        }
+        if !found.is_empty() {
+            self.wake_all();
+        }
+        Ok(found.len())
+    }
+
+    /// Has the kernel treat a subpage as if the hardware had reported an error in it, by a value of the inject attribute.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a value that does not parse or a place without memory; [`Error::Unsupported`] where the
+    /// kernel has no CONFIG_MEMORY_FAILURE.
+    pub fn inject(&self, value: &[u8]) -> Result<()> {
+        let holding = self.read_lock();
+        let subpage = quarantine::parse_inject(value, holding.sealed().size())?;
+        if !holding.sealed().has_memory(subpage.folio()) || holding.sealed().is_lost(subpage) {
+            return Err(Error::invalid(format!("{:#x} has no memory, or is quarantined", subpage.offset())));
+        }
+        holding.sealed().inject(subpage)
     }
 
     /// Whether the quarantine has grown since [`Object::acknowledge`].
@@ -332,9 +367,9 @@ impl Object {
         }
         mend(&mut holding)?;
         let time = sys::unix_time();
-        let before = holding.sealed().holes().len();
+        let before = holding.sealed().holes().len(); // soft ones: that is what is added here
         let result = ranges.iter().flat_map(|range| subpages(*range)).try_for_each(|subpage| {
-            if holding.sealed().holes().contains_key(&subpage) {
+            if holding.sealed().is_lost(subpage) {
                 return Ok(());
             }
             holding.sealed_mut().quarantine(subpage, time)?;
@@ -367,7 +402,7 @@ impl Object {
             check_repairable(&holding, *verb, *range)?;
         }
         for (verb, range) in requests {
-            let holes: Vec<Subpage> = holding.sealed().holes_in(range).collect();
+            let holes: Vec<Subpage> = holding.sealed().lost_in(range).collect();
             for hole in holes {
                 let rescued = match verb {
                     Repair::Zero => None,
@@ -383,7 +418,7 @@ impl Object {
     fn repair_one(&self, holding: &mut Holding, hole: Subpage, content: Content<'_>, context: Context<'_>) -> Result<()> {
         holding.sealed_mut().repair(hole, content)?;
         log::info!("file {}: {:#x} {SUBPAGE_SIZE:#x} repaired", self.node, hole.offset());
-        if holding.sealed().holes_in(hole.folio().range()).next().is_none() {
+        if holding.sealed().lost_in(hole.folio().range()).next().is_none() {
             (context.repaired)(hole.folio());
         }
         Ok(())
@@ -442,7 +477,7 @@ impl Object {
                 } else if huge.iter().any(|huge| huge.covers(folio.range())) {
                     extents.push(range, State::Huge, node);
                 } else {
-                    let quarantined = |subpage: &Subpage| sealed.holes().contains_key(subpage);
+                    let quarantined = |subpage: &Subpage| sealed.is_lost(*subpage);
                     for subpage in subpages(range) {
                         let state = if quarantined(&subpage) { State::Poisoned } else { State::Small };
                         extents.push(subpage.range(), state, node);
@@ -508,7 +543,7 @@ fn checked_range(offset: u64, length: u64) -> Result<Range> {
 
 /// Bytes of `range` before the first quarantined one.
 fn good_prefix(holding: &Holding, range: Range) -> Result<u64> {
-    match holding.sealed().holes_in(range).next() {
+    match holding.sealed().lost_in(range).next() {
         None => Ok(range.len()),
         Some(hole) if hole.offset() <= range.start => Err(Error::Poisoned),
         Some(hole) => Ok(hole.offset() - range.start),
@@ -522,7 +557,7 @@ fn writable_prefix(holding: &Holding, range: Range, recovery_write: bool) -> Res
     let file = Range::new(0, holding.sealed().size());
     let obstacle = holding
         .sealed()
-        .holes_in(range)
+        .lost_in(range)
         .find(|hole| !recovery_write || !range.covers(hole.range().intersect(file)));
     match obstacle {
         None => Ok(range.end),
@@ -535,21 +570,21 @@ fn writable_prefix(holding: &Holding, range: Range, recovery_write: bool) -> Res
 fn refuse_partial_holes(holding: &Holding, range: Range) -> Result<()> {
     let file = Range::new(0, holding.sealed().size());
     let range = range.intersect(file);
-    let covered = holding.sealed().holes_in(range).all(|hole| range.covers(hole.range().intersect(file)));
+    let covered = holding.sealed().lost_in(range).all(|hole| range.covers(hole.range().intersect(file)));
     if covered { Ok(()) } else { Err(Error::Poisoned) }
 }
 
 /// The quarantined subpage or released page that holds the byte at `offset`.
 fn hole_at(holding: &Holding, offset: u64) -> Option<Range> {
     let subpage = Subpage::containing(offset);
-    if holding.sealed().holes().contains_key(&subpage) {
+    if holding.sealed().is_lost(subpage) {
         return Some(subpage.range());
     }
     holding.released_ranges().find(|range| range.start <= offset && offset < range.end)
 }
 
 fn check_repairable(holding: &Holding, verb: Repair, range: Range) -> Result<()> {
-    let mut holes = holding.sealed().holes_in(range).peekable();
+    let mut holes = holding.sealed().lost_in(range).peekable();
     if holes.peek().is_none() {
         return Err(Error::NoData);
     }
