@@ -1,14 +1,14 @@
 //! mount.hugetlb2, by the protocol of mount(8) for external helpers.
 
 use crate::attributes;
+use crate::namespace::Namespaces;
 use crate::options::Requested;
-use crate::session::{Daemon, Failure};
+use crate::say;
+use crate::session::{self, Daemon, Failure};
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use hugetlb2fs::options::Options;
 use rustix::mount::{MountFlags, mount_remount};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::ffi::OsString;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -57,7 +57,7 @@ pub fn run(matches: &ArgMatches) -> ExitCode {
     match carry_out(matches) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("mount.hugetlb2: {failure}");
+            say(format_args!("mount.hugetlb2: {failure}"));
             ExitCode::from(failure.status())
         }
     }
@@ -78,22 +78,25 @@ fn carry_out(matches: &ArgMatches) -> Result<(), Failure> {
         return remount(directory, &requested, matches.get_flag("fake"));
     }
     check_size(&requested)?;
+    let device = session::open_device()?;
+    let program = session::daemon_program()?;
     namespaces.enter_target()?;
     let directory = check_directory(directory, requested.nonempty)?;
     if matches.get_flag("fake") {
         return Ok(());
     }
     namespaces.leave_target()?;
-    let (mut daemon, device) = Daemon::start(&requested.pool)?;
+    let mut daemon = Daemon::start(&program, &requested.pool, &device)?;
     let pid = daemon.pid();
     let (huge, total) = daemon.wait_until_filled()?;
     if verbose || huge < total {
-        eprintln!("mount.hugetlb2: {huge} of {total} bytes are in 2 MiB folios");
+        say(format_args!("mount.hugetlb2: {huge} of {total} bytes are in 2 MiB folios"));
     }
     namespaces.enter_target()?;
     daemon.mount(&device, source, &directory, requested.flags)?;
     if verbose {
-        eprintln!("mount.hugetlb2: {source} mounted on {}, served by process {pid}", directory.display());
+        let directory = directory.display();
+        say(format_args!("mount.hugetlb2: {source} mounted on {directory}, served by process {pid}"));
     }
     Ok(())
 }
@@ -138,35 +141,4 @@ fn remount(directory: &Path, requested: &Requested, fake: bool) -> Result<(), Fa
     }
     mount_remount(directory, requested.flags | MountFlags::empty(), "")
         .map_err(|errno| failed(format!("mount(2), MS_REMOUNT: {errno}")))
-}
-
-/// Our own mount namespace, and the one to mount in where that is another (mount(8), `-N`).
-struct Namespaces {
-    own: File,
-    target: Option<File>,
-}
-
-impl Namespaces {
-    fn open(target: Option<&String>) -> Result<Self, Failure> {
-        let open = |path: &str| File::open(path).map_err(|error| Failure::Usage(format!("namespace {path}: {error}")));
-        let path = target.map(|target| match target.parse::<u32>() {
-            Ok(pid) => format!("/proc/{pid}/ns/mnt"),
-            Err(_) => target.clone(),
-        });
-        Ok(Self { own: open("/proc/self/ns/mnt")?, target: path.map(|path| open(&path)).transpose()? })
-    }
-
-    fn enter_target(&self) -> Result<(), Failure> {
-        self.target.as_ref().map_or(Ok(()), enter)
-    }
-
-    fn leave_target(&self) -> Result<(), Failure> {
-        self.target.as_ref().map_or(Ok(()), |_| enter(&self.own))
-    }
-}
-
-fn enter(namespace: &File) -> Result<(), Failure> {
-    use std::os::fd::AsFd;
-    move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Mount))
-        .map_err(|errno| Failure::System(format!("setns: {errno}")))
 }

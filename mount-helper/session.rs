@@ -61,15 +61,12 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts a daemon on `/dev/fuse`; it begins to fill its pool at once.
+    /// Starts `program` on `device`; it begins to fill its pool at once.
     ///
     /// # Errors
     /// [`Failure::System`].
-    pub fn start(options: &Options) -> Result<(Self, File), Failure> {
+    pub fn start(program: &Path, options: &Options, device: &File) -> Result<Self, Failure> {
         let system = |what: &'static str| move |error: std::io::Error| Failure::System(format!("{what}: {error}"));
-        let device = File::options().read(true).write(true).open("/dev/fuse").map_err(|error| {
-            Failure::System(format!("/dev/fuse cannot be opened: {error}; is the kernel's fuse module loaded (modprobe fuse)?"))
-        })?;
         let (ours, theirs) = UnixStream::pair().map_err(system("socketpair"))?;
         let (interrupts, interrupted) = pipe().map_err(system("pipe"))?;
         for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
@@ -79,8 +76,7 @@ impl Daemon {
         for fd in [device.as_fd(), theirs.as_fd()] {
             fcntl_setfd(fd, FdFlags::empty()).map_err(|errno| Failure::System(format!("fcntl: {errno}")))?;
         }
-        let program = daemon_program()?;
-        let child = Command::new(&program)
+        let child = Command::new(program)
             .args(arguments(options))
             .arg(format!("--fuse-fd={}", device.as_raw_fd()))
             .arg(format!("--control-fd={}", theirs.as_raw_fd()))
@@ -89,8 +85,8 @@ impl Daemon {
             .stderr(Stdio::null())
             .spawn()
             .map_err(|error| Failure::System(format!("{} cannot be started: {error}", program.display())))?;
-        fcntl_setfd(&device, FdFlags::CLOEXEC).map_err(|errno| Failure::System(format!("fcntl: {errno}")))?;
-        Ok((Self { child, control: Control::new(ours), interrupts, kept: false }, device))
+        fcntl_setfd(device, FdFlags::CLOEXEC).map_err(|errno| Failure::System(format!("fcntl: {errno}")))?;
+        Ok(Self { child, control: Control::new(ours), interrupts, kept: false })
     }
 
     /// Waits for the daemon's next line, or for the user to interrupt it.
@@ -187,8 +183,22 @@ impl Drop for UnmountOnDrop<'_> {
     }
 }
 
+/// The device that the filesystem will be served through.
+///
+/// # Errors
+/// [`Failure::System`].
+pub fn open_device() -> Result<File, Failure> {
+    File::options().read(true).write(true).open("/dev/fuse").map_err(|error| {
+        let why = format!("/dev/fuse cannot be opened: {error}; is the kernel's fuse module loaded (modprobe fuse)?");
+        Failure::System(why)
+    })
+}
+
 /// The daemon's program: beside this one, or where it is installed.
-fn daemon_program() -> Result<PathBuf, Failure> {
+///
+/// # Errors
+/// [`Failure::System`].
+pub fn daemon_program() -> Result<PathBuf, Failure> {
     const INSTALLED: [&str; 2] = ["/usr/local/sbin/hugetlb2fsd", "/usr/sbin/hugetlb2fsd"];
     let beside = std::env::current_exe().ok().map(|program| program.with_file_name("hugetlb2fsd"));
     let mut places = beside.into_iter().chain(INSTALLED.iter().map(PathBuf::from));
@@ -235,8 +245,9 @@ impl Meter {
     fn show(&mut self, done: u64, total: u64) {
         const GIB: f64 = (1u64 << 30) as f64;
         if self.shown {
-            eprint!("\rtaking memory: {:.1} of {:.1} GiB", done as f64 / GIB, total as f64 / GIB);
-            let _ = std::io::stderr().flush();
+            let (done, total) = (done as f64 / GIB, total as f64 / GIB);
+            // A terminal that has gone away is no reason to give up.
+            let _ = write!(std::io::stderr(), "\rtaking memory: {done:.1} of {total:.1} GiB");
         }
     }
 }
@@ -244,7 +255,7 @@ impl Meter {
 impl Drop for Meter {
     fn drop(&mut self) {
         if self.shown {
-            eprint!("\r\x1b[K");
+            let _ = write!(std::io::stderr(), "\r\x1b[K");
         }
     }
 }

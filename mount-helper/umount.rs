@@ -1,7 +1,9 @@
 //! umount.fuse.hugetlb2: what umount(8) calls, so that the memory is free when it returns.
 
-use crate::attributes;
-use clap::{Arg, ArgAction, Command};
+use crate::namespace::Namespaces;
+use crate::session::Failure;
+use crate::{attributes, say};
+use clap::{Arg, ArgAction, ArgMatches, Command};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -13,7 +15,7 @@ use std::process::ExitCode;
 /// How long the daemon is waited for. It ends at once, unless the filesystem is mounted in other places too.
 const PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
-const FAILED: u8 = 32;
+const USAGE_STATUS: u8 = 1;
 
 fn command() -> Command {
     let flag = |name: &'static str, short: char, help: &'static str| {
@@ -28,27 +30,44 @@ fn command() -> Command {
         .arg(flag("force", 'f', "abort what is under way"))
         .arg(flag("verbose", 'v', "accepted"))
         .arg(flag("read-only", 'r', "accepted; there is nothing to write back"))
-        .arg(Arg::new("namespace").short('N').help("accepted; umount(8) has entered it"))
+        .arg(Arg::new("namespace").short('N').help("unmount in this mount namespace: a process id, or a path"))
         .arg(Arg::new("type").short('t').help("accepted; there is one type"))
 }
 
 /// Runs as umount.fuse.hugetlb2.
 pub fn main(arguments: Vec<OsString>) -> ExitCode {
-    let matches = command().get_matches_from(arguments);
+    match command().try_get_matches_from(arguments) {
+        Ok(matches) => run(&matches),
+        Err(error) => {
+            let _ = error.print();
+            if error.use_stderr() { ExitCode::from(USAGE_STATUS) } else { ExitCode::SUCCESS }
+        }
+    }
+}
+
+fn run(matches: &ArgMatches) -> ExitCode {
+    match carry_out(matches) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            say(format_args!("umount.fuse.hugetlb2: {failure}"));
+            ExitCode::from(failure.status())
+        }
+    }
+}
+
+fn carry_out(matches: &ArgMatches) -> Result<(), Failure> {
     let directory: &PathBuf = matches.get_one("dir").expect("clap has required it");
     let (lazy, force) = (matches.get_flag("lazy"), matches.get_flag("force"));
     let mut flags = UnmountFlags::empty();
     flags.set(UnmountFlags::DETACH, lazy);
     flags.set(UnmountFlags::FORCE, force);
+    Namespaces::open(matches.get_one::<String>("namespace"))?.enter_target()?;
     let daemon = if lazy || force { None } else { daemon_of(directory) };
-    if let Err(errno) = unmount(directory, flags) {
-        eprintln!("umount.fuse.hugetlb2: {}: {errno}", directory.display());
-        return ExitCode::from(FAILED);
-    }
+    unmount(directory, flags).map_err(|errno| Failure::Mount(format!("{}: {errno}", directory.display())))?;
     if let Some(daemon) = daemon {
         let _ = poll(&mut [PollFd::new(&daemon, PollFlags::IN)], Some(&PATIENCE));
     }
-    ExitCode::SUCCESS
+    Ok(())
 }
 
 fn daemon_of(directory: &Path) -> Option<OwnedFd> {
