@@ -1,11 +1,16 @@
 //! The command hugetlb2: for people. Everything it does goes through the filesystem's attributes.
 
-use crate::{attributes, demo, mount, touch};
+use crate::{attributes, demo, mount, say, touch};
 use clap::{Parser, Subcommand, ValueEnum};
 use hugetlb2fs::quarantine;
+use rustix::fs::{major, minor};
 use rustix::io::Errno;
 use serde_json::{Map, Value, json};
 use std::ffi::OsString;
+use std::fmt::{Display, Write as _};
+use std::fs::Metadata;
+use std::io::{ErrorKind, Write as _};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -106,26 +111,60 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
     };
     done.unwrap_or_else(|why| {
         if cli.json {
-            println!("{}", json!({ "error": why }));
+            let _ = print(json!({ "error": why })); // said below all the same
         }
-        eprintln!("hugetlb2: {why}");
+        say(format_args!("hugetlb2: {why}"));
         ExitCode::from(FAILED)
     })
 }
 
 type Done = Result<ExitCode, String>;
 
-fn print_json(value: &Value) {
-    println!("{value:#}");
+/// Prints a line, or several. A reader that has gone away has seen what it wanted.
+fn print(text: impl Display) -> Result<(), String> {
+    match writeln!(std::io::stdout(), "{text}") {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(format!("standard output: {error}")),
+        _ => Ok(()),
+    }
+}
+
+fn print_json(value: &Value) -> Result<(), String> {
+    print(format_args!("{value:#}"))
 }
 
 // ---- pools ----------------------------------------------------------------------------------------------------------
 
-/// The mount points of all pools (proc(5), mountinfo).
-fn mount_points() -> Result<Vec<PathBuf>, String> {
+/// A mounted pool.
+struct Mounted {
+    /// `st_dev` of its files, as mountinfo writes it.
+    device: String,
+    mount_point: PathBuf,
+}
+
+/// All pools (proc(5), mountinfo).
+fn mounted() -> Result<Vec<Mounted>, String> {
     let text = std::fs::read_to_string("/proc/self/mountinfo").map_err(|error| format!("mountinfo: {error}"))?;
     let is_ours = |line: &&str| line.split(" - ").nth(1).is_some_and(|rest| rest.starts_with("fuse.hugetlb2 "));
-    Ok(text.lines().filter(is_ours).filter_map(|line| line.split(' ').nth(4)).map(unescape).collect())
+    let parse = |line: &str| {
+        let mut fields = line.split(' ').skip(2);
+        Some(Mounted { device: fields.next()?.to_owned(), mount_point: unescape(fields.nth(1)?) })
+    };
+    Ok(text.lines().filter(is_ours).filter_map(parse).collect())
+}
+
+fn mount_points() -> Result<Vec<PathBuf>, String> {
+    Ok(mounted()?.into_iter().map(|pool| pool.mount_point).collect())
+}
+
+/// The metadata of a regular file in a pool. No other file will do: an ordinary filesystem would take our attributes for
+/// some text of the user's, and nothing would have been done.
+fn pool_file(file: &Path) -> Result<Metadata, String> {
+    let metadata = std::fs::metadata(file).map_err(|error| format!("{}: {error}", file.display()))?;
+    let device = format!("{}:{}", major(metadata.dev()), minor(metadata.dev()));
+    if metadata.is_file() && mounted()?.iter().any(|pool| pool.device == device) {
+        return Ok(metadata);
+    }
+    Err(format!("{}: not a regular file of a hugetlb2 pool", file.display()))
 }
 
 /// mountinfo writes space, tab, newline and backslash as three octal digits.
@@ -135,39 +174,49 @@ fn unescape(text: &str) -> PathBuf {
 }
 
 fn status(directories: &[PathBuf], json: bool) -> Done {
-    let directories = if directories.is_empty() { mount_points()? } else { directories.to_vec() };
+    let all = directories.is_empty();
+    let directories = if all { mount_points()? } else { directories.to_vec() };
     if !json && directories.is_empty() {
-        println!("no pool is mounted");
+        print("no pool is mounted")?;
     }
     let mut pools = Vec::new();
     for directory in directories {
-        let counters = attributes::pool(&directory).map_err(|why| format!("{}: {why}", directory.display()))?;
+        let counters = match attributes::pool(&directory) {
+            Ok(counters) => counters,
+            Err(_) if all && !mount_points()?.contains(&directory) => continue, // unmounted since we looked
+            Err(why) => return Err(format!("{}: {why}", directory.display())),
+        };
         if json {
             let mut pool = Map::new();
             pool.insert("mount_point".into(), json!(directory.to_string_lossy()));
             pool.extend(counters.iter().map(|(name, value)| (name.to_owned(), json!(value))));
             pools.push(Value::Object(pool));
         } else {
-            show_pool(&directory, &counters);
+            print(describe_pool(&directory, &counters).trim_end())?;
         }
     }
     if json {
-        print_json(&Value::Array(pools));
+        print_json(&Value::Array(pools))?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn show_pool(directory: &Path, counters: &attributes::Counters) {
+fn describe_pool(directory: &Path, counters: &attributes::Counters) -> String {
     const MIB: u64 = 1 << 20;
     let of = |name: &str| counters.get(name).unwrap_or(0);
-    println!("{}", directory.display());
-    println!("  pages         {} of {} MiB: {} used, {} free", of("pages_total"), of("page_size") / MIB,
-        of("pages_used"), of("pages_free"));
-    println!("  in folios     {} of {} MiB were in 2 MiB folios when it was mounted", of("huge_bytes_at_mount") / MIB,
-        of("pages_total") * of("page_size") / MIB);
-    println!("  files         {} open or with contents, {} unlinked and still in use", of("objects"), of("orphans"));
-    println!("  quarantined   {} subpages of 4 KiB", of("quarantined_soft"));
-    println!("  daemon        process {}", of("daemon_pid"));
+    let mut out = format!("{}\n", directory.display());
+    let mut row = |name: &str, text: String| {
+        let _ = writeln!(out, "  {name:13} {text}");
+    };
+    let (total, size) = (of("pages_total"), of("page_size") / MIB);
+    row("pages", format!("{total} of {size} MiB: {} used, {} free", of("pages_used"), of("pages_free")));
+    let huge = of("huge_bytes_at_mount") / MIB;
+    row("in folios", format!("{huge} MiB were in 2 MiB folios when it was mounted"));
+    let (objects, orphans) = (of("objects"), of("orphans"));
+    row("files", format!("{objects} open or with contents, {orphans} unlinked and still in use"));
+    row("quarantined", format!("{} subpages of 4 KiB", of("quarantined_soft")));
+    row("daemon", format!("process {}", of("daemon_pid")));
+    out
 }
 
 fn check(directory: &Path, json: bool) -> Done {
@@ -178,11 +227,11 @@ fn check(directory: &Path, json: bool) -> Done {
     let text = text.ok_or_else(|| format!("{}: no hugetlb2 pool is mounted there, or you are not root", directory.display()))?;
     let wrong: Vec<&str> = text.lines().collect();
     if json {
-        print_json(&json!({ "ok": wrong.is_empty(), "wrong": wrong }));
+        print_json(&json!({ "ok": wrong.is_empty(), "wrong": wrong }))?;
     } else if wrong.is_empty() {
-        println!("{}: everything holds", directory.display());
+        print(format_args!("{}: everything holds", directory.display()))?;
     } else {
-        wrong.iter().for_each(|what| println!("{what}"));
+        print(wrong.join("\n"))?;
     }
     Ok(if wrong.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(FAILED) })
 }
@@ -190,13 +239,14 @@ fn check(directory: &Path, json: bool) -> Done {
 // ---- files ----------------------------------------------------------------------------------------------------------
 
 fn poison(file: &Path, range: &[String], json: bool) -> Done {
+    let size = pool_file(file)?.len();
     if range.is_empty() {
         let text = attributes::read(file, attributes::POISON).map_err(|errno| describe(file, errno))?;
-        show_table(text.unwrap_or_default().as_str(), &["offset", "length", "kind", "time"], json);
+        show_table(text.unwrap_or_default().as_str(), &["offset", "length", "kind", "time"], json)?;
         return Ok(ExitCode::SUCCESS);
     }
     let value = range.join(" ");
-    explain(file, |size| quarantine::parse_poison(value.as_bytes(), size).map(drop))?;
+    explain(file, quarantine::parse_poison(value.as_bytes(), size))?;
     request(file, attributes::POISON, &value, json)
 }
 
@@ -206,33 +256,32 @@ fn repair(file: &Path, verb: Verb, target: &[String], json: bool) -> Done {
         Verb::Salvage => "salvage",
     };
     let value = format!("{verb} {}", target.join(" "));
-    explain(file, |size| quarantine::parse_repair(value.as_bytes(), size).map(drop))?;
+    explain(file, quarantine::parse_repair(value.as_bytes(), pool_file(file)?.len()))?;
     request(file, attributes::REPAIR, &value, json)
 }
 
 fn collapse(file: &Path, target: &[String], json: bool) -> Done {
     let value = target.join(" ");
-    explain(file, |size| quarantine::parse_collapse(value.as_bytes(), size).map(drop))?;
+    explain(file, quarantine::parse_collapse(value.as_bytes(), pool_file(file)?.len()))?;
     request(file, attributes::COLLAPSE, &value, json)
 }
 
 fn map(file: &Path, json: bool) -> Done {
+    pool_file(file)?;
     let text = attributes::read(file, attributes::MAP).map_err(|errno| describe(file, errno))?;
-    let text = text.ok_or_else(|| format!("{}: not a regular file of a hugetlb2 pool", file.display()))?;
-    show_table(&text, &["offset", "length", "state", "node"], json);
+    show_table(text.unwrap_or_default().as_str(), &["offset", "length", "state", "node"], json)?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// Says what is wrong with a request in words; the filesystem can only say EINVAL.
-fn explain(file: &Path, parse: impl FnOnce(u64) -> hugetlb2fs::error::Result<()>) -> Result<(), String> {
-    let metadata = std::fs::metadata(file).map_err(|error| format!("{}: {error}", file.display()))?;
-    parse(metadata.len()).map_err(|error| format!("{}: {error}", file.display()))
+fn explain<T>(file: &Path, parsed: hugetlb2fs::error::Result<T>) -> Result<(), String> {
+    parsed.map(drop).map_err(|error| format!("{}: {error}", file.display()))
 }
 
 fn request(file: &Path, attribute: &str, value: &str, json: bool) -> Done {
     attributes::write(file, attribute, value).map_err(|errno| describe(file, errno))?;
     if json {
-        print_json(&json!({ "ok": true }));
+        print_json(&json!({ "ok": true }))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -250,7 +299,7 @@ fn describe(file: &Path, errno: Errno) -> String {
 }
 
 /// Shows the lines of an attribute: as they are under a heading, or as JSON with numbers as numbers.
-fn show_table(text: &str, columns: &[&str], json: bool) {
+fn show_table(text: &str, columns: &[&str], json: bool) -> Result<(), String> {
     let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split(' ').collect()).collect();
     if json {
         let value = |word: &str| hugetlb2fs::options::parse_number(word).map_or_else(|| json!(word), |n| json!(n));
@@ -259,9 +308,7 @@ fn show_table(text: &str, columns: &[&str], json: bool) {
         };
         return print_json(&rows.iter().map(object).collect());
     }
-    let print = |row: &[&str]| {
-        println!("{}", row.iter().map(|word| format!("{word:>14}")).collect::<Vec<_>>().join(" "));
-    };
-    print(columns);
-    rows.iter().for_each(|row| print(row));
+    let line = |row: &[&str]| row.iter().map(|word| format!("{word:>14}")).collect::<Vec<_>>().join(" ");
+    let lines: Vec<String> = std::iter::once(line(columns)).chain(rows.iter().map(|row| line(row))).collect();
+    print(lines.join("\n"))
 }
