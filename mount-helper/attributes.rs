@@ -94,6 +94,7 @@ pub fn resize(directory: &Path, bytes: u64) -> Result<(), String> {
     write(directory, SIZE, &bytes.to_string()).map_err(|errno| match errno {
         Errno::BUSY => "more of the pool is in use than the new size has".to_owned(),
         Errno::NOSPC => "the machine has not that much memory".to_owned(),
+        Errno::ROFS => "a pool that is mounted read-only cannot be resized (remount it with rw)".to_owned(),
         other => format!("resizing the pool: {other}"),
     })
 }

@@ -282,7 +282,7 @@ fn inject(file: &Path, offset: &str, json: bool) -> Done {
         other => describe(file, other),
     })?;
     if json {
-        print_json(&json!({ "ok": true }));
+        print_json(&json!({ "ok": true }))?;
     }
     Ok(ExitCode::SUCCESS)
 }
