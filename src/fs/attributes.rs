@@ -20,8 +20,11 @@ const LONGEST_VALUE: usize = 64 << 10;
 /// Whether a value is wanted or only its length: looking at a length acknowledges nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reading {
-    /// The value.
-    Value,
+    /// The value, for which there is room for so many bytes.
+    Value {
+        /// A longer one is not delivered.
+        room: usize,
+    },
     /// Its length.
     Length,
 }
@@ -100,10 +103,11 @@ impl Fs {
     fn file_attribute(&self, object: &Arc<Object>, attribute: Protocol, reading: Reading) -> Result<String> {
         match attribute {
             Protocol::Poison => {
-                if reading == Reading::Value {
-                    object.acknowledge()?;
-                }
-                match quarantine::format(&object.quarantined()) {
+                let room = match reading {
+                    Reading::Length => None,
+                    Reading::Value { room } => Some(room.min(LONGEST_VALUE)),
+                };
+                match object.report(room)? {
                     text if text.is_empty() => Err(Error::NoData),
                     text => Ok(text),
                 }

@@ -5,7 +5,7 @@
 
 use crate::error::{Error, Result};
 use crate::pool::{Holding, Pool};
-use crate::quarantine::{self, Kind, Quarantined, Repair};
+use crate::quarantine::{self, Kind, Repair};
 use crate::sealed::{Bytes, Content};
 use crate::sys::{self, tmpfs};
 use crate::units::{FOLIO_SIZE, Folio, NodeId, Page, Range, SUBPAGE_SIZE, STAT_BLOCK, Subpage};
@@ -117,10 +117,19 @@ impl Object {
         self.holding.write().expect("no panic while a file is resized")
     }
 
-    /// Size in bytes, and memory in units of 512 bytes: whole pages, as the pool counts them.
+    /// Size in bytes, and memory in units of 512 bytes: whole pages, as the pool counts them. A file with quarantined
+    /// subpages counts what it can be read of instead: cp(1) looks for holes only where that is less than the size.
     pub fn size_and_blocks(&self, pool: &Pool) -> (u64, u64) {
         let holding = self.read_lock();
-        (holding.sealed().size(), holding.pages() * (pool.page_size().bytes() / STAT_BLOCK))
+        let size = holding.sealed().size();
+        let bytes = match holding.sealed().holes().len() as u64 {
+            0 => holding.pages() * pool.page_size().bytes(),
+            holes => {
+                let released: u64 = holding.released_ranges().map(Range::len).sum();
+                (size - released).saturating_sub(holes * SUBPAGE_SIZE)
+            }
+        };
+        (size, bytes / STAT_BLOCK)
     }
 
     // ---- read and write -----------------------------------------------------------------------------------------
@@ -292,11 +301,20 @@ impl Object {
 
     // ---- quarantine ---------------------------------------------------------------------------------------------
 
-    /// What is quarantined, ascending.
-    pub fn quarantined(&self) -> Vec<Quarantined> {
-        let holding = self.read_lock();
+    /// What is quarantined, as the poison attribute has it. Where that fits into `room`, its reader gets it, and the growth of
+    /// the quarantine has been seen.
+    ///
+    /// # Errors
+    /// What pwrite(2) answers.
+    pub fn report(&self, room: Option<usize>) -> Result<String> {
+        let mut holding = self.write_lock();
         let holes = holding.sealed().holes().iter();
-        quarantine::coalesce(holes.map(|(subpage, record)| (*subpage, Kind::Soft, record.time)))
+        let ranges = quarantine::coalesce(holes.map(|(subpage, record)| (*subpage, Kind::Soft, record.time)));
+        let text = quarantine::format(&ranges);
+        if room.is_some_and(|room| text.len() <= room) {
+            holding.sealed_mut().update(|superblock| superblock.alarm = false)?;
+        }
+        Ok(text)
     }
 
     /// Quarantined subpages.
@@ -304,20 +322,9 @@ impl Object {
         self.read_lock().sealed().holes().len() as u64
     }
 
-    /// Whether the quarantine has grown since [`Object::acknowledge`].
+    /// Whether the quarantine has grown since its [`Object::report`] was read.
     pub fn alarm(&self) -> bool {
         self.read_lock().sealed().superblock().alarm
-    }
-
-    /// The growth of the quarantine has been seen.
-    ///
-    /// # Errors
-    /// What pwrite(2) answers.
-    pub fn acknowledge(&self) -> Result<()> {
-        if !self.alarm() {
-            return Ok(());
-        }
-        self.write_lock().sealed_mut().update(|superblock| superblock.alarm = false)
     }
 
     /// Runs `waker` once, when the quarantine grows; a later one with the same `key` takes its place.
