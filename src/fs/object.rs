@@ -1,12 +1,12 @@
 //! A regular file's contents: reading, writing and resizing it, by the rules for quarantined subpages.
 //!
-//! **Lock.** One reader-writer lock a file: what only moves bytes shares it, what changes sizes, pages or the quarantine
-//! has it alone. Programs that map the file need neither.
+//! **Locks**, in order. One reader-writer lock a file: what only moves bytes shares it, what changes sizes, pages or the
+//! quarantine has it alone. One for collapsing, held for a folio. Programs that map the file need neither.
 
 use crate::error::{Error, Result};
 use crate::pool::{Holding, Pool};
 use crate::quarantine::{self, Kind, Repair};
-use crate::sealed::{Bytes, Content};
+use crate::sealed::{Bytes, Content, Sealed};
 use crate::sys::{self, tmpfs};
 use crate::units::{FOLIO_SIZE, Folio, NodeId, Page, Range, SUBPAGE_SIZE, STAT_BLOCK, Subpage};
 use std::collections::BTreeMap;
@@ -22,6 +22,8 @@ pub struct Object {
     node: NodeId,
     data: Arc<File>,
     holding: RwLock<Holding>,
+    /// Held while a folio is collapsed: two at once would hold its pages against each other, and both fail.
+    collapsing: Mutex<()>,
     /// Who waits for the quarantine to grow, by the kernel's handle.
     wakers: Mutex<BTreeMap<u64, Waker>>,
     /// Pages that the pool counts as orphaned for this file.
@@ -94,8 +96,8 @@ impl Object {
     /// Of `node`, with what `holding` has.
     pub fn new(node: NodeId, holding: Holding) -> Self {
         let data = holding.sealed().data().clone();
-        let (holding, wakers) = (RwLock::new(holding), Mutex::default());
-        Self { node, data, holding, wakers, noted_orphaned: AtomicI64::new(0) }
+        let (holding, collapsing, wakers) = (RwLock::new(holding), Mutex::default(), Mutex::default());
+        Self { node, data, holding, collapsing, wakers, noted_orphaned: AtomicI64::new(0) }
     }
 
     /// Whose contents these are.
@@ -417,7 +419,7 @@ impl Object {
         let ranges = quarantine::parse_collapse(value, sealed.size())?;
         let mut result = Ok(());
         for folio in ranges.iter().flat_map(|range| range.folios()).filter(|folio| sealed.has_memory(*folio)) {
-            match sealed.collapse(folio) {
+            match self.collapse_one(sealed, folio) {
                 Ok(()) | Err(Error::Busy(_)) => {}
                 Err(error) => result = Err(error),
             }
@@ -431,7 +433,12 @@ impl Object {
     /// As for [`crate::sealed::Sealed::collapse`].
     pub fn collapse_folio(&self, folio: Folio) -> Result<()> {
         let holding = self.read_lock();
-        if holding.sealed().has_memory(folio) { holding.sealed().collapse(folio) } else { Ok(()) }
+        if holding.sealed().has_memory(folio) { self.collapse_one(holding.sealed(), folio) } else { Ok(()) }
+    }
+
+    fn collapse_one(&self, sealed: &Sealed, folio: Folio) -> Result<()> {
+        let _one_at_a_time = self.collapsing.lock().expect("no panic while a folio is collapsed");
+        sealed.collapse(folio)
     }
 
     /// How the file is mapped, without gaps, ascending.
