@@ -4,7 +4,6 @@ use super::{Fs, Object};
 use crate::error::{Error, Result};
 use crate::index::Kind;
 use crate::options::Size;
-use crate::quarantine;
 use crate::sealed::STRAYS_SHUT;
 use crate::sys;
 use crate::units::NodeId;
@@ -20,8 +19,11 @@ const LONGEST_VALUE: usize = 64 << 10;
 /// Whether a value is wanted or only its length: looking at a length acknowledges nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reading {
-    /// The value.
-    Value,
+    /// The value, for which there is room for so many bytes.
+    Value {
+        /// A longer one is not delivered.
+        room: usize,
+    },
     /// Its length.
     Length,
 }
@@ -103,10 +105,11 @@ impl Fs {
         match attribute {
             Protocol::Poison => {
                 self.look_for_poison();
-                if reading == Reading::Value {
-                    object.acknowledge()?;
-                }
-                match quarantine::format(&object.quarantined()) {
+                let room = match reading {
+                    Reading::Length => None,
+                    Reading::Value { room } => Some(room.min(LONGEST_VALUE)),
+                };
+                match object.report(room)? {
                     text if text.is_empty() => Err(Error::NoData),
                     text => Ok(text),
                 }

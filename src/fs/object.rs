@@ -1,12 +1,12 @@
 //! A regular file's contents: reading, writing and resizing it, by the rules for quarantined subpages.
 //!
-//! **Lock.** One reader-writer lock a file: what only moves bytes shares it, what changes sizes, pages or the quarantine
-//! has it alone. Programs that map the file need neither.
+//! **Locks**, in order. One reader-writer lock a file: what only moves bytes shares it, what changes sizes, pages or the
+//! quarantine has it alone. One for collapsing, held for a folio. Programs that map the file need neither.
 
 use crate::error::{Error, Result};
 use crate::pool::{Holding, Pool};
 use crate::quarantine::{self, Kind, Quarantined, Repair};
-use crate::sealed::{Bytes, Content};
+use crate::sealed::{Bytes, Content, Sealed};
 use crate::sys::{self, tmpfs};
 use crate::units::{FOLIO_SIZE, Folio, NodeId, Range, SUBPAGE_SIZE, STAT_BLOCK, Subpage};
 use std::collections::BTreeMap;
@@ -22,6 +22,8 @@ pub struct Object {
     node: NodeId,
     data: Arc<File>,
     holding: RwLock<Holding>,
+    /// Held while a folio is collapsed: two at once would hold its pages against each other, and both fail.
+    collapsing: Mutex<()>,
     /// Who waits for the quarantine to grow, by the kernel's handle.
     wakers: Mutex<BTreeMap<u64, Waker>>,
     /// Pages that the pool counts as orphaned for this file.
@@ -94,8 +96,8 @@ impl Object {
     /// Of `node`, with what `holding` has.
     pub fn new(node: NodeId, holding: Holding) -> Self {
         let data = holding.sealed().data().clone();
-        let (holding, wakers) = (RwLock::new(holding), Mutex::default());
-        Self { node, data, holding, wakers, noted_orphaned: AtomicI64::new(0) }
+        let (holding, collapsing, wakers) = (RwLock::new(holding), Mutex::default(), Mutex::default());
+        Self { node, data, holding, collapsing, wakers, noted_orphaned: AtomicI64::new(0) }
     }
 
     /// Whose contents these are.
@@ -117,10 +119,19 @@ impl Object {
         self.holding.write().expect("no panic while a file is resized")
     }
 
-    /// Size in bytes, and memory in units of 512 bytes: whole pages, as the pool counts them.
+    /// Size in bytes, and memory in units of 512 bytes: whole pages, as the pool counts them. A file with quarantined
+    /// subpages counts what it can be read of instead: cp(1) looks for holes only where that is less than the size.
     pub fn size_and_blocks(&self, pool: &Pool) -> (u64, u64) {
         let holding = self.read_lock();
-        (holding.sealed().size(), holding.pages() * (pool.page_size().bytes() / STAT_BLOCK))
+        let size = holding.sealed().size();
+        let bytes = match holding.sealed().holes().len() as u64 {
+            0 => holding.pages() * pool.page_size().bytes(),
+            holes => {
+                let released: u64 = holding.released_ranges().map(Range::len).sum();
+                (size - released).saturating_sub(holes * SUBPAGE_SIZE)
+            }
+        };
+        (size, bytes / STAT_BLOCK)
     }
 
     // ---- read and write -----------------------------------------------------------------------------------------
@@ -283,14 +294,18 @@ impl Object {
 
     // ---- quarantine ---------------------------------------------------------------------------------------------
 
-    /// What is quarantined, ascending.
-    pub fn quarantined(&self) -> Vec<Quarantined> {
-        let holding = self.read_lock();
-        let soft = holding.sealed().holes().iter().map(|(subpage, record)| (*subpage, Kind::Soft, record.time));
-        let hw = holding.sealed().poisoned().iter().map(|(subpage, time)| (*subpage, Kind::Hw, *time));
-        let mut all: Vec<_> = soft.chain(hw).collect();
-        all.sort_by_key(|(subpage, ..)| *subpage);
-        quarantine::coalesce(all.into_iter())
+    /// What is quarantined, as the poison attribute has it. Where that fits into `room`, its reader gets it, and the growth of
+    /// the quarantine has been seen.
+    ///
+    /// # Errors
+    /// What pwrite(2) answers.
+    pub fn report(&self, room: Option<usize>) -> Result<String> {
+        let mut holding = self.write_lock();
+        let text = quarantine::format(&quarantined(holding.sealed()));
+        if room.is_some_and(|room| text.len() <= room) {
+            holding.sealed_mut().update(|superblock| superblock.alarm = false)?;
+        }
+        Ok(text)
     }
 
     /// Quarantined subpages, soft and hw.
@@ -330,20 +345,9 @@ impl Object {
         holding.sealed().inject(subpage)
     }
 
-    /// Whether the quarantine has grown since [`Object::acknowledge`].
+    /// Whether the quarantine has grown since its [`Object::report`] was read.
     pub fn alarm(&self) -> bool {
         self.read_lock().sealed().superblock().alarm
-    }
-
-    /// The growth of the quarantine has been seen.
-    ///
-    /// # Errors
-    /// What pwrite(2) answers.
-    pub fn acknowledge(&self) -> Result<()> {
-        if !self.alarm() {
-            return Ok(());
-        }
-        self.write_lock().sealed_mut().update(|superblock| superblock.alarm = false)
     }
 
     /// Runs `waker` once, when the quarantine grows; a later one with the same `key` takes its place.
@@ -436,7 +440,7 @@ impl Object {
         let ranges = quarantine::parse_collapse(value, sealed.size())?;
         let mut result = Ok(());
         for folio in ranges.iter().flat_map(|range| range.folios()).filter(|folio| sealed.has_memory(*folio)) {
-            match sealed.collapse(folio) {
+            match self.collapse_one(sealed, folio) {
                 Ok(()) | Err(Error::Busy(_)) => {}
                 Err(error) => result = Err(error),
             }
@@ -450,7 +454,12 @@ impl Object {
     /// As for [`crate::sealed::Sealed::collapse`].
     pub fn collapse_folio(&self, folio: Folio) -> Result<()> {
         let holding = self.read_lock();
-        if holding.sealed().has_memory(folio) { holding.sealed().collapse(folio) } else { Ok(()) }
+        if holding.sealed().has_memory(folio) { self.collapse_one(holding.sealed(), folio) } else { Ok(()) }
+    }
+
+    fn collapse_one(&self, sealed: &Sealed, folio: Folio) -> Result<()> {
+        let _one_at_a_time = self.collapsing.lock().expect("no panic while a folio is collapsed");
+        sealed.collapse(folio)
     }
 
     /// How the file is mapped, without gaps, ascending.
@@ -523,6 +532,15 @@ impl Extents {
             _ => self.0.push(Extent { range, state, node }),
         }
     }
+}
+
+/// What is quarantined, ascending.
+fn quarantined(sealed: &Sealed) -> Vec<Quarantined> {
+    let soft = sealed.holes().iter().map(|(subpage, record)| (*subpage, Kind::Soft, record.time));
+    let hw = sealed.poisoned().iter().map(|(subpage, time)| (*subpage, Kind::Hw, *time));
+    let mut all: Vec<_> = soft.chain(hw).collect();
+    all.sort_by_key(|(subpage, ..)| *subpage);
+    quarantine::coalesce(all.into_iter())
 }
 
 /// Before an operation that needs S1: take back what a program punched with madvise(2).

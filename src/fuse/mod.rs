@@ -492,7 +492,7 @@ impl Filesystem for Adapter {
     }
 
     fn getxattr(&self, _request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        let reading = if size == 0 { Reading::Length } else { Reading::Value };
+        let reading = if size == 0 { Reading::Length } else { Reading::Value { room: size as usize } };
         reply_xattr(reply, size, self.fs.attribute(node_id(ino), name, reading));
     }
 
