@@ -124,7 +124,7 @@ impl Object {
     pub fn size_and_blocks(&self, pool: &Pool) -> (u64, u64) {
         let holding = self.read_lock();
         let size = holding.sealed().size();
-        let bytes = match holding.sealed().holes().len() as u64 {
+        let bytes = match holding.sealed().lost_in(Range::new(0, size)).count() as u64 {
             0 => holding.pages() * pool.page_size().bytes(),
             holes => {
                 let released: u64 = holding.released_ranges().map(Range::len).sum();

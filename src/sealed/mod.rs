@@ -340,10 +340,25 @@ impl Sealed {
             return Ok(());
         }
         for piece in Range::new(self.size, end).steps(ZEROS.len() as u64) {
-            tmpfs::write_at(&self.data, &ZEROS[..piece.len() as usize], piece.start)?;
-            self.size = piece.end;
+            let zeros = &ZEROS[..piece.len() as usize];
+            match tmpfs::write_at(&self.data, zeros, piece.start) {
+                Ok(written) if written == zeros.len() => self.size = piece.end,
+                Ok(_) | Err(Error::Poisoned) => self.zero_around_poison(piece),
+                Err(error) => return Err(error),
+            }
         }
         Ok(())
+    }
+
+    /// What the kernel has lost to a memory error need not be zeroed: it cannot be read.
+    fn zero_around_poison(&self, range: Range) {
+        const ZEROS: Bytes = [0; SUBPAGE_SIZE as usize];
+        for subpage in range.subpages_out().steps(SUBPAGE_SIZE) {
+            let piece = subpage.intersect(range);
+            if let Err(error) = tmpfs::write_at(&self.data, &ZEROS[..piece.len() as usize], piece.start) {
+                log::debug!("{:#x} is not zeroed: {error}", piece.start);
+            }
+        }
     }
 
     fn forget_holes(&mut self, range: Range) -> Result<()> {
