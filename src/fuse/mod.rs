@@ -29,7 +29,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Largest read or write in one request; what `max_read=` of the mount must say too.
 pub const LARGEST_REQUEST: u32 = 1 << 20;
@@ -193,7 +193,17 @@ fn time(time: Option<TimeOrNow>) -> Time {
     match time {
         None => Time::Omit,
         Some(TimeOrNow::Now) => Time::Now,
-        Some(TimeOrNow::SpecificTime(time)) => Time::At(time),
+        Some(TimeOrNow::SpecificTime(time)) => Time::At(as_sent(time)),
+    }
+}
+
+/// fuser 0.18 takes the nanoseconds of a time before 1970 to count backward; the kernel's count forward, as everywhere.
+fn as_sent(time: SystemTime) -> SystemTime {
+    match UNIX_EPOCH.duration_since(time) {
+        Ok(before) => {
+            UNIX_EPOCH - Duration::from_secs(before.as_secs()) + Duration::from_nanos(before.subsec_nanos().into())
+        }
+        Err(_) => time,
     }
 }
 

@@ -598,7 +598,7 @@ fn to_timespec(time: Time) -> rustix::fs::Timespec {
             let before = before.duration();
             let borrow = i64::from(before.subsec_nanos() > 0);
             rustix::fs::Timespec {
-                tv_sec: -(before.as_secs() as i64) - borrow,
+                tv_sec: 0_i64.saturating_sub_unsigned(before.as_secs()) - borrow,
                 tv_nsec: (borrow * 1_000_000_000 - i64::from(before.subsec_nanos())) as _,
             }
         }
@@ -611,7 +611,9 @@ mod tests {
 
     #[test]
     fn times_before_the_epoch_survive_the_way_to_the_kernel_and_back() {
-        for (seconds, nanoseconds) in [(-1, 0), (-1, 999_999_999), (-5, 250), (0, 1), (7, 0)] {
+        for (seconds, nanoseconds) in
+            [(-1, 0), (-1, 999_999_999), (-5, 250), (0, 1), (7, 0), (i64::MIN, 0), (i64::MIN, 1), (i64::MAX, 7)]
+        {
             let timespec = to_timespec(Time::At(from_timestamp(seconds, nanoseconds)));
             assert_eq!((timespec.tv_sec, timespec.tv_nsec as u32), (seconds, nanoseconds));
         }
