@@ -6,6 +6,7 @@ use crate::index::Kind;
 use crate::options::Size;
 use crate::sealed::STRAYS_SHUT;
 use crate::sys;
+use crate::sys::identity::Member;
 use crate::units::NodeId;
 use std::ffi::OsStr;
 use std::fmt::Write as _;
@@ -155,13 +156,19 @@ impl Fs {
         Ok(text)
     }
 
-    /// setxattr(2).
+    /// setxattr(2) of a value, with flags, by somebody.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a value that does not parse, EOPNOTSUPP for a name that is not used or not to be written.
-    pub fn set_attribute(&self, node: NodeId, name: &OsStr, value: &[u8], flags: i32) -> Result<()> {
+    pub fn set_attribute(
+        &self,
+        node: NodeId,
+        name: &OsStr,
+        (value, flags): (&[u8], i32),
+        by: Member,
+    ) -> Result<()> {
         if !is_ours(name) {
-            return self.index.set_attribute(node, name, value, flags);
+            return self.index.set_attribute(node, name, (value, flags), by);
         }
         let result = match find(name) {
             Some((attribute, On::File)) if self.is_file(node)? => self.set_file_attribute(node, attribute, value),

@@ -63,8 +63,8 @@ pub struct Changes {
     pub accessed: Time,
     /// Last modification.
     pub modified: Time,
-    /// The caller's uid; set-id bits are dropped when it is not root and changes the contents.
-    pub caller: u32,
+    /// The caller is without CAP_FSETID; set-id bits are dropped when the contents change.
+    pub unprivileged: bool,
 }
 
 /// What statfs(2) tells.
@@ -148,7 +148,7 @@ impl Fs {
         if let Some(size) = changes.size {
             let object = self.object(node)?;
             self.heeding_poison(|| object.truncate(size, &self.pool))?;
-            self.contents_changed(node, changes.caller != 0)?;
+            self.index.contents_changed(node, changes.unprivileged)?;
         }
         if changes.uid.is_some() || changes.gid.is_some() {
             self.index.set_owner(node, changes.uid, changes.gid)?;
@@ -160,13 +160,6 @@ impl Fs {
             self.index.set_times(node, changes.accessed, changes.modified)?;
         }
         self.attributes(node)
-    }
-
-    fn contents_changed(&self, node: NodeId, drop_privileges: bool) -> Result<()> {
-        if drop_privileges {
-            self.index.drop_privileges(node)?;
-        }
-        self.index.set_times(node, Time::Omit, Time::Now)
     }
 
     /// Makes an entry that belongs to `caller`.
@@ -377,34 +370,46 @@ impl Fs {
         self.heeding_poison(|| object.read(buffer, offset))
     }
 
-    /// pwrite(2); with `drop_privileges` set-id bits go, as for any writer without CAP_FSETID.
+    /// pwrite(2), by somebody `unprivileged`, without CAP_FSETID, or not.
     ///
     /// # Errors
     /// ENOSPC, EIO, EBUSY, EFBIG.
-    pub fn write(&self, node: NodeId, bytes: &[u8], offset: u64, drop_privileges: bool) -> Result<usize> {
+    pub fn write(&self, node: NodeId, bytes: &[u8], offset: u64, unprivileged: bool) -> Result<usize> {
         let object = self.object(node)?;
         let write = || self.with_context(&object, |context| object.write(bytes, offset, context));
         let written = self.heeding_poison(write)?;
-        self.contents_changed(node, drop_privileges)?;
+        self.index.contents_changed(node, unprivileged)?;
         Ok(written)
     }
 
-    /// fallocate(2).
+    /// fallocate(2) of so many bytes at an offset.
     ///
     /// # Errors
     /// ENOSPC, EIO, EBUSY, EFBIG.
-    pub fn allocate(&self, node: NodeId, what: Allocation, offset: u64, length: u64) -> Result<()> {
+    pub fn allocate(
+        &self,
+        node: NodeId,
+        what: Allocation,
+        (offset, length): (u64, u64),
+        unprivileged: bool,
+    ) -> Result<()> {
         let object = self.object(node)?;
         let allocate = || self.with_context(&object, |context| object.allocate(what, offset, length, context));
         self.heeding_poison(allocate)?;
-        self.contents_changed(node, false)
+        self.index.contents_changed(node, unprivileged)
     }
 
     /// copy_file_range(2): up to `length` bytes, perhaps fewer.
     ///
     /// # Errors
     /// What reading and writing answer, where nothing could be copied.
-    pub fn copy(&self, from: (NodeId, u64), to: (NodeId, u64), length: u64) -> Result<usize> {
+    pub fn copy(
+        &self,
+        from: (NodeId, u64),
+        to: (NodeId, u64),
+        length: u64,
+        unprivileged: bool,
+    ) -> Result<usize> {
         const PIECE: usize = 1 << 20;
         const MOST: usize = 256 << 20; // so that one request does not keep a thread for seconds
         let length = usize::try_from(length).unwrap_or(MOST).min(MOST);
@@ -415,7 +420,9 @@ impl Fs {
             let piece = self.read(from.0, &mut buffer[..wanted], from.1 + done as u64).and_then(|read| {
                 match read {
                     0 => Ok((0, 0)),
-                    read => Ok((read, self.write(to.0, &buffer[..read], to.1 + done as u64, false)?)),
+                    read => {
+                        Ok((read, self.write(to.0, &buffer[..read], to.1 + done as u64, unprivileged)?))
+                    }
                 }
             });
             match piece {

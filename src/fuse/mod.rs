@@ -4,14 +4,14 @@
 //! without us (Linux 6.9). All opens of a file name the same backing id, which lives as long as the file does.
 //!
 //! Names, attributes and absence change through this kernel only, so it may keep names and attributes for good; it
-//! drops them itself where a request changes them (fs/fuse/dir.c).
+//! drops them itself where a request changes them (fs/fuse/dir.c), with the one exception that [`validity`] makes.
 
 mod encode;
 
 use crate::error::{Error, Result};
 use crate::fs::{Allocation, Changes, Fs, Object, Reading};
-use crate::index::{Attributes, New, Time};
-use crate::sys::identity::Caller;
+use crate::index::{Attributes, Kind, New, Time};
+use crate::sys::identity::{Caller, Member};
 use crate::units::NodeId;
 use encode::{errno, file_attr, file_type};
 use fuser::{
@@ -29,7 +29,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Largest read or write in one request; what `max_read=` of the mount must say too.
 pub const LARGEST_REQUEST: u32 = 1 << 20;
@@ -100,6 +100,11 @@ fn caller(request: &Request, umask: u32) -> Caller {
     Caller { uid: request.uid(), gid: request.gid(), umask }
 }
 
+/// Whether the caller is without CAP_FSETID, as far as can be known: only for a write does the kernel say it.
+fn is_unprivileged(request: &Request) -> bool {
+    request.uid() != 0
+}
+
 impl Adapter {
     fn directories(&self) -> MutexGuard<'_, Slab<Arc<OwnedFd>>> {
         self.directories.lock().expect("no panic while the table is open")
@@ -151,16 +156,24 @@ fn open_flags() -> FopenFlags {
     FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
 }
 
+/// How long the kernel may keep what it is told of a node: not at all for a file with set-id bits. A write can end those, and
+/// the kernel, which leaves that to us (FUSE_HANDLE_KILLPRIV_V2), would go on to execute the file with them.
+fn validity(attributes: &Attributes) -> Duration {
+    const SET_ID: u32 = 0o6000;
+    let mortal = attributes.kind == Kind::File && attributes.mode & SET_ID != 0;
+    if mortal { Duration::ZERO } else { FOR_GOOD }
+}
+
 fn reply_entry(reply: ReplyEntry, result: Result<Attributes>) {
     match result {
-        Ok(attributes) => reply.entry(&FOR_GOOD, &file_attr(&attributes), GENERATION),
+        Ok(attributes) => reply.entry(&validity(&attributes), &file_attr(&attributes), GENERATION),
         Err(error) => reply.error(errno(&error)),
     }
 }
 
 fn reply_attr(reply: ReplyAttr, result: Result<Attributes>) {
     match result {
-        Ok(attributes) => reply.attr(&FOR_GOOD, &file_attr(&attributes)),
+        Ok(attributes) => reply.attr(&validity(&attributes), &file_attr(&attributes)),
         Err(error) => reply.error(errno(&error)),
     }
 }
@@ -193,7 +206,17 @@ fn time(time: Option<TimeOrNow>) -> Time {
     match time {
         None => Time::Omit,
         Some(TimeOrNow::Now) => Time::Now,
-        Some(TimeOrNow::SpecificTime(time)) => Time::At(time),
+        Some(TimeOrNow::SpecificTime(time)) => Time::At(as_sent(time)),
+    }
+}
+
+/// fuser 0.18 takes the nanoseconds of a time before 1970 to count backward; the kernel's count forward, as everywhere.
+fn as_sent(time: SystemTime) -> SystemTime {
+    match UNIX_EPOCH.duration_since(time) {
+        Ok(before) => {
+            UNIX_EPOCH - Duration::from_secs(before.as_secs()) + Duration::from_nanos(before.subsec_nanos().into())
+        }
+        Err(_) => time,
     }
 }
 
@@ -272,7 +295,7 @@ impl Filesystem for Adapter {
             size,
             accessed: time(atime),
             modified: time(mtime),
-            caller: request.uid(),
+            unprivileged: is_unprivileged(request),
         };
         reply_attr(reply, self.fs.change(node_id(ino), &changes));
     }
@@ -374,7 +397,7 @@ impl Filesystem for Adapter {
         });
         match opened {
             Ok((attributes, backing)) => reply.created_passthrough(
-                &FOR_GOOD,
+                &validity(&attributes),
                 &file_attr(&attributes),
                 GENERATION,
                 FileHandle(0),
@@ -420,8 +443,8 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let drop_privileges = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
-        reply_write(reply, self.fs.write(node_id(ino), data, offset, drop_privileges));
+        let unprivileged = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        reply_write(reply, self.fs.write(node_id(ino), data, offset, unprivileged));
     }
 
     // Nothing is ever unwritten: the kernel stops asking when it is told that there is no such request.
@@ -480,7 +503,7 @@ impl Filesystem for Adapter {
 
     fn setxattr(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         name: &OsStr,
         value: &[u8],
@@ -488,7 +511,8 @@ impl Filesystem for Adapter {
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        reply_empty(reply, self.fs.set_attribute(node_id(ino), name, value, flags));
+        let by = Member { uid: request.uid(), gid: request.gid(), pid: request.pid() };
+        reply_empty(reply, self.fs.set_attribute(node_id(ino), name, (value, flags), by));
     }
 
     fn getxattr(&self, _request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
@@ -536,7 +560,7 @@ impl Filesystem for Adapter {
 
     fn fallocate(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -544,7 +568,8 @@ impl Filesystem for Adapter {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        let done = allocation(mode).and_then(|what| self.fs.allocate(node_id(ino), what, offset, length));
+        let done = allocation(mode)
+            .and_then(|what| self.fs.allocate(node_id(ino), what, (offset, length), is_unprivileged(request)));
         reply_empty(reply, done);
     }
 
@@ -571,7 +596,7 @@ impl Filesystem for Adapter {
 
     fn copy_file_range(
         &self,
-        _request: &Request,
+        request: &Request,
         ino_in: INodeNo,
         _fh_in: FileHandle,
         offset_in: u64,
@@ -582,7 +607,8 @@ impl Filesystem for Adapter {
         _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
-        let copied = self.fs.copy((node_id(ino_in), offset_in), (node_id(ino_out), offset_out), len);
+        let (from, to) = ((node_id(ino_in), offset_in), (node_id(ino_out), offset_out));
+        let copied = self.fs.copy(from, to, len, is_unprivileged(request));
         reply_write(reply, copied);
     }
 }
