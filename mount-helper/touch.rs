@@ -23,7 +23,8 @@
 //!   fallocate PATH MODE OFFSET LENGTH             ok              (or: errno E)
 //! ```
 //!
-//! The last five are one system call each on a file that is opened for it. `error WHY` answers what cannot be done; end of input ends the program.
+//! The last five are one system call each on a file that is opened for it. `error WHY` answers what cannot be done; end
+//! of input ends the program.
 
 use hugetlb2fs::sys::sigbus::{Hit, Mapping, Pin, Sharing};
 use hugetlb2fs::units::Range;

@@ -8,6 +8,9 @@ pub enum Error {
     /// No free page in the pool, or no free block in a sealed file.
     #[error("no free page in the pool")]
     Full,
+    /// No free page in the pool yet: those of files that were unlinked would do, and may be on their way back.
+    #[error("no free page in the pool but those of removed files that somebody has open")]
+    Returning,
     /// The machine itself has no memory for what the pool needs.
     #[error("the machine is out of memory")]
     NoMemory,
@@ -53,7 +56,7 @@ impl Error {
     /// What the caller of the system call sees.
     pub fn errno(&self) -> Errno {
         match self {
-            Self::Full => Errno::NOSPC,
+            Self::Full | Self::Returning => Errno::NOSPC,
             // Not ENOMEM: for the caller the filesystem could not give the space it asked for, and ENOSPC
             // is what open(2), write(2) and fallocate(2) document for that.
             Self::NoMemory => Errno::NOSPC,

@@ -1,7 +1,7 @@
 //! Random sequences of operations against a reference model.
 //!
-//! [`Model`] is the readable statement of what the filesystem promises (bytes, sizes, pages, errors); [`World`] does the
-//! same operations for real, from two processes. Whatever they answer, and what can be seen afterwards, must agree.
+//! [`Model`] is the readable statement of what the filesystem promises (bytes, sizes, pages, errors); [`World`] does
+//! the same operations for real, from two processes. Whatever they answer, and what can be seen afterwards, must agree.
 
 mod support;
 
@@ -810,7 +810,7 @@ impl<'a> World<'a> {
                 done(self.set(via, REPAIR, &format!("{verb} {}", target(range))))
             }
             Op::Collapse { via, range } => done(match self.set(via, COLLAPSE, &target(range)) {
-                Err(Errno::AGAIN) => Ok(()), // the kernel may not be able to at the moment; nothing depends on it
+                Err(Errno::BUSY) => Ok(()), // the kernel may not be able to at the moment; nothing depends on it
                 outcome => outcome,
             }),
             Op::Map { name, .. } => done(self.open(name, OFlags::empty()).map(|file| {

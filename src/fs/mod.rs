@@ -4,7 +4,8 @@
 //! made when a regular file is opened for the first time (the kernel must be told then which file to map, though it
 //! be empty yet), and ends when the kernel forgets the node after its last name is gone.
 //!
-//! **Locks.** `objects` is held for one look-up, or while one object is made; never while another lock is waited for.
+//! **Locks**, in order: `stranded`, `objects`, a file's own. `objects` is held for one look-up, or while one object is
+//! made; only the check keeps it while it waits for the files' locks, all of them, so that no page moves.
 
 mod attributes;
 mod object;
@@ -299,15 +300,17 @@ impl Fs {
 
     /// Nobody can reach `node` any more: its memory goes back to the pool, then its inode.
     fn erase(&self, node: NodeId) {
-        let object = self.objects().remove(&node);
-        if let Some(object) = object {
-            let mut stranded = self.stranded.lock().expect("no panic while the list is open");
-            stranded.push(object);
-            stranded.retain(|object| self.dismantle(object).is_err());
-        }
+        let mut stranded = self.stranded();
+        stranded.extend(self.objects().remove(&node));
+        stranded.retain(|object| self.dismantle(object).is_err());
+        drop(stranded);
         if let Err(error) = self.index.erase(node) {
             log::error!("file {node}: its inode could not be removed: {error}");
         }
+    }
+
+    fn stranded(&self) -> MutexGuard<'_, Vec<Arc<Object>>> {
+        self.stranded.lock().expect("no panic while the list is open")
     }
 
     fn dismantle(&self, object: &Object) -> Result<()> {
@@ -360,6 +363,15 @@ impl Fs {
     }
 
     // ---- contents -----------------------------------------------------------------------------------------------
+
+    /// Does `request` again as long as it answers [`Error::Returning`] and pages do come back: those that
+    /// [`Fs::forget`] brings, for which the caller leaves a thread.
+    ///
+    /// # Errors
+    /// What `request` answers, in the end.
+    pub fn patiently<T>(&self, request: impl FnMut() -> Result<T>) -> Result<T> {
+        self.pool.patiently(request)
+    }
 
     /// pread(2).
     ///
@@ -454,9 +466,10 @@ impl Fs {
     /// # Errors
     /// What the kernel answers.
     pub fn check(&self) -> Result<Vec<String>> {
-        let stranded = self.stranded.lock().expect("no panic while the list is open").clone();
+        let _as_large_as_it_is = self.pool.keep_size();
+        let stranded = self.stranded();
         let table = self.objects();
-        let objects: Vec<_> = table.values().chain(&stranded).collect();
+        let objects: Vec<_> = table.values().chain(&*stranded).collect();
         let locked: Vec<_> = objects.iter().map(|object| (object.node(), object.read_lock())).collect();
         let mut wrong = Vec::new();
         let (mut pages, mut bytes) = (0, 0);

@@ -11,7 +11,6 @@ use crate::sys::{self, tmpfs};
 use crate::units::{FOLIO_SIZE, Folio, NodeId, Range, SUBPAGE_SIZE, STAT_BLOCK, Subpage};
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// Runs once, when the quarantine of a file has grown.
@@ -26,8 +25,6 @@ pub struct Object {
     collapsing: Mutex<()>,
     /// Who waits for the quarantine to grow, by the kernel's handle.
     wakers: Mutex<BTreeMap<u64, Waker>>,
-    /// Pages that the pool counts as orphaned for this file.
-    noted_orphaned: AtomicI64,
 }
 
 /// What an operation on a file's contents needs to know besides.
@@ -97,7 +94,7 @@ impl Object {
     pub fn new(node: NodeId, holding: Holding) -> Self {
         let data = holding.sealed().data().clone();
         let (holding, collapsing, wakers) = (RwLock::new(holding), Mutex::default(), Mutex::default());
-        Self { node, data, holding, collapsing, wakers, noted_orphaned: AtomicI64::new(0) }
+        Self { node, data, holding, collapsing, wakers }
     }
 
     /// Whose contents these are.
@@ -501,10 +498,7 @@ impl Object {
 
     /// The file has lost its last name: its pages will come back when its last user is gone.
     pub fn note_orphaned(&self, pool: &Pool) {
-        let holding = self.read_lock(); // so that the pages are still there when they are noted
-        let pages = holding.pages() as i64;
-        self.noted_orphaned.store(pages, Ordering::Relaxed);
-        pool.note_orphaned(pages);
+        self.write_lock().note_orphaned(pool);
     }
 
     /// Gives all pages back to the pool.
@@ -512,10 +506,7 @@ impl Object {
     /// # Errors
     /// [`Error::NoMemory`] where the machine has none for a step; to be called again.
     pub fn empty(&self, pool: &Pool) -> Result<()> {
-        let mut holding = self.write_lock();
-        holding.empty(pool)?;
-        pool.note_orphaned(-self.noted_orphaned.swap(0, Ordering::Relaxed));
-        Ok(())
+        self.write_lock().empty(pool)
     }
 }
 

@@ -34,8 +34,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 /// Largest read or write in one request; what `max_read=` of the mount must say too.
 pub const LARGEST_REQUEST: u32 = 1 << 20;
 
-/// Threads that serve requests. A request may wait (for pages of a file that is going away, for another's lock), and the
-/// one it waits for needs a thread too.
+/// Threads that serve requests. None of them waits for pages that another request brings back ([`Adapter::answer`]).
 const THREADS: usize = 8;
 
 /// For good: see the head of the module.
@@ -127,6 +126,25 @@ impl Adapter {
         let backing = Arc::new(register(object.data())?);
         backings.insert(object.node(), backing.clone());
         Ok(backing)
+    }
+
+    /// Answers now, or from a thread of its own where there are no pages but those of files that are going away: the
+    /// kernel's FORGET, which brings them, needs one of ours, and as many requests as we have threads may want them.
+    fn answer<T: 'static, R: Send + 'static>(
+        &self,
+        reply: R,
+        encode: fn(R, Result<T>),
+        request: impl Fn(&Fs) -> Result<T> + Send + 'static,
+    ) {
+        match request(&self.fs) {
+            Err(Error::Returning) => {}
+            result => return encode(reply, result),
+        }
+        let fs = self.fs.clone();
+        let patient = move || encode(reply, fs.patiently(|| request(&fs)));
+        if let Err(error) = std::thread::Builder::new().name("patient".into()).spawn(patient) {
+            log::error!("no thread to wait for pages on: {error}"); // fuser answers EIO when it drops the reply
+        }
     }
 
     fn forget_one(&self, node: NodeId, count: u64) {
@@ -297,7 +315,7 @@ impl Filesystem for Adapter {
             modified: time(mtime),
             unprivileged: is_unprivileged(request),
         };
-        reply_attr(reply, self.fs.change(node_id(ino), &changes));
+        self.answer(reply, reply_attr, move |fs| fs.change(node_id(ino), &changes));
     }
 
     fn readlink(&self, _request: &Request, ino: INodeNo, reply: ReplyData) {
@@ -444,7 +462,13 @@ impl Filesystem for Adapter {
         reply: ReplyWrite,
     ) {
         let unprivileged = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
-        reply_write(reply, self.fs.write(node_id(ino), data, offset, unprivileged));
+        match self.fs.write(node_id(ino), data, offset, unprivileged) {
+            Err(Error::Returning) => {
+                let bytes = data.to_vec();
+                self.answer(reply, reply_write, move |fs| fs.write(node_id(ino), &bytes, offset, unprivileged));
+            }
+            result => reply_write(reply, result),
+        }
     }
 
     // Nothing is ever unwritten: the kernel stops asking when it is told that there is no such request.
@@ -568,9 +592,10 @@ impl Filesystem for Adapter {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        let done = allocation(mode)
-            .and_then(|what| self.fs.allocate(node_id(ino), what, (offset, length), is_unprivileged(request)));
-        reply_empty(reply, done);
+        let unprivileged = is_unprivileged(request);
+        self.answer(reply, reply_empty, move |fs| {
+            allocation(mode).and_then(|what| fs.allocate(node_id(ino), what, (offset, length), unprivileged))
+        });
     }
 
     fn lseek(
@@ -608,8 +633,8 @@ impl Filesystem for Adapter {
         reply: ReplyWrite,
     ) {
         let (from, to) = ((node_id(ino_in), offset_in), (node_id(ino_out), offset_out));
-        let copied = self.fs.copy(from, to, len, is_unprivileged(request));
-        reply_write(reply, copied);
+        let unprivileged = is_unprivileged(request);
+        self.answer(reply, reply_write, move |fs| fs.copy(from, to, len, unprivileged));
     }
 }
 

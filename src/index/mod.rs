@@ -250,7 +250,10 @@ impl Index {
             }
             Ok(())
         })?;
-        self.look_up_in(&directory, &name)
+        self.look_up_in(&directory, &name).inspect_err(|_| {
+            let kind = if let New::Directory(_) = new { AtFlags::REMOVEDIR } else { AtFlags::empty() };
+            let _ = rustix::fs::unlinkat(&directory, &*name, kind); // what fails leaves nothing behind
+        })
     }
 
     /// Gives a node one more name, and looks it up.

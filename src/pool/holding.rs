@@ -27,6 +27,8 @@ pub struct Holding {
     sealed: Sealed,
     page_size: PageSize,
     released: BTreeSet<Page>,
+    /// It belongs to a file without names, and the pool counts its pages as orphaned.
+    orphaned: bool,
 }
 
 impl Holding {
@@ -35,7 +37,8 @@ impl Holding {
     /// # Errors
     /// As for [`Sealed::create`].
     pub fn create(page_size: PageSize) -> Result<Self> {
-        Ok(Self { sealed: Sealed::create(Reach::Programs, None)?, page_size, released: BTreeSet::new() })
+        let sealed = Sealed::create(Reach::Programs, None)?;
+        Ok(Self { sealed, page_size, released: BTreeSet::new(), orphaned: false })
     }
 
     /// The sealed file.
@@ -100,11 +103,15 @@ impl Holding {
     fn acquire(&mut self, pool: &Pool, missing: &BTreeSet<Page>, grown: Range, end: u64) -> Result<()> {
         let reserved = self.sealed.superblock().reserved_pages;
         let wanted = reserved.max(self.page_size.pages_up(end));
-        let token = pool.reserve(wanted - reserved + missing.len() as u64)?;
+        let pages = wanted - reserved + missing.len() as u64;
+        let token = pool.reserve(pages)?;
         self.take_memory(pool, missing, grown)?;
         self.released.retain(|page| !missing.contains(page));
         self.sealed.update(|superblock| superblock.reserved_pages = wanted)?;
         token.spend();
+        if self.orphaned {
+            pool.note_orphaned(pages as i64);
+        }
         Ok(())
     }
 
@@ -178,7 +185,7 @@ impl Holding {
             superblock.reserved_pages = superblock.reserved_pages.min(first.0);
         })?;
         self.released.retain(|page| *page < first);
-        pool.release(before - self.pages());
+        self.release_to(pool, before - self.pages());
         Ok(())
     }
 
@@ -203,9 +210,25 @@ impl Holding {
             self.sealed.grow_size(size)?; // where the end of file was in it, that moved
             moved?;
             self.released.insert(page);
-            pool.release(1);
+            self.release_to(pool, 1);
         }
         Ok(())
+    }
+
+    /// Tells the account of pages whose memory is in the reserves.
+    fn release_to(&self, pool: &Pool, pages: u64) {
+        pool.release(pages);
+        if self.orphaned {
+            pool.note_orphaned(-(pages as i64));
+        }
+    }
+
+    /// Its file has lost its last name, so its pages will come back when the last user is gone.
+    pub fn note_orphaned(&mut self, pool: &Pool) {
+        if !self.orphaned {
+            self.orphaned = true;
+            pool.note_orphaned(self.pages() as i64);
+        }
     }
 
     /// The pages that are the file's, ascending.

@@ -19,7 +19,8 @@
 //! the machine, then the source gives as much back. Never the other way round: between the two somebody else could
 //! take it. So the machine needs one step more than the pool, for as long as a move lasts.
 //!
-//! **Locks**, in order: a file's own (the caller's), a reserve's, the account.
+//! **Locks**, in order: that of the pool's size, a file's own (the caller's), the reserves' in the order of their nodes, the account. Nobody waits
+//! for pages with any of them but the first: [`Pool::patiently`].
 
 mod holding;
 
@@ -30,7 +31,7 @@ use crate::sealed::{Reach, Sealed};
 use crate::sys;
 use crate::units::{FOLIO_SIZE, PageSize, Range};
 use std::sync::{Condvar, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Most memory that a move takes from the machine before it gives as much back.
 pub const STEP: u64 = 64 << 20;
@@ -38,9 +39,12 @@ pub const STEP: u64 = 64 << 20;
 /// What is left to the rest of the machine: taking its last memory would not fail but wake the OOM killer.
 const MARGIN: u64 = 64 << 20;
 
-/// How long a request for pages waits for those of files that were unlinked and whose last user may be gone: the
-/// kernel tells of that (FORGET) by itself, but not before unlink(2) returns.
+/// How long to wait for one more page of the files that were unlinked and whose last user may be gone: the kernel tells
+/// of that (FORGET) by itself, but not before unlink(2) returns.
 const RECLAIM_PATIENCE: Duration = Duration::from_millis(200);
+
+/// How long to wait in all, where pages come back all the time and others are faster to take them.
+const RECLAIM_LIMIT: Duration = Duration::from_secs(5);
 
 /// The pool.
 #[derive(Debug)]
@@ -72,9 +76,16 @@ pub struct Account {
     pub reserved: u64,
     /// Of those that holdings have: of files that were unlinked.
     pub orphaned: u64,
+    /// How often pages have become free.
+    returns: u64,
 }
 
 impl Account {
+    fn give_back(&mut self, pages: u64) {
+        self.free += pages;
+        self.returns += u64::from(pages > 0);
+    }
+
     /// Pages that holdings have.
     pub fn held(&self) -> u64 {
         self.total - self.free - self.reserved
@@ -108,7 +119,7 @@ impl Drop for Token<'_> {
     fn drop(&mut self) {
         let mut account = self.pool.account();
         account.reserved -= self.pages;
-        account.free += self.pages;
+        account.give_back(self.pages);
         self.pool.freed.notify_all();
     }
 }
@@ -137,7 +148,7 @@ impl Pool {
                 progress(taken)
             })?;
         }
-        let account = Account { total: pages, free: pages, reserved: 0, orphaned: 0 };
+        let account = Account { total: pages, free: pages, reserved: 0, orphaned: 0, returns: 0 };
         let (account, freed, resizing) = (Mutex::new(account), Condvar::new(), Mutex::new(()));
         Ok(Self { page_size, reserves, account, freed, resizing })
     }
@@ -161,36 +172,55 @@ impl Pool {
         self.account.lock().expect("no panic while the account is open")
     }
 
-    /// Reserves pages: all or none. Where only pages of unlinked files would make it possible, waits a moment for
-    /// the kernel to let go of them.
+    /// Reserves pages: all or none.
     ///
     /// # Errors
-    /// [`Error::Full`].
+    /// [`Error::Full`], or [`Error::Returning`] where the pages of unlinked files would make it possible.
     pub fn reserve(&self, pages: u64) -> Result<Token<'_>> {
-        let hopeful = |account: &mut Account| account.free < pages && account.free + account.orphaned >= pages;
-        let (mut account, _) = self
-            .freed
-            .wait_timeout_while(self.account(), RECLAIM_PATIENCE, hopeful)
-            .expect("no panic while the account is open");
+        let mut account = self.account();
         if account.free < pages {
-            return Err(Error::Full);
+            let hopeful = account.free + account.orphaned >= pages;
+            return Err(if hopeful { Error::Returning } else { Error::Full });
         }
         account.free -= pages;
         account.reserved += pages;
         Ok(Token { pool: self, pages })
     }
 
+    /// Does `request` again as long as it answers [`Error::Returning`] and pages do come back.
+    ///
+    /// To be called without a lock, on a thread that nobody needs to give pages back.
+    ///
+    /// # Errors
+    /// What `request` answers, in the end.
+    pub fn patiently<T>(&self, mut request: impl FnMut() -> Result<T>) -> Result<T> {
+        let limit = Instant::now() + RECLAIM_LIMIT;
+        loop {
+            let seen = self.account().returns;
+            match request() {
+                Err(Error::Returning) if Instant::now() < limit && self.wait_for_return(seen) => {}
+                result => return result,
+            }
+        }
+    }
+
+    /// Whether pages became free after the account had `seen` so many returns.
+    fn wait_for_return(&self, seen: u64) -> bool {
+        let waited = self.freed.wait_timeout_while(self.account(), RECLAIM_PATIENCE, |account| account.returns == seen);
+        let (account, _) = waited.expect("no panic while the account is open");
+        account.returns != seen
+    }
+
     /// A holding has given up `pages` pages, whose memory is back in the reserves.
     fn release(&self, pages: u64) {
-        self.account().free += pages;
+        self.account().give_back(pages);
         self.freed.notify_all();
     }
 
-    /// A holding of `pages` pages belongs to an unlinked file now, or (negative) to none any more.
-    pub fn note_orphaned(&self, pages: i64) {
+    /// So many pages more, or (negative) fewer, belong to unlinked files.
+    fn note_orphaned(&self, pages: i64) {
         let mut account = self.account();
         account.orphaned = account.orphaned.saturating_add_signed(pages);
-        self.freed.notify_all();
     }
 
     /// Changes the pool's size while it is in use.
@@ -199,23 +229,29 @@ impl Pool {
     /// [`Error::Busy`] for less than is in use, [`Error::NoMemory`] for more than the machine can give; the size is as
     /// before.
     pub fn resize(&self, pages: u64) -> Result<()> {
-        let _one_at_a_time = self.resizing.lock().expect("no panic while the pool is resized");
+        let _one_at_a_time = self.keep_size();
         let before = self.balance().total;
         if pages >= before {
             return self.enlarge(pages - before);
         }
         let token = self
-            .reserve(before - pages)
+            .patiently(|| self.reserve(before - pages))
             .map_err(|_| Error::Busy("more pages are in use than the pool would have; remove files first"))?;
-        let mut left = (before - pages) * self.page_size.bytes();
+        self.cut_reserves((before - pages) * self.page_size.bytes())?;
+        token.destroy();
+        Ok(())
+    }
+
+    /// Gives `bytes` of the reserves back to the machine, which nobody has been promised.
+    fn cut_reserves(&self, bytes: u64) -> Result<()> {
+        let mut left = bytes;
         while left > 0 {
-            let mut richest = self.richest_reserve();
+            let (_, mut richest) = self.lock_richest();
             let step = left.min(STEP).min(richest.size());
             let size = richest.size() - step;
             richest.cut(size)?;
             left -= step;
         }
-        token.destroy();
         Ok(())
     }
 
@@ -229,21 +265,21 @@ impl Pool {
         });
         if grown.is_err() {
             log::warn!("the machine has no memory for {pages} pages more; {added} bytes are given back");
-            let mut sealed = reserve.lock();
-            let size = sealed.size().saturating_sub(added);
-            sealed.cut(size)?;
+            self.cut_reserves(added)?;
             return grown;
         }
         let mut account = self.account();
         account.total += pages;
-        account.free += pages;
+        account.give_back(pages);
         self.freed.notify_all();
         Ok(())
     }
 
-    fn richest_reserve(&self) -> MutexGuard<'_, Sealed> {
-        let richest = self.reserves.iter().max_by_key(|reserve| reserve.lock().size());
-        richest.expect("there is a node with memory").lock()
+    /// The reserve with the most memory. All of them are locked to find it, so that it has some where there is any.
+    fn lock_richest(&self) -> (&Reserve, MutexGuard<'_, Sealed>) {
+        let locked: Vec<_> = self.reserves.iter().map(|reserve| (reserve, reserve.lock())).collect();
+        let richest = locked.into_iter().max_by_key(|(_, sealed)| sealed.size());
+        richest.expect("there is a node with memory")
     }
 
     /// Moves memory for `range`, which has none, into `target`, and makes it `size` bytes long as it goes.
@@ -276,9 +312,7 @@ impl Pool {
     }
 
     fn move_one_step_out(&self, target: &mut Sealed, range: Range, size: u64) -> Result<u64> {
-        let reserve = self.reserves.iter().max_by_key(|reserve| reserve.lock().size());
-        let reserve = reserve.expect("there is a node with memory");
-        let mut source = reserve.lock();
+        let (reserve, mut source) = self.lock_richest();
         let step = range.len().min(affordable_step()?).min(source.size());
         assert!(step > 0, "a token was given for memory that the reserves do not have");
         let _bound = self.bind_to(reserve.node)?;
@@ -352,14 +386,19 @@ impl Pool {
         Ok(folios * FOLIO_SIZE)
     }
 
+    /// Keeps the pool's size as it is for as long as the guard lives. Comes before all other locks: a resize waits for
+    /// pages with this one.
+    pub fn keep_size(&self) -> MutexGuard<'_, ()> {
+        self.resizing.lock().expect("no panic while the pool is resized")
+    }
+
     /// Checks S1 of the reserves and P1, given what all holdings together have; says what does not hold.
     ///
-    /// The caller keeps pages from moving in the meantime.
+    /// The caller keeps pages from moving in the meantime, and the size with [`Pool::keep_size`].
     ///
     /// # Errors
     /// What the kernel answers.
     pub fn check(&self, held_pages: u64, held_bytes: u64) -> Result<Vec<String>> {
-        let _not_now = self.resizing.lock().expect("no panic while the pool is resized");
         let mut wrong = Vec::new();
         let mut bytes = held_bytes;
         for reserve in &self.reserves {
