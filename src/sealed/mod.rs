@@ -42,11 +42,18 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 /// Tries at something that a program which hammers the file can spoil; each takes some 10 us, and the worst seen
 /// needed 200.
 const TRIES: u32 = 10_000;
 
+/// When a trade is given up: after so many tries, and not before so much time. A fault that waits for a folio holds it
+/// as a pin does, so that one try or ten tell nothing.
+const TRADE_TRIES: u32 = 1_000;
+const TRADE_PATIENCE: Duration = Duration::from_millis(100);
+
+const PINNED: &str = "the folio is pinned (vmsplice, io_uring, VFIO or the like) and cannot be split";
 const UNWINNABLE: &str = "the subpage is pinned (vmsplice, io_uring, VFIO or the like), or touched faster than it can be \
     taken away";
 
@@ -415,16 +422,12 @@ impl Sealed {
     fn trade_to_ledger(&self, subpage: Subpage, record: Record) -> Result<()> {
         self.trade(
             |sealed| sealed.ledger.take_block(record),
-            |sealed, attempt| {
+            |sealed| {
                 tmpfs::punch(&sealed.data, subpage.range())?;
-                if attempt == 0 && sealed.is_in_one_piece(subpage)? {
-                    return Err(Error::Busy(
-                        "the folio is pinned (vmsplice, io_uring, VFIO or the like) and cannot be split",
-                    ));
-                }
                 sealed.free_block_that_another_hole_caught(subpage)
             },
-        )?;
+        )
+        .or_else(|error| Err(if self.is_in_one_piece(subpage)? { Error::Busy(PINNED) } else { error }))?;
         // The block that the ledger got may have been another hole's; no block is free now, so what is shut stays shut.
         self.shut_strays_but(Some(subpage))?;
         for _ in 0..TRIES {
@@ -474,7 +477,7 @@ impl Sealed {
                 written if written == length => Ok(()),
                 _ => Err(Error::Full),
             },
-            |sealed, _| {
+            |sealed| {
                 if !released.swap(true, Ordering::Relaxed) {
                     sealed.ledger.release_block(record)?;
                 }
@@ -492,13 +495,9 @@ impl Sealed {
         self.ledger.rescued(self.holes()[&subpage])
     }
 
-    /// Runs `take` over and over on a second thread until it finds a free block, and `free`, which frees one, on
-    /// this one until it has.
-    fn trade(
-        &self,
-        take: impl Fn(&Self) -> Result<()> + Sync,
-        free: impl Fn(&Self, u32) -> Result<()>,
-    ) -> Result<()> {
+    /// Runs `free`, which frees a block, and `take`, which takes it, in turn until the latter succeeds. A second thread runs
+    /// `take` over and over meanwhile, so that nobody else is likely to come first.
+    fn trade(&self, take: impl Fn(&Self) -> Result<()> + Sync, free: impl Fn(&Self) -> Result<()>) -> Result<()> {
         let stop = AtomicBool::new(false);
         let spinning = AtomicBool::new(false);
         let taker = || loop {
@@ -513,26 +512,40 @@ impl Sealed {
             while !spinning.load(Ordering::Acquire) && !taker.is_finished() {
                 std::thread::yield_now();
             }
-            let freed = (0..TRIES).try_for_each(|attempt| {
-                if taker.is_finished() {
-                    return Ok(());
-                }
-                free(self, attempt)?;
-                // With fewer processors than threads that spin, the taker needs ours.
-                std::thread::yield_now();
-                Ok(())
-            });
+            let ours = self.free_and_take(|| taker.is_finished(), &take, free);
             stop.store(true, Ordering::Relaxed);
-            let taken = taker.join().expect("the taker does not panic");
-            match (taken, freed) {
-                (Ok(()), _) => Ok(()),
-                (Err(Error::Full), Ok(())) => Err(Error::Busy(UNWINNABLE)),
-                (Err(_), Err(error)) | (Err(error), Ok(())) => Err(error),
+            let theirs = taker.join().expect("the taker does not panic");
+            match (ours, theirs) {
+                (Ok(()), Ok(()) | Err(Error::Full)) | (Err(_), Ok(())) => Ok(()),
+                (Err(Error::Full), Err(Error::Full)) => Err(Error::Busy(UNWINNABLE)),
+                (Err(error), Err(Error::Full)) | (_, Err(error)) => Err(error),
             }
         })
     }
 
-    /// Whether the folio of `subpage`, which is being punched, is still in one piece. Touches neither that nor any other
+    fn free_and_take(
+        &self,
+        done: impl Fn() -> bool,
+        take: impl Fn(&Self) -> Result<()>,
+        free: impl Fn(&Self) -> Result<()>,
+    ) -> Result<()> {
+        let started = Instant::now();
+        let mut tries = 0;
+        while tries < TRADE_TRIES || started.elapsed() < TRADE_PATIENCE {
+            tries += 1;
+            if done() {
+                return Ok(());
+            }
+            free(self)?;
+            match take(self) {
+                Err(Error::Full) => {}
+                result => return result,
+            }
+        }
+        Err(Error::Full)
+    }
+
+    /// Whether the folio of `subpage`, which was punched, is still in one piece. Touches neither that nor any other
     /// hole: with a block free, that would fill it.
     fn is_in_one_piece(&self, subpage: Subpage) -> Result<bool> {
         let folio = subpage.folio().range();
@@ -669,13 +682,13 @@ impl Sealed {
         for folio in (0..self.folios.len() as u64).map(Folio) {
             let holes = self.holes_in(folio.range()).count() as u64;
             let meant = if self.has_memory(folio) { SUBPAGES_PER_FOLIO - holes } else { 0 };
-            let resident = tmpfs::resident(&self.data, folio.range())?;
+            let resident = self.settled(folio.range(), meant)?;
             if resident != meant {
                 wrong.push(format!("Q1: folio {} has {resident} subpages, and {meant} are meant", folio.0));
             }
         }
         for subpage in self.holes().keys() {
-            if tmpfs::resident(&self.data, subpage.range())? != 0 {
+            if self.settled(subpage.range(), 0)? != 0 {
                 wrong.push(format!("Q1: the quarantined subpage at {:#x} has memory", subpage.offset()));
             }
         }
@@ -684,6 +697,19 @@ impl Sealed {
             wrong.push(format!("Q1: the ledger has {ledger} blocks for {} holes", self.holes().len()));
         }
         Ok(wrong)
+    }
+
+    /// How many subpages of `range` have memory; looked at until that is `meant`, or often enough. A touch of a hole, as it
+    /// fails, has its page in the file for an instant before it asks for a block (mm/shmem.c, shmem_alloc_and_add_folio).
+    fn settled(&self, range: Range, meant: u64) -> Result<u64> {
+        let mut resident = tmpfs::resident(&self.data, range)?;
+        for _ in 0..TRIES {
+            if resident == meant {
+                break;
+            }
+            resident = tmpfs::resident(&self.data, range)?;
+        }
+        Ok(resident)
     }
 
     /// Takes back what a program gave up behind our back: madvise(2) with MADV_REMOVE punches the file without asking.
