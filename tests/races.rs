@@ -63,7 +63,9 @@ fn a_quarantine_holds_from_when_the_request_returns_though_the_subpage_is_hammer
         assert_no_faults(&mut hammer);
     }
     touches_and_faults(&mut hammer, "stop");
-    assert_eq!(walker.count(&format!("differ 0x0 {FOLIO} 7").replace("0x0", "0")), 0);
+    // The hammered byte itself may have been read as zero in passing, and that been stored.
+    assert_eq!(walker.count(&format!("differ 0 {} 7", 0x5000)), 0);
+    assert_eq!(walker.count(&format!("differ {} {} 7", 0x5001, FOLIO - 0x5001)), 0);
     pool.check();
 }
 

@@ -4,7 +4,6 @@ use super::{Fs, Object};
 use crate::error::{Error, Result};
 use crate::index::Kind;
 use crate::options::Size;
-use crate::quarantine;
 use crate::sealed::STRAYS_SHUT;
 use crate::sys;
 use crate::units::NodeId;
