@@ -35,7 +35,7 @@ use std::io::{self, BufRead, Write};
 use std::os::unix::fs::FileExt;
 use std::process::ExitCode;
 use std::str::{FromStr, SplitAsciiWhitespace};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
@@ -58,42 +58,61 @@ struct Progress {
     stop: AtomicBool,
     /// Raised to have the touches that begin from then on counted apart.
     epoch: AtomicU64,
-    latest: Mutex<Tally>,
+    /// The latest [`Tally`], packed so that it is read as it was written.
+    latest: AtomicU64,
 }
 
-/// Touches that began in one epoch.
+/// Touches that began in one epoch; the counts stop at what fits.
 #[derive(Clone, Copy, Default)]
 struct Tally {
-    epoch: u64,
-    touches: u64,
-    faults: u64,
+    epoch: u16,
+    touches: u32,
+    faults: u32,
+}
+
+impl Tally {
+    const MOST: u32 = (1 << 24) - 1;
+
+    fn count(&mut self, faulted: bool) {
+        self.touches = (self.touches + 1).min(Self::MOST);
+        self.faults = (self.faults + u32::from(faulted)).min(Self::MOST);
+    }
+
+    fn pack(self) -> u64 {
+        u64::from(self.epoch) << 48 | u64::from(self.touches) << 24 | u64::from(self.faults)
+    }
+
+    fn unpack(packed: u64) -> Self {
+        let field = |shift: u32| (packed >> shift) as u32 & Self::MOST;
+        Self { epoch: (packed >> 48) as u16, touches: field(24), faults: field(0) }
+    }
 }
 
 impl Progress {
     /// Touches until it is told to stop; returns how often, and how often that was SIGBUS.
     fn hammer(&self, mapping: &Mapping, offset: u64) -> (u64, u64) {
         let (mut touches, mut faults) = (0, 0);
+        let mut latest = Tally::default();
         while !self.stop.load(Ordering::Relaxed) {
-            let epoch = self.epoch.load(Ordering::SeqCst);
+            let epoch = self.epoch.load(Ordering::SeqCst) as u16;
             let faulted = mapping.load(offset).and_then(|byte| mapping.store(offset, byte)).is_err();
             touches += 1;
             faults += u64::from(faulted);
-            let mut latest = self.latest.lock().expect("no panic while it is counted");
             if latest.epoch != epoch {
-                *latest = Tally { epoch, ..Tally::default() };
+                latest = Tally { epoch, ..Tally::default() };
             }
-            latest.touches += 1;
-            latest.faults += u64::from(faulted);
+            latest.count(faulted);
+            self.latest.store(latest.pack(), Ordering::SeqCst);
         }
         (touches, faults)
     }
 
     /// Waits for `touches` touches that begin from now on.
-    fn tally(&self, touches: u64) -> Tally {
-        let epoch = self.epoch.fetch_add(1, Ordering::SeqCst) + 1;
+    fn tally(&self, touches: u32) -> Tally {
+        let epoch = (self.epoch.fetch_add(1, Ordering::SeqCst) + 1) as u16;
         loop {
-            let latest = *self.latest.lock().expect("no panic while it is counted");
-            if latest.epoch == epoch && latest.touches >= touches {
+            let latest = Tally::unpack(self.latest.load(Ordering::SeqCst));
+            if latest.epoch == epoch && latest.touches >= touches.min(Tally::MOST) {
                 return latest;
             }
             std::thread::yield_now();
@@ -227,7 +246,7 @@ impl Toucher {
         Ok("ok".to_owned())
     }
 
-    fn tally(&self, touches: u64) -> Result<String, String> {
+    fn tally(&self, touches: u32) -> Result<String, String> {
         let hammer = self.hammer.as_ref().ok_or("nothing is hammered")?;
         let Tally { touches, faults, .. } = hammer.progress.tally(touches);
         Ok(format!("count {touches} {faults}"))

@@ -38,17 +38,27 @@ use crate::sys::mapping::Window;
 use crate::sys::tmpfs;
 use crate::units::{FOLIO_SIZE, Folio, Range, SUBPAGE_SIZE, SUBPAGES_PER_FOLIO, Subpage};
 use rustix::fs::{Mode, OFlags};
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Tries at something that a program which hammers the file can spoil; each takes some 10 us, and the worst seen
 /// needed 200.
 const TRIES: u32 = 10_000;
 
+/// How often a folio must have withstood being split to be called pinned. A fault that waits for it holds it as a pin does,
+/// so that one try or ten tell nothing; more, and what was written to the subpage meanwhile would be lost to its owner.
+const SPLIT_TRIES: u32 = 64;
+
+/// When a trade is given up: after so many tries, and not before so much time.
+const TRADE_TRIES: u32 = 1_000;
+const TRADE_PATIENCE: Duration = Duration::from_millis(100);
+
+const PINNED: &str = "the folio is pinned (vmsplice, io_uring, VFIO or the like) and cannot be split";
 const UNWINNABLE: &str = "the subpage is pinned (vmsplice, io_uring, VFIO or the like), or touched faster than it can be \
     taken away";
 
@@ -452,14 +462,14 @@ impl Sealed {
     /// Moves the block of `subpage` to the ledger. A second thread spins for it, so that a program that hammers the
     /// subpage seldom gets it back first; when it does, punch again.
     fn trade_to_ledger(&self, subpage: Subpage, record: Record) -> Result<()> {
+        let whole = Cell::new(0);
         self.trade(
             |sealed| sealed.ledger.take_block(record),
-            |sealed, attempt| {
+            |sealed| {
                 tmpfs::punch(&sealed.data, subpage.range())?;
-                if attempt == 0 && sealed.is_in_one_piece(subpage)? {
-                    return Err(Error::Busy(
-                        "the folio is pinned (vmsplice, io_uring, VFIO or the like) and cannot be split",
-                    ));
+                whole.set(whole.get() + u32::from(sealed.is_in_one_piece(subpage)?));
+                if whole.get() == SPLIT_TRIES {
+                    return Err(Error::Busy(PINNED));
                 }
                 sealed.free_block_that_another_hole_caught(subpage)
             },
@@ -513,7 +523,7 @@ impl Sealed {
                 Ok(_) | Err(Error::Poisoned) => Err(Error::Full), // the poisoned page is still there
                 Err(error) => Err(error),
             },
-            |sealed, _| {
+            |sealed| {
                 tmpfs::punch(&sealed.data, subpage.range())?;
                 sealed.shut_strays_but(Some(subpage)).map(drop)
             },
@@ -534,7 +544,7 @@ impl Sealed {
                 written if written == length => Ok(()),
                 _ => Err(Error::Full),
             },
-            |sealed, _| {
+            |sealed| {
                 if !released.swap(true, Ordering::Relaxed) {
                     sealed.ledger.release_block(record)?;
                 }
@@ -598,14 +608,11 @@ impl Sealed {
         window.poison(subpage)
     }
 
-    /// Runs `take` over and over on a second thread until it finds a free block, and `free`, which frees one, on
-    /// this one until it has. This thread sleeps in between: it must not keep the other from its processor.
-    fn trade(
-        &self,
-        take: impl Fn(&Self) -> Result<()> + Sync,
-        free: impl Fn(&Self, u32) -> Result<()>,
-    ) -> Result<()> {
-        const PATIENCE: Duration = Duration::from_micros(200);
+    /// Runs `free`, which frees a block, until `take`, which a second thread runs over and over, has taken one: spinning, it
+    /// is likely to come first. It succeeds once and no more: a second write would undo what a program has stored by then.
+    /// This thread sleeps in between, so as not to keep the other from its processor.
+    fn trade(&self, take: impl Fn(&Self) -> Result<()> + Sync, free: impl Fn(&Self) -> Result<()>) -> Result<()> {
+        const NAP: Duration = Duration::from_micros(200);
         let stop = &AtomicBool::new(false);
         let (spinning, watch) = crossbeam::channel::bounded(1);
         // Sends once, when it spins, and closes the channel when it is done.
@@ -629,12 +636,12 @@ impl Sealed {
             let taker = scope.spawn(move || spin(spinning));
             let mut freed = Ok(());
             let mut waiting = watch.recv().is_ok();
-            for attempt in 0..TRIES {
-                if !waiting || freed.is_err() {
-                    break;
-                }
-                freed = free(self, attempt);
-                waiting = watch.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout);
+            let mut tries = 0;
+            let started = Instant::now();
+            while waiting && freed.is_ok() && (tries < TRADE_TRIES || started.elapsed() < TRADE_PATIENCE) {
+                tries += 1;
+                freed = free(self);
+                waiting = watch.recv_timeout(NAP) == Err(RecvTimeoutError::Timeout);
             }
             stop.store(true, Ordering::Release);
             match (taker.join().expect("the taker does not panic"), freed) {
@@ -645,7 +652,7 @@ impl Sealed {
         })
     }
 
-    /// Whether the folio of `subpage`, which is being punched, is still in one piece. Touches neither that nor any other
+    /// Whether the folio of `subpage`, which was punched, is still in one piece. Touches neither that nor any other
     /// hole: with a block free, that would fill it.
     fn is_in_one_piece(&self, subpage: Subpage) -> Result<bool> {
         let folio = subpage.folio().range();
@@ -782,13 +789,13 @@ impl Sealed {
         for folio in (0..self.folios.len() as u64).map(Folio) {
             let holes = self.holes_in(folio.range()).count() as u64;
             let meant = if self.has_memory(folio) { SUBPAGES_PER_FOLIO - holes } else { 0 };
-            let resident = tmpfs::resident(&self.data, folio.range())?;
+            let resident = self.settled(folio.range(), meant)?;
             if resident != meant {
                 wrong.push(format!("Q1: folio {} has {resident} subpages, and {meant} are meant", folio.0));
             }
         }
         for subpage in self.holes().keys() {
-            if tmpfs::resident(&self.data, subpage.range())? != 0 {
+            if self.settled(subpage.range(), 0)? != 0 {
                 wrong.push(format!("Q1: the quarantined subpage at {:#x} has memory", subpage.offset()));
             }
         }
@@ -797,6 +804,19 @@ impl Sealed {
             wrong.push(format!("Q1: the ledger has {ledger} blocks for {} holes", self.holes().len()));
         }
         Ok(wrong)
+    }
+
+    /// How many subpages of `range` have memory; looked at until that is `meant`, or often enough. A touch of a hole, as it
+    /// fails, has its page in the file for an instant before it asks for a block (mm/shmem.c, shmem_alloc_and_add_folio).
+    fn settled(&self, range: Range, meant: u64) -> Result<u64> {
+        let mut resident = tmpfs::resident(&self.data, range)?;
+        for _ in 0..TRIES {
+            if resident == meant {
+                break;
+            }
+            resident = tmpfs::resident(&self.data, range)?;
+        }
+        Ok(resident)
     }
 
     /// Takes back what a program gave up behind our back: madvise(2) with MADV_REMOVE punches the file without asking.
@@ -846,4 +866,189 @@ fn poisoned_subpages(window: &Window, range: Range) -> Result<Vec<Subpage>> {
         }
     }
     Ok(found)
+}
+
+/// On real superblocks, which need root and nothing else: no mount is made that anybody could see.
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::sigbus::{Mapping, Sharing};
+
+    const TIME: u64 = 1_800_000_000;
+
+    fn folios(count: u64) -> Range {
+        Range::new(0, count * FOLIO_SIZE)
+    }
+
+    /// Of `size` bytes, each of which is its offset's remainder by 251.
+    fn sealed(size: u64) -> Sealed {
+        let mut sealed = Sealed::create(Reach::Programs, None).expect("root makes superblocks");
+        sealed.take(Range::new(0, size).folios_out(), size).unwrap();
+        let bytes: Vec<u8> = (0..size).map(|offset| (offset % 251) as u8).collect();
+        assert_eq!(tmpfs::write_at(&sealed.data, &bytes, 0).unwrap() as u64, size);
+        sealed
+    }
+
+    fn assert_sealed(sealed: &Sealed) {
+        assert_eq!(sealed.check().unwrap(), Vec::<String>::new());
+        assert_eq!(tmpfs::blocks_taken(&sealed.data).unwrap(), sealed.expected_blocks());
+        let past_everything = Range::at((sealed.folios.len() as u64 + 1) * FOLIO_SIZE, SUBPAGE_SIZE);
+        assert!(matches!(tmpfs::allocate(&sealed.data, past_everything), Err(Error::Full)), "a block is free");
+    }
+
+    fn assert_unchanged(sealed: &Sealed, range: Range) {
+        let mut bytes = vec![0; range.len() as usize];
+        tmpfs::read_at(&sealed.data, &mut bytes, range.start).unwrap();
+        let wrong = bytes.iter().zip(range.start..).position(|(byte, offset)| *byte != (offset % 251) as u8);
+        assert_eq!(wrong, None, "in {range}");
+    }
+
+    #[test]
+    fn no_block_is_free_whatever_is_done() {
+        let mut sealed = sealed(2 * FOLIO_SIZE + 5000);
+        assert_sealed(&sealed);
+        sealed.quarantine(Subpage(0), TIME).unwrap();
+        sealed.quarantine(Subpage(1), TIME).unwrap();
+        sealed.quarantine(Subpage(700), TIME).unwrap();
+        assert_sealed(&sealed);
+        sealed.repair(Subpage(0), Content::Zero).unwrap();
+        assert_sealed(&sealed);
+        sealed.give(Folio(1).range()).unwrap();
+        assert_sealed(&sealed);
+        assert_eq!(sealed.holes().keys().collect::<Vec<_>>(), [&Subpage(1)]);
+        let size = sealed.size();
+        sealed.take(Folio(1).range(), size).unwrap();
+        assert_sealed(&sealed);
+        sealed.take(Range::at(3 * FOLIO_SIZE, FOLIO_SIZE), 3 * FOLIO_SIZE + 1).unwrap();
+        assert_sealed(&sealed);
+        for size in [3 * FOLIO_SIZE, 2 * FOLIO_SIZE + 1, FOLIO_SIZE - 4095, SUBPAGE_SIZE, 0] {
+            sealed.cut(size).unwrap();
+            assert_sealed(&sealed);
+        }
+        assert_eq!((sealed.folio_count(), sealed.holes().len()), (0, 0));
+    }
+
+    #[test]
+    fn a_hole_cannot_be_filled_by_a_touch_a_write_or_an_allocation() {
+        let mut sealed = sealed(FOLIO_SIZE);
+        let mapping = Mapping::new(sealed.data(), folios(1), Sharing::Shared, true).unwrap();
+        sealed.quarantine(Subpage(5), TIME).unwrap();
+        assert!(mapping.load(5 * SUBPAGE_SIZE).is_err() && mapping.store(5 * SUBPAGE_SIZE + 7, 1).is_err());
+        assert!(matches!(tmpfs::write_at(&sealed.data, &[1], 5 * SUBPAGE_SIZE), Err(Error::Full)));
+        assert!(matches!(tmpfs::allocate(&sealed.data, Subpage(5).range()), Err(Error::Full)));
+        assert_eq!(mapping.walk().len(), 1);
+        assert_sealed(&sealed);
+    }
+
+    #[test]
+    fn what_is_quarantined_is_known_to_whoever_opens_the_file_next() {
+        let mut sealed = sealed(2 * FOLIO_SIZE + 5000);
+        sealed.update(|superblock| superblock.reserved_pages = 7).unwrap();
+        for (n, subpage) in [3, 4, 511, 512, 1025].into_iter().enumerate() {
+            sealed.quarantine(Subpage(subpage), TIME + n as u64).unwrap();
+        }
+        // A slot in the middle is free, another one is used for the second time.
+        sealed.repair(Subpage(4), Content::Zero).unwrap();
+        sealed.repair(Subpage(511), Content::Zero).unwrap();
+        sealed.quarantine(Subpage(100), TIME + 9).unwrap();
+
+        let mut again = Sealed::open(Reach::Programs, sealed.mount.try_clone().unwrap()).unwrap();
+        assert_eq!(again.holes(), sealed.holes());
+        assert_eq!(again.superblock(), Superblock { reserved_pages: 7, alarm: true });
+        assert_eq!((again.size(), again.folio_count()), (sealed.size(), sealed.folio_count()));
+        assert_sealed(&again);
+        drop(sealed);
+        for subpage in again.holes().keys().copied().collect::<Vec<_>>() {
+            let rescued = again.rescued(subpage).unwrap();
+            again.repair(subpage, Content::Bytes(&rescued)).unwrap();
+            assert_unchanged(&again, subpage.range().intersect(Range::new(0, again.size())));
+        }
+        assert_unchanged(&again, Range::new(5 * SUBPAGE_SIZE, 511 * SUBPAGE_SIZE));
+        assert_unchanged(&again, Range::new(FOLIO_SIZE, again.size()));
+        assert_sealed(&again);
+    }
+
+    #[test]
+    fn a_folio_of_which_everything_is_quarantined_still_belongs_to_the_file() {
+        let mut sealed = sealed(FOLIO_SIZE);
+        for subpage in (0..SUBPAGES_PER_FOLIO).map(Subpage) {
+            sealed.quarantine(subpage, TIME).unwrap();
+        }
+        assert_sealed(&sealed);
+        let mut again = Sealed::open(Reach::Programs, sealed.mount.try_clone().unwrap()).unwrap();
+        assert!(again.has_memory(Folio(0)));
+        assert_sealed(&again);
+        drop(sealed);
+        for subpage in (0..SUBPAGES_PER_FOLIO).map(Subpage) {
+            let rescued = again.rescued(subpage).unwrap();
+            again.repair(subpage, Content::Bytes(&rescued)).unwrap();
+        }
+        again.collapse(Folio(0)).unwrap();
+        assert_eq!(again.huge_ranges(folios(1)).unwrap(), [folios(1)]);
+        assert_unchanged(&again, folios(1));
+        assert_sealed(&again);
+    }
+
+    #[test]
+    fn a_hole_that_was_filled_while_a_block_was_free_is_found_and_shut() {
+        let mut sealed = sealed(2 * FOLIO_SIZE);
+        sealed.quarantine(Subpage(5), TIME).unwrap();
+        sealed.quarantine(Subpage(900), TIME).unwrap();
+        let mapping = Mapping::new(sealed.data(), folios(2), Sharing::Shared, true).unwrap();
+        assert_eq!(sealed.shut_strays().unwrap(), 0);
+        // As if a program touched one hole in the middle of the repair of the other.
+        let record = sealed.holes()[&Subpage(900)];
+        sealed.ledger.release_block(record).unwrap();
+        assert_eq!(mapping.load(Subpage(5).offset()), Ok(0));
+        assert_ne!(sealed.check().unwrap(), Vec::<String>::new());
+        let before = STRAYS_SHUT.load(Ordering::Relaxed);
+        assert_eq!(sealed.shut_strays().unwrap(), 1);
+        assert!(STRAYS_SHUT.load(Ordering::Relaxed) > before, "it is counted");
+        assert_eq!(tmpfs::resident(&sealed.data, Subpage(5).range()).unwrap(), 0);
+        sealed.ledger.take_block(record).unwrap();
+        assert!(mapping.load(Subpage(5).offset()).is_err());
+        assert_sealed(&sealed);
+    }
+
+    #[test]
+    fn a_quarantine_takes_its_block_back_from_a_hole_that_caught_it() {
+        let mut sealed = sealed(FOLIO_SIZE);
+        sealed.quarantine(Subpage(5), TIME).unwrap();
+        let mapping = Mapping::new(sealed.data(), folios(1), Sharing::Shared, true).unwrap();
+        // As if a program touched the one hole right after the punch of the other.
+        let record = sealed.ledger.record(Subpage(6), TIME, None).unwrap();
+        tmpfs::punch(&sealed.data, Subpage(6).range()).unwrap();
+        assert_eq!(mapping.load(Subpage(5).offset()), Ok(0));
+        sealed.trade_to_ledger(Subpage(6), record).unwrap();
+        assert_eq!(mapping.walk().len(), 2);
+        assert_sealed(&sealed);
+    }
+
+    #[test]
+    fn a_pinned_folio_is_left_as_it_was() {
+        let mut sealed = sealed(FOLIO_SIZE);
+        let mapping = Mapping::new(sealed.data(), folios(1), Sharing::Shared, true).unwrap();
+        let pin = mapping.pin(9 * SUBPAGE_SIZE).unwrap();
+        assert!(matches!(sealed.quarantine(Subpage(5), TIME), Err(Error::Busy(PINNED))));
+        assert!(sealed.holes().is_empty());
+        assert_unchanged(&sealed, folios(1));
+        assert_sealed(&sealed);
+        drop(pin);
+        sealed.quarantine(Subpage(5), TIME).unwrap();
+        assert_sealed(&sealed);
+    }
+
+    #[test]
+    fn memory_that_a_program_removed_is_taken_back() {
+        const MADV_REMOVE: i32 = 9;
+        let mut sealed = sealed(2 * FOLIO_SIZE);
+        sealed.quarantine(Subpage(5), TIME).unwrap();
+        let mapping = Mapping::new(sealed.data(), folios(2), Sharing::Shared, true).unwrap();
+        mapping.advise_range(Range::at(4 * SUBPAGE_SIZE, 3 * SUBPAGE_SIZE), MADV_REMOVE).unwrap();
+        mapping.advise_range(Folio(1).range(), MADV_REMOVE).unwrap();
+        assert!(sealed.reclaim_removed().unwrap());
+        assert_sealed(&sealed);
+        assert_eq!(mapping.walk().len(), 1);
+        assert!(!sealed.reclaim_removed().unwrap());
+    }
 }

@@ -1,0 +1,358 @@
+//! Nobody ever sees what somebody else left in memory.
+//!
+//! Memory that a pool takes comes from the machine as others left it, and moves between files and reserves without being
+//! cleared on the way. These tests fill everything with one byte, give it back, and look for it.
+
+mod support;
+
+use hugetlb2fs::sys::sigbus::{Mapping, Sharing};
+use hugetlb2fs::units::Range;
+use rustix::fs::{FallocateFlags, fallocate};
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use support::{FOLIO, Pool, REPAIR, SUBPAGE, poison, set};
+
+/// What is left behind, and must never be seen.
+const STALE: u8 = 0xab;
+
+const MADV_COLLAPSE: i32 = 25;
+
+const PUNCH: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
+
+/// Leaves the machine's free memory as a program leaves it that had secrets in it.
+fn dirty_the_machine() {
+    const PIECES: usize = 16;
+    let pieces: Vec<Vec<u8>> = (0..PIECES).map(|_| std::hint::black_box(vec![STALE; 32 << 20])).collect();
+    drop(pieces);
+}
+
+/// A pool every byte of which a file had [`STALE`] in.
+fn dirty_pool(pages: u64) -> Pool {
+    dirty_the_machine();
+    let pool = Pool::small(pages);
+    dirty(&pool, pages);
+    pool
+}
+
+/// Fills `pages` pages of the pool and gives them back.
+fn dirty(pool: &Pool, pages: u64) {
+    dirty_the_machine();
+    let file = pool.join("dirt");
+    std::fs::write(&file, vec![STALE; (pages * FOLIO) as usize]).unwrap();
+    open(&file).set_len(0).unwrap();
+    std::fs::remove_file(&file).unwrap();
+}
+
+fn open(file: &Path) -> File {
+    OpenOptions::new().read(true).write(true).create(true).truncate(false).open(file).unwrap()
+}
+
+/// Asserts that the whole file reads as `expected` and zeros behind that, by read(2) and by mmap(2).
+fn assert_holds(file: &File, expected: &[u8], what: &str) {
+    let size = file.metadata().unwrap().len() as usize;
+    let mut bytes = vec![0; size];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    let known = expected.len().min(size);
+    assert!(bytes[..known] == expected[..known], "{what}: what was written has changed");
+    let stale = bytes[known..].iter().position(|byte| *byte != 0);
+    assert_eq!(stale, None, "{what}: read(2) sees something behind {known:#x}");
+    if size > 0 {
+        let mapping = mapped(file, Range::new(0, size as u64));
+        assert_eq!(first_seen(&mapping, Range::new(known as u64, size as u64)), None, "{what}: mmap(2)");
+        let end = (size as u64).next_multiple_of(FOLIO);
+        drop(mapping);
+        let mapping = mapped(file, Range::new(0, end));
+        assert_eq!(first_seen(&mapping, Range::new(size as u64, end)), None, "{what}: behind the end of file");
+    }
+}
+
+fn mapped(file: &File, range: Range) -> Mapping {
+    Mapping::new(file, range, Sharing::Shared, true).unwrap()
+}
+
+/// The first byte of `range` that is not zero, and what it is; where a touch is SIGBUS, there is nothing to see.
+fn first_seen(mapping: &Mapping, range: Range) -> Option<(u64, u8)> {
+    let mut at = range.start;
+    while at < range.end {
+        match mapping.load(at) {
+            Ok(0) => at += 1,
+            Ok(byte) => return Some((at, byte)),
+            Err(_) => at = (at / SUBPAGE + 1) * SUBPAGE,
+        }
+    }
+    None
+}
+
+/// Sizes around everything that has a boundary.
+const SIZES: [u64; 12] = [
+    1,
+    100,
+    SUBPAGE - 1,
+    SUBPAGE,
+    SUBPAGE + 1,
+    5 * SUBPAGE + 77,
+    FOLIO - SUBPAGE,
+    FOLIO - 1,
+    FOLIO,
+    FOLIO + 1,
+    FOLIO + 3 * SUBPAGE + 5,
+    2 * FOLIO - 1,
+];
+
+#[test]
+fn a_file_that_reuses_pages_shows_zeros_however_it_takes_them() {
+    let pool = dirty_pool(4);
+    for size in SIZES {
+        let takes: [(&str, &dyn Fn(&File)); 4] = [
+            ("ftruncate", &|file| file.set_len(size).unwrap()),
+            ("fallocate", &|file| fallocate(file, FallocateFlags::empty(), 0, size).unwrap()),
+            ("fallocate, then ftruncate", &|file| {
+                fallocate(file, FallocateFlags::KEEP_SIZE, 0, size).unwrap();
+                file.set_len(size).unwrap();
+            }),
+            ("write of the last byte", &|file| file.write_all_at(&[0], size - 1).unwrap()),
+        ];
+        for (how, take) in takes {
+            let path = pool.join("file");
+            let file = open(&path);
+            take(&file);
+            assert_eq!(file.metadata().unwrap().len(), size);
+            assert_holds(&file, &[], &format!("{how} {size:#x}"));
+            // As dirty as it can be for the next one, also behind the end of file.
+            let end = size.next_multiple_of(FOLIO);
+            let mapping = mapped(&file, Range::new(0, end));
+            (0..end).step_by(64).for_each(|at| drop(mapping.store(at, STALE)));
+            drop((mapping, file));
+            std::fs::remove_file(&path).unwrap();
+        }
+    }
+    pool.check();
+}
+
+#[test]
+fn what_was_cut_off_is_not_there_when_the_file_grows_again() {
+    let pool = dirty_pool(4);
+    let file = open(&pool.join("file"));
+    for kept in SIZES.into_iter().chain([0]) {
+        for grown in [kept + 1, kept + SUBPAGE, kept.next_multiple_of(SUBPAGE), 2 * FOLIO, 3 * FOLIO - 5] {
+            file.set_len(0).unwrap();
+            file.write_all_at(&vec![STALE; 2 * FOLIO as usize + 9], 0).unwrap();
+            file.set_len(kept).unwrap();
+            file.set_len(grown.max(kept)).unwrap();
+            assert_holds(&file, &vec![STALE; kept as usize], &format!("{kept:#x} to {grown:#x}"));
+        }
+    }
+    pool.check();
+}
+
+#[test]
+fn what_a_mapping_wrote_behind_the_end_is_not_there_when_the_file_grows() {
+    let pool = dirty_pool(3);
+    for size in SIZES {
+        for (how, grown) in [("a little", size + 1), ("in its subpage", size.next_multiple_of(SUBPAGE)),
+            ("in its folio", size.next_multiple_of(FOLIO)), ("far", 3 * FOLIO)]
+        {
+            let path = pool.join("file");
+            let file = open(&path);
+            file.write_all_at(&vec![7; size as usize], 0).unwrap();
+            let end = size.next_multiple_of(FOLIO);
+            let mapping = mapped(&file, Range::new(0, end));
+            for at in (size..end).step_by(61) {
+                let _ = mapping.store(at, STALE); // SIGBUS where the folio is in small pages
+            }
+            let _ = mapping.store(end - 1, STALE);
+            file.set_len(grown).unwrap();
+            assert_eq!(first_seen(&mapping, Range::new(size, grown.min(end))), None, "{size:#x} {how}");
+            drop(mapping);
+            let mut bytes = vec![1; (grown - size) as usize];
+            file.read_exact_at(&mut bytes, size).unwrap();
+            assert!(bytes.iter().all(|byte| *byte == 0), "{size:#x} {how}");
+            drop(file);
+            std::fs::remove_file(&path).unwrap();
+        }
+    }
+    pool.check();
+}
+
+#[test]
+fn what_was_punched_is_zeros_before_and_after_it_is_taken_again() {
+    let pool = dirty_pool(3);
+    let file = open(&pool.join("file"));
+    for (offset, length) in [(0, 1), (100, SUBPAGE), (SUBPAGE, SUBPAGE), (0, FOLIO), (FOLIO, FOLIO), (5, 2 * FOLIO),
+        (FOLIO - 7, FOLIO + 14), (0, 3 * FOLIO)]
+    {
+        let what = format!("{offset:#x} {length:#x}");
+        file.write_all_at(&vec![STALE; 3 * FOLIO as usize], 0).unwrap();
+        fallocate(&file, PUNCH, offset, length).unwrap();
+        let mut expected = vec![STALE; 3 * FOLIO as usize];
+        expected[offset as usize..(offset + length) as usize].fill(0);
+        let mut bytes = vec![1; expected.len()];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        assert!(bytes == expected, "punched {what}");
+        fallocate(&file, FallocateFlags::empty(), 0, 3 * FOLIO).unwrap();
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        assert!(bytes == expected, "taken again {what}");
+        let mapping = mapped(&file, Range::new(0, 3 * FOLIO));
+        assert_eq!(first_seen(&mapping, Range::at(offset, length)), None, "{what}");
+    }
+    pool.check();
+}
+
+#[test]
+fn a_subpage_that_is_repaired_by_zeros_shows_zeros() {
+    let pool = dirty_pool(2);
+    let file = open(&pool.join("file"));
+    file.write_all_at(&vec![STALE; FOLIO as usize + 5000], 0).unwrap();
+    let mapping = mapped(&file, Range::new(0, FOLIO + 5000));
+    for subpage in [0, 5 * SUBPAGE, FOLIO - SUBPAGE, FOLIO, FOLIO + SUBPAGE] {
+        poison(pool.join("file"), subpage, 1).unwrap();
+        set(pool.join("file"), REPAIR, format!("zero {subpage} 1")).unwrap();
+        assert_eq!(first_seen(&mapping, Range::at(subpage, SUBPAGE.min(FOLIO + 5000 - subpage))), None);
+    }
+    file.set_len(2 * FOLIO).unwrap();
+    let mut bytes = vec![1; FOLIO as usize - 5000];
+    file.read_exact_at(&mut bytes, FOLIO + 5000).unwrap();
+    assert!(bytes.iter().all(|byte| *byte == 0));
+    pool.check();
+}
+
+#[test]
+fn two_files_that_exchange_pages_see_nothing_of_each_other() {
+    let pool = dirty_pool(4);
+    let (one, two) = (open(&pool.join("one")), open(&pool.join("two")));
+    for round in 0..8u64 {
+        let (mine, other) = if round % 2 == 0 { (&one, &two) } else { (&two, &one) };
+        mine.write_all_at(&vec![STALE; 3 * FOLIO as usize + 77], 0).unwrap();
+        mine.set_len(0).unwrap();
+        let size = SIZES[round as usize] + FOLIO;
+        other.set_len(size).unwrap();
+        assert_holds(other, &[], &format!("round {round}"));
+        other.set_len(0).unwrap();
+    }
+    pool.check();
+}
+
+#[test]
+fn collapsing_untouched_memory_shows_zeros() {
+    let pool = dirty_pool(8);
+    for size in SIZES.into_iter().chain([8 * FOLIO - 3]) {
+        for how in ["ftruncate", "fallocate"] {
+            dirty(&pool, 8);
+            let path = pool.join("file");
+            let file = open(&path);
+            match how {
+                "ftruncate" => file.set_len(size).unwrap(),
+                _ => fallocate(&file, FallocateFlags::empty(), 0, size).unwrap(),
+            }
+            let all = Range::new(0, size.next_multiple_of(FOLIO));
+            let mapping = mapped(&file, all);
+            // It may refuse (the file ends in this folio, say); it must not uncover anything.
+            for folio in all.folios() {
+                let _ = mapping.advise_range(folio.range(), MADV_COLLAPSE);
+            }
+            assert_eq!(first_seen(&mapping, all), None, "{how} {size:#x}");
+            drop((mapping, file));
+            std::fs::remove_file(&path).unwrap();
+        }
+    }
+    pool.check();
+}
+
+#[test]
+fn collapsing_memory_behind_a_size_that_was_cut_shows_zeros() {
+    let pool = dirty_pool(4);
+    for size in SIZES {
+        let path = pool.join("file");
+        let file = open(&path);
+        file.write_all_at(&vec![STALE; 3 * FOLIO as usize], 0).unwrap();
+        file.set_len(size).unwrap();
+        let mapping = mapped(&file, Range::new(0, 3 * FOLIO));
+        for folio in Range::new(0, 3 * FOLIO).folios() {
+            let _ = mapping.advise_range(folio.range(), MADV_COLLAPSE);
+        }
+        assert_eq!(first_seen(&mapping, Range::new(size, 3 * FOLIO)), None, "{size:#x}");
+        drop((mapping, file));
+        std::fs::remove_file(&path).unwrap();
+    }
+    pool.check();
+}
+
+#[test]
+fn collapsing_a_file_while_it_grows_and_shrinks_shows_zeros() {
+    const PAGES: u64 = 8;
+    let pool = dirty_pool(PAGES + 2);
+    let path = pool.join("file");
+    let file = open(&path);
+    let (stop, looks) = (AtomicBool::new(false), AtomicU64::new(0));
+    let mapping = mapped(&file, Range::new(0, PAGES * FOLIO));
+    let found = std::thread::scope(|scope| {
+        let look = || {
+            while !stop.load(Ordering::Relaxed) {
+                for folio in Range::new(0, PAGES * FOLIO).folios() {
+                    let _ = mapping.advise_range(folio.range(), MADV_COLLAPSE);
+                    let seen = (folio.range().start..folio.range().end)
+                        .step_by(509)
+                        .find_map(|at| mapping.load(at).ok().filter(|byte| *byte != 0));
+                    if seen.is_some() {
+                        return seen;
+                    }
+                }
+                looks.fetch_add(1, Ordering::Relaxed);
+            }
+            None
+        };
+        let looker = scope.spawn(look);
+        let mut round = 0;
+        while !looker.is_finished() && (round < 40 || looks.load(Ordering::Relaxed) < 20) {
+            for size in [1, SUBPAGE, FOLIO - 1, FOLIO + 1, 3 * FOLIO - SUBPAGE, 5 * FOLIO, PAGES * FOLIO - 9] {
+                file.set_len(size).unwrap();
+            }
+            file.set_len([0, 10, FOLIO, FOLIO + 10][round % 4]).unwrap();
+            round += 1;
+        }
+        stop.store(true, Ordering::Relaxed);
+        looker.join().unwrap()
+    });
+    assert_eq!(found, None, "the looker has seen what others left");
+    drop(mapping);
+    pool.check();
+}
+
+#[test]
+fn collapsing_a_file_while_pages_are_punched_and_taken_shows_zeros() {
+    const PAGES: u64 = 4;
+    let pool = dirty_pool(PAGES + 1);
+    let file = open(&pool.join("file"));
+    file.set_len(PAGES * FOLIO).unwrap();
+    let (stop, looks) = (AtomicBool::new(false), AtomicU64::new(0));
+    let mapping = mapped(&file, Range::new(0, PAGES * FOLIO));
+    let found = std::thread::scope(|scope| {
+        let looker = scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let _ = mapping.advise(MADV_COLLAPSE);
+                let seen = (0..PAGES * FOLIO)
+                    .step_by(509)
+                    .find_map(|at| mapping.load(at).ok().filter(|byte| *byte != 0));
+                if seen.is_some() {
+                    return seen;
+                }
+                looks.fetch_add(1, Ordering::Relaxed);
+            }
+            None
+        });
+        let mut round = 0;
+        while !looker.is_finished() && (round < 40 || looks.load(Ordering::Relaxed) < 20) {
+            let page = round % PAGES;
+            fallocate(&file, PUNCH, page * FOLIO, FOLIO).unwrap();
+            fallocate(&file, FallocateFlags::empty(), page * FOLIO, FOLIO).unwrap();
+            round += 1;
+        }
+        stop.store(true, Ordering::Relaxed);
+        looker.join().unwrap()
+    });
+    assert_eq!(found, None, "the looker has seen what others left");
+    drop(mapping);
+    pool.check();
+}
