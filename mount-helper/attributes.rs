@@ -11,6 +11,8 @@ pub const POISON: &str = "user.hugetlb2.poison";
 pub const REPAIR: &str = "user.hugetlb2.repair";
 /// Collapse requests.
 pub const COLLAPSE: &str = "user.hugetlb2.collapse";
+/// Real memory errors, asked for.
+pub const INJECT: &str = "trusted.hugetlb2.inject";
 /// How a file is mapped.
 pub const MAP: &str = "user.hugetlb2.map";
 const POOL: &str = "user.hugetlb2.pool";
@@ -92,6 +94,7 @@ pub fn resize(directory: &Path, bytes: u64) -> Result<(), String> {
     write(directory, SIZE, &bytes.to_string()).map_err(|errno| match errno {
         Errno::BUSY => "more of the pool is in use than the new size has".to_owned(),
         Errno::NOSPC => "the machine has not that much memory".to_owned(),
+        Errno::ROFS => "a pool that is mounted read-only cannot be resized (remount it with rw)".to_owned(),
         other => format!("resizing the pool: {other}"),
     })
 }

@@ -68,6 +68,13 @@ enum Action {
         /// The file
         file: PathBuf,
     },
+    /// Have the kernel treat a subpage as if the hardware had reported an error in it; for tests, root only
+    Inject {
+        /// The file
+        file: PathBuf,
+        /// Any byte of the subpage, decimal or 0x hexadecimal
+        offset: String,
+    },
     /// Verify a pool while it is in use; exit status 1 if something does not hold
     Check {
         /// The mount point
@@ -102,6 +109,7 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
         Action::Repair { file, verb, target } => repair(&file, verb, &target, cli.json),
         Action::Collapse { file, target } => collapse(&file, &target, cli.json),
         Action::Map { file } => map(&file, cli.json),
+        Action::Inject { file, offset } => inject(&file, &offset, cli.json),
         Action::Check { directory } => check(&directory, cli.json),
         Action::Demo => return demo::main(cli.json),
         Action::Mount { arguments } => {
@@ -264,6 +272,19 @@ fn collapse(file: &Path, target: &[String], json: bool) -> Done {
     let value = target.join(" ");
     explain(file, quarantine::parse_collapse(value.as_bytes(), pool_file(file)?.len()))?;
     request(file, attributes::COLLAPSE, &value, json)
+}
+
+fn inject(file: &Path, offset: &str, json: bool) -> Done {
+    let value = format!("hw {offset}");
+    explain(file, quarantine::parse_inject(value.as_bytes(), pool_file(file)?.len()))?;
+    attributes::write(file, attributes::INJECT, &value).map_err(|errno| match errno {
+        Errno::OPNOTSUPP => "this kernel has no CONFIG_MEMORY_FAILURE: it cannot handle memory errors".to_owned(),
+        other => describe(file, other),
+    })?;
+    if json {
+        print_json(&json!({ "ok": true }))?;
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn map(file: &Path, json: bool) -> Done {

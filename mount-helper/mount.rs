@@ -7,6 +7,7 @@ use crate::say;
 use crate::session::{self, Daemon, Failure};
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use hugetlb2fs::options::Options;
+use rustix::fs::{StatVfsMountFlags, statvfs};
 use rustix::mount::{MountFlags, mount_remount};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -132,13 +133,27 @@ fn remount(directory: &Path, requested: &Requested, fake: bool) -> Result<(), Fa
     if fake {
         return Ok(());
     }
+    let set_flags = |flags| {
+        mount_remount(directory, flags, "").map_err(|errno| failed(format!("mount(2), MS_REMOUNT: {errno}")))
+    };
     if asked("size") {
         let mut options = requested.pool.clone();
         options.page_size = pool.page_size().map_err(failed)?;
         let memory = hugetlb2fs::sys::memory_total().map_err(|error| Failure::System(error.to_string()))?;
-        let pages = options.pages(memory).map_err(Failure::Usage)?;
-        attributes::resize(directory, pages * options.page_size.bytes()).map_err(failed)?;
+        let bytes = options.pages(memory).map_err(Failure::Usage)? * options.page_size.bytes();
+        // The attribute of a pool that is mounted read-only cannot be set before that is lifted.
+        let lifted = !requested.flags.contains(MountFlags::RDONLY) && is_read_only(directory);
+        if lifted {
+            set_flags(requested.flags)?;
+        }
+        attributes::resize(directory, bytes).map_err(|why| {
+            let put_back = if lifted { set_flags(requested.flags | MountFlags::RDONLY) } else { Ok(()) };
+            put_back.err().unwrap_or_else(|| failed(why))
+        })?;
     }
-    mount_remount(directory, requested.flags | MountFlags::empty(), "")
-        .map_err(|errno| failed(format!("mount(2), MS_REMOUNT: {errno}")))
+    set_flags(requested.flags)
+}
+
+fn is_read_only(directory: &Path) -> bool {
+    statvfs(directory).is_ok_and(|status| status.f_flag.contains(StatVfsMountFlags::RDONLY))
 }

@@ -11,7 +11,10 @@
 //!   huge                                          count N         (2 MiB entries that map it, smaps)
 //!   advise OFFSET LENGTH ADVICE                   ok              (madvise(2), by number)
 //!   hammer OFFSET                                 ok              (a thread loads and stores there until stop)
+//!   tally TOUCHES                                 count N M       (of so many or more touches that began from now on)
 //!   stop                                          count N M       (touches, and how many were SIGBUS)
+//!   pin OFFSET                                    ok              (the page there is in a pipe, by vmsplice(2))
+//!   unpin                                         ok
 //!   unmap                                         ok
 //!   pwrite PATH OFFSET LENGTH BYTE                count N         (bytes written; or: errno E)
 //!   append PATH LENGTH BYTE                       count N         (as pwrite, with O_APPEND)
@@ -23,7 +26,7 @@
 //! The last five are one system call each on a file that is opened for it. `error WHY` answers what cannot be done; end
 //! of input ends the program.
 
-use hugetlb2fs::sys::sigbus::{Hit, Mapping, Sharing};
+use hugetlb2fs::sys::sigbus::{Hit, Mapping, Pin, Sharing};
 use hugetlb2fs::units::Range;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -32,20 +35,70 @@ use std::io::{self, BufRead, Write};
 use std::os::unix::fs::FileExt;
 use std::process::ExitCode;
 use std::str::{FromStr, SplitAsciiWhitespace};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
-/// The mapping, and the thread that hammers it.
+/// The mapping, the thread that hammers it, and what is pinned of it.
 #[derive(Default)]
 struct Toucher {
     mapping: Option<Arc<Mapping>>,
     hammer: Option<Hammer>,
+    pin: Option<Pin>,
 }
 
 struct Hammer {
-    stop: Arc<AtomicBool>,
+    progress: Arc<Progress>,
     thread: JoinHandle<(u64, u64)>,
+}
+
+/// What a hammer and its owner tell each other.
+#[derive(Default)]
+struct Progress {
+    stop: AtomicBool,
+    /// Raised to have the touches that begin from then on counted apart.
+    epoch: AtomicU64,
+    latest: Mutex<Tally>,
+}
+
+/// Touches that began in one epoch.
+#[derive(Clone, Copy, Default)]
+struct Tally {
+    epoch: u64,
+    touches: u64,
+    faults: u64,
+}
+
+impl Progress {
+    /// Touches until it is told to stop; returns how often, and how often that was SIGBUS.
+    fn hammer(&self, mapping: &Mapping, offset: u64) -> (u64, u64) {
+        let (mut touches, mut faults) = (0, 0);
+        while !self.stop.load(Ordering::Relaxed) {
+            let epoch = self.epoch.load(Ordering::SeqCst);
+            let faulted = mapping.load(offset).and_then(|byte| mapping.store(offset, byte)).is_err();
+            touches += 1;
+            faults += u64::from(faulted);
+            let mut latest = self.latest.lock().expect("no panic while it is counted");
+            if latest.epoch != epoch {
+                *latest = Tally { epoch, ..Tally::default() };
+            }
+            latest.touches += 1;
+            latest.faults += u64::from(faulted);
+        }
+        (touches, faults)
+    }
+
+    /// Waits for `touches` touches that begin from now on.
+    fn tally(&self, touches: u64) -> Tally {
+        let epoch = self.epoch.fetch_add(1, Ordering::SeqCst) + 1;
+        loop {
+            let latest = *self.latest.lock().expect("no panic while it is counted");
+            if latest.epoch == epoch && latest.touches >= touches {
+                return latest;
+            }
+            std::thread::yield_now();
+        }
+    }
 }
 
 /// Serves standard input until its end.
@@ -97,7 +150,17 @@ impl Toucher {
                 Ok("ok".to_owned())
             }
             Some("hammer") => self.hammer(number(&mut words)?),
+            Some("tally") => self.tally(number(&mut words)?),
             Some("stop") => self.stop(),
+            Some("pin") => {
+                let pin = self.mapping()?.pin(number(&mut words)?).map_err(|error| error.to_string())?;
+                self.pin = Some(pin);
+                Ok("ok".to_owned())
+            }
+            Some("unpin") => {
+                self.pin = None;
+                Ok("ok".to_owned())
+            }
             Some("unmap") => {
                 self.mapping = None;
                 Ok("ok".to_owned())
@@ -155,24 +218,24 @@ impl Toucher {
 
     fn hammer(&mut self, offset: u64) -> Result<String, String> {
         let mapping = self.mapping()?.clone();
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
-        let thread = std::thread::spawn(move || {
-            let (mut touches, mut faults) = (0, 0);
-            while !stopped.load(Ordering::Relaxed) {
-                let touched = mapping.load(offset).and_then(|byte| mapping.store(offset, byte));
-                touches += 1;
-                faults += u64::from(touched.is_err());
-            }
-            (touches, faults)
+        let progress = Arc::new(Progress::default());
+        let thread = std::thread::spawn({
+            let progress = progress.clone();
+            move || progress.hammer(&mapping, offset)
         });
-        self.hammer = Some(Hammer { stop, thread });
+        self.hammer = Some(Hammer { progress, thread });
         Ok("ok".to_owned())
+    }
+
+    fn tally(&self, touches: u64) -> Result<String, String> {
+        let hammer = self.hammer.as_ref().ok_or("nothing is hammered")?;
+        let Tally { touches, faults, .. } = hammer.progress.tally(touches);
+        Ok(format!("count {touches} {faults}"))
     }
 
     fn stop(&mut self) -> Result<String, String> {
         let hammer = self.hammer.take().ok_or("nothing is hammered")?;
-        hammer.stop.store(true, Ordering::Relaxed);
+        hammer.progress.stop.store(true, Ordering::Relaxed);
         let (touches, faults) = hammer.thread.join().map_err(|_| "the hammer panicked".to_owned())?;
         Ok(format!("count {touches} {faults}"))
     }

@@ -1,4 +1,8 @@
-//! umount.fuse.hugetlb2: what umount(8) calls, so that the memory is free when it returns.
+//! umount.fuse.hugetlb2: unmounts, and returns when the memory is free.
+//!
+//! umount(8) calls it only where it looks the mount up in mountinfo (`umount -c`, `-l`, `-f`). For a plain `umount DIR`
+//! util-linux 2.38 makes do with statfs(2), sees `fuse`, looks for umount.fuse and else unmounts by itself: the memory
+//! is free some milliseconds after that has returned.
 
 use crate::namespace::Namespaces;
 use crate::session::Failure;

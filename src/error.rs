@@ -61,7 +61,8 @@ impl Error {
             // is what open(2), write(2) and fallocate(2) document for that.
             Self::NoMemory => Errno::NOSPC,
             Self::Poisoned | Self::Corrupt(_) => Errno::IO,
-            // Not EAGAIN: setxattr(2) makes EOPNOTSUPP of that (fs/xattr.c, __vfs_setxattr_noperm).
+            // Not EAGAIN: setxattr(2), by which collapsing is asked for, would make EOPNOTSUPP of it (fs/xattr.c,
+            // __vfs_setxattr_noperm).
             Self::Busy(_) | Self::Again => Errno::BUSY,
             Self::Invalid(_) => Errno::INVAL,
             Self::NoData => Errno::NODATA,

@@ -121,6 +121,19 @@ pub fn parse_collapse(value: &[u8], size: u64) -> Result<Vec<Range>> {
     Ok(ranges)
 }
 
+/// Parses what is written to the inject attribute: `hw <offset>`.
+///
+/// # Errors
+/// [`Error::Invalid`], for a file of `size` bytes.
+pub fn parse_inject(value: &[u8], size: u64) -> Result<Subpage> {
+    let lines: Vec<&str> = items(value)?.collect();
+    let [line] = lines[..] else { return Err(Error::invalid("expected one line, hw <offset>")) };
+    match line.split_ascii_whitespace().collect::<Vec<_>>()[..] {
+        ["hw", offset] => Ok(Subpage::containing(parse_range(Some(offset), Some("1"), size)?.start)),
+        _ => Err(Error::invalid(format!("{line:?} is not hw <offset>"))),
+    }
+}
+
 /// Lines that say something; a final newline or NUL, as shells and C programs add them, is no line.
 fn items(value: &[u8]) -> Result<impl Iterator<Item = &str>> {
     let value = value.strip_suffix(b"\0").unwrap_or(value);
@@ -202,6 +215,14 @@ mod tests {
         assert_eq!(parse_repair(b"salvage all\n", SIZE).unwrap(), [(Repair::Salvage, Range::new(0, SIZE))]);
         for value in [&b""[..], b"zero", b"heal all", b"zero all all", b"zero 0", b"zero 0 1 2", b"all", b"zeroall"] {
             assert!(matches!(parse_repair(value, SIZE), Err(Error::Invalid(_))), "{value:?}");
+        }
+    }
+
+    #[test]
+    fn injection_takes_one_offset() {
+        assert_eq!(parse_inject(b"hw 0x1fff\n", SIZE).unwrap(), Subpage(1));
+        for value in [&b""[..], b"hw", b"soft 0", b"hw 0 1", b"hw 0\nhw 4096", b"hw 1048576", b"hw x"] {
+            assert!(matches!(parse_inject(value, SIZE), Err(Error::Invalid(_))), "{value:?}");
         }
     }
 

@@ -4,9 +4,9 @@ use super::{Fs, Object};
 use crate::error::{Error, Result};
 use crate::index::Kind;
 use crate::options::Size;
-use crate::quarantine;
 use crate::sealed::STRAYS_SHUT;
 use crate::sys;
+use crate::sys::identity::Member;
 use crate::units::NodeId;
 use std::ffi::OsStr;
 use std::fmt::Write as _;
@@ -20,8 +20,11 @@ const LONGEST_VALUE: usize = 64 << 10;
 /// Whether a value is wanted or only its length: looking at a length acknowledges nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reading {
-    /// The value.
-    Value,
+    /// The value, for which there is room for so many bytes.
+    Value {
+        /// A longer one is not delivered.
+        room: usize,
+    },
     /// Its length.
     Length,
 }
@@ -34,6 +37,7 @@ enum Protocol {
     Collapse,
     Map,
     Pool,
+    Inject,
     Size,
     Check,
 }
@@ -50,6 +54,7 @@ const TABLE: &[(&str, Protocol, On)] = &[
     ("user.hugetlb2.repair", Protocol::Repair, On::File),
     ("user.hugetlb2.collapse", Protocol::Collapse, On::File),
     ("user.hugetlb2.map", Protocol::Map, On::File),
+    ("trusted.hugetlb2.inject", Protocol::Inject, On::File),
     ("user.hugetlb2.pool", Protocol::Pool, On::Root),
     ("trusted.hugetlb2.size", Protocol::Size, On::Root),
     ("trusted.hugetlb2.check", Protocol::Check, On::Root),
@@ -100,10 +105,12 @@ impl Fs {
     fn file_attribute(&self, object: &Arc<Object>, attribute: Protocol, reading: Reading) -> Result<String> {
         match attribute {
             Protocol::Poison => {
-                if reading == Reading::Value {
-                    object.acknowledge()?;
-                }
-                match quarantine::format(&object.quarantined()) {
+                self.look_for_poison();
+                let room = match reading {
+                    Reading::Length => None,
+                    Reading::Value { room } => Some(room.min(LONGEST_VALUE)),
+                };
+                match object.report(room)? {
                     text if text.is_empty() => Err(Error::NoData),
                     text => Ok(text),
                 }
@@ -124,7 +131,8 @@ impl Fs {
     fn pool_text(&self) -> Result<String> {
         let account = self.pool.balance();
         let objects = self.all_objects();
-        let quarantined: u64 = objects.iter().map(|object| object.quarantined_count()).sum();
+        let counts = objects.iter().map(|object| object.quarantined_counts());
+        let (soft, hw) = counts.fold((0, 0), |sum, counts| (sum.0 + counts.0, sum.1 + counts.1));
         let mut text = String::new();
         let mut line = |name: &str, value: u64| {
             let _ = writeln!(text, "{name} {value}");
@@ -141,19 +149,26 @@ impl Fs {
         }
         line("objects", objects.len() as u64);
         line("orphans", self.index.orphan_count() as u64);
-        line("quarantined_soft", quarantined);
+        line("quarantined_soft", soft);
+        line("quarantined_hw", hw);
         line("holes_shut_again", STRAYS_SHUT.load(Ordering::Relaxed));
         line("daemon_pid", u64::from(std::process::id()));
         Ok(text)
     }
 
-    /// setxattr(2).
+    /// setxattr(2) of a value, with flags, by somebody.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a value that does not parse, EOPNOTSUPP for a name that is not used or not to be written.
-    pub fn set_attribute(&self, node: NodeId, name: &OsStr, value: &[u8], flags: i32) -> Result<()> {
+    pub fn set_attribute(
+        &self,
+        node: NodeId,
+        name: &OsStr,
+        (value, flags): (&[u8], i32),
+        by: Member,
+    ) -> Result<()> {
         if !is_ours(name) {
-            return self.index.set_attribute(node, name, value, flags);
+            return self.index.set_attribute(node, name, (value, flags), by);
         }
         let result = match find(name) {
             Some((attribute, On::File)) if self.is_file(node)? => self.set_file_attribute(node, attribute, value),
@@ -171,6 +186,11 @@ impl Fs {
             Protocol::Poison => object.quarantine(value),
             Protocol::Repair => self.with_context(&object, |context| object.repair(value, context)),
             Protocol::Collapse => object.collapse(value),
+            Protocol::Inject => object.inject(value).inspect_err(|error| {
+                if matches!(error, Error::Unsupported) {
+                    log::warn!("nothing injected: this kernel has no CONFIG_MEMORY_FAILURE");
+                }
+            }),
             _ => Err(Error::Unsupported),
         }
     }
@@ -205,7 +225,7 @@ impl Fs {
             .flatten()
             .copied()
             .collect();
-        if self.known_object(node).is_some_and(|object| object.quarantined_count() > 0) {
+        if self.known_object(node).is_some_and(|object| object.quarantined_counts() != (0, 0)) {
             names.extend_from_slice(b"user.hugetlb2.poison\0");
         }
         Ok(names)

@@ -18,7 +18,7 @@ use crate::index::{Attributes, DirEntry, Index, Kind, New, Time};
 use crate::options::Options;
 use crate::pool::{Holding, Pool};
 use crate::sys::identity::Caller;
-use crate::sys::{memory_nodes, tmpfs};
+use crate::sys::{memory_failures, memory_nodes, tmpfs};
 use crate::units::{FOLIO_SIZE, Folio, NodeId};
 use crossbeam::channel::Sender;
 use rustix::fs::RenameFlags;
@@ -43,6 +43,8 @@ pub struct Fs {
     stranded: Mutex<Vec<Arc<Object>>>,
     recovery_write: bool,
     repaired: Option<Sender<Repaired>>,
+    /// The kernel's count of memory errors when all files were last looked through; `None` where it has none.
+    failures: Mutex<Option<u64>>,
     nodes: Vec<u32>,
     huge_at_mount: u64,
 }
@@ -62,8 +64,8 @@ pub struct Changes {
     pub accessed: Time,
     /// Last modification.
     pub modified: Time,
-    /// The caller's uid; set-id bits are dropped when it is not root and changes the contents.
-    pub caller: u32,
+    /// The caller is without CAP_FSETID; set-id bits are dropped when the contents change.
+    pub unprivileged: bool,
 }
 
 /// What statfs(2) tells.
@@ -96,6 +98,7 @@ impl Fs {
             stranded: Mutex::default(),
             recovery_write: options.recovery_write,
             repaired,
+            failures: Mutex::new(memory_failures()),
             nodes: memory_nodes()?,
             huge_at_mount,
         })
@@ -144,8 +147,9 @@ impl Fs {
     /// What truncate(2), chmod(2), chown(2) and utimens(2) answer.
     pub fn change(&self, node: NodeId, changes: &Changes) -> Result<Attributes> {
         if let Some(size) = changes.size {
-            self.object(node)?.truncate(size, &self.pool)?;
-            self.contents_changed(node, changes.caller != 0)?;
+            let object = self.object(node)?;
+            self.heeding_poison(|| object.truncate(size, &self.pool))?;
+            self.index.contents_changed(node, changes.unprivileged)?;
         }
         if changes.uid.is_some() || changes.gid.is_some() {
             self.index.set_owner(node, changes.uid, changes.gid)?;
@@ -157,13 +161,6 @@ impl Fs {
             self.index.set_times(node, changes.accessed, changes.modified)?;
         }
         self.attributes(node)
-    }
-
-    fn contents_changed(&self, node: NodeId, drop_privileges: bool) -> Result<()> {
-        if drop_privileges {
-            self.index.drop_privileges(node)?;
-        }
-        self.index.set_times(node, Time::Omit, Time::Now)
     }
 
     /// Makes an entry that belongs to `caller`.
@@ -335,6 +332,36 @@ impl Fs {
         run(Context { pool: &self.pool, recovery_write: self.recovery_write, repaired: &repaired })
     }
 
+    // ---- memory errors ------------------------------------------------------------------------------------------
+
+    /// Looks all files through for memory errors, if the kernel has met any since the last time.
+    pub fn look_for_poison(&self) {
+        let mut seen = self.failures.lock().expect("no panic while files are looked through");
+        let now = memory_failures();
+        if now == *seen {
+            return;
+        }
+        // What happens from here on counts as not seen, even if it is.
+        *seen = now;
+        for object in self.all_objects() {
+            if let Err(error) = object.look_for_poison() {
+                log::error!("file {}: it could not be looked through for memory errors: {error}", object.node());
+                *seen = None; // once more, then
+            }
+        }
+    }
+
+    /// Runs `access` once more where it met a memory error that was not known, as it may go on around it then.
+    fn heeding_poison<T>(&self, mut access: impl FnMut() -> Result<T>) -> Result<T> {
+        match access() {
+            Err(Error::Poisoned) => {
+                self.look_for_poison();
+                access()
+            }
+            result => result,
+        }
+    }
+
     // ---- contents -----------------------------------------------------------------------------------------------
 
     /// Does `request` again as long as it answers [`Error::Returning`] and pages do come back: those that
@@ -351,35 +378,50 @@ impl Fs {
     /// # Errors
     /// EIO at a quarantined subpage.
     pub fn read(&self, node: NodeId, buffer: &mut [u8], offset: u64) -> Result<usize> {
-        self.object(node)?.read(buffer, offset)
+        let object = self.object(node)?;
+        self.heeding_poison(|| object.read(buffer, offset))
     }
 
-    /// pwrite(2); with `drop_privileges` set-id bits go, as for any writer without CAP_FSETID.
+    /// pwrite(2), by somebody `unprivileged`, without CAP_FSETID, or not.
     ///
     /// # Errors
     /// ENOSPC, EIO, EBUSY, EFBIG.
-    pub fn write(&self, node: NodeId, bytes: &[u8], offset: u64, drop_privileges: bool) -> Result<usize> {
+    pub fn write(&self, node: NodeId, bytes: &[u8], offset: u64, unprivileged: bool) -> Result<usize> {
         let object = self.object(node)?;
-        let written = self.with_context(&object, |context| object.write(bytes, offset, context))?;
-        self.contents_changed(node, drop_privileges)?;
+        let write = || self.with_context(&object, |context| object.write(bytes, offset, context));
+        let written = self.heeding_poison(write)?;
+        self.index.contents_changed(node, unprivileged)?;
         Ok(written)
     }
 
-    /// fallocate(2).
+    /// fallocate(2) of so many bytes at an offset.
     ///
     /// # Errors
     /// ENOSPC, EIO, EBUSY, EFBIG.
-    pub fn allocate(&self, node: NodeId, what: Allocation, offset: u64, length: u64) -> Result<()> {
+    pub fn allocate(
+        &self,
+        node: NodeId,
+        what: Allocation,
+        (offset, length): (u64, u64),
+        unprivileged: bool,
+    ) -> Result<()> {
         let object = self.object(node)?;
-        self.with_context(&object, |context| object.allocate(what, offset, length, context))?;
-        self.contents_changed(node, false)
+        let allocate = || self.with_context(&object, |context| object.allocate(what, offset, length, context));
+        self.heeding_poison(allocate)?;
+        self.index.contents_changed(node, unprivileged)
     }
 
     /// copy_file_range(2): up to `length` bytes, perhaps fewer.
     ///
     /// # Errors
     /// What reading and writing answer, where nothing could be copied.
-    pub fn copy(&self, from: (NodeId, u64), to: (NodeId, u64), length: u64) -> Result<usize> {
+    pub fn copy(
+        &self,
+        from: (NodeId, u64),
+        to: (NodeId, u64),
+        length: u64,
+        unprivileged: bool,
+    ) -> Result<usize> {
         const PIECE: usize = 1 << 20;
         const MOST: usize = 256 << 20; // so that one request does not keep a thread for seconds
         let length = usize::try_from(length).unwrap_or(MOST).min(MOST);
@@ -390,7 +432,9 @@ impl Fs {
             let piece = self.read(from.0, &mut buffer[..wanted], from.1 + done as u64).and_then(|read| {
                 match read {
                     0 => Ok((0, 0)),
-                    read => Ok((read, self.write(to.0, &buffer[..read], to.1 + done as u64, false)?)),
+                    read => {
+                        Ok((read, self.write(to.0, &buffer[..read], to.1 + done as u64, unprivileged)?))
+                    }
                 }
             });
             match piece {

@@ -1,12 +1,12 @@
 //! A regular file's contents: reading, writing and resizing it, by the rules for quarantined subpages.
 //!
-//! **Lock.** One reader-writer lock a file: what only moves bytes shares it, what changes sizes, pages or the quarantine
-//! has it alone. Programs that map the file need neither.
+//! **Locks**, in order. One reader-writer lock a file: what only moves bytes shares it, what changes sizes, pages or the
+//! quarantine has it alone. One for collapsing, held for a folio. Programs that map the file need neither.
 
 use crate::error::{Error, Result};
 use crate::pool::{Holding, Pool};
 use crate::quarantine::{self, Kind, Quarantined, Repair};
-use crate::sealed::{Bytes, Content};
+use crate::sealed::{Bytes, Content, Sealed};
 use crate::sys::{self, tmpfs};
 use crate::units::{FOLIO_SIZE, Folio, NodeId, Range, SUBPAGE_SIZE, STAT_BLOCK, Subpage};
 use std::collections::BTreeMap;
@@ -21,6 +21,8 @@ pub struct Object {
     node: NodeId,
     data: Arc<File>,
     holding: RwLock<Holding>,
+    /// Held while a folio is collapsed: two at once would hold its pages against each other, and both fail.
+    collapsing: Mutex<()>,
     /// Who waits for the quarantine to grow, by the kernel's handle.
     wakers: Mutex<BTreeMap<u64, Waker>>,
 }
@@ -91,8 +93,8 @@ impl Object {
     /// Of `node`, with what `holding` has.
     pub fn new(node: NodeId, holding: Holding) -> Self {
         let data = holding.sealed().data().clone();
-        let (holding, wakers) = (RwLock::new(holding), Mutex::default());
-        Self { node, data, holding, wakers }
+        let (holding, collapsing, wakers) = (RwLock::new(holding), Mutex::default(), Mutex::default());
+        Self { node, data, holding, collapsing, wakers }
     }
 
     /// Whose contents these are.
@@ -114,10 +116,19 @@ impl Object {
         self.holding.write().expect("no panic while a file is resized")
     }
 
-    /// Size in bytes, and memory in units of 512 bytes: whole pages, as the pool counts them.
+    /// Size in bytes, and memory in units of 512 bytes: whole pages, as the pool counts them. A file with quarantined
+    /// subpages counts what it can be read of instead: cp(1) looks for holes only where that is less than the size.
     pub fn size_and_blocks(&self, pool: &Pool) -> (u64, u64) {
         let holding = self.read_lock();
-        (holding.sealed().size(), holding.pages() * (pool.page_size().bytes() / STAT_BLOCK))
+        let size = holding.sealed().size();
+        let bytes = match holding.sealed().lost_in(Range::new(0, size)).count() as u64 {
+            0 => holding.pages() * pool.page_size().bytes(),
+            holes => {
+                let released: u64 = holding.released_ranges().map(Range::len).sum();
+                (size - released).saturating_sub(holes * SUBPAGE_SIZE)
+            }
+        };
+        (size, bytes / STAT_BLOCK)
     }
 
     // ---- read and write -----------------------------------------------------------------------------------------
@@ -150,7 +161,7 @@ impl Object {
         let range = checked_range(offset, bytes.len() as u64)?;
         {
             let holding = self.read_lock();
-            if holding.has_pages(range) && holding.sealed().holes_in(range).next().is_none() {
+            if holding.has_pages(range) && holding.sealed().lost_in(range).next().is_none() {
                 return tmpfs::write_at(&self.data, bytes, offset);
             }
         }
@@ -164,7 +175,7 @@ impl Object {
         let range = Range::new(range.start, end);
         holding.grow(context.pool, range, range.end)?;
         let mut done = range.start;
-        let holes: Vec<Subpage> = holding.sealed().holes_in(range).collect();
+        let holes: Vec<Subpage> = holding.sealed().lost_in(range).collect();
         for hole in holes.iter().copied().map(Some).chain([None]) {
             let until = hole.map_or(range.end, Subpage::offset);
             let piece = &bytes[(done - range.start) as usize..(until - range.start) as usize];
@@ -235,7 +246,7 @@ impl Object {
         const ZEROS: &[u8] = &[0; 256 << 10];
         refuse_partial_holes(holding, range)?;
         let range = range.intersect(Range::new(0, holding.sealed().size()));
-        let holes: Vec<Subpage> = holding.sealed().holes_in(range).collect();
+        let holes: Vec<Subpage> = holding.sealed().lost_in(range).collect();
         for hole in holes {
             self.repair_one(holding, hole, Content::Zero, context)?;
         }
@@ -273,39 +284,67 @@ impl Object {
         if data {
             return Ok(at);
         }
-        let quarantined = holding.sealed().holes_in(Range::new(at, size)).next().map(Subpage::offset);
+        let quarantined = holding.sealed().lost_in(Range::new(at, size)).next().map(Subpage::offset);
         let released = holding.released_ranges().map(|range| range.start).find(|start| *start >= at);
         Ok(quarantined.into_iter().chain(released).chain([size]).min().expect("the end is a hole"))
     }
 
     // ---- quarantine ---------------------------------------------------------------------------------------------
 
-    /// What is quarantined, ascending.
-    pub fn quarantined(&self) -> Vec<Quarantined> {
-        let holding = self.read_lock();
-        let holes = holding.sealed().holes().iter();
-        quarantine::coalesce(holes.map(|(subpage, record)| (*subpage, Kind::Soft, record.time)))
-    }
-
-    /// Quarantined subpages.
-    pub fn quarantined_count(&self) -> u64 {
-        self.read_lock().sealed().holes().len() as u64
-    }
-
-    /// Whether the quarantine has grown since [`Object::acknowledge`].
-    pub fn alarm(&self) -> bool {
-        self.read_lock().sealed().superblock().alarm
-    }
-
-    /// The growth of the quarantine has been seen.
+    /// What is quarantined, as the poison attribute has it. Where that fits into `room`, its reader gets it, and the growth of
+    /// the quarantine has been seen.
     ///
     /// # Errors
     /// What pwrite(2) answers.
-    pub fn acknowledge(&self) -> Result<()> {
-        if !self.alarm() {
-            return Ok(());
+    pub fn report(&self, room: Option<usize>) -> Result<String> {
+        let mut holding = self.write_lock();
+        let text = quarantine::format(&quarantined(holding.sealed()));
+        if room.is_some_and(|room| text.len() <= room) {
+            holding.sealed_mut().update(|superblock| superblock.alarm = false)?;
         }
-        self.write_lock().sealed_mut().update(|superblock| superblock.alarm = false)
+        Ok(text)
+    }
+
+    /// Quarantined subpages, soft and hw.
+    pub fn quarantined_counts(&self) -> (u64, u64) {
+        let holding = self.read_lock();
+        (holding.sealed().holes().len() as u64, holding.sealed().poisoned().len() as u64)
+    }
+
+    /// Looks for memory errors that the kernel has met in the file, and returns how many are new.
+    ///
+    /// # Errors
+    /// What mmap(2) and setxattr(2) answer.
+    pub fn look_for_poison(&self) -> Result<usize> {
+        let mut holding = self.write_lock();
+        let found = holding.sealed_mut().note_poison(sys::unix_time())?;
+        drop(holding);
+        for subpage in &found {
+            log::error!("file {}: memory error, {:#x} {SUBPAGE_SIZE:#x} quarantined (hw)", self.node, subpage.offset());
+        }
+        if !found.is_empty() {
+            self.wake_all();
+        }
+        Ok(found.len())
+    }
+
+    /// Has the kernel treat a subpage as if the hardware had reported an error in it, by a value of the inject attribute.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a value that does not parse or a place without memory; [`Error::Unsupported`] where the
+    /// kernel has no CONFIG_MEMORY_FAILURE.
+    pub fn inject(&self, value: &[u8]) -> Result<()> {
+        let holding = self.read_lock();
+        let subpage = quarantine::parse_inject(value, holding.sealed().size())?;
+        if !holding.sealed().has_memory(subpage.folio()) || holding.sealed().is_lost(subpage) {
+            return Err(Error::invalid(format!("{:#x} has no memory, or is quarantined", subpage.offset())));
+        }
+        holding.sealed().inject(subpage)
+    }
+
+    /// Whether the quarantine has grown since its [`Object::report`] was read.
+    pub fn alarm(&self) -> bool {
+        self.read_lock().sealed().superblock().alarm
     }
 
     /// Runs `waker` once, when the quarantine grows; a later one with the same `key` takes its place.
@@ -329,9 +368,9 @@ impl Object {
         }
         mend(&mut holding)?;
         let time = sys::unix_time();
-        let before = holding.sealed().holes().len();
+        let before = holding.sealed().holes().len(); // soft ones: that is what is added here
         let result = ranges.iter().flat_map(|range| subpages(*range)).try_for_each(|subpage| {
-            if holding.sealed().holes().contains_key(&subpage) {
+            if holding.sealed().is_lost(subpage) {
                 return Ok(());
             }
             holding.sealed_mut().quarantine(subpage, time)?;
@@ -364,7 +403,7 @@ impl Object {
             check_repairable(&holding, *verb, *range)?;
         }
         for (verb, range) in requests {
-            let holes: Vec<Subpage> = holding.sealed().holes_in(range).collect();
+            let holes: Vec<Subpage> = holding.sealed().lost_in(range).collect();
             for hole in holes {
                 let rescued = match verb {
                     Repair::Zero => None,
@@ -380,7 +419,7 @@ impl Object {
     fn repair_one(&self, holding: &mut Holding, hole: Subpage, content: Content<'_>, context: Context<'_>) -> Result<()> {
         holding.sealed_mut().repair(hole, content)?;
         log::info!("file {}: {:#x} {SUBPAGE_SIZE:#x} repaired", self.node, hole.offset());
-        if holding.sealed().holes_in(hole.folio().range()).next().is_none() {
+        if holding.sealed().lost_in(hole.folio().range()).next().is_none() {
             (context.repaired)(hole.folio());
         }
         Ok(())
@@ -398,7 +437,7 @@ impl Object {
         let ranges = quarantine::parse_collapse(value, sealed.size())?;
         let mut result = Ok(());
         for folio in ranges.iter().flat_map(|range| range.folios()).filter(|folio| sealed.has_memory(*folio)) {
-            match sealed.collapse(folio) {
+            match self.collapse_one(sealed, folio) {
                 Ok(()) | Err(Error::Busy(_)) => {}
                 Err(error) => result = Err(error),
             }
@@ -412,7 +451,12 @@ impl Object {
     /// As for [`crate::sealed::Sealed::collapse`].
     pub fn collapse_folio(&self, folio: Folio) -> Result<()> {
         let holding = self.read_lock();
-        if holding.sealed().has_memory(folio) { holding.sealed().collapse(folio) } else { Ok(()) }
+        if holding.sealed().has_memory(folio) { self.collapse_one(holding.sealed(), folio) } else { Ok(()) }
+    }
+
+    fn collapse_one(&self, sealed: &Sealed, folio: Folio) -> Result<()> {
+        let _one_at_a_time = self.collapsing.lock().expect("no panic while a folio is collapsed");
+        sealed.collapse(folio)
     }
 
     /// How the file is mapped, without gaps, ascending.
@@ -439,7 +483,7 @@ impl Object {
                 } else if huge.iter().any(|huge| huge.covers(folio.range())) {
                     extents.push(range, State::Huge, node);
                 } else {
-                    let quarantined = |subpage: &Subpage| sealed.holes().contains_key(subpage);
+                    let quarantined = |subpage: &Subpage| sealed.is_lost(*subpage);
                     for subpage in subpages(range) {
                         let state = if quarantined(&subpage) { State::Poisoned } else { State::Small };
                         extents.push(subpage.range(), state, node);
@@ -481,6 +525,15 @@ impl Extents {
     }
 }
 
+/// What is quarantined, ascending.
+fn quarantined(sealed: &Sealed) -> Vec<Quarantined> {
+    let soft = sealed.holes().iter().map(|(subpage, record)| (*subpage, Kind::Soft, record.time));
+    let hw = sealed.poisoned().iter().map(|(subpage, time)| (*subpage, Kind::Hw, *time));
+    let mut all: Vec<_> = soft.chain(hw).collect();
+    all.sort_by_key(|(subpage, ..)| *subpage);
+    quarantine::coalesce(all.into_iter())
+}
+
 /// Before an operation that needs S1: take back what a program punched with madvise(2).
 fn mend(holding: &mut Holding) -> Result<()> {
     holding.sealed_mut().reclaim_removed().map(drop)
@@ -499,7 +552,7 @@ fn checked_range(offset: u64, length: u64) -> Result<Range> {
 
 /// Bytes of `range` before the first quarantined one.
 fn good_prefix(holding: &Holding, range: Range) -> Result<u64> {
-    match holding.sealed().holes_in(range).next() {
+    match holding.sealed().lost_in(range).next() {
         None => Ok(range.len()),
         Some(hole) if hole.offset() <= range.start => Err(Error::Poisoned),
         Some(hole) => Ok(hole.offset() - range.start),
@@ -513,7 +566,7 @@ fn writable_prefix(holding: &Holding, range: Range, recovery_write: bool) -> Res
     let file = Range::new(0, holding.sealed().size());
     let obstacle = holding
         .sealed()
-        .holes_in(range)
+        .lost_in(range)
         .find(|hole| !recovery_write || !range.covers(hole.range().intersect(file)));
     match obstacle {
         None => Ok(range.end),
@@ -526,21 +579,21 @@ fn writable_prefix(holding: &Holding, range: Range, recovery_write: bool) -> Res
 fn refuse_partial_holes(holding: &Holding, range: Range) -> Result<()> {
     let file = Range::new(0, holding.sealed().size());
     let range = range.intersect(file);
-    let covered = holding.sealed().holes_in(range).all(|hole| range.covers(hole.range().intersect(file)));
+    let covered = holding.sealed().lost_in(range).all(|hole| range.covers(hole.range().intersect(file)));
     if covered { Ok(()) } else { Err(Error::Poisoned) }
 }
 
 /// The quarantined subpage or released page that holds the byte at `offset`.
 fn hole_at(holding: &Holding, offset: u64) -> Option<Range> {
     let subpage = Subpage::containing(offset);
-    if holding.sealed().holes().contains_key(&subpage) {
+    if holding.sealed().is_lost(subpage) {
         return Some(subpage.range());
     }
     holding.released_ranges().find(|range| range.start <= offset && offset < range.end)
 }
 
 fn check_repairable(holding: &Holding, verb: Repair, range: Range) -> Result<()> {
-    let mut holes = holding.sealed().holes_in(range).peekable();
+    let mut holes = holding.sealed().lost_in(range).peekable();
     if holes.peek().is_none() {
         return Err(Error::NoData);
     }

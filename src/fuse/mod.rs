@@ -4,14 +4,14 @@
 //! without us (Linux 6.9). All opens of a file name the same backing id, which lives as long as the file does.
 //!
 //! Names, attributes and absence change through this kernel only, so it may keep names and attributes for good; it
-//! drops them itself where a request changes them (fs/fuse/dir.c).
+//! drops them itself where a request changes them (fs/fuse/dir.c), with the one exception that [`validity`] makes.
 
 mod encode;
 
 use crate::error::{Error, Result};
 use crate::fs::{Allocation, Changes, Fs, Object, Reading};
-use crate::index::{Attributes, New, Time};
-use crate::sys::identity::Caller;
+use crate::index::{Attributes, Kind, New, Time};
+use crate::sys::identity::{Caller, Member};
 use crate::units::NodeId;
 use encode::{errno, file_attr, file_type};
 use fuser::{
@@ -29,7 +29,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Largest read or write in one request; what `max_read=` of the mount must say too.
 pub const LARGEST_REQUEST: u32 = 1 << 20;
@@ -97,6 +97,11 @@ fn node_id(ino: INodeNo) -> NodeId {
 
 fn caller(request: &Request, umask: u32) -> Caller {
     Caller { uid: request.uid(), gid: request.gid(), umask }
+}
+
+/// Whether the caller is without CAP_FSETID, as far as can be known: only for a write does the kernel say it.
+fn is_unprivileged(request: &Request) -> bool {
+    request.uid() != 0
 }
 
 impl Adapter {
@@ -169,16 +174,24 @@ fn open_flags() -> FopenFlags {
     FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
 }
 
+/// How long the kernel may keep what it is told of a node: not at all for a file with set-id bits. A write can end those, and
+/// the kernel, which leaves that to us (FUSE_HANDLE_KILLPRIV_V2), would go on to execute the file with them.
+fn validity(attributes: &Attributes) -> Duration {
+    const SET_ID: u32 = 0o6000;
+    let mortal = attributes.kind == Kind::File && attributes.mode & SET_ID != 0;
+    if mortal { Duration::ZERO } else { FOR_GOOD }
+}
+
 fn reply_entry(reply: ReplyEntry, result: Result<Attributes>) {
     match result {
-        Ok(attributes) => reply.entry(&FOR_GOOD, &file_attr(&attributes), GENERATION),
+        Ok(attributes) => reply.entry(&validity(&attributes), &file_attr(&attributes), GENERATION),
         Err(error) => reply.error(errno(&error)),
     }
 }
 
 fn reply_attr(reply: ReplyAttr, result: Result<Attributes>) {
     match result {
-        Ok(attributes) => reply.attr(&FOR_GOOD, &file_attr(&attributes)),
+        Ok(attributes) => reply.attr(&validity(&attributes), &file_attr(&attributes)),
         Err(error) => reply.error(errno(&error)),
     }
 }
@@ -211,7 +224,17 @@ fn time(time: Option<TimeOrNow>) -> Time {
     match time {
         None => Time::Omit,
         Some(TimeOrNow::Now) => Time::Now,
-        Some(TimeOrNow::SpecificTime(time)) => Time::At(time),
+        Some(TimeOrNow::SpecificTime(time)) => Time::At(as_sent(time)),
+    }
+}
+
+/// fuser 0.18 takes the nanoseconds of a time before 1970 to count backward; the kernel's count forward, as everywhere.
+fn as_sent(time: SystemTime) -> SystemTime {
+    match UNIX_EPOCH.duration_since(time) {
+        Ok(before) => {
+            UNIX_EPOCH - Duration::from_secs(before.as_secs()) + Duration::from_nanos(before.subsec_nanos().into())
+        }
+        Err(_) => time,
     }
 }
 
@@ -290,7 +313,7 @@ impl Filesystem for Adapter {
             size,
             accessed: time(atime),
             modified: time(mtime),
-            caller: request.uid(),
+            unprivileged: is_unprivileged(request),
         };
         self.answer(reply, reply_attr, move |fs| fs.change(node_id(ino), &changes));
     }
@@ -392,7 +415,7 @@ impl Filesystem for Adapter {
         });
         match opened {
             Ok((attributes, backing)) => reply.created_passthrough(
-                &FOR_GOOD,
+                &validity(&attributes),
                 &file_attr(&attributes),
                 GENERATION,
                 FileHandle(0),
@@ -438,11 +461,11 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let drop_privileges = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
-        match self.fs.write(node_id(ino), data, offset, drop_privileges) {
+        let unprivileged = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        match self.fs.write(node_id(ino), data, offset, unprivileged) {
             Err(Error::Returning) => {
                 let bytes = data.to_vec();
-                self.answer(reply, reply_write, move |fs| fs.write(node_id(ino), &bytes, offset, drop_privileges));
+                self.answer(reply, reply_write, move |fs| fs.write(node_id(ino), &bytes, offset, unprivileged));
             }
             result => reply_write(reply, result),
         }
@@ -504,7 +527,7 @@ impl Filesystem for Adapter {
 
     fn setxattr(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         name: &OsStr,
         value: &[u8],
@@ -512,11 +535,12 @@ impl Filesystem for Adapter {
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        reply_empty(reply, self.fs.set_attribute(node_id(ino), name, value, flags));
+        let by = Member { uid: request.uid(), gid: request.gid(), pid: request.pid() };
+        reply_empty(reply, self.fs.set_attribute(node_id(ino), name, (value, flags), by));
     }
 
     fn getxattr(&self, _request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        let reading = if size == 0 { Reading::Length } else { Reading::Value };
+        let reading = if size == 0 { Reading::Length } else { Reading::Value { room: size as usize } };
         reply_xattr(reply, size, self.fs.attribute(node_id(ino), name, reading));
     }
 
@@ -560,7 +584,7 @@ impl Filesystem for Adapter {
 
     fn fallocate(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -568,8 +592,9 @@ impl Filesystem for Adapter {
         mode: i32,
         reply: ReplyEmpty,
     ) {
+        let unprivileged = is_unprivileged(request);
         self.answer(reply, reply_empty, move |fs| {
-            allocation(mode).and_then(|what| fs.allocate(node_id(ino), what, offset, length))
+            allocation(mode).and_then(|what| fs.allocate(node_id(ino), what, (offset, length), unprivileged))
         });
     }
 
@@ -596,7 +621,7 @@ impl Filesystem for Adapter {
 
     fn copy_file_range(
         &self,
-        _request: &Request,
+        request: &Request,
         ino_in: INodeNo,
         _fh_in: FileHandle,
         offset_in: u64,
@@ -608,7 +633,8 @@ impl Filesystem for Adapter {
         reply: ReplyWrite,
     ) {
         let (from, to) = ((node_id(ino_in), offset_in), (node_id(ino_out), offset_out));
-        self.answer(reply, reply_write, move |fs| fs.copy(from, to, len));
+        let unprivileged = is_unprivileged(request);
+        self.answer(reply, reply_write, move |fs| fs.copy(from, to, len, unprivileged));
     }
 }
 

@@ -20,7 +20,7 @@ mod nodes;
 
 use crate::error::{Error, Result};
 use crate::sys::handle;
-use crate::sys::identity::{Caller, acting_as};
+use crate::sys::identity::{Caller, Member, acting_as};
 use crate::sys::{fd_path, tmpfs};
 use crate::units::NodeId;
 use nodes::Nodes;
@@ -37,6 +37,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The index's mount point in the daemon's namespace.
 pub const MOUNT_POINT: &str = "/index";
+
+const ACCESS_ACL: &str = "system.posix_acl_access";
+
+const SET_USER_ID: u32 = 0o4000;
+const SET_GROUP_ID: u32 = 0o2000;
 
 /// What kind of thing a node is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -405,29 +410,28 @@ impl Index {
     /// # Errors
     /// What utimensat(2) answers.
     pub fn set_times(&self, node: NodeId, accessed: Time, modified: Time) -> Result<()> {
-        let fd = self.path(node)?;
-        let times = Timestamps { last_access: to_timespec(accessed), last_modification: to_timespec(modified) };
-        Ok(rustix::fs::utimensat(&fd, c"", &times, AtFlags::EMPTY_PATH)?)
+        set_times_of(&self.path(node)?, accessed, modified)
     }
 
-    /// Drops set-user-id, and set-group-id of what a group may execute, and file capabilities: the contents change at
-    /// the hands of somebody without CAP_FSETID (FUSE_HANDLE_KILLPRIV_V2).
+    /// The contents change: file capabilities go whoever changes them, and with `unprivileged`, at the hands of somebody without
+    /// CAP_FSETID, set-user-id goes too, and set-group-id of what a group may execute (FUSE_HANDLE_KILLPRIV_V2 in
+    /// linux/fuse.h).
     ///
     /// # Errors
-    /// What chmod(2) answers.
-    pub fn drop_privileges(&self, node: NodeId) -> Result<()> {
+    /// What chmod(2), removexattr(2) and utimensat(2) answer.
+    pub fn contents_changed(&self, node: NodeId, unprivileged: bool) -> Result<()> {
         const CAPABILITIES: &CStr = c"security.capability";
         let fd = self.path(node)?;
-        let mode = from_statx_of(&fd)?.mode;
-        let group = if mode & 0o010 != 0 { 0o2000 } else { 0 };
-        let kept = mode & !(0o4000 | group);
-        if kept != mode {
-            self.set_mode(node, kept)?;
+        if unprivileged {
+            let mode = from_statx_of(&fd)?.mode;
+            let group = if mode & 0o010 != 0 { SET_GROUP_ID } else { 0 };
+            change_mode(&fd, mode, mode & !(SET_USER_ID | group))?;
         }
         match rustix::fs::removexattr(fd_path(fd.as_fd()), CAPABILITIES) {
-            Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(()),
-            Err(errno) => Err(errno.into()),
+            Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => {}
+            Err(errno) => return Err(errno.into()),
         }
+        set_times_of(&fd, Time::Omit, Time::Now)
     }
 
     /// An extended attribute of the inode itself.
@@ -442,14 +446,21 @@ impl Index {
         Ok(value)
     }
 
-    /// Sets an extended attribute of the inode itself.
+    /// Sets an extended attribute of the inode itself to a value, with flags.
     ///
     /// # Errors
     /// What setxattr(2) answers.
-    pub fn set_attribute(&self, node: NodeId, name: &OsStr, value: &[u8], flags: i32) -> Result<()> {
+    pub fn set_attribute(
+        &self,
+        node: NodeId,
+        name: &OsStr,
+        (value, flags): (&[u8], i32),
+        by: Member,
+    ) -> Result<()> {
         let fd = self.path(node)?;
         let flags = XattrFlags::from_bits_retain(flags as u32);
-        Ok(rustix::fs::setxattr(fd_path(fd.as_fd()), name, value, flags)?)
+        rustix::fs::setxattr(fd_path(fd.as_fd()), name, value, flags)?;
+        if name == ACCESS_ACL { drop_undue_set_group_id(&fd, by) } else { Ok(()) }
     }
 
     /// Removes an extended attribute of the inode itself.
@@ -545,6 +556,26 @@ impl Index {
     }
 }
 
+fn set_times_of(fd: &OwnedFd, accessed: Time, modified: Time) -> Result<()> {
+    let times = Timestamps { last_access: to_timespec(accessed), last_modification: to_timespec(modified) };
+    Ok(rustix::fs::utimensat(fd, c"", &times, AtFlags::EMPTY_PATH)?)
+}
+
+fn change_mode(fd: &OwnedFd, before: u32, mode: u32) -> Result<()> {
+    if mode == before {
+        return Ok(());
+    }
+    Ok(rustix::fs::chmodat(CWD, fd_path(fd.as_fd()), Mode::from_raw_mode(mode), AtFlags::empty())?)
+}
+
+/// To set the access ACL is a chmod(2), which drops set-group-id at the hands of somebody outside the group. The kernel left it
+/// to us, who are root; it says whom it means only to those who speak FUSE_SETXATTR_EXT, which fuser does not.
+fn drop_undue_set_group_id(fd: &OwnedFd, by: Member) -> Result<()> {
+    let attributes = from_statx_of(fd)?;
+    let undue = attributes.mode & SET_GROUP_ID != 0 && !by.may_set_group_id(attributes.gid);
+    change_mode(fd, attributes.mode, if undue { attributes.mode & !SET_GROUP_ID } else { attributes.mode })
+}
+
 fn orphan_name(id: NodeId) -> String {
     id.to_string()
 }
@@ -601,7 +632,7 @@ fn to_timespec(time: Time) -> rustix::fs::Timespec {
             let before = before.duration();
             let borrow = i64::from(before.subsec_nanos() > 0);
             rustix::fs::Timespec {
-                tv_sec: -(before.as_secs() as i64) - borrow,
+                tv_sec: 0_i64.saturating_sub_unsigned(before.as_secs()) - borrow,
                 tv_nsec: (borrow * 1_000_000_000 - i64::from(before.subsec_nanos())) as _,
             }
         }
@@ -614,7 +645,9 @@ mod tests {
 
     #[test]
     fn times_before_the_epoch_survive_the_way_to_the_kernel_and_back() {
-        for (seconds, nanoseconds) in [(-1, 0), (-1, 999_999_999), (-5, 250), (0, 1), (7, 0)] {
+        for (seconds, nanoseconds) in
+            [(-1, 0), (-1, 999_999_999), (-5, 250), (0, 1), (7, 0), (i64::MIN, 0), (i64::MIN, 1), (i64::MAX, 7)]
+        {
             let timespec = to_timespec(Time::At(from_timestamp(seconds, nanoseconds)));
             assert_eq!((timespec.tv_sec, timespec.tv_nsec as u32), (seconds, nanoseconds));
         }

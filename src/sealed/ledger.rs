@@ -107,14 +107,18 @@ pub struct Ledger {
     records: BTreeMap<Subpage, Record>,
     /// Key `n` stands for block `n + 1`.
     slots: Slab<Subpage>,
+    /// When each memory error that the kernel keeps in the file was found. It has no block and no slot: the kernel
+    /// holds the page itself.
+    poisoned: BTreeMap<Subpage, u64>,
 }
 
 impl Ledger {
     /// A new ledger in a superblock that has one free block for it.
     pub fn create(file: File) -> Result<Self> {
         tmpfs::allocate(&file, block(0))?;
-        let ledger =
-            Self { file, superblock: Superblock::default(), records: BTreeMap::new(), slots: Slab::new() };
+        let superblock = Superblock::default();
+        let (records, slots, poisoned) = (BTreeMap::new(), Slab::new(), BTreeMap::new());
+        let mut ledger = Self { file, superblock, records, slots, poisoned };
         ledger.write_superblock()?;
         Ok(ledger)
     }
@@ -135,7 +139,7 @@ impl Ledger {
             records.insert(subpage, record);
         }
         let slots = records.iter().map(|(subpage, record)| ((record.slot - 1) as usize, *subpage)).collect();
-        Ok(Self { file, superblock, records, slots })
+        Ok(Self { file, superblock, records, slots, poisoned: BTreeMap::new() })
     }
 
     /// The object's superblock.
@@ -153,8 +157,43 @@ impl Ledger {
         self.write_superblock().inspect_err(|_| self.superblock = before)
     }
 
-    fn write_superblock(&self) -> Result<()> {
-        tmpfs::write_at(&self.file, &self.superblock.encode(), 0).map(drop)
+    /// A memory error in the superblock loses nothing, as it is known here: the block is replaced.
+    fn write_superblock(&mut self) -> Result<()> {
+        match tmpfs::write_at(&self.file, &self.superblock.encode(), 0) {
+            Err(Error::Poisoned) => {
+                tmpfs::punch(&self.file, block(0))?;
+                tmpfs::write_at(&self.file, &self.superblock.encode(), 0).map(drop)
+            }
+            result => result.map(drop),
+        }
+    }
+
+    /// The memory errors that the kernel keeps in the file, and when they were found.
+    pub fn poisoned(&self) -> &BTreeMap<Subpage, u64> {
+        &self.poisoned
+    }
+
+    /// Notes a memory error; the time of one that a former daemon noted is kept.
+    pub fn note_poisoned(&mut self, subpage: Subpage, time: u64) -> Result<()> {
+        let name = poison_attribute(subpage);
+        let mut noted = [0; 8];
+        let time = match rustix::fs::fgetxattr(&self.file, &name, &mut noted[..]) {
+            Ok(_) => u64::from_le_bytes(noted),
+            Err(_) => {
+                rustix::fs::fsetxattr(&self.file, &name, &time.to_le_bytes(), XattrFlags::empty())?;
+                time
+            }
+        };
+        self.poisoned.insert(subpage, time);
+        Ok(())
+    }
+
+    /// Strikes a memory error out, whose page is no longer in the file.
+    pub fn forget_poisoned(&mut self, subpage: Subpage) -> Result<()> {
+        if self.poisoned.remove(&subpage).is_some() {
+            rustix::fs::fremovexattr(&self.file, poison_attribute(subpage))?;
+        }
+        Ok(())
     }
 
     /// The quarantined subpages and their records, ascending.
@@ -217,6 +256,10 @@ impl Ledger {
 
 fn block(slot: u64) -> Range {
     Range::at(slot * SUBPAGE_SIZE, SUBPAGE_SIZE)
+}
+
+fn poison_attribute(subpage: Subpage) -> String {
+    format!("trusted.poisoned.{}", subpage.0)
 }
 
 fn attribute(slot: u64) -> String {

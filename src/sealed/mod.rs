@@ -178,6 +178,27 @@ impl Sealed {
         self.holes().range(range.subpages()).map(|(subpage, _)| *subpage)
     }
 
+    /// The memory errors that the kernel keeps in the file, and when they were found.
+    pub fn poisoned(&self) -> &BTreeMap<Subpage, u64> {
+        self.ledger.poisoned()
+    }
+
+    /// The quarantined subpages of either kind that hold any byte of `range`, ascending.
+    pub fn lost_in(&self, range: Range) -> impl Iterator<Item = Subpage> + '_ {
+        let mut soft = self.holes_in(range).peekable();
+        let mut hw = self.poisoned().range(range.subpages()).map(|(subpage, _)| *subpage).peekable();
+        std::iter::from_fn(move || match (soft.peek(), hw.peek()) {
+            (Some(hole), Some(error)) if error < hole => hw.next(),
+            (None, _) => hw.next(),
+            _ => soft.next(),
+        })
+    }
+
+    /// Whether `subpage` is quarantined.
+    pub fn is_lost(&self, subpage: Subpage) -> bool {
+        self.holes().contains_key(&subpage) || self.poisoned().contains_key(&subpage)
+    }
+
     /// Whether `folio` has memory.
     pub fn has_memory(&self, folio: Folio) -> bool {
         self.folios.get(folio.0 as usize).copied().unwrap_or(false)
@@ -319,10 +340,25 @@ impl Sealed {
             return Ok(());
         }
         for piece in Range::new(self.size, end).steps(ZEROS.len() as u64) {
-            tmpfs::write_at(&self.data, &ZEROS[..piece.len() as usize], piece.start)?;
-            self.size = piece.end;
+            let zeros = &ZEROS[..piece.len() as usize];
+            match tmpfs::write_at(&self.data, zeros, piece.start) {
+                Ok(written) if written == zeros.len() => self.size = piece.end,
+                Ok(_) | Err(Error::Poisoned) => self.zero_around_poison(piece),
+                Err(error) => return Err(error),
+            }
         }
         Ok(())
+    }
+
+    /// What the kernel has lost to a memory error need not be zeroed: it cannot be read.
+    fn zero_around_poison(&self, range: Range) {
+        const ZEROS: Bytes = [0; SUBPAGE_SIZE as usize];
+        for subpage in range.subpages_out().steps(SUBPAGE_SIZE) {
+            let piece = subpage.intersect(range);
+            if let Err(error) = tmpfs::write_at(&self.data, &ZEROS[..piece.len() as usize], piece.start) {
+                log::debug!("{:#x} is not zeroed: {error}", piece.start);
+            }
+        }
     }
 
     fn forget_holes(&mut self, range: Range) -> Result<()> {
@@ -331,7 +367,8 @@ impl Sealed {
             self.ledger.release_block(self.holes()[&subpage])?;
             self.ledger.forget(subpage)?;
         }
-        Ok(())
+        let poisoned: Vec<Subpage> = self.poisoned().range(range.subpages()).map(|(subpage, _)| *subpage).collect();
+        poisoned.into_iter().try_for_each(|subpage| self.ledger.forget_poisoned(subpage))
     }
 
     /// Punches `range`, of which no folio is meant to have memory, until the limit can be lowered: a program may touch
@@ -451,6 +488,9 @@ impl Sealed {
     /// # Errors
     /// What the kernel answers; the subpage is quarantined as before.
     pub fn repair(&mut self, subpage: Subpage, content: Content<'_>) -> Result<()> {
+        if self.poisoned().contains_key(&subpage) {
+            return self.replace_poisoned(subpage, content.bytes());
+        }
         let record = self.holes()[&subpage];
         let rescued = self.ledger.rescued(record);
         if let Err(error) = self.fill_hole(subpage, content.bytes()) {
@@ -461,6 +501,24 @@ impl Sealed {
             return Err(error);
         }
         self.ledger.forget(subpage)?;
+        self.shut_strays().map(drop)
+    }
+
+    /// Lets the kernel's poisoned page go, which never comes back, and puts a healthy one with `bytes` in its place.
+    fn replace_poisoned(&mut self, subpage: Subpage, bytes: &Bytes) -> Result<()> {
+        let length = SUBPAGE_SIZE.min(self.size - subpage.offset()) as usize;
+        self.trade(
+            |sealed| match tmpfs::write_at(&sealed.data, &bytes[..length], subpage.offset()) {
+                Ok(written) if written == length => Ok(()),
+                Ok(_) | Err(Error::Poisoned) => Err(Error::Full), // the poisoned page is still there
+                Err(error) => Err(error),
+            },
+            |sealed, _| {
+                tmpfs::punch(&sealed.data, subpage.range())?;
+                sealed.shut_strays_but(Some(subpage)).map(drop)
+            },
+        )?;
+        self.ledger.forget_poisoned(subpage)?;
         self.shut_strays().map(drop)
     }
 
@@ -491,7 +549,53 @@ impl Sealed {
     /// # Errors
     /// [`Error::NoData`] where nothing is known.
     pub fn rescued(&self, subpage: Subpage) -> Result<Bytes> {
-        self.ledger.rescued(self.holes()[&subpage])
+        let record = self.holes().get(&subpage).ok_or(Error::NoData)?;
+        self.ledger.rescued(*record)
+    }
+
+    /// Finds the memory errors that the kernel has met in the file since the last time, and notes them. Returns the new
+    /// ones. Costs next to nothing for memory that is mapped huge, and touches no byte of it.
+    ///
+    /// # Errors
+    /// What mmap(2) and setxattr(2) answer.
+    pub fn note_poison(&mut self, time: u64) -> Result<Vec<Subpage>> {
+        let found = self.find_poison()?;
+        let new: Vec<Subpage> = found.into_iter().filter(|subpage| !self.is_lost(*subpage)).collect();
+        for subpage in &new {
+            self.ledger.note_poisoned(*subpage, time)?;
+        }
+        if !new.is_empty() {
+            self.ledger.update(|superblock| superblock.alarm = true)?;
+        }
+        Ok(new)
+    }
+
+    fn find_poison(&self) -> Result<Vec<Subpage>> {
+        const WINDOW: u64 = 1 << 30;
+        let mut found = Vec::new();
+        for part in Range::new(0, self.size).subpages_out().steps(WINDOW) {
+            let window = Window::new(&self.data, part)?;
+            for folio in part.folios().filter(|folio| self.has_memory(*folio)) {
+                let range = folio.range().intersect(part);
+                match window.populate(range) {
+                    Ok(()) => {}
+                    // A hole may hide an error behind it.
+                    Err(Error::Poisoned | Error::NoData) => found.extend(poisoned_subpages(&window, range)?),
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Has the kernel treat `subpage` as if the hardware had reported an error in it.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where the kernel has no CONFIG_MEMORY_FAILURE.
+    pub fn inject(&self, subpage: Subpage) -> Result<()> {
+        let window = Window::new(&self.data, subpage.folio().range())?;
+        window.populate(subpage.range())?;
+        window.poison(subpage)
     }
 
     /// Runs `take` over and over on a second thread until it finds a free block, and `free`, which frees one, on
@@ -606,7 +710,7 @@ impl Sealed {
     /// # Errors
     /// [`Error::Busy`] with a quarantined subpage in it; else as for [`Window::collapse`].
     pub fn collapse(&self, folio: Folio) -> Result<()> {
-        if self.holes_in(folio.range()).next().is_some() {
+        if self.lost_in(folio.range()).next().is_some() {
             return Err(Error::Busy("a quarantined subpage keeps this part from being one huge page"));
         }
         Window::new(&self.data, folio.range())?.collapse(folio)
@@ -730,4 +834,16 @@ impl Sealed {
         }
         Ok(())
     }
+}
+
+fn poisoned_subpages(window: &Window, range: Range) -> Result<Vec<Subpage>> {
+    let mut found = Vec::new();
+    for subpage in range.steps(SUBPAGE_SIZE) {
+        match window.populate(subpage) {
+            Err(Error::Poisoned) => found.push(Subpage::containing(subpage.start)),
+            Ok(()) | Err(Error::NoData) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(found)
 }

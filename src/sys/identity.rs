@@ -26,6 +26,31 @@ impl Caller {
     pub const ROOT: Self = Self { uid: 0, gid: 0, umask: 0 };
 }
 
+/// Who asks, for what depends on all the groups of a process.
+#[derive(Clone, Copy, Debug)]
+pub struct Member {
+    /// Filesystem user id.
+    pub uid: u32,
+    /// Filesystem group id.
+    pub gid: u32,
+    /// Its process, or thread; FUSE tells of no other groups than `gid`.
+    pub pid: u32,
+}
+
+impl Member {
+    /// Whether set-group-id of a file of the group `gid` is for it to give. Not where the process cannot be seen from here.
+    pub fn may_set_group_id(self, gid: u32) -> bool {
+        self.uid == 0 || self.gid == gid || supplementary_groups(self.pid).contains(&gid)
+    }
+}
+
+/// Those of `pid` (proc(5), status); none if it cannot be seen.
+fn supplementary_groups(pid: u32) -> Vec<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let groups = status.lines().find_map(|line| line.strip_prefix("Groups:")).unwrap_or_default();
+    groups.split_ascii_whitespace().filter_map(|group| group.parse().ok()).collect()
+}
+
 thread_local! {
     static OWN_UMASK: Cell<bool> = const { Cell::new(false) };
 }

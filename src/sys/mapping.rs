@@ -6,7 +6,7 @@
 
 use super::meaning;
 use crate::error::{Error, Result};
-use crate::units::{FOLIO_SIZE, Folio, Range};
+use crate::units::{FOLIO_SIZE, Folio, Range, Subpage};
 use memmap2::{Advice, MmapOptions, MmapRaw};
 use rustix::io::Errno;
 use std::fs::File;
@@ -89,6 +89,25 @@ impl Window {
             Some(Errno::AGAIN | Errno::BUSY) => Error::Again,
             Some(Errno::NOMEM) => Error::NoMemory,
             Some(Errno::INVAL) => Error::NoData,
+            other => Error::Os(other.unwrap_or(Errno::IO)),
+        })
+    }
+
+    /// Has the kernel treat the mapped page at `subpage` as if the hardware had reported an error in it (MADV_HWPOISON).
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where the kernel has no CONFIG_MEMORY_FAILURE.
+    pub fn poison(&self, subpage: Subpage) -> Result<()> {
+        let (start, length) = self.position(subpage.range());
+        let address = self.map.as_mut_ptr().wrapping_add(start);
+        // SAFETY: the page lies in our own mapping, of which nothing is ever read or written.
+        #[allow(unsafe_code)]
+        let result = unsafe { libc::madvise(address.cast(), length, libc::MADV_HWPOISON) };
+        if result == 0 {
+            return Ok(());
+        }
+        Err(match Errno::from_io_error(&std::io::Error::last_os_error()) {
+            Some(Errno::INVAL) => Error::Unsupported,
             other => Error::Os(other.unwrap_or(Errno::IO)),
         })
     }

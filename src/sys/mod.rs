@@ -20,7 +20,8 @@ fn meaning(errno: Errno) -> Error {
     match errno {
         Errno::NOSPC => Error::Full,
         Errno::NOMEM => Error::NoMemory,
-        Errno::HWPOISON => Error::Poisoned,
+        // EIO of tmpfs has one cause only (mm/shmem.c, folio_test_hwpoison).
+        Errno::HWPOISON | Errno::IO => Error::Poisoned,
         other => Error::Os(other),
     }
 }
@@ -113,6 +114,14 @@ pub fn memory_nodes() -> Result<Vec<u32>, Error> {
         return Ok(vec![0]); // a kernel without CONFIG_NUMA
     };
     parse_node_list(text.trim()).ok_or_else(|| Error::Corrupt(format!("node list {text:?}")))
+}
+
+/// Memory errors that the kernel has handled since it started, in all NUMA nodes (Linux 6.3,
+/// /sys/devices/system/node/node*/memory_failure/total); `None` where it cannot (no CONFIG_MEMORY_FAILURE).
+pub fn memory_failures() -> Option<u64> {
+    let nodes = memory_nodes().ok()?;
+    let total = |node| std::fs::read_to_string(format!("/sys/devices/system/node/node{node}/memory_failure/total"));
+    nodes.into_iter().map(|node| total(node).ok()?.trim().parse::<u64>().ok()).sum()
 }
 
 /// Parses the kernel's list format, `0-2,5`.

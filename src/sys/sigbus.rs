@@ -234,11 +234,34 @@ impl Mapping {
         if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
     }
 
+    /// Keeps the page at `offset` of the file in a pipe (vmsplice(2)): until the pin is dropped its folio has one more
+    /// user than the kernel can account for, and cannot be split.
+    ///
+    /// # Errors
+    /// What pipe(2) and vmsplice(2) answer; EFAULT where the page cannot be touched.
+    pub fn pin(&self, offset: u64) -> Result<Pin> {
+        let (reader, writer) = std::io::pipe()?;
+        let bytes = libc::iovec { iov_base: self.pointer(offset).cast(), iov_len: 1 };
+        // SAFETY: the one byte is inside of the mapping. The kernel takes a reference to its page and writes nothing.
+        #[allow(unsafe_code)]
+        let taken = unsafe { libc::vmsplice(writer.as_raw_fd(), &raw const bytes, 1, 0) };
+        match taken {
+            1 => Ok(Pin { _pipe: (reader, writer) }),
+            _ => Err(std::io::Error::last_os_error().into()),
+        }
+    }
+
     fn latest_hit(&self) -> Hit {
         let (address, code) = LATEST.get();
         let offset = address as u64 - self.base as u64 + self.offset;
         Hit { subpage: Subpage::containing(offset), code }
     }
+}
+
+/// A page that is kept in a pipe; see [`Mapping::pin`].
+#[derive(Debug)]
+pub struct Pin {
+    _pipe: (std::io::PipeReader, std::io::PipeWriter),
 }
 
 impl Drop for Mapping {

@@ -280,3 +280,13 @@ impl Drop for Toucher {
         let _ = self.child.wait();
     }
 }
+
+// ---- mounting -------------------------------------------------------------------------------------------------------
+
+impl Daemon {
+    /// One whose mount does not serve yet.
+    pub fn with_pid(pid: i32) -> Self {
+        let fd = pidfd_open(Pid::from_raw(pid).expect("a process id"), PidfdFlags::empty()).expect("it runs");
+        Self { pid, fd }
+    }
+}

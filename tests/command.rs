@@ -1,0 +1,286 @@
+//! The command hugetlb2: what it says to people and, with --json, to programs.
+
+mod support;
+
+use serde_json::{Value, json};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use support::{FOLIO, Pool, SUBPAGE, Toucher, get, hugetlb2, poison, run, status_and_error, text};
+
+fn output(arguments: &[&str], path: &Path, rest: &[&str]) -> String {
+    run(hugetlb2().args(arguments).arg(path).args(rest))
+}
+
+fn json_output(arguments: &[&str], path: &Path, rest: &[&str]) -> Value {
+    serde_json::from_str(&output(&[&["--json"], arguments].concat(), path, rest)).expect("it is JSON")
+}
+
+/// Asserts that it fails, with `word` in what it says on standard error and, with --json, in `error`.
+fn assert_refused(arguments: &[&str], path: &Path, rest: &[&str], word: &str) {
+    let (status, error) = status_and_error(hugetlb2().args(arguments).arg(path).args(rest));
+    assert_eq!(status, 1, "{arguments:?} {rest:?}: {error}");
+    assert!(error.starts_with("hugetlb2: ") && error.contains(word), "{arguments:?} {rest:?}: {error}");
+    let json = hugetlb2().arg("--json").args(arguments).arg(path).args(rest).output().unwrap();
+    assert_eq!(json.status.code(), Some(1));
+    let value: Value = serde_json::from_slice(&json.stdout).expect("it is JSON");
+    let said = value["error"].as_str().expect("a sentence");
+    assert!(said.contains(word), "{arguments:?} {rest:?}: {said}");
+}
+
+/// The words of each line.
+fn rows(text: &str) -> Vec<Vec<&str>> {
+    text.lines().map(|line| line.split_ascii_whitespace().collect()).collect()
+}
+
+/// Three folios of sevens.
+fn pool_with_file() -> (Pool, std::path::PathBuf) {
+    let pool = Pool::small(8);
+    let file = pool.join("file");
+    std::fs::write(&file, vec![7; 3 * FOLIO as usize]).unwrap();
+    (pool, file)
+}
+
+// ---- status and check -----------------------------------------------------------------------------------------------
+
+#[test]
+fn status_shows_the_counters_of_a_pool() {
+    let (pool, file) = pool_with_file();
+    poison(&file, 0, 2 * SUBPAGE).unwrap();
+    let said = output(&["status"], &pool.path(), &[]);
+    let lines: Vec<&str> = said.lines().collect();
+    assert_eq!(lines[0], pool.path().to_str().unwrap());
+    assert_eq!(lines[1], "  pages         8 of 2 MiB: 3 used, 5 free");
+    assert_eq!(lines[2], "  in folios     16 MiB were in 2 MiB folios when it was mounted");
+    assert_eq!(lines[3], "  files         1 open or with contents, 0 unlinked and still in use");
+    assert_eq!(lines[4], "  quarantined   2 subpages of 4 KiB");
+    assert_eq!(lines[5], format!("  daemon        process {}", pool.daemon().pid));
+    assert_eq!(lines.len(), 6);
+}
+
+#[test]
+fn status_in_json_has_every_counter_as_a_number() {
+    let (pool, _) = pool_with_file();
+    let value = json_output(&["status"], &pool.path(), &[]);
+    let found = value[0].as_object().unwrap();
+    assert_eq!(found["mount_point"], pool.path().to_str().unwrap());
+    for (name, value) in pool.counters() {
+        assert_eq!(found[&name], json!(value), "{name}");
+    }
+    assert_eq!(found.len(), pool.counters().len() + 1);
+    assert_eq!(value.as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn status_without_a_directory_finds_all_pools_and_those_of_strange_names() {
+    let pool = Pool::small(1);
+    let odd = Pool::small(2);
+    let place = tempfile::tempdir().unwrap();
+    let strange = place.path().join("a b\\c");
+    std::fs::create_dir(&strange).unwrap();
+    run(Command::new("mount").arg("--bind").arg(odd.path()).arg(&strange));
+    let all = hugetlb2().args(["--json", "status"]).output().unwrap();
+    let said = run(hugetlb2().arg("status"));
+    run(Command::new("umount").args(["-i", "-l"]).arg(&strange));
+    assert!(all.status.success(), "{}", text(&all.stderr));
+    let value: Value = serde_json::from_slice(&all.stdout).unwrap();
+    let pages = |path: &Path| {
+        let found = value.as_array().unwrap().iter().find(|pool| pool["mount_point"] == path.to_str().unwrap());
+        found.map(|pool| pool["pages_total"].as_u64().unwrap())
+    };
+    assert_eq!((pages(&pool.path()), pages(&odd.path()), pages(&strange)), (Some(1), Some(2), Some(2)));
+    assert!(said.lines().any(|line| Path::new(line) == pool.path()));
+}
+
+#[test]
+fn status_takes_several_directories_in_their_order() {
+    let (first, second) = (Pool::small(1), Pool::small(2));
+    let second_path = second.path();
+    let value = json_output(&["status"], &first.path(), &[second_path.to_str().unwrap()]);
+    assert_eq!((&value[0]["pages_total"], &value[1]["pages_total"]), (&json!(1), &json!(2)));
+}
+
+#[test]
+fn status_and_check_of_what_is_no_pool_fail() {
+    let place = tempfile::tempdir().unwrap();
+    for action in ["status", "check"] {
+        assert_refused(&[action], place.path(), &[], "no hugetlb2 pool is mounted there");
+        assert_refused(&[action], &place.path().join("missing"), &[], "No such file or directory");
+    }
+    let (pool, file) = pool_with_file();
+    assert_refused(&["check"], &file, &[], "no hugetlb2 pool is mounted there");
+    pool.check();
+}
+
+#[test]
+fn check_of_a_pool_in_use_finds_that_everything_holds() {
+    let (pool, file) = pool_with_file();
+    poison(&file, FOLIO, 1).unwrap();
+    let _toucher = Toucher::mapping(&file, 3 * FOLIO);
+    assert_eq!(output(&["check"], &pool.path(), &[]), format!("{}: everything holds\n", pool.path().display()));
+    assert_eq!(json_output(&["check"], &pool.path(), &[]), json!({ "ok": true, "wrong": [] }));
+}
+
+// ---- poison, repair, collapse, map ----------------------------------------------------------------------------------
+
+#[test]
+fn poison_quarantines_a_range_and_shows_what_is_quarantined() {
+    let (_pool, file) = pool_with_file();
+    assert_eq!(rows(&output(&["poison"], &file, &[])), [["offset", "length", "kind", "time"]]);
+    assert_eq!(json_output(&["poison"], &file, &[]), json!([]));
+    assert_eq!(output(&["poison"], &file, &["0x1001", "1"]), "");
+    assert_eq!(json_output(&["poison"], &file, &["2097152", "8192"]), json!({ "ok": true }));
+    let said = output(&["poison"], &file, &[]);
+    let rows = rows(&said);
+    assert_eq!(rows[1][..3], ["0x1000", "0x1000", "soft"]);
+    assert_eq!(rows[2][..3], ["0x200000", "0x2000", "soft"]);
+    let value = json_output(&["poison"], &file, &[]);
+    let time = value[0]["time"].as_u64().unwrap();
+    assert!(hugetlb2fs::sys::unix_time() - time < 60);
+    assert_eq!(value[0], json!({ "offset": 4096, "length": 4096, "kind": "soft", "time": time }));
+    assert_eq!((&value[1]["offset"], &value[1]["length"]), (&json!(2097152), &json!(8192)));
+    assert_eq!(Toucher::mapping(&file, 3 * FOLIO).walk(), [SUBPAGE, FOLIO, FOLIO + SUBPAGE]);
+}
+
+#[test]
+fn repair_salvages_or_zeroes_what_is_quarantined() {
+    let (_pool, file) = pool_with_file();
+    for offset in [0, FOLIO, 2 * FOLIO] {
+        poison(&file, offset, SUBPAGE).unwrap();
+    }
+    assert_eq!(output(&["repair"], &file, &["salvage", "0", "0x1000"]), "");
+    assert_eq!(json_output(&["repair"], &file, &["zero", "all"]), json!({ "ok": true }));
+    assert_eq!(json_output(&["poison"], &file, &[]), json!([]));
+    let bytes = std::fs::read(&file).unwrap();
+    assert_eq!((bytes[0], bytes[FOLIO as usize], bytes[2 * FOLIO as usize]), (7, 0, 0));
+    assert_eq!(bytes.iter().filter(|byte| **byte == 0).count() as u64, 2 * SUBPAGE);
+}
+
+#[test]
+fn map_shows_how_each_range_is_mapped_and_collapse_makes_it_huge_again() {
+    let pool = Pool::mount("pagesize=2M,size=16M,collapse=off");
+    let file = pool.join("file");
+    std::fs::write(&file, vec![7; 2 * FOLIO as usize]).unwrap();
+    let whole = json!([{ "offset": 0, "length": 2 * FOLIO, "state": "huge", "node": 0 }]);
+    assert_eq!(json_output(&["map"], &file, &[]), whole);
+    poison(&file, FOLIO, SUBPAGE).unwrap();
+    let said = output(&["map"], &file, &[]);
+    let found = rows(&said);
+    assert_eq!(found[0], ["offset", "length", "state", "node"]);
+    assert_eq!(found[1], ["0x0", "0x200000", "huge", "0"]);
+    assert_eq!(found[2][..3], ["0x200000", "0x1000", "poisoned"]);
+    assert_eq!(found[3], ["0x201000", "0x1ff000", "small", "0"]);
+    output(&["repair"], &file, &["salvage", "all"]);
+    assert_eq!(json_output(&["map"], &file, &[])[1]["state"], "small", "nobody has asked for more");
+    assert_eq!(json_output(&["collapse"], &file, &["0x200000", "1"]), json!({ "ok": true }));
+    assert_eq!(json_output(&["map"], &file, &[]), whole);
+    assert_eq!(output(&["collapse"], &file, &["all"]), "");
+}
+
+#[test]
+fn an_empty_file_has_an_empty_map() {
+    let (pool, _) = pool_with_file();
+    let empty = pool.join("empty");
+    std::fs::write(&empty, "").unwrap();
+    assert_eq!(json_output(&["map"], &empty, &[]), json!([]));
+    assert_eq!(rows(&output(&["map"], &empty, &[])).len(), 1);
+}
+
+#[test]
+fn a_request_that_makes_no_sense_is_explained_and_nothing_is_done() {
+    let (pool, file) = pool_with_file();
+    for (action, rest, word) in [
+        ("poison", &["x", "1"][..], "\"x\" is not a number (offset)"),
+        ("poison", &["0", "1k"], "\"1k\" is not a number (length)"),
+        ("poison", &["0", "0"], "the length is 0"),
+        ("poison", &["6291456", "1"], "end"),
+        ("poison", &["0", "18446744073709551615"], "end"),
+        ("repair", &["zero", "some"], "\"some\" is not a number (offset)"),
+        ("repair", &["zero", "0"], "the length is missing"),
+        ("collapse", &["all", "0"], "\"all\" is not a number"),
+        ("collapse", &["0"], "the length is missing"),
+        ("repair", &["salvage", "all"], "there is nothing of that kind in this range"),
+    ] {
+        assert_refused(&[action], &file, rest, word);
+    }
+    assert_eq!(get(&file, support::POISON), Err(rustix::io::Errno::NODATA));
+    for (action, rest) in [("poison", &["0"][..]), ("repair", &["mend", "all"]), ("repair", &["zero"]), ("map", &["x"])] {
+        assert_eq!(status_and_error(hugetlb2().arg(action).arg(&file).args(rest)).0, 2, "{action} {rest:?}: usage");
+    }
+    pool.check();
+}
+
+#[test]
+fn a_file_that_is_not_a_pools_is_never_written_to() {
+    let (pool, _) = pool_with_file();
+    // On a filesystem that would store the attribute like any other.
+    let place = tempfile::tempdir_in("/dev/shm").unwrap();
+    let file = place.path().join("file");
+    std::fs::write(&file, vec![7; SUBPAGE as usize]).unwrap();
+    for (action, rest) in [
+        ("poison", &["0", "4096"][..]),
+        ("poison", &[]),
+        ("repair", &["zero", "all"]),
+        ("collapse", &["all"]),
+        ("map", &[]),
+    ] {
+        assert_refused(&[action], &file, rest, "not a regular file of a hugetlb2 pool");
+        assert_refused(&[action], &pool.path(), rest, "not a regular file of a hugetlb2 pool");
+        assert_refused(&[action], &place.path().join("missing"), rest, "No such file or directory");
+    }
+    assert_eq!(get(&file, support::POISON), Err(rustix::io::Errno::NODATA));
+}
+
+#[test]
+fn only_who_may_write_a_file_may_poison_it() {
+    let place = tempfile::tempdir().unwrap();
+    let pool = Pool::mount("pagesize=2M,size=16M,mode=755");
+    let file = pool.join("file");
+    std::fs::write(&file, "text").unwrap();
+    // The pool's directory is in one that only root may search; a bind mount is not.
+    let open = place.path().join("open");
+    std::fs::create_dir(&open).unwrap();
+    std::fs::set_permissions(place.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    run(Command::new("mount").arg("--bind").arg(pool.path()).arg(&open));
+    let as_nobody = |action: &str, path: &Path, rest: &[&str]| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", env!("CARGO_BIN_EXE_hugetlb2"), action]);
+        status_and_error(command.arg(path).args(rest))
+    };
+    let poisoned = as_nobody("poison", &open.join("file"), &["0", "1"]);
+    let mapped = as_nobody("map", &open.join("file"), &[]);
+    let checked = as_nobody("check", &open, &[]);
+    let status = as_nobody("status", &open, &[]);
+    run(Command::new("umount").args(["-i", "-l"]).arg(&open));
+    assert!(poisoned.0 == 1 && poisoned.1.contains("Permission denied"), "{}", poisoned.1);
+    assert_eq!(mapped.0, 0, "{}", mapped.1);
+    assert!(checked.0 == 1 && checked.1.contains("or you are not root"), "{}", checked.1);
+    assert_eq!(status.0, 0, "{}", status.1);
+    assert_eq!(get(&file, support::POISON), Err(rustix::io::Errno::NODATA));
+}
+
+// ---- the command line itself ----------------------------------------------------------------------------------------
+
+#[test]
+fn a_reader_that_goes_away_is_no_error_and_a_full_disk_is_one() {
+    let (_pool, file) = pool_with_file();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let gone = hugetlb2().arg("map").arg(&file).stdout(writer).stderr(Stdio::piped()).output().unwrap();
+    assert!(gone.status.success() && gone.stderr.is_empty(), "{}", text(&gone.stderr));
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let full = hugetlb2().arg("map").arg(&file).stdout(full).stderr(Stdio::piped()).output().unwrap();
+    assert_eq!(full.status.code(), Some(1));
+    assert!(text(&full.stderr).contains("standard output: No space left on device"), "{}", text(&full.stderr));
+}
+
+#[test]
+fn the_help_names_every_action() {
+    let help = run(hugetlb2().arg("--help"));
+    for action in ["status", "poison", "repair", "collapse", "map", "check", "demo", "mount"] {
+        assert!(help.lines().any(|line| line.trim_start().starts_with(&format!("{action} "))), "{action}");
+        run(hugetlb2().args([action, "--help"]));
+    }
+    assert!(!help.contains("touch"), "that one is for tests");
+    assert_eq!(run(hugetlb2().arg("--version")), format!("hugetlb2 {}\n", env!("CARGO_PKG_VERSION")));
+    assert_eq!(status_and_error(&mut hugetlb2()).0, 2);
+}

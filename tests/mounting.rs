@@ -1,0 +1,1006 @@
+//! The mount helper's protocol (mount(8), "external helpers") and a pool's life from mount to unmount.
+
+mod support;
+
+use rustix::fs::{CWD, FileType, Mode, inotify, mknodat};
+use rustix::io::Errno;
+use rustix::mount::{UnmountFlags, unmount};
+use rustix::pipe::fcntl_setpipe_size;
+use rustix::process::{Pid, Signal, kill_process};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use support::{
+    CHECK, Daemon, FOLIO, Pool, SIZE, Toucher, counters, get, hugetlb2, mount_hugetlb2, run, set,
+    status_and_error, text, umount_hugetlb2,
+};
+
+/// Eight pages of 2 MiB.
+const SMALL: &str = "size=16M,pagesize=2M";
+
+/// What `mount` answers (mount(8), "exit status").
+const USAGE: i32 = 1;
+const SYSTEM: i32 = 2;
+const INTERRUPTED: i32 = 8;
+const FAILED: i32 = 32;
+
+// ---- where tests mount ----------------------------------------------------------------------------------------------
+
+/// A directory with a mount point and a log that no other test has, which says whose daemon a process is.
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new() -> Self {
+        let place = Self(tempfile::tempdir().expect("a directory for the test"));
+        std::fs::create_dir(place.mount_point()).expect("a mount point");
+        place
+    }
+
+    fn join(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn mount_point(&self) -> PathBuf {
+        self.join("mnt")
+    }
+
+    fn log(&self) -> PathBuf {
+        self.join("log")
+    }
+
+    /// The helper, told to mount here; `options` and the log are what is behind `-o`.
+    fn mount(&self, options: &str) -> Command {
+        self.mount_at(&self.mount_point(), options)
+    }
+
+    fn mount_at(&self, directory: &Path, options: &str) -> Command {
+        let mut command = mount_hugetlb2();
+        command.arg("source").arg(directory).arg("-o").arg(self.with_log(options));
+        command
+    }
+
+    fn with_log(&self, options: &str) -> String {
+        format!("{options},log={}", self.log().display())
+    }
+
+    /// The daemons that were started for this place.
+    fn daemons(&self) -> Vec<i32> {
+        let flag = format!("--log={}", self.log().display());
+        let processes = std::fs::read_dir("/proc").expect("/proc").filter_map(Result::ok);
+        let ids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+        let is_ours = |pid: &i32| {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            line.split(|byte| *byte == 0).any(|argument| argument == flag.as_bytes())
+        };
+        ids.filter(is_ours).collect()
+    }
+
+    /// Its line in mountinfo, if something is mounted here.
+    fn mount_info(&self) -> Option<MountInfo> {
+        MountInfo::of(&self.mount_point(), "/proc/self/mountinfo")
+    }
+
+    fn assert_nothing_is_left(&self) {
+        assert!(self.mount_info().is_none(), "something is mounted");
+        assert_eq!(self.daemons(), [], "a daemon runs");
+    }
+
+    /// Asserts that the helper ends with `status`, says `word`, and has left nothing.
+    fn assert_refused(&self, command: &mut Command, status: i32, word: &str) {
+        assert_eq!(self.mount_info(), None, "{command:?}: something is mounted beforehand");
+        let (found, error) = status_and_error(command);
+        assert_eq!(found, status, "{command:?}: {error}");
+        assert!(error.contains(word), "{command:?}: {word:?} is not in {error:?}");
+        self.assert_nothing_is_left();
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        while unmount(self.mount_point(), UnmountFlags::DETACH).is_ok() {}
+    }
+}
+
+/// A line of mountinfo (proc(5)).
+#[derive(Debug, PartialEq, Eq)]
+struct MountInfo {
+    flags: String,
+    kind: String,
+    source: String,
+    options: String,
+}
+
+impl MountInfo {
+    fn of(mount_point: &Path, file: &str) -> Option<Self> {
+        let info = std::fs::read_to_string(file).expect("mountinfo");
+        let fields = info.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+        let fields = fields.filter(|fields| Path::new(fields[4]) == mount_point).next_back()?;
+        let end = fields.iter().position(|field| *field == "-").expect("a separator");
+        let word = |index: usize| fields[index].replace("\\040", " ").replace("\\134", "\\");
+        Some(Self { flags: word(5), kind: word(end + 1), source: word(end + 2), options: word(end + 3) })
+    }
+}
+
+fn memory_available() -> u64 {
+    hugetlb2fs::sys::memory_available().expect("/proc/meminfo")
+}
+
+/// Writes a file from another process: while one of ours has it open, each process that is being forked here has it open
+/// as well, until it executes, and the mount is busy for as long.
+fn write_from_outside(file: &Path) {
+    run(Command::new("sh").args(["-c", "echo text > \"$0\""]).arg(file));
+}
+
+fn signal(pid: i32, signal: Signal) {
+    kill_process(Pid::from_raw(pid).expect("a process id"), signal).expect("it runs");
+}
+
+// ---- options --------------------------------------------------------------------------------------------------------
+
+#[test]
+fn each_wrong_option_is_refused_by_name_with_what_would_be_right() {
+    let place = Place::new();
+    for (options, word) in [
+        ("pagesize=2M", "option size is required"),
+        ("size=0", "option size: a size of 0 bytes is less than one page of 1G"),
+        ("size=1M,pagesize=2M", "less than one page of 2M"),
+        ("size=1Q", "option size: \"1Q\" is not a size"),
+        ("size=", "option size: \"\" is not a size"),
+        ("size=-1", "is not a size"),
+        ("size=0%", "is not a size"),
+        ("size=101%", "is not a size"),
+        ("size=99999999999T", "more than any machine has"),
+        ("size", "option size needs a value: size=SIZE"),
+        ("size=16M,pagesize=3M", "option pagesize: \"3M\" is not a page size: 1G or 2M"),
+        ("size=16M,pagesize=2M,mode=999", "option mode: \"999\" is not a mode: an octal number"),
+        ("size=16M,pagesize=2M,uid=x", "option uid: \"x\" is not a numeric"),
+        ("size=16M,pagesize=2M,gid=-1", "option gid: \"-1\" is not a numeric"),
+        ("size=16M,pagesize=2M,collapse=maybe", "option collapse: \"maybe\" is neither on nor off"),
+        ("size=16M,pagesize=2M,frobnicate", "unknown option \"frobnicate\"; there are size, pagesize"),
+        ("size=16M,pagesize=2M,szie=1G", "unknown option \"szie\""),
+        ("size=16M,pagesize=2M,user_id=7", "unknown option \"user_id\""),
+    ] {
+        place.assert_refused(&mut place.mount(options), USAGE, word);
+    }
+    let mut relative = mount_hugetlb2();
+    relative.arg("source").arg(place.mount_point()).args(["-o", SMALL, "-o", "log=relative"]);
+    place.assert_refused(&mut relative, USAGE, "option log: \"relative\" is not an absolute path");
+}
+
+#[test]
+fn a_wrong_command_line_is_a_usage_error() {
+    let place = Place::new();
+    place.assert_refused(&mut mount_hugetlb2(), USAGE, "Usage: mount.hugetlb2 NAME DIR");
+    place.assert_refused(mount_hugetlb2().arg("source"), USAGE, "DIR");
+    place.assert_refused(place.mount(SMALL).arg("-x"), USAGE, "-x");
+    place.assert_refused(umount_hugetlb2().arg("-x"), USAGE, "-x");
+}
+
+#[test]
+fn the_help_names_every_option_and_every_exit_status() {
+    let help = run(mount_hugetlb2().arg("--help"));
+    let help_in_one_line = help.split_ascii_whitespace().collect::<Vec<_>>().join(" ");
+    for row in hugetlb2fs::options::TABLE {
+        assert!(help.contains(&format!("  {}={}", row.name, row.value)), "{}", row.name);
+    }
+    let statuses =
+        "0 mounted, 1 wrong usage, 2 system error, 4 internal error, 8 interrupted, 32 mount failed";
+    assert!(help_in_one_line.contains(statuses), "{help}");
+}
+
+#[test]
+fn sloppy_ignores_unknown_options_and_still_checks_ours() {
+    let place = Place::new();
+    place.assert_refused(place.mount("size=1Q,frobnicate").arg("-s"), USAGE, "option size");
+    place.assert_refused(place.mount("frobnicate").arg("-s"), USAGE, "option size is required");
+    run(place.mount(&format!("{SMALL},frobnicate,color=blue")).arg("-s"));
+    assert!(place.mount_info().is_some());
+}
+
+#[test]
+fn what_is_meant_for_others_and_the_accepted_flags_change_nothing() {
+    let place = Place::new();
+    let options = format!("defaults,noauto,nofail,_netdev,x-systemd.automount,x-a=b,comment=c,{SMALL}");
+    run(place.mount(&options).args(["-n", "-t", "hugetlb2"]));
+    assert_eq!(counters(&place.mount_point())["pages_total"], 8);
+}
+
+#[test]
+fn fake_checks_everything_and_mounts_nothing() {
+    let place = Place::new();
+    run(place.mount(SMALL).arg("-f"));
+    place.assert_nothing_is_left();
+    assert!(!place.log().exists(), "a daemon was started");
+    place.assert_refused(place.mount("size=1Q").arg("-f"), USAGE, "option size");
+    place.assert_refused(
+        place.mount_at(&place.join("missing"), SMALL).arg("-f"),
+        FAILED,
+        "No such file or directory",
+    );
+}
+
+#[test]
+fn the_roots_mode_and_owner_are_as_asked() {
+    let place = Place::new();
+    run(&mut place.mount(&format!("{SMALL},mode=1770,uid=1234,gid=4321")));
+    let root = place.mount_point().metadata().unwrap();
+    assert_eq!((root.permissions().mode(), root.uid(), root.gid()), (0o41770, 1234, 4321));
+    let plain = Place::new();
+    run(&mut plain.mount(SMALL));
+    let root = plain.mount_point().metadata().unwrap();
+    assert_eq!((root.permissions().mode(), root.uid(), root.gid()), (0o40755, 0, 0));
+}
+
+#[test]
+fn generic_flags_reach_the_kernel() {
+    let place = Place::new();
+    run(&mut place.mount(&format!("ro,nosuid,nodev,noexec,noatime,{SMALL}")));
+    assert_eq!(place.mount_info().unwrap().flags, "ro,nosuid,nodev,noexec,noatime");
+    let refused = File::create(place.mount_point().join("file")).unwrap_err();
+    assert_eq!(Errno::from_io_error(&refused), Some(Errno::ROFS));
+}
+
+#[test]
+fn a_source_is_a_name_and_cannot_bring_options_in() {
+    let place = Place::new();
+    let plain = Place::new();
+    let source = "a b,max_read=4096,user_id=7,\\ro";
+    run(mount_hugetlb2().arg(source).arg(place.mount_point()).args(["-o", &place.with_log(SMALL)]));
+    run(&mut plain.mount(SMALL));
+    let (found, expected) = (place.mount_info().unwrap(), plain.mount_info().unwrap());
+    assert_eq!((found.source.as_str(), found.kind.as_str()), (source, "fuse.hugetlb2"));
+    assert_eq!((found.flags, found.options), (expected.flags, expected.options));
+    std::fs::write(place.mount_point().join("file"), "text").unwrap();
+}
+
+// ---- mount points ---------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_mount_point_must_be_an_empty_directory() {
+    let place = Place::new();
+    let file = place.join("file");
+    std::fs::write(&file, "").unwrap();
+    place.assert_refused(&mut place.mount_at(&place.join("missing"), SMALL), FAILED, "missing: No such file");
+    place.assert_refused(&mut place.mount_at(&file, SMALL), FAILED, "file: not a directory");
+    std::fs::write(place.mount_point().join("inside"), "").unwrap();
+    place.assert_refused(&mut place.mount(SMALL), FAILED, "mnt: not empty");
+    assert!(!place.log().exists(), "a daemon was started");
+    run(&mut place.mount(&format!("{SMALL},nonempty")));
+    assert_eq!(place.mount_point().read_dir().unwrap().count(), 0);
+}
+
+#[test]
+fn a_symbolic_link_to_a_directory_is_followed() {
+    let place = Place::new();
+    let link = place.join("link");
+    symlink(place.mount_point(), &link).unwrap();
+    run(&mut place.mount_at(&link, SMALL));
+    assert!(place.mount_info().is_some(), "mounted on what the link names");
+}
+
+// ---- what the system may lack ---------------------------------------------------------------------------------------
+
+/// A mount namespace in which the helpers are where mount(8) looks for them.
+struct Namespace {
+    init: Child,
+}
+
+impl Namespace {
+    /// Also lets go at once of the pools of tests that run beside this one: copies of their mounts came along.
+    fn new() -> Self {
+        const SCRIPT: &str = "umount -i -c -l -a -t fuse.hugetlb2
+            set -e
+            mount -t tmpfs helpers /usr/sbin
+            for name in mount.hugetlb2 mount.fuse.hugetlb2 umount.fuse.hugetlb2; do
+                ln -s \"$0\" /usr/sbin/$name
+            done
+            echo ready
+            exec sleep infinity";
+        let program = env!("CARGO_BIN_EXE_hugetlb2");
+        let mut init = Command::new("unshare")
+            .args(["-m", "sh", "-c", SCRIPT, program])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("unshare(1)");
+        let mut line = String::new();
+        BufReader::new(init.stdout.take().expect("a pipe")).read_line(&mut line).expect("it speaks");
+        let namespace = Self { init };
+        assert_eq!(line, "ready\n");
+        namespace
+    }
+
+    fn pid(&self) -> String {
+        self.init.id().to_string()
+    }
+
+    /// A program that runs in it.
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command.args(["-t", &self.pid(), "-m", "--", program]);
+        command
+    }
+
+    /// Where a path in it is seen from outside.
+    fn path(&self, path: &Path) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root{}", self.init.id(), path.display()))
+    }
+
+    fn mount_info(&self, place: &Place) -> Option<MountInfo> {
+        MountInfo::of(&place.mount_point(), &format!("/proc/{}/mountinfo", self.init.id()))
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = self.init.kill();
+        let _ = self.init.wait();
+    }
+}
+
+#[test]
+fn without_the_fuse_device_nothing_starts() {
+    let (place, namespace) = (Place::new(), Namespace::new());
+    run(namespace.command("mount").args(["-t", "tmpfs", "none", "/dev"]));
+    for flag in ["-n", "-f"] {
+        let mut mount = namespace.command("/sbin/mount.hugetlb2");
+        mount.arg("source").arg(place.mount_point()).args(["-o", &place.with_log(SMALL), flag]);
+        place.assert_refused(&mut mount, SYSTEM, "/dev/fuse cannot be opened: No such file or directory");
+    }
+    assert!(!place.log().exists(), "a daemon was started");
+}
+
+#[test]
+fn a_fuse_device_that_is_none_fails_the_mount_after_the_pool_was_filled_and_leaves_nothing() {
+    let (place, namespace) = (Place::new(), Namespace::new());
+    run(namespace.command("mount").args(["-t", "tmpfs", "none", "/dev"]));
+    run(namespace.command("touch").arg("/dev/fuse"));
+    run(namespace.command("mknod").args(["/dev/null", "c", "1", "3"]));
+    let mut mount = namespace.command("/sbin/mount.hugetlb2");
+    mount.arg("source").arg(place.mount_point()).args(["-o", &place.with_log(SMALL)]);
+    place.assert_refused(&mut mount, FAILED, "mount(2) on ");
+    assert!(std::fs::read_to_string(place.log()).unwrap().contains("8 pages"), "it had been filled");
+    assert!(namespace.mount_info(&place).is_none());
+}
+
+#[test]
+fn more_than_the_machine_has_is_refused_before_any_of_it_is_taken() {
+    let place = Place::new();
+    let before = memory_available();
+    let total = hugetlb2fs::sys::memory_total().unwrap();
+    for size in ["100%".to_owned(), total.to_string(), format!("{}", 64 * total)] {
+        let mut mount = place.mount(&format!("size={size},pagesize=2M"));
+        mount.env("HUGETLB2_LOG", "debug");
+        place.assert_refused(&mut mount, FAILED, "the machine cannot give ");
+    }
+    let (_, error) = status_and_error(&mut place.mount("size=100%,pagesize=2M"));
+    assert!(error.contains("are available now; choose a smaller size="), "{error}");
+    let log = std::fs::read_to_string(place.log()).unwrap();
+    assert!(log.contains("the machine cannot give ") && !log.contains("bytes taken"), "{log}");
+    assert!(before.saturating_sub(memory_available()) < total / 2, "memory is missing");
+}
+
+#[test]
+fn a_fill_says_in_the_log_how_far_it_is() {
+    let place = Place::new();
+    run(place.mount("size=128M,pagesize=2M").env("HUGETLB2_LOG", "debug"));
+    let log = std::fs::read_to_string(place.log()).unwrap();
+    assert!(log.contains(" 67108864 bytes taken") && log.contains(" 134217728 bytes taken"), "{log}");
+}
+
+#[test]
+fn only_root_can_mount() {
+    let place = Place::new();
+    let mut mount = Command::new("setpriv");
+    mount.args([
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+        env!("CARGO_BIN_EXE_hugetlb2"),
+        "mount",
+        "source",
+    ]);
+    mount.arg(place.mount_point()).args(["-o", &place.with_log(SMALL)]);
+    place.assert_refused(&mut mount, USAGE, "only root can mount");
+}
+
+// ---- a daemon that does not do its part -----------------------------------------------------------------------------
+
+impl Place {
+    /// The helper from a directory of its own, with `script` for a daemon beside it.
+    fn mount_with_daemon(&self, script: Option<&str>) -> Command {
+        let helper = self.install(Path::new(env!("CARGO_BIN_EXE_hugetlb2")), "hugetlb2");
+        if let Some(script) = script {
+            let source = self.join("script");
+            std::fs::write(&source, format!("#!/bin/sh\n{script}\n")).unwrap();
+            self.install(&source, "hugetlb2fsd");
+        }
+        let mut command = Command::new(helper);
+        command
+            .arg0("mount.hugetlb2")
+            .arg("source")
+            .arg(self.mount_point())
+            .args(["-o", &self.with_log(SMALL)]);
+        command
+    }
+}
+
+impl Place {
+    /// Another process writes the program: one of ours that is forked meanwhile would have it open for writing, and who is
+    /// written to cannot be executed (ETXTBSY).
+    fn install(&self, source: &Path, name: &str) -> PathBuf {
+        run(Command::new("install").args(["-m", "755"]).arg(source).arg(self.join(name)));
+        self.join(name)
+    }
+}
+
+/// Sets `$control` to the descriptor's number.
+const FIND_CONTROL: &str =
+    "for argument; do case $argument in --control-fd=*) control=${argument#*=};; esac; done\n";
+
+#[test]
+fn a_daemon_that_ends_without_a_word_fails_the_mount() {
+    let place = Place::new();
+    place.assert_refused(
+        &mut place.mount_with_daemon(Some("exit 3")),
+        SYSTEM,
+        "the daemon ended without a word",
+    );
+}
+
+#[test]
+fn a_daemon_that_ends_after_the_mount_leaves_nothing_mounted() {
+    let place = Place::new();
+    let script = format!(
+        "{FIND_CONTROL}eval \"echo ready 1 1 >&$control; read word <&$control\"; echo $word > {}",
+        place.join("word").display()
+    );
+    place.assert_refused(
+        &mut place.mount_with_daemon(Some(&script)),
+        SYSTEM,
+        "the daemon ended without a word",
+    );
+    assert_eq!(std::fs::read_to_string(place.join("word")).unwrap(), "mounted\n", "it had been mounted");
+}
+
+#[test]
+fn a_daemon_that_fails_says_why_through_the_helper() {
+    let place = Place::new();
+    let script = format!("{FIND_CONTROL}eval \"echo failed for a good reason >&$control\"");
+    place.assert_refused(&mut place.mount_with_daemon(Some(&script)), FAILED, "for a good reason");
+}
+
+#[test]
+fn a_daemon_that_talks_nonsense_is_ended() {
+    let place = Place::new();
+    let script = format!("{FIND_CONTROL}eval \"echo serving >&$control\"; exec sleep infinity");
+    place.assert_refused(
+        &mut place.mount_with_daemon(Some(&script)),
+        SYSTEM,
+        "unexpected word from the daemon: serving",
+    );
+}
+
+#[test]
+fn a_log_that_cannot_be_opened_fails_the_mount() {
+    let place = Place::new();
+    std::fs::create_dir(place.log()).unwrap();
+    place.assert_refused(&mut place.mount(SMALL), FAILED, "option log: Is a directory");
+}
+
+// ---- interruption ---------------------------------------------------------------------------------------------------
+
+/// A mount whose daemon cannot get further than the middle of filling its pool: its log is a pipe that has no room.
+struct Standing {
+    place: Place,
+    helper: Child,
+    log: File,
+    daemon: Daemon,
+}
+
+impl Standing {
+    fn start() -> Self {
+        const PIPE: usize = 4096;
+        const ROOM: usize = 96; // for one line, not for two
+        let place = Place::new();
+        mknodat(CWD, place.log(), FileType::Fifo, Mode::from_raw_mode(0o600), 0).expect("a FIFO");
+        let mut log = File::options().read(true).write(true).open(place.log()).expect("the FIFO");
+        assert_eq!(fcntl_setpipe_size(&log, PIPE), Ok(PIPE));
+        log.write_all(&[b'.'; PIPE - ROOM]).expect("there is room");
+        let mut written = File::from(inotify::init(inotify::CreateFlags::CLOEXEC).expect("inotify"));
+        inotify::add_watch(&written, place.log(), inotify::WatchFlags::MODIFY).expect("a watch");
+        let mut helper = place.mount("size=1G,pagesize=2M");
+        helper.env("HUGETLB2_LOG", "off,hugetlb2fs::pool=debug").stdout(Stdio::null()).stderr(Stdio::piped());
+        let helper = helper.spawn().expect("the helper");
+        // To read the log would make room for more, but inotify(7) tells of the line.
+        let event = written.read(&mut [0; 64]).expect("it logs that it has taken a step");
+        assert_eq!(event, size_of::<[u32; 4]>());
+        let daemons = place.daemons();
+        assert_eq!(daemons.len(), 1);
+        Self { place, helper, log, daemon: Daemon::with_pid(daemons[0]) }
+    }
+}
+
+impl Drop for Standing {
+    fn drop(&mut self) {
+        let _ = self.helper.kill();
+        let _ = self.helper.wait();
+    }
+}
+
+#[test]
+fn an_interrupt_while_the_pool_fills_gives_everything_back() {
+    for interrupt in [Signal::INT, Signal::TERM, Signal::HUP] {
+        let mut standing = Standing::start();
+        signal(standing.helper.id() as i32, interrupt);
+        let status = standing.helper.wait().unwrap();
+        assert_eq!(status.code(), Some(INTERRUPTED), "{interrupt:?}: {status}");
+        assert!(standing.daemon.ends_within(0), "the daemon runs on");
+        let mut error = String::new();
+        standing.helper.stderr.take().unwrap().read_to_string(&mut error).unwrap();
+        assert!(error.contains("interrupted; everything has been given back"), "{error}");
+        standing.place.assert_nothing_is_left();
+    }
+}
+
+#[test]
+fn a_daemon_whose_helper_was_killed_ends_by_itself() {
+    let mut standing = Standing::start();
+    signal(standing.helper.id() as i32, Signal::KILL);
+    standing.helper.wait().unwrap();
+    // The pipe is without a reader now, and the daemon goes on to where it tells the helper of its progress.
+    standing.log = File::open("/dev/null").unwrap();
+    standing.daemon.wait();
+    standing.place.assert_nothing_is_left();
+}
+
+#[test]
+fn a_daemon_that_is_killed_while_it_fills_fails_the_mount() {
+    let mut standing = Standing::start();
+    signal(standing.daemon.pid, Signal::KILL);
+    assert_eq!(standing.helper.wait().unwrap().code(), Some(SYSTEM));
+    standing.place.assert_nothing_is_left();
+}
+
+// ---- what it says ---------------------------------------------------------------------------------------------------
+
+#[test]
+fn progress_is_shown_on_a_terminal_and_nowhere_else() {
+    let place = Place::new();
+    let options = place.with_log("size=256M,pagesize=2M");
+    let mount = format!(
+        "{} mount source {} -o {options}",
+        env!("CARGO_BIN_EXE_hugetlb2"),
+        place.mount_point().display()
+    );
+    let terminal = run(Command::new("script").args(["-qec", &mount, "/dev/null"]).stdin(Stdio::null()));
+    assert!(terminal.contains("\rtaking memory: 0.1 of 0.2 GiB"), "{terminal:?}");
+    assert!(terminal.ends_with("\r\u{1b}[K"), "the line is cleared in the end: {terminal:?}");
+    assert!(place.mount_info().is_some());
+    let piped = Place::new();
+    assert_eq!(status_and_error(&mut piped.mount("size=256M,pagesize=2M")), (0, String::new()));
+}
+
+#[test]
+fn verbose_says_who_serves() {
+    let place = Place::new();
+    let (status, error) = status_and_error(place.mount(SMALL).arg("-v"));
+    let daemon = Daemon::of(&place.mount_point()).pid;
+    assert_eq!(status, 0);
+    assert!(error.contains("16777216 of 16777216 bytes are in 2 MiB folios"), "{error}");
+    let line = format!("source mounted on {}, served by process {daemon}", place.mount_point().display());
+    assert!(error.contains(&line), "{error}");
+}
+
+#[test]
+fn words_that_nobody_reads_change_nothing() {
+    let place = Place::new();
+    let full = || Stdio::from(File::options().write(true).open("/dev/full").unwrap());
+    assert_eq!(place.mount("size=1Q").stderr(full()).status().unwrap().code(), Some(USAGE));
+    assert_eq!(place.mount(SMALL).arg("-v").stderr(full()).status().unwrap().code(), Some(0));
+    assert!(place.mount_info().is_some());
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let status = umount_hugetlb2().arg(place.join("missing")).stderr(writer).status().unwrap();
+    assert_eq!(status.code(), Some(FAILED));
+}
+
+// ---- namespaces -----------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_pool_can_be_mounted_in_another_mount_namespace() {
+    let (place, namespace) = (Place::new(), Namespace::new());
+    // There, and only there, the mount point is in a filesystem of its own.
+    run(namespace.command("mount").args(["-t", "tmpfs", "none"]).arg(place.mount_point()));
+    let directory = place.mount_point().join("there");
+    run(namespace.command("mkdir").arg(&directory));
+    let inside = namespace.path(&directory);
+    for target in [namespace.pid(), format!("/proc/{}/ns/mnt", namespace.pid())] {
+        run(place.mount_at(&directory, SMALL).args(["-N", &target]));
+        assert_eq!(counters(&inside)["pages_total"], 8);
+        write_from_outside(&inside.join("file"));
+        assert!(place.mount_info().is_none(), "it is mounted here as well");
+        let daemon = Daemon::of(&inside);
+        assert_eq!(place.daemons(), [daemon.pid]);
+        run(umount_hugetlb2().arg(&directory).args(["-N", &target]));
+        assert!(daemon.ends_within(0), "the daemon runs on");
+    }
+}
+
+#[test]
+fn a_mount_point_that_the_other_namespace_lacks_is_refused() {
+    let (place, namespace) = (Place::new(), Namespace::new());
+    run(namespace.command("mount").args(["-t", "tmpfs", "none"]).arg(place.0.path()));
+    place.assert_refused(
+        place.mount(SMALL).args(["-N", &namespace.pid()]),
+        FAILED,
+        "No such file or directory",
+    );
+    place.assert_refused(place.mount(SMALL).args(["-N", "/proc/self/status"]), SYSTEM, "setns");
+    place.assert_refused(
+        place.mount(SMALL).args(["-N", "/missing"]),
+        USAGE,
+        "namespace /missing: No such file",
+    );
+}
+
+#[test]
+fn mount_8_mounts_in_another_namespace_through_the_helper() {
+    let (place, namespace, other) = (Place::new(), Namespace::new(), Namespace::new());
+    let mut mount = namespace.command("mount");
+    run(mount
+        .args(["-N", &other.pid(), "-t", "hugetlb2", "source"])
+        .arg(place.mount_point())
+        .args(["-o", SMALL]));
+    assert_eq!(counters(&other.path(&place.mount_point()))["pages_total"], 8);
+    assert!(namespace.mount_info(&place).is_none() && place.mount_info().is_none());
+    let daemon = Daemon::of(&other.path(&place.mount_point()));
+    // -c makes umount(8) look for the helper, which it runs in its own namespace.
+    run(namespace.command("umount").args(["-c", "-N", &other.pid()]).arg(place.mount_point()));
+    assert!(other.mount_info(&place).is_none());
+    assert!(daemon.ends_within(0), "the daemon runs on");
+}
+
+// ---- unmounting -----------------------------------------------------------------------------------------------------
+
+#[test]
+fn umount_returns_when_the_daemon_has_ended() {
+    let place = Place::new();
+    for _ in 0..10 {
+        run(&mut place.mount(SMALL));
+        let daemon = Daemon::of(&place.mount_point());
+        run(umount_hugetlb2().arg(place.mount_point()));
+        assert!(daemon.ends_within(0), "the daemon runs on");
+        place.assert_nothing_is_left();
+    }
+}
+
+#[test]
+fn umount_of_what_is_not_mounted_fails() {
+    let place = Place::new();
+    let (status, error) = status_and_error(umount_hugetlb2().arg(place.mount_point()));
+    assert_eq!(status, FAILED);
+    assert!(error.contains("mnt: Invalid argument"), "{error}");
+}
+
+#[test]
+fn a_busy_pool_is_not_unmounted_and_goes_on() {
+    let pool = Pool::small(8);
+    let file = pool.join("file");
+    write_from_outside(&file);
+    let mut toucher = Toucher::mapping(&file, 4);
+    let (status, error) = status_and_error(umount_hugetlb2().arg(pool.path()));
+    assert_eq!(status, FAILED);
+    assert!(error.contains("busy"), "{error}");
+    assert!(toucher.store(0, b'T'));
+    assert_eq!(run(Command::new("cat").arg(&file)), "Text\n");
+    pool.check();
+    drop(toucher);
+    pool.unmount();
+}
+
+#[test]
+fn a_lazy_umount_takes_the_path_away_at_once_and_the_memory_with_its_last_user() {
+    let place = Place::new();
+    run(&mut place.mount(SMALL));
+    let daemon = Daemon::of(&place.mount_point());
+    let file = place.mount_point().join("file");
+    std::fs::write(&file, vec![7; FOLIO as usize]).unwrap();
+    let mut toucher = Toucher::mapping(&file, FOLIO);
+    let open = File::options().read(true).append(true).open(&file).unwrap();
+    run(umount_hugetlb2().arg("-l").arg(place.mount_point()));
+    assert!(place.mount_info().is_none() && !file.exists());
+    // Who has it goes on, can even make it grow.
+    assert!(toucher.store(1, 9));
+    (&open).write_all(&[1; 10]).unwrap();
+    assert_eq!(open.metadata().unwrap().len(), FOLIO + 10);
+    drop(open);
+    assert_eq!(toucher.load(1), Some(9));
+    assert!(!daemon.ends_within(0), "a mapping needs it");
+    drop(toucher);
+    daemon.wait();
+    place.assert_nothing_is_left();
+}
+
+// ---- mount(8) and umount(8) -----------------------------------------------------------------------------------------
+
+impl Namespace {
+    /// mount(8) in it, with this behind `-o`.
+    fn mount_8(&self, place: &Place, kind: &str, options: &str) -> Command {
+        let mut command = self.command("mount");
+        command.args(["-t", kind, "source"]).arg(place.mount_point()).args(["-o", options]);
+        command
+    }
+
+    fn remount(&self, place: &Place, options: &str) -> Command {
+        let mut command = self.command("mount");
+        command.args(["-o", &format!("remount,{options}")]).arg(place.mount_point());
+        command
+    }
+
+    fn pages(&self, place: &Place) -> u64 {
+        counters(&self.path(&place.mount_point()))["pages_total"]
+    }
+
+    fn assert_check_finds_nothing(&self, place: &Place) {
+        assert_eq!(get(self.path(&place.mount_point()), CHECK).unwrap(), "");
+    }
+}
+
+#[test]
+fn mount_8_and_umount_8_find_the_helpers_by_both_names() {
+    let (place, namespace) = (Place::new(), Namespace::new());
+    for kind in ["hugetlb2", "fuse.hugetlb2"] {
+        run(&mut namespace.mount_8(&place, kind, &place.with_log(&format!("nosuid,{SMALL}"))));
+        let info = namespace.mount_info(&place).unwrap();
+        assert_eq!((info.kind.as_str(), info.flags.as_str()), ("fuse.hugetlb2", "rw,nosuid,relatime"));
+        assert!(place.mount_info().is_none(), "it is in the namespace only");
+        let daemon = Daemon::of(&namespace.path(&place.mount_point()));
+        assert_eq!(place.daemons(), [daemon.pid]);
+        run(namespace.command("umount").arg("-c").arg(place.mount_point()));
+        assert!(namespace.mount_info(&place).is_none());
+        assert!(daemon.ends_within(0), "the daemon runs on");
+    }
+}
+
+#[test]
+fn a_plain_umount_8_which_calls_no_helper_ends_the_daemon_too() {
+    let (place, namespace) = (Place::new(), Namespace::new());
+    run(&mut namespace.mount_8(&place, "hugetlb2", &place.with_log(SMALL)));
+    let daemon = Daemon::of(&namespace.path(&place.mount_point()));
+    run(namespace.command("umount").arg(place.mount_point()));
+    assert!(namespace.mount_info(&place).is_none());
+    daemon.wait();
+    place.assert_nothing_is_left();
+}
+
+#[test]
+fn mount_8_passes_the_helpers_status_and_words_on() {
+    let (place, namespace) = (Place::new(), Namespace::new());
+    place.assert_refused(&mut namespace.mount_8(&place, "hugetlb2", "size=1Q"), USAGE, "option size: \"1Q\"");
+    let mut sloppy = namespace.mount_8(&place, "hugetlb2", "size=100%,frobnicate");
+    place.assert_refused(sloppy.arg("-s"), FAILED, "the machine cannot give ");
+    run(namespace.mount_8(&place, "hugetlb2", SMALL).arg("-f"));
+    assert!(namespace.mount_info(&place).is_none());
+}
+
+#[test]
+fn umount_8_of_a_busy_pool_fails() {
+    let (place, namespace) = (Place::new(), Namespace::new());
+    run(&mut namespace.mount_8(&place, "hugetlb2", SMALL));
+    let root = namespace.path(&place.mount_point());
+    write_from_outside(&root.join("file"));
+    let toucher = Toucher::mapping(&root.join("file"), 4);
+    let (status, error) = status_and_error(namespace.command("umount").arg(place.mount_point()));
+    assert_eq!(status, FAILED);
+    assert!(error.contains("busy"), "{error}");
+    drop(toucher);
+    let daemon = Daemon::of(&root);
+    run(namespace.command("umount").arg(place.mount_point()));
+    daemon.wait();
+}
+
+#[test]
+fn a_remount_resizes_up_and_down() {
+    let (place, namespace) = (Place::new(), Namespace::new());
+    run(&mut namespace.mount_8(&place, "hugetlb2", &place.with_log(SMALL)));
+    let file = namespace.path(&place.mount_point()).join("file");
+    std::fs::write(&file, vec![7; 3 * FOLIO as usize]).unwrap();
+    for (size, pages) in [("64M", 32), ("33M", 16), ("8388608", 4), ("6M", 3), ("0x1000000", 8)] {
+        run(&mut namespace.remount(&place, &format!("size={size}")));
+        assert_eq!(namespace.pages(&place), pages, "{size}");
+        namespace.assert_check_finds_nothing(&place);
+    }
+    assert!(std::fs::read(&file).unwrap() == vec![7; 3 * FOLIO as usize]);
+    run(&mut namespace.remount(&place, "pagesize=2M,size=8M,mode=700"));
+    assert_eq!(namespace.pages(&place), 4, "what else stands in fstab may come along");
+}
+
+#[test]
+fn a_remount_that_cannot_be_changes_nothing_and_says_why() {
+    let (place, namespace) = (Place::new(), Namespace::new());
+    run(&mut namespace.mount_8(&place, "hugetlb2", &place.with_log(SMALL)));
+    let file = namespace.path(&place.mount_point()).join("file");
+    std::fs::write(&file, vec![7; 3 * FOLIO as usize]).unwrap();
+    for (options, status, word) in [
+        ("size=4M", FAILED, "more of the pool is in use than the new size has"),
+        ("size=4M,nosuid", FAILED, "more of the pool is in use"),
+        ("size=100%", FAILED, "the machine has not that much memory"),
+        ("size=0", USAGE, "less than one page of 2M"),
+        ("size=1M", USAGE, "less than one page of 2M"),
+        ("size=1Q", USAGE, "option size: \"1Q\" is not a size"),
+        ("size", USAGE, "option size needs a value"),
+        ("pagesize=1G", USAGE, "the page size of a mounted pool cannot be changed"),
+        ("size=32M,pagesize=1G", USAGE, "the page size of a mounted pool cannot be changed"),
+        ("size=32M,frobnicate", USAGE, "unknown option \"frobnicate\""),
+    ] {
+        let (found, error) = status_and_error(&mut namespace.remount(&place, options));
+        assert_eq!(found, status, "{options}: {error}");
+        assert!(error.contains(word), "{options}: {word:?} is not in {error:?}");
+        assert_eq!(namespace.pages(&place), 8, "{options}");
+        assert_eq!(namespace.mount_info(&place).unwrap().flags, "rw,relatime", "{options}");
+    }
+    namespace.assert_check_finds_nothing(&place);
+    assert!(std::fs::read(&file).unwrap() == vec![7; 3 * FOLIO as usize]);
+}
+
+#[test]
+fn a_remount_changes_flags_and_keeps_the_size() {
+    let (place, namespace) = (Place::new(), Namespace::new());
+    run(&mut namespace.mount_8(&place, "hugetlb2", &place.with_log(SMALL)));
+    let file = namespace.path(&place.mount_point()).join("file");
+    run(&mut namespace.remount(&place, "ro"));
+    let refused = File::create(&file).unwrap_err();
+    assert_eq!(Errno::from_io_error(&refused), Some(Errno::ROFS));
+    run(&mut namespace.remount(&place, "rw,size=32M"));
+    std::fs::write(&file, "text").unwrap();
+    assert_eq!(namespace.pages(&place), 16);
+    run(&mut namespace.remount(&place, "ro,size=16M"));
+    assert_eq!(namespace.pages(&place), 8);
+    assert!(namespace.mount_info(&place).unwrap().flags.starts_with("ro"));
+    run(namespace.remount(&place, "rw,size=8M").arg("-f"));
+    assert_eq!(namespace.pages(&place), 8, "-f changes nothing");
+}
+
+#[test]
+fn a_remount_of_what_is_no_pool_is_refused() {
+    let place = Place::new();
+    let (status, error) = status_and_error(&mut place.mount("remount,size=16M"));
+    assert_eq!(status, FAILED);
+    assert!(error.contains("no hugetlb2 pool is mounted there"), "{error}");
+}
+
+// ---- resizing through the attribute ---------------------------------------------------------------------------------
+
+#[test]
+fn the_size_attribute_resizes_a_pool_in_use() {
+    let pool = Pool::small(8);
+    let file = pool.join("file");
+    std::fs::write(&file, vec![7; 4 * FOLIO as usize]).unwrap();
+    let mut toucher = Toucher::mapping(&file, 4 * FOLIO);
+    for (size, pages) in [("64M", 32), ("8M", 4), ("8388608\n", 4), ("0xc00000", 6), ("33M", 16), ("10M", 5)]
+    {
+        set(pool.path(), SIZE, size).unwrap();
+        assert_eq!(get(pool.path(), SIZE).unwrap(), format!("{}\n", pages * FOLIO), "{size}");
+        assert_eq!((pool.counter("pages_total"), pool.free_pages()), (pages, pages - 4), "{size}");
+        pool.check();
+    }
+    assert_eq!(toucher.ask(&format!("differ 0 {} 7", 4 * FOLIO)), "count 0");
+    assert_eq!(toucher.huge(), 4);
+    // Exactly what the size says can be had.
+    let more = File::create(pool.join("more")).unwrap();
+    assert!(more.set_len(2 * FOLIO).is_err());
+    more.set_len(FOLIO).unwrap();
+    pool.check();
+}
+
+#[test]
+fn a_size_that_cannot_be_is_refused_and_changes_nothing() {
+    let pool = Pool::small(8);
+    File::create(pool.join("file")).unwrap().set_len(4 * FOLIO).unwrap();
+    for (size, errno) in [
+        ("6M", Errno::BUSY),
+        ("2M", Errno::BUSY),
+        ("100%", Errno::NOSPC),
+        ("1T", Errno::NOSPC),
+        ("0", Errno::INVAL),
+        ("1M", Errno::INVAL),
+        ("1Q", Errno::INVAL),
+        ("-2M", Errno::INVAL),
+        ("", Errno::INVAL),
+        ("8M 8M", Errno::INVAL),
+        ("99999999999T", Errno::INVAL),
+    ] {
+        assert_eq!(set(pool.path(), SIZE, size), Err(errno), "{size:?}");
+        assert_eq!((pool.counter("pages_total"), pool.free_pages()), (8, 4), "{size:?}");
+        pool.check();
+    }
+    assert_eq!(set(pool.path(), SIZE, [0xff, 0xfe]), Err(Errno::INVAL));
+    assert_eq!(set(pool.join("file"), SIZE, "32M"), Err(Errno::OPNOTSUPP), "it is the root's");
+}
+
+#[test]
+fn only_root_sees_and_sets_the_size() {
+    let place = Place::new();
+    std::fs::set_permissions(place.0.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    run(&mut place.mount(&format!("{SMALL},mode=777")));
+    let as_nobody = |program: &str, arguments: &[&str]| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", program]).args(arguments);
+        status_and_error(command.arg(place.mount_point()))
+    };
+    let (status, error) = as_nobody("setfattr", &["-n", SIZE, "-v", "32M"]);
+    assert!(status != 0 && error.contains("Operation not permitted"), "{error}");
+    let (status, error) = as_nobody("getfattr", &["-n", SIZE]);
+    assert!(status != 0 && error.contains("No such attribute"), "{error}");
+    assert_eq!(as_nobody("getfattr", &["-n", "user.hugetlb2.pool"]).0, 0);
+    assert_eq!(counters(&place.mount_point())["pages_total"], 8);
+}
+
+#[test]
+fn resizes_and_files_beside_each_other_keep_the_account() {
+    let pool = Pool::small(24);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for n in 0..60 {
+                let size = [48u64, 64, 40, 56][n % 4] << 20;
+                match set(pool.path(), SIZE, size.to_string()) {
+                    Ok(()) | Err(Errno::BUSY) => {}
+                    Err(errno) => panic!("{size}: {errno}"),
+                }
+            }
+        });
+        for name in ["a", "b"] {
+            let file = File::create(pool.join(name)).unwrap();
+            scope.spawn(move || {
+                for n in 0..60 {
+                    file.set_len((n % 8) * FOLIO + n).expect("at most 16 of 20 pages");
+                }
+            });
+        }
+    });
+    pool.check();
+}
+
+// ---- life -----------------------------------------------------------------------------------------------------------
+
+#[test]
+fn two_hundred_lives_leave_nothing_behind() {
+    const LIVES: u64 = 200;
+    const POOL: u64 = 64 << 20;
+    let place = Place::new();
+    let before = memory_available();
+    for n in 0..LIVES {
+        if n == LIVES / 2 {
+            place.assert_refused(
+                &mut place.mount("size=100%,pagesize=2M"),
+                FAILED,
+                "the machine cannot give ",
+            );
+            place.assert_refused(&mut place.mount_with_daemon(Some("exit 1")), SYSTEM, "without a word");
+        }
+        run(&mut place.mount(&format!("size={POOL},pagesize=2M")));
+        let daemon = Daemon::of(&place.mount_point());
+        write_from_outside(&place.mount_point().join("file"));
+        run(umount_hugetlb2().arg(place.mount_point()));
+        assert!(daemon.ends_within(0), "the daemon runs on");
+        assert!(place.mount_info().is_none());
+    }
+    place.assert_nothing_is_left();
+    // Others take and give memory meanwhile; half of what would have been lost tells the two cases apart.
+    assert!(before.saturating_sub(memory_available()) < LIVES * POOL / 2, "memory is missing");
+}
+
+#[test]
+fn the_command_mounts_as_the_helper_does() {
+    let place = Place::new();
+    run(hugetlb2().args(["mount", "source"]).arg(place.mount_point()).args(["-o", &place.with_log(SMALL)]));
+    assert_eq!(counters(&place.mount_point())["pages_total"], 8);
+    let (status, error) = status_and_error(hugetlb2().args(["mount", "source", "/missing", "-o", SMALL]));
+    assert_eq!(status, FAILED);
+    assert!(text(error.as_bytes()).contains("mount point /missing"), "{error}");
+}
