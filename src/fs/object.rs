@@ -161,7 +161,8 @@ impl Object {
         let range = checked_range(offset, bytes.len() as u64)?;
         {
             let holding = self.read_lock();
-            if holding.has_pages(range) && holding.sealed().lost_in(range).next().is_none() {
+            let sealed = holding.sealed();
+            if holding.has_pages(range) && sealed.lost_in(range).next().is_none() && !sealed.is_torn()? {
                 return tmpfs::write_at(&self.data, bytes, offset);
             }
         }
