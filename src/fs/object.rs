@@ -204,6 +204,7 @@ impl Object {
         mend(&mut holding)?;
         match holding.sealed().size() {
             now if size < now => holding.shrink(pool, size),
+            now if size == now => holding.give_up_pages_behind_end(pool),
             now => holding.grow(pool, Range::new(now, now), size),
         }
     }
