@@ -214,7 +214,10 @@ impl Object {
     /// # Errors
     /// [`Error::Full`] with nothing changed; [`Error::Busy`] where soft holes forbid it.
     pub fn allocate(&self, what: Allocation, offset: u64, length: u64, context: Context<'_>) -> Result<()> {
-        let range = checked_range(offset, length)?;
+        let range = match what {
+            Allocation::Punch => possible_part(offset, length), // to punch all that there may be is how programs say "to the end"
+            _ => checked_range(offset, length)?,
+        };
         let mut holding = self.write_lock();
         mend(&mut holding)?;
         let pool = context.pool;
@@ -546,10 +549,17 @@ fn subpages(range: Range) -> impl Iterator<Item = Subpage> {
     (subpages.start.0..subpages.end.0).map(Subpage)
 }
 
+/// Largest size of a file, chosen so that rounding up cannot overflow.
+const LARGEST_SIZE: u64 = i64::MAX as u64 / FOLIO_SIZE * FOLIO_SIZE;
+
 /// A range that a file can have.
 fn checked_range(offset: u64, length: u64) -> Result<Range> {
-    const MOST: u64 = i64::MAX as u64 / FOLIO_SIZE * FOLIO_SIZE; // so that rounding up cannot overflow
-    Range::checked_at(offset, length).filter(|range| range.end <= MOST).ok_or(Error::TooLarge)
+    Range::checked_at(offset, length).filter(|range| range.end <= LARGEST_SIZE).ok_or(Error::TooLarge)
+}
+
+/// The part of a range that a file can have.
+fn possible_part(offset: u64, length: u64) -> Range {
+    Range::new(offset, offset.saturating_add(length)).intersect(Range::new(0, LARGEST_SIZE))
 }
 
 /// Bytes of `range` before the first quarantined one.
