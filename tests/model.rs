@@ -380,16 +380,19 @@ impl Contents {
         Ok(range.len())
     }
 
-    /// truncate discards a quarantined subpage with its record. Pages cannot be given back while one stays (EBUSY).
+    /// truncate discards a quarantined subpage with its record. Pages cannot be given back while one stays (EBUSY), but for
+    /// those behind the end, which a truncate to the size that the file has gives back.
     fn truncate(&mut self, size: u64, free: u64) -> Outcome {
-        if size >= self.size() {
+        if size > self.size() {
             return self.grow(Range::new(0, 0), size, free);
         }
-        if !self.holes_in(Range::new(0, size)).is_empty() {
-            return Err(Errno::BUSY);
+        if size < self.size() {
+            if !self.holes_in(Range::new(0, size)).is_empty() {
+                return Err(Errno::BUSY);
+            }
+            self.bytes.truncate(size as usize);
+            self.holes.clear();
         }
-        self.bytes.truncate(size as usize);
-        self.holes.clear();
         self.reserved = self.reserved.min(pages_up(size));
         self.released.retain(|page| *page < pages_up(size));
         Ok(())

@@ -161,7 +161,8 @@ impl Object {
         let range = checked_range(offset, bytes.len() as u64)?;
         {
             let holding = self.read_lock();
-            if holding.has_pages(range) && holding.sealed().lost_in(range).next().is_none() {
+            let sealed = holding.sealed();
+            if holding.has_pages(range) && sealed.lost_in(range).next().is_none() && !sealed.is_torn()? {
                 return tmpfs::write_at(&self.data, bytes, offset);
             }
         }
@@ -203,6 +204,7 @@ impl Object {
         mend(&mut holding)?;
         match holding.sealed().size() {
             now if size < now => holding.shrink(pool, size),
+            now if size == now => holding.give_up_pages_behind_end(pool),
             now => holding.grow(pool, Range::new(now, now), size),
         }
     }
@@ -212,7 +214,10 @@ impl Object {
     /// # Errors
     /// [`Error::Full`] with nothing changed; [`Error::Busy`] where soft holes forbid it.
     pub fn allocate(&self, what: Allocation, offset: u64, length: u64, context: Context<'_>) -> Result<()> {
-        let range = checked_range(offset, length)?;
+        let range = match what {
+            Allocation::Punch => possible_part(offset, length), // to punch all that there may be is how programs say "to the end"
+            _ => checked_range(offset, length)?,
+        };
         let mut holding = self.write_lock();
         mend(&mut holding)?;
         let pool = context.pool;
@@ -544,10 +549,17 @@ fn subpages(range: Range) -> impl Iterator<Item = Subpage> {
     (subpages.start.0..subpages.end.0).map(Subpage)
 }
 
+/// Largest size of a file, chosen so that rounding up cannot overflow.
+const LARGEST_SIZE: u64 = i64::MAX as u64 / FOLIO_SIZE * FOLIO_SIZE;
+
 /// A range that a file can have.
 fn checked_range(offset: u64, length: u64) -> Result<Range> {
-    const MOST: u64 = i64::MAX as u64 / FOLIO_SIZE * FOLIO_SIZE; // so that rounding up cannot overflow
-    Range::checked_at(offset, length).filter(|range| range.end <= MOST).ok_or(Error::TooLarge)
+    Range::checked_at(offset, length).filter(|range| range.end <= LARGEST_SIZE).ok_or(Error::TooLarge)
+}
+
+/// The part of a range that a file can have.
+fn possible_part(offset: u64, length: u64) -> Range {
+    Range::new(offset, offset.saturating_add(length)).intersect(Range::new(0, LARGEST_SIZE))
 }
 
 /// Bytes of `range` before the first quarantined one.

@@ -176,10 +176,15 @@ impl Holding {
         let gone = Range::new(size.next_multiple_of(FOLIO_SIZE), self.sealed.size());
         pool.move_in(&mut self.sealed, gone)?;
         self.sealed.cut(size.min(self.sealed.size()))?;
-        self.give_up_pages_from(pool, Page(self.page_size.pages_up(size)))
+        self.give_up_pages_behind_end(pool)
     }
 
-    fn give_up_pages_from(&mut self, pool: &Pool, first: Page) -> Result<()> {
+    /// Gives back the pages behind the one with the end of file. No memory moves for that, so soft holes do not forbid it.
+    ///
+    /// # Errors
+    /// What pwrite(2) answers.
+    pub fn give_up_pages_behind_end(&mut self, pool: &Pool) -> Result<()> {
+        let first = Page(self.page_size.pages_up(self.sealed.size()));
         let before = self.pages();
         self.sealed.update(|superblock| {
             superblock.reserved_pages = superblock.reserved_pages.min(first.0);

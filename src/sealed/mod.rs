@@ -819,13 +819,20 @@ impl Sealed {
         Ok(resident)
     }
 
-    /// Takes back what a program gave up behind our back: madvise(2) with MADV_REMOVE punches the file without asking.
-    /// Returns whether there was any.
+    /// Whether a program has given something up behind our back: madvise(2) with MADV_REMOVE punches the file without asking.
+    ///
+    /// # Errors
+    /// What fstatfs(2) answers.
+    pub fn is_torn(&self) -> Result<bool> {
+        Ok(tmpfs::blocks(&self.mount)?.free > 0)
+    }
+
+    /// Takes back what a program gave up. Returns whether there was any.
     ///
     /// # Errors
     /// [`Error::NoMemory`].
     pub fn reclaim_removed(&mut self) -> Result<bool> {
-        if tmpfs::blocks(&self.mount)?.free == 0 {
+        if !self.is_torn()? {
             return Ok(false);
         }
         self.shut_strays()?;
