@@ -151,8 +151,10 @@ struct Mounted {
 
 /// All pools (proc(5), mountinfo).
 fn mounted() -> Result<Vec<Mounted>, String> {
-    let text = std::fs::read_to_string("/proc/self/mountinfo").map_err(|error| format!("mountinfo: {error}"))?;
-    let is_ours = |line: &&str| line.split(" - ").nth(1).is_some_and(|rest| rest.starts_with("fuse.hugetlb2 "));
+    let text =
+        std::fs::read_to_string("/proc/self/mountinfo").map_err(|error| format!("mountinfo: {error}"))?;
+    let is_ours =
+        |line: &&str| line.split(" - ").nth(1).is_some_and(|rest| rest.starts_with("fuse.hugetlb2 "));
     let parse = |line: &str| {
         let mut fields = line.split(' ').skip(2);
         Some(Mounted { device: fields.next()?.to_owned(), mount_point: unescape(fields.nth(1)?) })
@@ -232,7 +234,9 @@ fn check(directory: &Path, json: bool) -> Done {
         Errno::OPNOTSUPP => format!("{}: no hugetlb2 pool is mounted there", directory.display()),
         other => format!("{}: {other}", directory.display()),
     })?;
-    let text = text.ok_or_else(|| format!("{}: no hugetlb2 pool is mounted there, or you are not root", directory.display()))?;
+    let text = text.ok_or_else(|| {
+        format!("{}: no hugetlb2 pool is mounted there, or you are not root", directory.display())
+    })?;
     let wrong: Vec<&str> = text.lines().collect();
     if json {
         print_json(&json!({ "ok": wrong.is_empty(), "wrong": wrong }))?;
@@ -323,9 +327,15 @@ fn describe(file: &Path, errno: Errno) -> String {
 fn show_table(text: &str, columns: &[&str], json: bool) -> Result<(), String> {
     let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split(' ').collect()).collect();
     if json {
-        let value = |word: &str| hugetlb2fs::options::parse_number(word).map_or_else(|| json!(word), |n| json!(n));
+        let value =
+            |word: &str| hugetlb2fs::options::parse_number(word).map_or_else(|| json!(word), |n| json!(n));
         let object = |row: &Vec<&str>| -> Value {
-            columns.iter().zip(row).map(|(name, word)| ((*name).to_owned(), value(word))).collect::<Map<_, _>>().into()
+            columns
+                .iter()
+                .zip(row)
+                .map(|(name, word)| ((*name).to_owned(), value(word)))
+                .collect::<Map<_, _>>()
+                .into()
         };
         return print_json(&rows.iter().map(object).collect());
     }

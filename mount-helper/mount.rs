@@ -116,7 +116,9 @@ fn check_directory(directory: &Path, nonempty: bool) -> Result<PathBuf, Failure>
     }
     let mut entries = resolved.read_dir().map_err(|error| wrong(error.to_string()))?;
     if !nonempty && entries.next().is_some() {
-        return Err(wrong("not empty; what is in it could not be reached (option nonempty mounts all the same)".into()));
+        return Err(wrong(
+            "not empty; what is in it could not be reached (option nonempty mounts all the same)".into(),
+        ));
     }
     Ok(resolved)
 }

@@ -41,10 +41,12 @@ const GENERIC: &[Generic] = &[
 ];
 
 /// What mount(8) has dealt with by itself, or fstab(5) says to others.
-const FOR_OTHERS: &[&str] = &["defaults", "auto", "noauto", "user", "nouser", "users", "owner", "group", "nofail", "_netdev"];
+const FOR_OTHERS: &[&str] =
+    &["defaults", "auto", "noauto", "user", "nouser", "users", "owner", "group", "nofail", "_netdev"];
 
 /// What the kernel shows of a mounted pool; mount(8) passes it on when that is remounted. It stays as it is.
-const OF_THE_KERNEL: &[&str] = &["user_id", "group_id", "default_permissions", "allow_other", "max_read", "seclabel"];
+const OF_THE_KERNEL: &[&str] =
+    &["user_id", "group_id", "default_permissions", "allow_other", "max_read", "seclabel"];
 
 /// What `-o` asks for.
 #[derive(Debug)]
@@ -74,7 +76,8 @@ impl Requested {
             remount: false,
             nonempty: false,
         };
-        let items: Vec<&str> = strings.flat_map(|string| string.split(',')).filter(|item| !item.is_empty()).collect();
+        let items: Vec<&str> =
+            strings.flat_map(|string| string.split(',')).filter(|item| !item.is_empty()).collect();
         requested.remount = items.contains(&"remount");
         for item in items {
             requested.take(item, sloppy)?;
@@ -94,7 +97,10 @@ impl Requested {
             }
             return Ok(());
         }
-        let for_others = FOR_OTHERS.contains(&item) || name.starts_with("x-") || name.starts_with("X-") || name == "comment";
+        let for_others = FOR_OTHERS.contains(&item)
+            || name.starts_with("x-")
+            || name.starts_with("X-")
+            || name == "comment";
         match item {
             "remount" => {}
             "nonempty" => self.nonempty = true,

@@ -66,12 +66,15 @@ impl Daemon {
     /// # Errors
     /// [`Failure::System`].
     pub fn start(program: &Path, options: &Options, device: &File) -> Result<Self, Failure> {
-        let system = |what: &'static str| move |error: std::io::Error| Failure::System(format!("{what}: {error}"));
+        let system =
+            |what: &'static str| move |error: std::io::Error| Failure::System(format!("{what}: {error}"));
         let (ours, theirs) = UnixStream::pair().map_err(system("socketpair"))?;
         let (interrupts, interrupted) = pipe().map_err(system("pipe"))?;
-        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
+        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP]
+        {
             let end = interrupted.try_clone().map_err(system("pipe"))?;
-            signal_hook::low_level::pipe::register(signal, std::os::fd::OwnedFd::from(end)).map_err(system("sigaction"))?;
+            signal_hook::low_level::pipe::register(signal, std::os::fd::OwnedFd::from(end))
+                .map_err(system("sigaction"))?;
         }
         for fd in [device.as_fd(), theirs.as_fd()] {
             fcntl_setfd(fd, FdFlags::empty()).map_err(|errno| Failure::System(format!("fcntl: {errno}")))?;
@@ -131,7 +134,13 @@ impl Daemon {
     ///
     /// # Errors
     /// Why it does not; then nothing is mounted.
-    pub fn mount(mut self, device: &File, source: &str, directory: &Path, flags: MountFlags) -> Result<(), Failure> {
+    pub fn mount(
+        mut self,
+        device: &File,
+        source: &str,
+        directory: &Path,
+        flags: MountFlags,
+    ) -> Result<(), Failure> {
         let data = format!(
             "fd={},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other,max_read={LARGEST_REQUEST}",
             device.as_raw_fd()
@@ -189,7 +198,9 @@ impl Drop for UnmountOnDrop<'_> {
 /// [`Failure::System`].
 pub fn open_device() -> Result<File, Failure> {
     File::options().read(true).write(true).open("/dev/fuse").map_err(|error| {
-        let why = format!("/dev/fuse cannot be opened: {error}; is the kernel's fuse module loaded (modprobe fuse)?");
+        let why = format!(
+            "/dev/fuse cannot be opened: {error}; is the kernel's fuse module loaded (modprobe fuse)?"
+        );
         Failure::System(why)
     })
 }
@@ -203,7 +214,10 @@ pub fn daemon_program() -> Result<PathBuf, Failure> {
     let beside = std::env::current_exe().ok().map(|program| program.with_file_name("hugetlb2fsd"));
     let mut places = beside.into_iter().chain(INSTALLED.iter().map(PathBuf::from));
     places.find(|place| place.is_file()).ok_or_else(|| {
-        Failure::System(format!("hugetlb2fsd is neither beside this program nor in {}", INSTALLED.join(" or ")))
+        Failure::System(format!(
+            "hugetlb2fsd is neither beside this program nor in {}",
+            INSTALLED.join(" or ")
+        ))
     })
 }
 

@@ -34,7 +34,9 @@ fn command() -> Command {
         .arg(flag("force", 'f', "abort what is under way"))
         .arg(flag("verbose", 'v', "accepted"))
         .arg(flag("read-only", 'r', "accepted; there is nothing to write back"))
-        .arg(Arg::new("namespace").short('N').help("unmount in this mount namespace: a process id, or a path"))
+        .arg(
+            Arg::new("namespace").short('N').help("unmount in this mount namespace: a process id, or a path"),
+        )
         .arg(Arg::new("type").short('t').help("accepted; there is one type"))
 }
 

@@ -84,7 +84,8 @@ fn status_without_a_directory_finds_all_pools_and_those_of_strange_names() {
     assert!(all.status.success(), "{}", text(&all.stderr));
     let value: Value = serde_json::from_slice(&all.stdout).unwrap();
     let pages = |path: &Path| {
-        let found = value.as_array().unwrap().iter().find(|pool| pool["mount_point"] == path.to_str().unwrap());
+        let found =
+            value.as_array().unwrap().iter().find(|pool| pool["mount_point"] == path.to_str().unwrap());
         found.map(|pool| pool["pages_total"].as_u64().unwrap())
     };
     assert_eq!((pages(&pool.path()), pages(&odd.path()), pages(&strange)), (Some(1), Some(2), Some(2)));
@@ -116,7 +117,10 @@ fn check_of_a_pool_in_use_finds_that_everything_holds() {
     let (pool, file) = pool_with_file();
     poison(&file, FOLIO, 1).unwrap();
     let _toucher = Toucher::mapping(&file, 3 * FOLIO);
-    assert_eq!(output(&["check"], &pool.path(), &[]), format!("{}: everything holds\n", pool.path().display()));
+    assert_eq!(
+        output(&["check"], &pool.path(), &[]),
+        format!("{}: everything holds\n", pool.path().display())
+    );
     assert_eq!(json_output(&["check"], &pool.path(), &[]), json!({ "ok": true, "wrong": [] }));
 }
 
@@ -203,8 +207,14 @@ fn a_request_that_makes_no_sense_is_explained_and_nothing_is_done() {
         assert_refused(&[action], &file, rest, word);
     }
     assert_eq!(get(&file, support::POISON), Err(rustix::io::Errno::NODATA));
-    for (action, rest) in [("poison", &["0"][..]), ("repair", &["mend", "all"]), ("repair", &["zero"]), ("map", &["x"])] {
-        assert_eq!(status_and_error(hugetlb2().arg(action).arg(&file).args(rest)).0, 2, "{action} {rest:?}: usage");
+    for (action, rest) in
+        [("poison", &["0"][..]), ("repair", &["mend", "all"]), ("repair", &["zero"]), ("map", &["x"])]
+    {
+        assert_eq!(
+            status_and_error(hugetlb2().arg(action).arg(&file).args(rest)).0,
+            2,
+            "{action} {rest:?}: usage"
+        );
     }
     pool.check();
 }
@@ -243,7 +253,13 @@ fn only_who_may_write_a_file_may_poison_it() {
     run(Command::new("mount").arg("--bind").arg(pool.path()).arg(&open));
     let as_nobody = |action: &str, path: &Path, rest: &[&str]| {
         let mut command = Command::new("setpriv");
-        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", env!("CARGO_BIN_EXE_hugetlb2"), action]);
+        command.args([
+            "--reuid=65534",
+            "--regid=65534",
+            "--clear-groups",
+            env!("CARGO_BIN_EXE_hugetlb2"),
+            action,
+        ]);
         status_and_error(command.arg(path).args(rest))
     };
     let poisoned = as_nobody("poison", &open.join("file"), &["0", "1"]);
@@ -270,7 +286,11 @@ fn a_reader_that_goes_away_is_no_error_and_a_full_disk_is_one() {
     let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
     let full = hugetlb2().arg("map").arg(&file).stdout(full).stderr(Stdio::piped()).output().unwrap();
     assert_eq!(full.status.code(), Some(1));
-    assert!(text(&full.stderr).contains("standard output: No space left on device"), "{}", text(&full.stderr));
+    assert!(
+        text(&full.stderr).contains("standard output: No space left on device"),
+        "{}",
+        text(&full.stderr)
+    );
 }
 
 #[test]

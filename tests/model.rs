@@ -1131,7 +1131,7 @@ fn number_from_environment(name: &str) -> Option<u64> {
 
 #[test]
 fn any_sequence_of_operations_does_what_the_model_says() {
-    const CASES: u32 = 150;
+    const CASES: u32 = 300;
     let cases = number_from_environment("PROPTEST_CASES").map_or(CASES, |cases| cases as u32);
     let seed = number_from_environment("MODEL_SEED").unwrap_or_else(|| {
         RandomState::new().build_hasher().finish() // which the standard library seeds at random

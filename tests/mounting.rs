@@ -116,8 +116,8 @@ struct MountInfo {
 impl MountInfo {
     fn of(mount_point: &Path, file: &str) -> Option<Self> {
         let info = std::fs::read_to_string(file).expect("mountinfo");
-        let fields = info.lines().map(|line| line.split(' ').collect::<Vec<_>>());
-        let fields = fields.filter(|fields| Path::new(fields[4]) == mount_point).next_back()?;
+        let mut lines = info.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+        let fields = lines.rfind(|fields| Path::new(fields[4]) == mount_point)?;
         let end = fields.iter().position(|field| *field == "-").expect("a separator");
         let word = |index: usize| fields[index].replace("\\040", " ").replace("\\134", "\\");
         Some(Self { flags: word(5), kind: word(end + 1), source: word(end + 2), options: word(end + 3) })

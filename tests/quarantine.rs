@@ -525,7 +525,8 @@ fn a_write_that_covers_a_quarantined_subpage_in_part_ends_before_it() {
     assert_eq!(read(&file, 0x4000, FOLIO).unwrap(), vec![0xee; 0x1000]);
     assert_eq!(fd.write_at(&data[..2], 0x4fff).unwrap(), 1);
     // Starts at it or in it.
-    for (offset, length) in [(0x5000, 1), (0x5000, 0xfff), (0x5001, 0xfff), (0x5001, 0x2000 - 1), (0x5fff, 2)] {
+    for (offset, length) in [(0x5000, 1), (0x5000, 0xfff), (0x5001, 0xfff), (0x5001, 0x2000 - 1), (0x5fff, 2)]
+    {
         assert_eq!(errno(fd.write_at(&data[..length], offset)), Errno::IO, "{offset:#x} {length:#x}");
     }
     assert_eq!(quarantined(&file), [(0x5000, 0x1000)]);
@@ -656,7 +657,9 @@ fn punching_or_zeroing_a_quarantined_subpage_in_part_is_eio_and_changes_nothing(
     let file = patterned(&pool, "file", 3 * FOLIO);
     poison(&file, 0x5000, 1).unwrap();
     let fd = open(&file);
-    for (offset, length) in [(0x4000, 0x1001), (0x5001, 0x1000), (0x5800, 0x10), (0x5fff, 1), (0x5800, 2 * FOLIO)] {
+    for (offset, length) in
+        [(0x4000, 0x1001), (0x5001, 0x1000), (0x5800, 0x10), (0x5fff, 1), (0x5800, 2 * FOLIO)]
+    {
         for flags in [PUNCH, FallocateFlags::ZERO_RANGE] {
             assert_eq!(fallocate(&fd, flags, offset, length), Err(Errno::IO), "{offset:#x} {length:#x}");
         }
@@ -922,8 +925,14 @@ fn events(fd: &File) -> PollFlags {
 
 /// Waits until thread `tid` of this process sleeps in one of the system calls that wait for events.
 fn wait_until_it_waits(tid: i32) {
-    let waiting = [libc::SYS_ppoll, libc::SYS_epoll_pwait, #[cfg(target_arch = "x86_64")] libc::SYS_poll,
-        #[cfg(target_arch = "x86_64")] libc::SYS_epoll_wait];
+    let waiting = [
+        libc::SYS_ppoll,
+        libc::SYS_epoll_pwait,
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_poll,
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_epoll_wait,
+    ];
     eventually("the thread waits", || {
         let call = std::fs::read_to_string(format!("/proc/self/task/{tid}/syscall")).unwrap();
         call.split(' ').next().and_then(|number| number.parse().ok()).is_some_and(|n| waiting.contains(&n))
@@ -1019,9 +1028,12 @@ fn the_pool_counts_what_is_quarantined_and_the_log_tells() {
     assert_eq!(pool.counter("quarantined_soft"), 2);
     assert_eq!(set(&one, POISON, "nonsense"), Err(Errno::INVAL));
     let log = pool.log();
-    for line in ["0x5000 0x1000 quarantined (soft)", "0x6000 0x1000 quarantined (soft)", "0x5000 0x1000 repaired",
-        "\"nonsense\" refused"]
-    {
+    for line in [
+        "0x5000 0x1000 quarantined (soft)",
+        "0x6000 0x1000 quarantined (soft)",
+        "0x5000 0x1000 repaired",
+        "\"nonsense\" refused",
+    ] {
         assert!(log.contains(line), "{line:?} is not in the log:\n{log}");
     }
     assert!(get(pool.path(), POOL).is_ok() && get(pool.path(), CHECK).as_deref() == Ok(""));

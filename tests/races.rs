@@ -124,7 +124,8 @@ fn a_repair_leaves_other_holes_shut_and_a_page_handed_out_in_passing_is_counted(
     let _alone = alone();
     let pool = Pool::small(1);
     let file = filled(&pool, FOLIO, 7);
-    let holes: Vec<u64> = [3u64, 4, 100, 101, 102, 400, 511].iter().map(|subpage| subpage * SUBPAGE).collect();
+    let holes: Vec<u64> =
+        [3u64, 4, 100, 101, 102, 400, 511].iter().map(|subpage| subpage * SUBPAGE).collect();
     for hole in &holes {
         poison(&file, *hole, 1).unwrap();
     }
@@ -132,7 +133,8 @@ fn a_repair_leaves_other_holes_shut_and_a_page_handed_out_in_passing_is_counted(
     let mut walker = Toucher::mapping(&file, FOLIO);
     for round in 0..60 {
         let repaired = holes[[0, 2, 3, 4, 6][round % 5]];
-        set(&file, REPAIR, format!("salvage {repaired} 1")).unwrap_or_else(|errno| panic!("round {round}: {errno}"));
+        set(&file, REPAIR, format!("salvage {repaired} 1"))
+            .unwrap_or_else(|errno| panic!("round {round}: {errno}"));
         hammers.iter_mut().for_each(assert_all_faults);
         let left: Vec<u64> = holes.iter().copied().filter(|hole| *hole != repaired).collect();
         assert_eq!(walker.walk(), left, "round {round}");
@@ -184,7 +186,8 @@ fn truncating_under_hammers_discards_the_holes() {
     let mut hammers = [hammering(&file, 2 * FOLIO, 0x5000), hammering(&file, 2 * FOLIO, FOLIO + 0x7000)];
     for round in 0..30 {
         set(&file, POISON, format!("0x5000 1\n{} 1\n{} 1", FOLIO + 0x7000, FOLIO + 0x9000)).unwrap();
-        fd.set_len([0, 1, 0x5000, 0x3001][round % 4]).unwrap_or_else(|error| panic!("round {round}: {error}"));
+        fd.set_len([0, 1, 0x5000, 0x3001][round % 4])
+            .unwrap_or_else(|error| panic!("round {round}: {error}"));
         hammers.iter_mut().for_each(assert_all_faults);
         assert_eq!(get(&file, POISON), Err(Errno::NODATA));
         pool.check();

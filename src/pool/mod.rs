@@ -19,8 +19,8 @@
 //! the machine, then the source gives as much back. Never the other way round: between the two somebody else could
 //! take it. So the machine needs one step more than the pool, for as long as a move lasts.
 //!
-//! **Locks**, in order: that of the pool's size, a file's own (the caller's), the reserves' in the order of their nodes, the account. Nobody waits
-//! for pages with any of them but the first: [`Pool::patiently`].
+//! **Locks**, in order: that of the pool's size, a file's own (the caller's), the reserves' in the order of their nodes,
+//! the account. Nobody waits for pages with any of them but the first: [`Pool::patiently`].
 
 mod holding;
 

@@ -344,7 +344,7 @@ impl Sealed {
     /// A program that maps the folio with the end of file by a 2 MiB entry can write behind the end. Those bytes must
     /// not come to light when the file grows.
     fn zero_behind_end(&mut self, size: u64) -> Result<()> {
-        const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+        static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
         let end = size.min(self.size.next_multiple_of(FOLIO_SIZE));
         if !self.has_memory(Subpage::containing(self.size).folio()) {
             return Ok(());
