@@ -282,6 +282,16 @@ impl Contents {
         self.reserved - self.released.len() as u64
     }
 
+    /// st_blocks: whole pages, as the pool counts them. With quarantined subpages, what can be read instead: less than
+    /// the size, which is where cp(1) looks for holes.
+    fn blocks(&self) -> u64 {
+        let page = |page: &u64| Range::at(page * PAGE, PAGE).intersect(self.extent()).len();
+        let released: u64 = self.released.iter().map(page).sum();
+        let readable = (self.size() - released).saturating_sub(self.holes.len() as u64 * SUBPAGE);
+        let counted = if self.holes.is_empty() { self.pages() * PAGE } else { readable };
+        counted / 512
+    }
+
     fn holes_in(&self, range: Range) -> Vec<u64> {
         self.holes.range(subpages(range)).map(|(hole, _)| *hole).collect()
     }
@@ -962,7 +972,7 @@ impl World<'_> {
 fn compare_file(file: &File, model: &Contents, around: Option<u64>) -> Verdict {
     let stat = rustix::fs::fstat(file).expect("an open file");
     agree("st_size", &(stat.st_size as u64), &model.size())?;
-    agree("st_blocks", &(stat.st_blocks as u64), &(model.pages() * PAGE / 512))?;
+    agree("st_blocks", &(stat.st_blocks as u64), &model.blocks())?;
     agree("st_nlink", &(stat.st_nlink as u64), &model.names)?;
     compare_poison(file, model)?;
     let Some(around) = around else { return Ok(()) };
@@ -1134,7 +1144,7 @@ fn number_from_environment(name: &str) -> Option<u64> {
 
 #[test]
 fn any_sequence_of_operations_does_what_the_model_says() {
-    const CASES: u32 = 300;
+    const CASES: u32 = 200;
     let cases = number_from_environment("PROPTEST_CASES").map_or(CASES, |cases| cases as u32);
     let seed = number_from_environment("MODEL_SEED").unwrap_or_else(|| {
         RandomState::new().build_hasher().finish() // which the standard library seeds at random

@@ -76,6 +76,18 @@ impl Window {
     /// [`Error::Again`] where somebody holds one of its pages at the moment, [`Error::NoMemory`] where the machine has
     /// no free 2 MiB, [`Error::NoData`] where it has a hole.
     pub fn collapse(&self, folio: Folio) -> Result<()> {
+        match self.collapse_once(folio) {
+            // So answers Linux 6.12 too, even for a folio that is in one piece, where the process has no page table yet
+            // for this GiB of its addresses (find_pmd_or_thp_or_none in mm/khugepaged.c). A touch makes one.
+            Err(Error::NoData) => {
+                self.populate(Subpage::containing(folio.range().start).range())?;
+                self.collapse_once(folio)
+            }
+            result => result,
+        }
+    }
+
+    fn collapse_once(&self, folio: Folio) -> Result<()> {
         const MADV_COLLAPSE: libc::c_int = 25;
         let (start, length) = self.position(folio.range());
         let address = self.map.as_mut_ptr().wrapping_add(start);

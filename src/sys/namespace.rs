@@ -23,16 +23,18 @@ pub fn enter_private_root(directories: &[&str]) -> Result<()> {
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }?;
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
     let root = tmpfs::create(&tmpfs::Options { blocks: Some(16), ..Default::default() })?;
-    for name in ["proc", "sys"] {
-        let tree = clone_tree(&format!("/{name}"))?;
-        rustix::fs::mkdirat(&root, name, Mode::from_raw_mode(0o755))?;
-        move_mount(&tree, "", &root, name, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
-    }
     for name in directories {
         rustix::fs::mkdirat(&root, *name, Mode::from_raw_mode(0o700))?;
     }
-    // Any directory will do to attach the new root to, and this one exists: we have just cloned it.
+    let kept = ["proc", "sys"].map(|name| clone_tree(&format!("/{name}")).map(|tree| (name, tree)));
+    // Any directory will do to attach the new root to, and this one exists: we have just cloned it. Before Linux 6.15
+    // nothing can be mounted below a root that is not attached.
     tmpfs::attach(root.as_fd(), "/proc")?;
+    for tree in kept {
+        let (name, tree) = tree?;
+        rustix::fs::mkdirat(&root, name, Mode::from_raw_mode(0o755))?;
+        move_mount(&tree, "", &root, name, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    }
     rustix::process::fchdir(&root)?;
     rustix::process::pivot_root(".", ".")?;
     unmount(".", UnmountFlags::DETACH)?;

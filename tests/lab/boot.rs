@@ -1,0 +1,198 @@
+//! One boot of a machine: starting QEMU, asking the guest for cases, and what became of them.
+
+use crate::cases::{Case, Machine};
+use crate::image::{Image, directory};
+use libtest_mimic::{Completion, Failed};
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::path::PathBuf;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+/// A boot takes 3 s on an idle machine.
+const BOOT_DEADLINE: Duration = Duration::from_secs(90);
+/// The longest case takes some 10 s on an idle machine.
+const CASE_DEADLINE: Duration = Duration::from_secs(120);
+const SHUT_DOWN_DEADLINE: Duration = Duration::from_secs(20);
+
+/// A running machine. Dropping it pulls the plug.
+pub struct Boot {
+    qemu: Child,
+    input: ChildStdin,
+    lines: Receiver<String>,
+    console: PathBuf,
+}
+
+/// What became of a case.
+pub enum Verdict {
+    Passed,
+    Failed(String),
+    Skipped(String),
+    /// The machine has ended.
+    Ended,
+    /// It has not answered in time.
+    Hung,
+}
+
+/// All that is known of a case that was run.
+pub struct Report {
+    pub verdict: Verdict,
+    /// What the case printed.
+    output: String,
+    /// What the kernel printed meanwhile.
+    console: String,
+}
+
+impl Boot {
+    /// Boots a machine and waits until it asks for work.
+    pub fn start(machine: Machine) -> Result<Self, String> {
+        static BOOTS: AtomicU32 = AtomicU32::new(0);
+        let image = Image::get()?;
+        let number = BOOTS.fetch_add(1, Ordering::Relaxed);
+        let console = directory().join(format!("console.{number}"));
+        let mut qemu = command(&image, machine, &console)
+            .spawn()
+            .map_err(|error| format!("qemu-system-x86_64 (Debian's qemu-system-x86): {error}"))?;
+        let input = qemu.stdin.take().expect("a pipe");
+        let output = qemu.stdout.take().expect("a pipe");
+        let (sender, lines) = channel();
+        std::thread::spawn(move || {
+            let lines = BufReader::new(output).lines().map_while(Result::ok);
+            lines.map_while(|line| sender.send(line).ok()).for_each(drop);
+        });
+        let boot = Self { qemu, input, lines, console };
+        match boot.next_line(Instant::now() + BOOT_DEADLINE) {
+            Ok(line) if line == "ready" => Ok(boot),
+            other => Err(format!(
+                "the machine does not come up ({other:?}); its console:\n{}",
+                boot.console_from(0)
+            )),
+        }
+    }
+
+    fn next_line(&self, deadline: Instant) -> Result<String, RecvTimeoutError> {
+        let line = self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now()))?;
+        Ok(line.trim_end().to_owned())
+    }
+
+    /// Whether it has ended by itself.
+    pub fn has_ended(&mut self) -> bool {
+        !matches!(self.qemu.try_wait(), Ok(None))
+    }
+
+    /// Runs a case.
+    pub fn run(&mut self, case: &Case) -> Report {
+        let deadline = Instant::now() + CASE_DEADLINE;
+        let start = self.console_bytes().len();
+        let mut output = String::new();
+        let verdict = match writeln!(self.input, "run {}", case.name) {
+            Ok(()) => self.wait_for(case, deadline, &mut output),
+            Err(_) => Verdict::Ended,
+        };
+        Report { verdict, output, console: self.console_from(start) }
+    }
+
+    fn wait_for(&self, case: &Case, deadline: Instant, output: &mut String) -> Verdict {
+        loop {
+            let line = match self.next_line(deadline) {
+                Ok(line) => line,
+                Err(RecvTimeoutError::Timeout) => return Verdict::Hung,
+                Err(RecvTimeoutError::Disconnected) => return Verdict::Ended,
+            };
+            if let Some(text) = line.strip_prefix("output ") {
+                output.push_str(text);
+                output.push('\n');
+            } else if let Some(verdict) = verdict(&line, case.name) {
+                return verdict;
+            }
+        }
+    }
+
+    /// Turns it off and waits for that.
+    pub fn shut_down(mut self) {
+        let asked = writeln!(self.input, "off");
+        let deadline = Instant::now() + SHUT_DOWN_DEADLINE;
+        while asked.is_ok() && self.next_line(deadline).is_ok() {}
+    }
+
+    fn console_bytes(&self) -> Vec<u8> {
+        fs::read(&self.console).unwrap_or_default()
+    }
+
+    fn console_from(&self, start: usize) -> String {
+        let bytes = self.console_bytes();
+        String::from_utf8_lossy(bytes.get(start..).unwrap_or_default()).replace('\r', "")
+    }
+}
+
+impl Drop for Boot {
+    fn drop(&mut self) {
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+    }
+}
+
+/// A line `case NAME passed`, `case NAME failed WHY` or `case NAME skipped WHY`.
+fn verdict(line: &str, name: &str) -> Option<Verdict> {
+    let rest = line.strip_prefix("case ")?.strip_prefix(name)?.strip_prefix(' ')?;
+    let (word, why) = rest.split_once(' ').unwrap_or((rest, ""));
+    match word {
+        "passed" => Some(Verdict::Passed),
+        "failed" => Some(Verdict::Failed(why.to_owned())),
+        "skipped" => Some(Verdict::Skipped(why.to_owned())),
+        _ => None,
+    }
+}
+
+fn command(image: &Image, machine: Machine, console: &std::path::Path) -> Command {
+    let mut command = Command::new("qemu-system-x86_64");
+    command
+        .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-machine", "pc"])
+        .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"])
+        .args(["-smp", "2", "-m", &machine.memory.to_string()])
+        .arg("-kernel")
+        .arg(&image.kernel)
+        .arg("-initrd")
+        .arg(&image.initramfs)
+        .arg("-append")
+        .arg(format!("console=ttyS0 panic=-1 mitigations=off random.trust_cpu=on {}", machine.command_line))
+        .arg("-serial")
+        .arg(format!("file:{}", console.display()))
+        .args(["-serial", "stdio"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped());
+    if machine.nodes > 1 {
+        let share = machine.memory / machine.nodes;
+        for node in 0..machine.nodes {
+            command.args(["-object", &format!("memory-backend-ram,id=node{node},size={share}M")]);
+            let processors = if node < 2 { format!(",cpus={node}") } else { String::new() };
+            command.args(["-numa", &format!("node,nodeid={node},memdev=node{node}{processors}")]);
+        }
+    }
+    command
+}
+
+impl Report {
+    /// The test's result.
+    pub fn judge(self, case: &Case) -> Result<Completion, Failed> {
+        let why = match (&self.verdict, case.ends_kernel) {
+            (Verdict::Ended, Some(words)) if self.console.contains(words) => {
+                return Ok(Completion::Completed);
+            }
+            (Verdict::Passed, None) => {
+                if !self.output.is_empty() {
+                    println!("---- {}\n{}", case.name, self.output);
+                }
+                return Ok(Completion::Completed);
+            }
+            (Verdict::Skipped(why), _) => return Ok(Completion::ignored_with(why)),
+            (Verdict::Passed, Some(_)) => "the kernel has survived it".to_owned(),
+            (Verdict::Failed(why), _) => why.clone(),
+            (Verdict::Ended, _) => "the machine has ended".to_owned(),
+            (Verdict::Hung, _) => format!("no end after {} s", CASE_DEADLINE.as_secs()),
+        };
+        Err(format!("{why}\n---- output\n{}---- kernel\n{}", self.output, self.console).into())
+    }
+}

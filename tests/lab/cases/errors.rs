@@ -1,0 +1,211 @@
+//! Real memory errors: what the kernel does with one in tmpfs, and what that makes of a file of ours.
+
+use super::cases;
+use super::kernel::memory_failures;
+use crate::support::{FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, poison, set};
+use hugetlb2fs::error::Error;
+use hugetlb2fs::sys::sigbus::{Hit, Mapping, Sharing};
+use hugetlb2fs::sys::tmpfs;
+use hugetlb2fs::units::{Range, Subpage};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+cases! {
+    SMALL:
+        an_error_keeps_its_block_until_it_is_punched,
+        writing_over_an_error_or_allocating_it_does_not_heal_it,
+        a_punched_error_is_healthy_when_it_is_filled_again,
+        truncating_at_an_error_discards_it_and_truncating_into_it_does_not,
+        a_real_error_costs_its_subpage_only,
+        quarantine_and_repair_heal_a_real_error,
+        a_file_with_a_real_error_gives_healthy_pages_back;
+}
+
+/// Where the error is: in the second of two folios.
+const BAD: u64 = FOLIO + 5 * SUBPAGE;
+const SIZE: u64 = 2 * FOLIO;
+const BUS_ADRERR: i32 = 2;
+const BUS_MCEERR_AR: i32 = 4;
+
+fn bad() -> Range {
+    Range::at(BAD, SUBPAGE)
+}
+
+// ---- tmpfs ----------------------------------------------------------------------------------------------------------
+
+/// A full tmpfs with one file of sevens, which is mapped and has an error.
+struct Sufferer {
+    mount: OwnedFd,
+    file: File,
+    mapping: Mapping,
+}
+
+impl Sufferer {
+    fn new() -> Self {
+        let options = tmpfs::Options { blocks: Some(SIZE / SUBPAGE), huge: true, ..Default::default() };
+        let mount = tmpfs::create(&options).unwrap();
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL;
+        let file: File = rustix::fs::openat(&mount, "data", flags, Mode::RUSR | Mode::WUSR).unwrap().into();
+        file.write_all_at(&vec![7; SIZE as usize], 0).unwrap();
+        let mapping = Mapping::new(&file, Range::new(0, SIZE), Sharing::Shared, true).unwrap();
+        assert_eq!(mapping.walk(), []);
+        let before = memory_failures(0);
+        mapping.advise_range(bad(), libc::MADV_HWPOISON).unwrap();
+        assert_eq!(memory_failures(0), before + 1);
+        Self { mount, file, mapping }
+    }
+
+    /// Free blocks of the superblock (statfs), blocks of the file (stat), pages of the file (cachestat).
+    fn blocks(&self) -> (u64, u64, u64) {
+        let free = tmpfs::blocks(&self.mount).unwrap().free;
+        (
+            free,
+            tmpfs::blocks_taken(&self.file).unwrap(),
+            tmpfs::resident(&self.file, Range::new(0, SIZE)).unwrap(),
+        )
+    }
+
+    fn assert_suffers(&self) {
+        assert_eq!(self.blocks(), (0, 1024, 1024));
+        assert_eq!(self.mapping.walk(), [Hit { subpage: Subpage::containing(BAD), code: BUS_MCEERR_AR }]);
+        assert_eq!(self.read_bad(), Err(Errno::IO));
+    }
+
+    fn read_bad(&self) -> Result<u8, Errno> {
+        let mut byte = [0];
+        errno(self.file.read_at(&mut byte, BAD)).map(|_| byte[0])
+    }
+}
+
+fn errno<T>(result: std::io::Result<T>) -> Result<T, Errno> {
+    result.map_err(|error| Errno::from_io_error(&error).expect("of the kernel"))
+}
+
+fn an_error_keeps_its_block_until_it_is_punched() {
+    let sufferer = Sufferer::new();
+    sufferer.assert_suffers();
+    tmpfs::punch(&sufferer.file, Range::at(BAD + 100, 200)).unwrap(); // zeroes, or would
+    sufferer.assert_suffers();
+    tmpfs::punch(&sufferer.file, bad()).unwrap();
+    assert_eq!(sufferer.blocks(), (1, 1023, 1023));
+}
+
+fn writing_over_an_error_or_allocating_it_does_not_heal_it() {
+    let sufferer = Sufferer::new();
+    assert_eq!(errno(sufferer.file.write_at(&[9; SUBPAGE as usize], BAD)), Err(Errno::IO));
+    assert_eq!(errno(sufferer.file.write_at(&[9; 10], BAD + 10)), Err(Errno::IO));
+    assert_eq!(sufferer.mapping.store(BAD, 9).unwrap_err().code, BUS_MCEERR_AR);
+    tmpfs::allocate(&sufferer.file, Range::at(FOLIO, FOLIO)).unwrap();
+    let collapse = sufferer.mapping.advise_range(Range::at(FOLIO, FOLIO), 25); // MADV_COLLAPSE
+    assert!(is(&collapse, Errno::AGAIN), "{collapse:?}");
+    let populate = sufferer.mapping.advise_range(bad(), libc::MADV_POPULATE_WRITE);
+    assert!(is(&populate, Errno::HWPOISON), "{populate:?}");
+    sufferer.assert_suffers();
+}
+
+fn is(result: &Result<(), Error>, errno: Errno) -> bool {
+    matches!(result, Err(Error::Os(found)) if *found == errno)
+}
+
+fn a_punched_error_is_healthy_when_it_is_filled_again() {
+    let sufferer = Sufferer::new();
+    tmpfs::punch(&sufferer.file, bad()).unwrap();
+    assert_eq!(sufferer.mapping.walk(), []);
+    assert_eq!(sufferer.read_bad(), Ok(0));
+    sufferer.mapping.store(BAD, 9).unwrap();
+    assert_eq!(sufferer.read_bad(), Ok(9));
+    assert_eq!(sufferer.blocks(), (0, 1024, 1024));
+    sufferer.mapping.advise_range(Range::at(FOLIO, FOLIO), 25).expect("MADV_COLLAPSE");
+}
+
+fn truncating_at_an_error_discards_it_and_truncating_into_it_does_not() {
+    let sufferer = Sufferer::new();
+    sufferer.file.set_len(BAD + 100).unwrap();
+    assert_eq!(sufferer.read_bad(), Err(Errno::IO));
+    assert_eq!(sufferer.blocks(), (506, 518, 518));
+    sufferer.file.set_len(BAD).unwrap();
+    assert_eq!(sufferer.blocks(), (507, 517, 517));
+    sufferer.file.set_len(SIZE).unwrap();
+    assert_eq!(sufferer.mapping.walk(), []);
+}
+
+// ---- a pool ---------------------------------------------------------------------------------------------------------
+
+/// A file of sevens with an error; the process that maps it is returned.
+fn suffer(path: &Path) -> Toucher {
+    std::fs::write(path, vec![7; SIZE as usize]).unwrap();
+    let mut toucher = Toucher::mapping(path, SIZE);
+    assert_eq!(toucher.walk(), []);
+    assert_eq!(toucher.ask(&format!("advise {BAD} {SUBPAGE} {}", libc::MADV_HWPOISON)), "ok");
+    toucher
+}
+
+fn suffering_pool() -> (Pool, PathBuf, Toucher) {
+    let pool = Pool::mount("pagesize=2M,size=8M,collapse=off");
+    let path = pool.join("file");
+    let toucher = suffer(&path);
+    (pool, path, toucher)
+}
+
+fn a_real_error_costs_its_subpage_only() {
+    let (pool, path, mut toucher) = suffering_pool();
+    let mut other = Toucher::mapping(&path, SIZE);
+    for process in [&mut toucher, &mut other] {
+        assert_eq!(process.ask("walk"), format!("hits {BAD}:{BUS_MCEERR_AR}"));
+        assert_eq!(process.ask(&format!("store {} 1", BAD + 4095)), format!("sigbus {BAD} {BUS_MCEERR_AR}"));
+        assert_eq!(process.huge(), 1, "the other folio stays in one piece");
+        assert_eq!(process.ask(&format!("differ 0 {BAD} 7")), "count 0");
+        assert_eq!(process.ask(&format!("differ {} {} 7", BAD + SUBPAGE, SIZE - BAD - SUBPAGE)), "count 0");
+    }
+    let file = File::open(&path).unwrap();
+    let mut buffer = vec![0; SIZE as usize];
+    assert_eq!(errno(file.read_at(&mut buffer, BAD)), Err(Errno::IO));
+    file.read_exact_at(&mut buffer[..BAD as usize], 0).unwrap();
+    assert_eq!(errno(file.read_at(&mut buffer, BAD - 100)), Ok(100), "up to the error");
+    file.read_exact_at(&mut buffer[BAD as usize..(SIZE - SUBPAGE) as usize], BAD + SUBPAGE).unwrap();
+    assert!(buffer[..(SIZE - SUBPAGE) as usize].iter().all(|byte| *byte == 7));
+    pool.check();
+    drop((toucher, other, file));
+    pool.unmount();
+}
+
+fn quarantine_and_repair_heal_a_real_error() {
+    let (pool, path, mut toucher) = suffering_pool();
+    poison(&path, BAD, SUBPAGE).unwrap();
+    assert_eq!(
+        toucher.ask("walk"),
+        format!("hits {BAD}:{BUS_ADRERR}"),
+        "the kernel's error is gone, its place is shut"
+    );
+    pool.check();
+    assert_eq!(set(&path, REPAIR, "salvage all"), Err(Errno::NODATA), "the bytes are lost");
+    set(&path, REPAIR, "zero all").unwrap();
+    assert_eq!(toucher.walk(), []);
+    assert_eq!(toucher.load(BAD), Some(0));
+    assert!(toucher.store(BAD, 9));
+    assert_eq!(crate::support::get(&path, POISON), Err(Errno::NODATA));
+    pool.check();
+    drop(toucher);
+    pool.unmount();
+}
+
+fn a_file_with_a_real_error_gives_healthy_pages_back() {
+    let (pool, path, toucher) = suffering_pool();
+    std::fs::remove_file(&path).unwrap();
+    drop(toucher);
+    while pool.free_pages() < 4 {
+        std::thread::yield_now(); // the kernel forgets the file after its last mapping is gone
+    }
+    pool.check();
+    std::fs::write(&path, vec![8; 4 * FOLIO as usize]).unwrap();
+    let mut toucher = Toucher::mapping(&path, 4 * FOLIO);
+    assert_eq!(toucher.walk(), []);
+    assert_eq!(toucher.huge(), 4);
+    pool.check();
+    drop(toucher);
+    pool.unmount();
+}

@@ -1,0 +1,40 @@
+//! What the lab's kernel can do, without a pool.
+
+use super::{Case, Machine};
+use memmap2::{Advice, MmapOptions};
+use std::fs;
+
+pub const CASES: &[Case] = &[
+    Case {
+        name: "this_kernel_has_real_memory_errors",
+        machine: Machine::SMALL,
+        ends_kernel: None,
+        run: this_kernel_has_real_memory_errors,
+    },
+    Case {
+        name: "a_kernel_that_ends_is_noticed_with_its_last_words",
+        machine: Machine::SMALL,
+        ends_kernel: Some("sysrq triggered crash"),
+        run: a_kernel_that_ends_is_noticed_with_its_last_words,
+    },
+];
+
+/// Memory errors that the kernel has dealt with on a NUMA node.
+pub fn memory_failures(node: u32) -> u64 {
+    let path = format!("/sys/devices/system/node/node{node}/memory_failure/total");
+    let text = fs::read_to_string(path).expect("the kernel counts memory errors");
+    text.trim().parse().expect("a number")
+}
+
+fn this_kernel_has_real_memory_errors() {
+    let before = memory_failures(0);
+    let mut memory = MmapOptions::new().len(8192).map_anon().expect("memory");
+    memory.fill(7);
+    memory.advise_range(Advice::HwPoison, 0, 4096).expect("MADV_HWPOISON");
+    assert_eq!(memory_failures(0), before + 1);
+    assert_eq!(memory[4096], 7);
+}
+
+fn a_kernel_that_ends_is_noticed_with_its_last_words() {
+    fs::write("/proc/sysrq-trigger", "c").expect("sysrq");
+}

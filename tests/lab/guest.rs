@@ -1,0 +1,124 @@
+//! Process 1 of the lab's machine: makes a root like any other, then runs the cases that the host asks for, each in a
+//! process of its own (this program again, with the case's name), so that one that dies takes nothing with it.
+
+mod cases;
+#[path = "../support/mod.rs"]
+mod support;
+
+use cases::{Case, SKIPPED};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::mount::{MountFlags, mount, mount_move};
+use rustix::process::{WaitOptions, chdir, chroot, wait};
+use rustix::system::{RebootCommand, reboot};
+use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Write};
+use std::process::{Command, ExitCode, ExitStatus};
+
+/// The second serial port, where the host is.
+const HOST: &str = "/dev/ttyS1";
+const PROGRAM: &str = "/bin/hugetlb2";
+const SELF: &str = "/bin/lab-guest";
+/// A host that says nothing for so long is gone, and nobody would ever turn the machine off.
+const IDLE_LIMIT: Timespec = Timespec { tv_sec: 600, tv_nsec: 0 };
+
+fn main() -> ExitCode {
+    if let Some(name) = std::env::args().nth(1) {
+        return run_case(&name);
+    }
+    assert_eq!(std::process::id(), 1, "this is the init of the lab's machine: cargo test --test lab");
+    let served = leave_the_initramfs().and_then(|()| mount_the_usual()).and_then(|()| serve());
+    if let Err(error) = served {
+        eprintln!("lab: {error}");
+    }
+    let _ = reboot(RebootCommand::PowerOff);
+    ExitCode::FAILURE
+}
+
+// ---- process 1 ------------------------------------------------------------------------------------------------------
+
+/// Moves to a tmpfs: the initramfs is a root that pivot_root(2) cannot leave, and the daemon must.
+fn leave_the_initramfs() -> io::Result<()> {
+    fs::create_dir("/newroot")?;
+    mount("root", "/newroot", "tmpfs", MountFlags::empty(), None)?;
+    fs::create_dir("/newroot/bin")?;
+    for (from, to) in [("/init", SELF), ("/hugetlb2", PROGRAM), ("/hugetlb2fsd", "/bin/hugetlb2fsd")] {
+        fs::copy(from, format!("/newroot{to}"))?;
+        fs::remove_file(from)?;
+    }
+    chdir("/newroot")?;
+    mount_move(".", "/")?;
+    chroot(".")?;
+    Ok(chdir("/")?)
+}
+
+fn mount_the_usual() -> io::Result<()> {
+    for (kind, place) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("tmpfs", "/tmp")] {
+        fs::create_dir(place)?;
+        mount(kind, place, kind, MountFlags::empty(), None)?;
+    }
+    Ok(())
+}
+
+/// Runs cases until the host turns the machine off or is gone.
+fn serve() -> io::Result<()> {
+    let port = File::options().read(true).write(true).open(HOST)?;
+    let mut mode = tcgetattr(&port)?;
+    mode.make_raw();
+    tcsetattr(&port, OptionalActions::Now, &mode)?;
+    let mut lines = BufReader::new(port.try_clone()?);
+    let mut host = port;
+    writeln!(host, "ready")?;
+    loop {
+        if poll(&mut [PollFd::new(&host, PollFlags::IN)], Some(&IDLE_LIMIT))? == 0 {
+            return Ok(());
+        }
+        let mut line = String::new();
+        lines.read_line(&mut line)?;
+        let Some(name) = line.trim_end().strip_prefix("run ") else { return Ok(()) };
+        writeln!(host, "case {name} begin")?;
+        let result = run_in_process(name, &mut host)?;
+        writeln!(host, "case {name} {result}")?;
+        reap();
+    }
+}
+
+/// Runs a case, forwards what it prints as it comes, and returns the words for the host.
+fn run_in_process(name: &str, host: &mut File) -> io::Result<String> {
+    let (reader, writer) = io::pipe()?;
+    let mut command = Command::new(SELF);
+    command.arg(name).env("HUGETLB2_PROGRAM", PROGRAM).env("RUST_BACKTRACE", "0");
+    command.stdout(writer.try_clone()?).stderr(writer);
+    let mut child = command.spawn()?;
+    drop(command); // our copies of the pipe's end
+    let mut latest = String::new();
+    for line in BufReader::new(reader).lines() {
+        latest = line?;
+        writeln!(host, "output {latest}")?;
+    }
+    Ok(words(child.wait()?, &latest))
+}
+
+fn words(status: ExitStatus, latest: &str) -> String {
+    match status.code() {
+        Some(0) => "passed".to_owned(),
+        Some(SKIPPED) => format!("skipped {latest}"),
+        _ => format!("failed {status}"),
+    }
+}
+
+/// Daemons that have ended are our children.
+fn reap() {
+    while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {}
+}
+
+// ---- the process of a case ------------------------------------------------------------------------------------------
+
+fn run_case(name: &str) -> ExitCode {
+    let Some(Case { run, .. }) = cases::all().find(|case| case.name == name) else {
+        eprintln!("there is no case {name}");
+        return ExitCode::FAILURE;
+    };
+    run(); // a panic ends the process with status 101
+    ExitCode::SUCCESS
+}

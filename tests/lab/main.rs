@@ -1,0 +1,93 @@
+//! The lab: cases that need a kernel with real memory errors (CONFIG_MEMORY_FAILURE), several NUMA nodes, or a boot of
+//! their own. They run on Debian's kernel in a machine that QEMU emulates, with the programs that users run.
+//!
+//! ```text
+//!   this program (host)                         the machine
+//!     |                                            | kernel, initramfs: /init = the example lab-guest
+//!     |  second serial port           ready        |
+//!     |<-------------------------------------------|
+//!     |  run NAME                                  |
+//!     |------------------------------------------->| a process of its own runs the case
+//!     |  output LINE, ...                          |
+//!     |<-------------------------------------------|
+//!     |  case NAME passed|failed WHY|skipped WHY   |
+//!     |<-------------------------------------------|
+//!     |  off                                       |
+//!     |------------------------------------------->| reboot(2)
+//! ```
+//!
+//! The first serial port is the kernel's console. A machine is booted when the first case asks for one like it and
+//! serves one case after the other; it is left behind when a case has failed on it or did not end in time. Every case
+//! is a test of its own here: `cargo test --test lab NAME`. The kernel must have been fetched (`tests/lab/fetch-kernel`), and
+//! Debian's qemu-system-x86 be installed; `tests/run` sees to both.
+
+mod boot;
+mod cases;
+mod image;
+#[path = "../support/mod.rs"]
+mod support;
+
+use boot::{Boot, Verdict};
+use cases::{Case, Machine};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use std::collections::HashMap;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
+
+/// A machine that may be running, for one case at a time.
+type Slot = Arc<Mutex<Option<Boot>>>;
+
+/// The machines that have been asked for.
+#[derive(Default)]
+struct Lab {
+    slots: Mutex<HashMap<Machine, Slot>>,
+}
+
+impl Lab {
+    fn slot(&self, machine: Machine) -> Slot {
+        self.slots.lock().expect("no panic while the table is open").entry(machine).or_default().clone()
+    }
+
+    fn run(&self, case: &Case) -> Result<Completion, Failed> {
+        let slot = match case.ends_kernel {
+            Some(_) => Slot::default(),
+            None => self.slot(case.machine),
+        };
+        // A poisoned lock: another case's thread panicked with the machine in its hand, which is to be trusted no more.
+        let mut boot = slot.lock().unwrap_or_else(|poisoned| {
+            let mut boot = poisoned.into_inner();
+            *boot = None;
+            boot
+        });
+        if boot.as_mut().is_none_or(Boot::has_ended) {
+            *boot = Some(Boot::start(case.machine)?);
+        }
+        let report = boot.as_mut().expect("it was started").run(case);
+        if !matches!(report.verdict, Verdict::Passed | Verdict::Skipped(_)) {
+            *boot = None;
+        }
+        drop(boot);
+        report.judge(case)
+    }
+
+    /// Ends the machines as an administrator would.
+    fn shut_down(&self) {
+        for slot in self.slots.lock().expect("no panic while the table is open").values() {
+            if let Some(boot) = slot.lock().ok().and_then(|mut boot| boot.take()) {
+                boot.shut_down();
+            }
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    let lab = Arc::new(Lab::default());
+    let trial = |case: &'static Case| {
+        let lab = lab.clone();
+        Trial::ignorable_test(case.name, move || lab.run(case))
+    };
+    let conclusion = libtest_mimic::run(&arguments, cases::all().map(trial).collect());
+    lab.shut_down();
+    conclusion.exit_code()
+}
