@@ -15,6 +15,11 @@ use support::{FOLIO, GIB, Pool, SUBPAGE, Toucher};
 
 const PUNCH: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
 const ZERO_KEEP: FallocateFlags = FallocateFlags::ZERO_RANGE.union(FallocateFlags::KEEP_SIZE);
+
+type Attempt = Box<dyn Fn(&File) -> io::Result<()>>;
+type Lock = fn(&File, FlockOperation) -> rustix::io::Result<()>;
+type Heal = fn(&File);
+
 /// MADV_REMOVE of madvise(2).
 const REMOVE: u32 = 9;
 
@@ -500,7 +505,7 @@ fn a_full_pool_refuses_growth_and_changes_nothing() {
     let (_, file) = filled(&pool, "file", FOLIO + 1000, 7);
     let whole = |mode| move |file: &File| fallocate(file, mode, 0, 4 * FOLIO).map_err(io::Error::from);
     let end = FOLIO + 1000;
-    let attempts: [(&str, Box<dyn Fn(&File) -> io::Result<()>>); 9] = [
+    let attempts: [(&str, Attempt); 9] = [
         ("truncate", Box::new(|file| file.set_len(3 * FOLIO + 1))),
         (
             "write across the end of the last page",
@@ -655,7 +660,7 @@ fn a_file_that_another_replaces_gives_its_memory_back() {
 fn locks_keep_other_processes_out_until_their_holder_is_gone() {
     let pool = Pool::small(1);
     let (path, file) = create(&pool, "file");
-    let locks: [(&str, fn(&File, FlockOperation) -> rustix::io::Result<()>); 2] = [
+    let locks: [(&str, Lock); 2] = [
         ("flock", |file, how| rustix::fs::flock(file, how)),
         ("fcntl", |file, how| rustix::fs::fcntl_lock(file, how)),
     ];
@@ -860,7 +865,7 @@ fn a_mapping_behind_the_end_is_sigbus_until_the_file_is_longer() {
 
 #[test]
 fn what_a_mapper_removes_reads_as_zeros_and_is_the_files_again() {
-    let heals: [(&str, fn(&File)); 4] = [
+    let heals: [(&str, Heal); 4] = [
         ("a write elsewhere", |file| file.write_all_at(&[8], 0).unwrap()),
         ("truncate down", |file| file.set_len(3 * FOLIO - 1).unwrap()),
         ("truncate up", |file| file.set_len(3 * FOLIO + 1).unwrap()),
