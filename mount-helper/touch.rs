@@ -16,6 +16,8 @@
 //!   pin OFFSET                                    ok              (the page there is in a pipe, by vmsplice(2))
 //!   unpin                                         ok
 //!   unmap                                         ok
+//!   lock PATH flock|fcntl                         ok              (exclusive, without waiting; or: errno E)
+//!   unlock                                        ok
 //!   pwrite PATH OFFSET LENGTH BYTE                count N         (bytes written; or: errno E)
 //!   append PATH LENGTH BYTE                       count N         (as pwrite, with O_APPEND)
 //!   pread PATH OFFSET LENGTH                      runs N:BYTE ... (what was read; or: errno E)
@@ -28,7 +30,7 @@
 
 use hugetlb2fs::sys::sigbus::{Hit, Mapping, Pin, Sharing};
 use hugetlb2fs::units::Range;
-use rustix::fs::FallocateFlags;
+use rustix::fs::{FallocateFlags, FlockOperation};
 use rustix::io::Errno;
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, Write};
@@ -39,12 +41,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
-/// The mapping, the thread that hammers it, and what is pinned of it.
+/// The mapping, the thread that hammers it, what is pinned of it, and the file that is locked.
 #[derive(Default)]
 struct Toucher {
     mapping: Option<Arc<Mapping>>,
     hammer: Option<Hammer>,
     pin: Option<Pin>,
+    locked: Option<File>,
 }
 
 struct Hammer {
@@ -184,6 +187,11 @@ impl Toucher {
                 self.mapping = None;
                 Ok("ok".to_owned())
             }
+            Some("lock") => self.lock(&mut words),
+            Some("unlock") => {
+                self.locked = None;
+                Ok("ok".to_owned())
+            }
             Some("pwrite") => call(&mut words, File::options().write(true), pwrite),
             Some("append") => call(&mut words, File::options().append(true), append),
             Some("pread") => call(&mut words, File::options().read(true), pread),
@@ -210,6 +218,21 @@ impl Toucher {
         let file = file.map_err(|error| format!("{path}: {error}"))?;
         let mapping = Mapping::new(&file, range, sharing, writable).map_err(|error| error.to_string())?;
         self.mapping = Some(Arc::new(mapping));
+        Ok("ok".to_owned())
+    }
+
+    fn lock(&mut self, words: &mut SplitAsciiWhitespace<'_>) -> Result<String, String> {
+        let path = words.next().ok_or("a path is missing")?;
+        let file = File::options().read(true).write(true).open(path).map_err(|error| format!("{path}: {error}"))?;
+        let locked = match words.next() {
+            Some("flock") => rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive),
+            Some("fcntl") => rustix::fs::fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive),
+            other => return Err(format!("{other:?} is neither flock nor fcntl")),
+        };
+        if let Err(errno) = locked {
+            return Ok(format!("errno {}", errno.raw_os_error()));
+        }
+        self.locked = Some(file);
         Ok("ok".to_owned())
     }
 

@@ -512,8 +512,10 @@ fn a_directory_keeps_its_set_group_id_bit_when_it_changes_hands() {
     assert_eq!(mode(&path), 0o2775);
 }
 
+type Change = fn(&File);
+
 /// What changes a file's contents.
-const CHANGES: [(&str, fn(&File)); 4] = [
+const CHANGES: [(&str, Change); 4] = [
     ("write", |file| file.write_all_at(b"x", 0).unwrap()),
     ("truncate", |file| file.set_len(100).unwrap()),
     ("fallocate", |file| {
@@ -787,19 +789,19 @@ fn times_can_be_left_alone_and_set_to_the_present() {
     let path = pool.join("file");
     fs::write(&path, "x").unwrap();
     set_times(&path, (1000, 1), (2000, 2)).unwrap();
-    set_times(&path, (0, i64::from(UTIME_OMIT)), (3000, 3)).unwrap();
+    set_times(&path, (0, UTIME_OMIT), (3000, 3)).unwrap();
     assert_eq!(times(&path), [(1000, 1), (3000, 3)]);
-    set_times(&path, (4000, 4), (0, i64::from(UTIME_OMIT))).unwrap();
+    set_times(&path, (4000, 4), (0, UTIME_OMIT)).unwrap();
     assert_eq!(times(&path), [(4000, 4), (3000, 3)]);
     let before = now();
-    set_times(&path, (5000, 5), (0, i64::from(UTIME_NOW))).unwrap();
+    set_times(&path, (5000, 5), (0, UTIME_NOW)).unwrap();
     let [accessed, modified] = times(&path);
     assert_eq!(accessed, (5000, 5));
     assert!((before - 1..=now()).contains(&modified.0));
     chmod(&path, 0o666);
     as_user(NOBODY, &[], || {
         assert_eq!(set_times(&path, (1, 1), (1, 1)), Err(Errno::PERM));
-        set_times(&path, (0, i64::from(UTIME_NOW)), (0, i64::from(UTIME_NOW))).unwrap();
+        set_times(&path, (0, UTIME_NOW), (0, UTIME_NOW)).unwrap();
     });
     assert!(times(&path)[0].0 >= before - 1);
 }
@@ -1270,7 +1272,7 @@ fn reading_goes_on_from_any_place_it_has_been_at() {
 #[test]
 fn statfs_counts_pages_and_inodes() {
     let pool = Pool::small(4);
-    let stat = || -> StatFs { rustix::fs::statfs(&pool.path()).unwrap() };
+    let stat = || -> StatFs { rustix::fs::statfs(pool.path()).unwrap() };
     let before = stat();
     assert_eq!((before.f_bsize as u64, before.f_frsize as u64), (FOLIO, FOLIO));
     assert_eq!((before.f_blocks, before.f_bfree, before.f_bavail), (4, 4, 4));
