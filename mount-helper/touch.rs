@@ -223,7 +223,8 @@ impl Toucher {
 
     fn lock(&mut self, words: &mut SplitAsciiWhitespace<'_>) -> Result<String, String> {
         let path = words.next().ok_or("a path is missing")?;
-        let file = File::options().read(true).write(true).open(path).map_err(|error| format!("{path}: {error}"))?;
+        let file =
+            File::options().read(true).write(true).open(path).map_err(|error| format!("{path}: {error}"))?;
         let locked = match words.next() {
             Some("flock") => rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive),
             Some("fcntl") => rustix::fs::fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive),

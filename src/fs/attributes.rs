@@ -83,7 +83,9 @@ impl Fs {
         let (attribute, on) = find(name).ok_or(Error::NoData)?;
         let text = match on {
             On::Root if node == NodeId::ROOT => self.root_attribute(attribute)?,
-            On::File if self.is_file(node)? => self.file_attribute(&self.object(node)?, attribute, reading)?,
+            On::File if self.is_file(node)? => {
+                self.file_attribute(&self.object(node)?, attribute, reading)?
+            }
             _ => return Err(Error::NoData),
         };
         if text.len() > LONGEST_VALUE { Err(Error::TooLong) } else { Ok(text.into_bytes()) }
@@ -92,12 +94,8 @@ impl Fs {
     fn root_attribute(&self, attribute: Protocol) -> Result<String> {
         match attribute {
             Protocol::Pool => self.pool_text(),
-            Protocol::Size => {
-                Ok(format!("{}\n", self.pool.balance().total * self.pool.page_size().bytes()))
-            }
-            Protocol::Check => {
-                Ok(self.check()?.iter().fold(String::new(), |text, what| text + what + "\n"))
-            }
+            Protocol::Size => Ok(format!("{}\n", self.pool.balance().total * self.pool.page_size().bytes())),
+            Protocol::Check => Ok(self.check()?.iter().fold(String::new(), |text, what| text + what + "\n")),
             _ => Err(Error::NoData),
         }
     }
@@ -171,7 +169,9 @@ impl Fs {
             return self.index.set_attribute(node, name, (value, flags), by);
         }
         let result = match find(name) {
-            Some((attribute, On::File)) if self.is_file(node)? => self.set_file_attribute(node, attribute, value),
+            Some((attribute, On::File)) if self.is_file(node)? => {
+                self.set_file_attribute(node, attribute, value)
+            }
             Some((Protocol::Size, On::Root)) if node == NodeId::ROOT => self.resize(value),
             _ => Err(Error::Unsupported),
         };

@@ -29,9 +29,8 @@
 
 mod ledger;
 
-pub use ledger::{Bytes, Record, Superblock};
-use crossbeam::channel::{RecvTimeoutError, Sender};
 use ledger::Ledger;
+pub use ledger::{Bytes, Record, Superblock};
 
 use crate::error::{Error, Result};
 use crate::sys::mapping::Window;
@@ -42,17 +41,19 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Barrier, Mutex};
 use std::time::{Duration, Instant};
 
 /// Tries at something that a program which hammers the file can spoil; each takes some 10 us, and the worst seen
 /// needed 200.
 const TRIES: u32 = 10_000;
 
-/// How often a folio must have withstood being split to be called pinned. A fault that waits for it holds it as a pin does,
-/// so that one try or ten tell nothing; more, and what was written to the subpage meanwhile would be lost to its owner.
+/// How often a folio must have withstood being split to be called pinned, and how long its holder is let run in between.
+/// A fault that waits for it holds it as a pin does, for as long as its thread gets no processor, so that some tries in a
+/// row tell nothing; and with every try more, what was written to the subpage meanwhile is lost to its owner.
 const SPLIT_TRIES: u32 = 64;
+const SPLIT_NAP: Duration = Duration::from_millis(1);
 
 /// When a trade is given up: after so many tries, and not before so much time.
 const TRADE_TRIES: u32 = 1_000;
@@ -130,7 +131,8 @@ impl Sealed {
     /// [`Error::Corrupt`] for a ledger that is damaged or of another version.
     pub fn open(reach: Reach, mount: OwnedFd) -> Result<Self> {
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
-        let open = |name| -> Result<File> { Ok(rustix::fs::openat(&mount, name, flags, Mode::empty())?.into()) };
+        let open =
+            |name| -> Result<File> { Ok(rustix::fs::openat(&mount, name, flags, Mode::empty())?.into()) };
         let ledger = Ledger::open(open("ledger")?)?;
         let data = Arc::new(open("data")?);
         let size = tmpfs::size(&data)?;
@@ -377,7 +379,8 @@ impl Sealed {
             self.ledger.release_block(self.holes()[&subpage])?;
             self.ledger.forget(subpage)?;
         }
-        let poisoned: Vec<Subpage> = self.poisoned().range(range.subpages()).map(|(subpage, _)| *subpage).collect();
+        let poisoned: Vec<Subpage> =
+            self.poisoned().range(range.subpages()).map(|(subpage, _)| *subpage).collect();
         poisoned.into_iter().try_for_each(|subpage| self.ledger.forget_poisoned(subpage))
     }
 
@@ -437,8 +440,7 @@ impl Sealed {
     pub fn quarantine(&mut self, subpage: Subpage, time: u64) -> Result<()> {
         assert!(self.has_memory(subpage.folio()), "{subpage:?} has no memory");
         let mut rescued = [0; SUBPAGE_SIZE as usize];
-        let known = tmpfs::read_at(&self.data, &mut rescued, subpage.offset())
-            .is_ok_and(|read| read > 0);
+        let known = tmpfs::read_at(&self.data, &mut rescued, subpage.offset()).is_ok_and(|read| read > 0);
         let record = self.ledger.record(subpage, time, known.then_some(&rescued))?;
         if let Err(error) = self.trade_to_ledger(subpage, record) {
             self.undo_quarantine(subpage, &rescued)?;
@@ -462,16 +464,23 @@ impl Sealed {
     /// Moves the block of `subpage` to the ledger. A second thread spins for it, so that a program that hammers the
     /// subpage seldom gets it back first; when it does, punch again.
     fn trade_to_ledger(&self, subpage: Subpage, record: Record) -> Result<()> {
+        let punched = Cell::new(false);
         let whole = Cell::new(0);
         self.trade(
             |sealed| sealed.ledger.take_block(record),
+            // What stood in the way the last time first: nothing comes between the punch and the taking.
             |sealed| {
-                tmpfs::punch(&sealed.data, subpage.range())?;
-                whole.set(whole.get() + u32::from(sealed.is_in_one_piece(subpage)?));
-                if whole.get() == SPLIT_TRIES {
-                    return Err(Error::Busy(PINNED));
+                if punched.replace(true) {
+                    if sealed.is_in_one_piece(subpage)? {
+                        whole.set(whole.get() + 1);
+                        if whole.get() == SPLIT_TRIES {
+                            return Err(Error::Busy(PINNED));
+                        }
+                        std::thread::sleep(SPLIT_NAP);
+                    }
+                    sealed.free_block_that_another_hole_caught(subpage)?;
                 }
-                sealed.free_block_that_another_hole_caught(subpage)
+                tmpfs::punch(&sealed.data, subpage.range())
             },
         )?;
         // The block that the ledger got may have been another hole's; no block is free now, so what is shut stays shut.
@@ -608,48 +617,49 @@ impl Sealed {
         window.poison(subpage)
     }
 
-    /// Runs `free`, which frees a block, until `take`, which a second thread runs over and over, has taken one: spinning, it
-    /// is likely to come first. It succeeds once and no more: a second write would undo what a program has stored by then.
-    /// This thread sleeps in between, so as not to keep the other from its processor.
-    fn trade(&self, take: impl Fn(&Self) -> Result<()> + Sync, free: impl Fn(&Self) -> Result<()>) -> Result<()> {
-        const NAP: Duration = Duration::from_micros(200);
-        let stop = &AtomicBool::new(false);
-        let (spinning, watch) = crossbeam::channel::bounded(1);
-        // Sends once, when it spins, and closes the channel when it is done.
-        let spin = |spinning: Sender<()>| {
-            let mut taken = take(self);
-            if matches!(taken, Err(Error::Full)) {
-                let _ = spinning.send(());
+    /// Runs `free`, which frees a block, and right after it `take`, until the latter has taken one. A second thread runs `take`
+    /// over and over meanwhile, so as to come first more often; but where it gets no processor, this one must be able to
+    /// win alone. `take` succeeds once and no more: a second write would undo what a program has stored by then.
+    fn trade(
+        &self,
+        take: impl Fn(&Self) -> Result<()> + Sync,
+        free: impl Fn(&Self) -> Result<()>,
+    ) -> Result<()> {
+        let taken = Mutex::new(false);
+        let take_once = || -> Result<()> {
+            let mut taken = taken.lock().expect("no panic while a block is taken");
+            if !*taken {
+                take(self)?;
+                *taken = true;
             }
-            while matches!(taken, Err(Error::Full)) {
-                // Looked at first: what was full before the stop may have a free block now, which must not be left behind.
-                let last = stop.load(Ordering::Acquire);
-                std::thread::yield_now(); // for when there is but one processor for both
-                taken = take(self);
-                if last {
-                    break;
-                }
-            }
-            taken
+            Ok(())
         };
-        std::thread::scope(|scope| {
-            let taker = scope.spawn(move || spin(spinning));
-            let mut freed = Ok(());
-            let mut waiting = watch.recv().is_ok();
-            let mut tries = 0;
+        let (stop, both) = (AtomicBool::new(false), Barrier::new(2));
+        let traded = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                both.wait();
+                while !stop.load(Ordering::Relaxed) && matches!(take_once(), Err(Error::Full)) {
+                    std::thread::yield_now();
+                }
+            });
+            both.wait();
             let started = Instant::now();
-            while waiting && freed.is_ok() && (tries < TRADE_TRIES || started.elapsed() < TRADE_PATIENCE) {
+            let mut tries = 0;
+            let mut traded = Err(Error::Full);
+            while matches!(traded, Err(Error::Full))
+                && (tries < TRADE_TRIES || started.elapsed() < TRADE_PATIENCE)
+            {
                 tries += 1;
-                freed = free(self);
-                waiting = watch.recv_timeout(NAP) == Err(RecvTimeoutError::Timeout);
+                traded = free(self).and_then(|()| take_once());
             }
-            stop.store(true, Ordering::Release);
-            match (taker.join().expect("the taker does not panic"), freed) {
-                (Ok(()), _) => Ok(()),
-                (Err(Error::Full), Ok(())) => Err(Error::Busy(UNWINNABLE)),
-                (Err(_), Err(error)) | (Err(error), Ok(())) => Err(error),
-            }
-        })
+            stop.store(true, Ordering::Relaxed);
+            traded
+        });
+        match traded {
+            _ if *taken.lock().expect("no panic while a block is taken") => Ok(()),
+            Err(Error::Full) => Err(Error::Busy(UNWINNABLE)),
+            other => other,
+        }
     }
 
     /// Whether the folio of `subpage`, which was punched, is still in one piece. Touches neither that nor any other
@@ -690,7 +700,10 @@ impl Sealed {
             if tmpfs::resident(&self.data, subpage.range())? > 0 {
                 tmpfs::punch(&self.data, subpage.range())?;
                 shut += 1;
-                log::warn!("a quarantined subpage at {:#x} was filled in passing; it is shut again", subpage.offset());
+                log::warn!(
+                    "a quarantined subpage at {:#x} was filled in passing; it is shut again",
+                    subpage.offset()
+                );
             }
         }
         shut += self.punch_where_no_memory_is_meant()?;
@@ -900,7 +913,10 @@ mod tests {
         assert_eq!(sealed.check().unwrap(), Vec::<String>::new());
         assert_eq!(tmpfs::blocks_taken(&sealed.data).unwrap(), sealed.expected_blocks());
         let past_everything = Range::at((sealed.folios.len() as u64 + 1) * FOLIO_SIZE, SUBPAGE_SIZE);
-        assert!(matches!(tmpfs::allocate(&sealed.data, past_everything), Err(Error::Full)), "a block is free");
+        assert!(
+            matches!(tmpfs::allocate(&sealed.data, past_everything), Err(Error::Full)),
+            "a block is free"
+        );
     }
 
     fn assert_unchanged(sealed: &Sealed, range: Range) {
