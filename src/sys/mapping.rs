@@ -57,10 +57,14 @@ impl Window {
     /// Faults `range` in for writing (MADV_POPULATE_WRITE, Linux 5.14), so that it has memory, cleared before anybody
     /// else can see it.
     ///
+    /// The machine's free memory may be in smaller pieces than 2 MiB. Only for a mapping with MADV_HUGEPAGE does a fault then
+    /// put some together, rather than take small pages (`transparent_hugepage/defrag`, as it is by default).
+    ///
     /// # Errors
     /// [`Error::NoMemory`], [`Error::Full`] where the superblock has no block left or the file ends before `range` does.
     pub fn populate_write(&self, range: Range) -> Result<()> {
         let (start, length) = self.position(range);
+        self.map.advise(Advice::HugePage)?;
         self.map.advise_range(Advice::PopulateWrite, start, length).map_err(
             |error| match Errno::from_io_error(&error) {
                 Some(Errno::FAULT) => Error::Full,
