@@ -44,12 +44,22 @@ fn inherited(matches: &ArgMatches, name: &str) -> Result<OwnedFd, String> {
     sys::inherited(*fd).map_err(|error| format!("--{name}={fd}: {error}"))
 }
 
+/// A thread that panics would leave its request unanswered, and the caller waiting for good. That the daemon ends is the lesser
+/// evil: calls fail, mappings stay valid.
+fn end_at_a_panic() {
+    std::panic::set_hook(Box::new(|panic| {
+        log::error!("internal error, the daemon ends: {panic}");
+        std::process::abort();
+    }));
+}
+
 fn run() -> Result<(), String> {
     let matches = command().get_matches();
     let mut control = Control::new(UnixStream::from(inherited(&matches, "control-fd")?));
     let device = inherited(&matches, "fuse-fd")?;
     let started = options(&matches).and_then(|options| {
         logging::start(options.log.as_deref()).map_err(|error| format!("option log: {error}"))?;
+        end_at_a_panic();
         rustix::process::setsid().map_err(|error| format!("setsid: {error}"))?;
         Ok(options)
     });
