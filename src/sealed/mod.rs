@@ -927,6 +927,20 @@ mod tests {
     }
 
     #[test]
+    fn what_came_in_small_pages_is_put_into_folios() {
+        let mut reserve = Sealed::create(Reach::Private, None).expect("root makes superblocks");
+        reserve.take(folios(4), 4 * FOLIO_SIZE).unwrap();
+        for subpage in Folio(2).range().steps(SUBPAGE_SIZE) {
+            tmpfs::punch(&reserve.data, subpage).unwrap();
+            tmpfs::allocate(&reserve.data, subpage).unwrap();
+        }
+        let whole: u64 = reserve.huge_ranges(folios(4)).unwrap().iter().map(|range| range.len()).sum();
+        assert_eq!(whole, 3 * FOLIO_SIZE, "one folio was to be in small pages");
+        assert_eq!(reserve.collapse_untouched().unwrap(), 4);
+        assert_sealed(&reserve);
+    }
+
+    #[test]
     fn no_block_is_free_whatever_is_done() {
         let mut sealed = sealed(2 * FOLIO_SIZE + 5000);
         assert_sealed(&sealed);
