@@ -29,7 +29,10 @@ fn read(path: &Path) -> String {
 /// The modules of `lib.rs`, in its order.
 fn layers() -> Vec<String> {
     let lib = read(&Path::new(ROOT).join("src/lib.rs"));
-    lib.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';')).map(str::to_owned).collect()
+    lib.lines()
+        .filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'))
+        .map(str::to_owned)
+        .collect()
 }
 
 /// The module of `lib.rs` that a source file belongs to.
@@ -52,7 +55,8 @@ fn a_module_uses_only_those_above_it() {
         for (number, line) in read(&path).lines().enumerate() {
             let code = line.split("//").next().unwrap_or_default();
             for used in code.split("crate::").skip(1) {
-                let name: String = used.chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect();
+                let name: String =
+                    used.chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect();
                 if rank(&name).is_some_and(|rank| rank > own_rank) {
                     wrong.push(format!("{}:{}: {own} uses {name}", path.display(), number + 1));
                 }
@@ -99,11 +103,19 @@ fn fuser_is_named_only_in_the_fuse_module() {
 #[test]
 fn every_test_that_the_readme_names_exists() {
     let readme = read(&Path::new(ROOT).join("README.md"));
-    let tests: String = sources("tests").iter().chain(&sources("src")).chain(&sources("mount-helper")).map(|path| read(path)).collect();
+    let tests: String = sources("tests")
+        .iter()
+        .chain(&sources("src"))
+        .chain(&sources("mount-helper"))
+        .map(|path| read(path))
+        .collect();
     let mut named = 0;
     for row in readme.lines().filter(|line| line.starts_with('|')) {
         for name in row.split('`').skip(1).step_by(2).filter(|word| word.matches('_').count() >= 3) {
-            assert!(tests.contains(&format!("fn {name}()")), "README names the test {name}, which is not there");
+            assert!(
+                tests.contains(&format!("fn {name}()")),
+                "README names the test {name}, which is not there"
+            );
             named += 1;
         }
     }

@@ -52,7 +52,13 @@ pub fn umount_hugetlb2() -> Command {
 /// Runs to the end and returns what was printed; panics unless it exits with 0.
 pub fn run(command: &mut Command) -> String {
     let output = command.output().expect("the program can be started");
-    assert!(output.status.success(), "{command:?}: {}\n{}{}", output.status, text(&output.stdout), text(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{command:?}: {}\n{}{}",
+        output.status,
+        text(&output.stdout),
+        text(&output.stderr)
+    );
     text(&output.stdout)
 }
 
@@ -89,7 +95,11 @@ impl Pool {
         std::fs::create_dir(directory.path().join("mnt")).expect("a mount point");
         let log = directory.path().join("log");
         let mount_point = directory.path().join("mnt");
-        run(mount_hugetlb2().arg("test-pool").arg(&mount_point).arg("-o").arg(format!("{options},log={}", log.display())));
+        run(mount_hugetlb2()
+            .arg("test-pool")
+            .arg(&mount_point)
+            .arg("-o")
+            .arg(format!("{options},log={}", log.display())));
         let mut pool = Self { directory, daemon: None };
         pool.daemon = Some(Daemon::of(&mount_point));
         pool
