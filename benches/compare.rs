@@ -39,7 +39,8 @@ fn main() {
 }
 
 fn kernel() -> String {
-    fs::read_to_string("/proc/sys/kernel/osrelease").map_or_else(|_| "unknown kernel".into(), |text| format!("Linux {}", text.trim()))
+    fs::read_to_string("/proc/sys/kernel/osrelease")
+        .map_or_else(|_| "unknown kernel".into(), |text| format!("Linux {}", text.trim()))
 }
 
 // ---- sides ----------------------------------------------------------------------------------------------------------
@@ -86,7 +87,8 @@ impl Side {
 
     fn mount(&self, kind: &str, options: &str) {
         let options = CString::new(options).expect("no NUL");
-        mount("bench", &self.mount_point, kind, MountFlags::empty(), Some(options.as_c_str())).expect("mount(2)");
+        mount("bench", &self.mount_point, kind, MountFlags::empty(), Some(options.as_c_str()))
+            .expect("mount(2)");
     }
 
     fn file(&self, name: &str) -> File {
@@ -236,7 +238,8 @@ fn allocation(base: &Path, rounds: usize, table: &mut Table) {
     }
     if let Some(side) = Side::hugetlbfs(base, POOL_PAGES) {
         for round in 0..=rounds {
-            let allocate = || fallocate(side.file("large"), FallocateFlags::empty(), 0, bytes).expect("fallocate");
+            let allocate =
+                || fallocate(side.file("large"), FallocateFlags::empty(), 0, bytes).expect("fallocate");
             let time = milliseconds(allocate);
             if round > 0 {
                 theirs.1.push(time);
@@ -303,13 +306,18 @@ fn memory(base: &Path, table: &mut Table) {
             File::create(side.mount_point.join(n.to_string())).expect("create");
         }
         let resident = resident_kib(&side.mount_point);
-        table.row(&format!("resident memory of the daemon, {count} files"), "KiB", &mut [("hugetlb2", vec![resident])]);
+        table.row(
+            &format!("resident memory of the daemon, {count} files"),
+            "KiB",
+            &mut [("hugetlb2", vec![resident])],
+        );
     }
 }
 
 fn resident_kib(mount_point: &Path) -> f64 {
     let mut counters = vec![0; 4096];
-    let length = rustix::fs::getxattr(mount_point, "user.hugetlb2.pool", &mut counters[..]).expect("the pool attribute");
+    let length = rustix::fs::getxattr(mount_point, "user.hugetlb2.pool", &mut counters[..])
+        .expect("the pool attribute");
     let counters = String::from_utf8_lossy(&counters[..length]).into_owned();
     let pid = counters.lines().find_map(|line| line.strip_prefix("daemon_pid ")).expect("a process id");
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("its status");

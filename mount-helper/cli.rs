@@ -282,7 +282,9 @@ fn inject(file: &Path, offset: &str, json: bool) -> Done {
     let value = format!("hw {offset}");
     explain(file, quarantine::parse_inject(value.as_bytes(), pool_file(file)?.len()))?;
     attributes::write(file, attributes::INJECT, &value).map_err(|errno| match errno {
-        Errno::OPNOTSUPP => "this kernel has no CONFIG_MEMORY_FAILURE: it cannot handle memory errors".to_owned(),
+        Errno::OPNOTSUPP => {
+            "this kernel has no CONFIG_MEMORY_FAILURE: it cannot handle memory errors".to_owned()
+        }
         other => describe(file, other),
     })?;
     if json {

@@ -60,7 +60,12 @@ fn show(report: &mut Report) -> Step {
 
     report.heading("Another process maps a file of one page");
     let mut other = Other::mapping(&pool.file)?;
-    report.expect("sigbus_before", "SIGBUS in a walk over all 262144 subpages", other.walk()?.len() as u64, 0)?;
+    report.expect(
+        "sigbus_before",
+        "SIGBUS in a walk over all 262144 subpages",
+        other.walk()?.len() as u64,
+        0,
+    )?;
     report.expect("huge_before", "2 MiB entries that map it (smaps)", other.count("huge")?, HUGE_ENTRIES)?;
     write_pattern(&file)?;
     other.ask_ok(&format!("hammer {BUSY}"))?;
@@ -70,11 +75,21 @@ fn show(report: &mut Report) -> Step {
     set(&pool.file, POISON, &format!("{BAD:#x} {SUBPAGE_SIZE}"))?;
     report.time("quarantine", clock);
     let stopped = other.ask("stop")?;
-    report.expect("sigbus_neighbour", "SIGBUS at the neighbouring subpage, which was in use", second_number(&stopped)?, 0)?;
+    report.expect(
+        "sigbus_neighbour",
+        "SIGBUS at the neighbouring subpage, which was in use",
+        second_number(&stopped)?,
+        0,
+    )?;
     let hits = other.walk()?;
     report.expect("sigbus_after", "SIGBUS in a walk over all subpages", hits.len() as u64, 1)?;
     report.expect("sigbus_offset", "at offset", hits.first().copied().unwrap_or(0), BAD)?;
-    report.expect("huge_poisoned", "2 MiB entries that still map the rest", other.count("huge")?, HUGE_ENTRIES - 1)?;
+    report.expect(
+        "huge_poisoned",
+        "2 MiB entries that still map the rest",
+        other.count("huge")?,
+        HUGE_ENTRIES - 1,
+    )?;
     let clock = Instant::now();
     let (good, wrong) = read_pattern(&file)?;
     report.time("read", clock);
@@ -96,7 +111,12 @@ fn show(report: &mut Report) -> Step {
 
     report.heading("What it cost");
     let wrong = attributes::read(&pool.mount_point, attributes::CHECK).map_err(|errno| errno.to_string())?;
-    report.expect("violations", "invariants that do not hold", wrong.unwrap_or_default().lines().count() as u64, 0)?;
+    report.expect(
+        "violations",
+        "invariants that do not hold",
+        wrong.unwrap_or_default().lines().count() as u64,
+        0,
+    )?;
     report.line("lost_here", "bytes out of reach meanwhile, here", SUBPAGE_SIZE);
     report.line("lost_hugetlbfs", "and on hugetlbfs, where the page is lost whole", PAGE);
     drop(other);
@@ -150,7 +170,8 @@ impl Pool {
     fn mount() -> Step<Self> {
         let directory = std::env::temp_dir().join(format!("hugetlb2-demo-{}", std::process::id()));
         let mount_point = directory.join("mnt");
-        std::fs::create_dir_all(&mount_point).map_err(|error| format!("{}: {error}", mount_point.display()))?;
+        std::fs::create_dir_all(&mount_point)
+            .map_err(|error| format!("{}: {error}", mount_point.display()))?;
         let file = mount_point.join("file");
         let mut pool = Self { directory, mount_point, file, daemon: None };
         let mounted = Command::new(own_program()?)
@@ -165,7 +186,8 @@ impl Pool {
         }
         let pid = attributes::pool(&pool.mount_point)?.get("daemon_pid").unwrap_or(0);
         let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or("the daemon has no process id")?;
-        pool.daemon = Some(pidfd_open(pid, PidfdFlags::empty()).map_err(|errno| format!("pidfd_open: {errno}"))?);
+        pool.daemon =
+            Some(pidfd_open(pid, PidfdFlags::empty()).map_err(|errno| format!("pidfd_open: {errno}"))?);
         Ok(pool)
     }
 
@@ -253,7 +275,8 @@ struct Other {
 
 impl Other {
     fn mapping(file: &Path) -> Step<Self> {
-        let started = Command::new(own_program()?).arg("touch").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        let started =
+            Command::new(own_program()?).arg("touch").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
         let mut child = started.map_err(|error| format!("another process: {error}"))?;
         let (input, output) = (child.stdin.take(), child.stdout.take());
         let (input, output) = input.zip(output).ok_or("it has no pipes")?;

@@ -32,7 +32,13 @@ pub fn start(path: Option<&str>) -> io::Result<()> {
             let file = OpenOptions::new().create(true).append(true).open(path)?;
             builder.target(Target::Pipe(Box::new(file))).format(|out, record| {
                 let time = crate::sys::unix_time();
-                writeln!(out, "{time} hugetlb2fsd[{}] {}: {}", std::process::id(), record.level(), record.args())
+                writeln!(
+                    out,
+                    "{time} hugetlb2fsd[{}] {}: {}",
+                    std::process::id(),
+                    record.level(),
+                    record.args()
+                )
             });
         }
         None => {

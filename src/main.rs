@@ -14,7 +14,12 @@ fn command() -> Command {
         Arg::new(row.name).long(row.name).value_name(row.value).help(format!("{} [{default}]", row.help))
     });
     let descriptor = |name: &'static str, help: &'static str| {
-        Arg::new(name).long(name).value_name("FD").value_parser(clap::value_parser!(RawFd)).required(true).help(help)
+        Arg::new(name)
+            .long(name)
+            .value_name("FD")
+            .value_parser(clap::value_parser!(RawFd))
+            .required(true)
+            .help(help)
     };
     Command::new("hugetlb2fsd")
         .version(clap::crate_version!())

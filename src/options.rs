@@ -54,7 +54,9 @@ impl Size {
     /// # Errors
     /// A sentence that says what is wrong and what would be right.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let wrong = || format!("{text:?} is not a size: a number with K, M, G or T behind it, or a percentage of RAM");
+        let wrong = || {
+            format!("{text:?} is not a size: a number with K, M, G or T behind it, or a percentage of RAM")
+        };
         if let Some(percent) = text.strip_suffix('%') {
             let percent: u64 = percent.parse().map_err(|_| wrong())?;
             return if (1..=100).contains(&percent) { Ok(Self::Percent(percent)) } else { Err(wrong()) };
@@ -152,8 +154,10 @@ pub const TABLE: &[Row] = &[
         default: Some("755"),
         help: "permission bits of the root directory",
         set: |options, text| {
-            let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o7777 && !text.starts_with('+'));
-            options.mode = mode.ok_or_else(|| format!("{text:?} is not a mode: an octal number up to 7777"))?;
+            let mode =
+                u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o7777 && !text.starts_with('+'));
+            options.mode =
+                mode.ok_or_else(|| format!("{text:?} is not a mode: an octal number up to 7777"))?;
             Ok(())
         },
     },
@@ -264,7 +268,8 @@ mod tests {
 
     #[test]
     fn sizes_are_read_with_every_suffix() {
-        for (text, bytes) in [("4096", 4096), ("3K", 3 << 10), ("2m", 2 << 20), ("4G", 4 << 30), ("0x10", 16)] {
+        for (text, bytes) in [("4096", 4096), ("3K", 3 << 10), ("2m", 2 << 20), ("4G", 4 << 30), ("0x10", 16)]
+        {
             assert_eq!(Size::parse(text), Ok(Size::Bytes(bytes)), "{text}");
         }
         assert_eq!(Size::parse("25%"), Ok(Size::Percent(25)));

@@ -157,11 +157,14 @@ fn parse_range(offset: Option<&str>, length: Option<&str>, size: u64) -> Result<
         parse_number(word).ok_or_else(|| Error::invalid(format!("{word:?} is not a number ({what})")))
     };
     let (offset, length) = (number(offset, "offset")?, number(length, "length")?);
-    let range = Range::checked_at(offset, length).filter(|range| range.end <= size.next_multiple_of(SUBPAGE_SIZE));
+    let range =
+        Range::checked_at(offset, length).filter(|range| range.end <= size.next_multiple_of(SUBPAGE_SIZE));
     match range {
         Some(range) if !range.is_empty() && range.start < size => Ok(range.subpages_out()),
         Some(range) if range.is_empty() => Err(Error::invalid("the length is 0")),
-        _ => Err(Error::invalid(format!("{offset:#x} {length:#x} reaches behind the end of the file ({size:#x})"))),
+        _ => Err(Error::invalid(format!(
+            "{offset:#x} {length:#x} reaches behind the end of the file ({size:#x})"
+        ))),
     }
 }
 
@@ -176,7 +179,8 @@ mod tests {
         let joined = coalesce(
             [(1, 5), (2, 5), (3, 6), (9, 6)].iter().map(|(n, time)| (Subpage(*n), Kind::Soft, *time)),
         );
-        let ranges: Vec<_> = joined.iter().map(|item| (item.range.start / 4096, item.range.len() / 4096)).collect();
+        let ranges: Vec<_> =
+            joined.iter().map(|item| (item.range.start / 4096, item.range.len() / 4096)).collect();
         assert_eq!(ranges, [(1, 2), (3, 1), (9, 1)]);
     }
 
@@ -202,9 +206,21 @@ mod tests {
 
     #[test]
     fn malformed_poison_is_refused() {
-        for value in [&b""[..], b"x", b"1", b"1 y", b"-1 5", b"0 0", b"0x 1", b"+1 1", b"1048576 1", b"0 1048577",
-            b"18446744073709551615 2", b"\xff\xfe", b"0 4096\nnonsense"]
-        {
+        for value in [
+            &b""[..],
+            b"x",
+            b"1",
+            b"1 y",
+            b"-1 5",
+            b"0 0",
+            b"0x 1",
+            b"+1 1",
+            b"1048576 1",
+            b"0 1048577",
+            b"18446744073709551615 2",
+            b"\xff\xfe",
+            b"0 4096\nnonsense",
+        ] {
             assert!(matches!(parse_poison(value, SIZE), Err(Error::Invalid(_))), "{value:?}");
         }
     }
@@ -213,7 +229,9 @@ mod tests {
     fn repairs_name_what_to_put_in_place() {
         assert_eq!(parse_repair(b"zero 0 1", SIZE).unwrap(), [(Repair::Zero, Range::new(0, 4096))]);
         assert_eq!(parse_repair(b"salvage all\n", SIZE).unwrap(), [(Repair::Salvage, Range::new(0, SIZE))]);
-        for value in [&b""[..], b"zero", b"heal all", b"zero all all", b"zero 0", b"zero 0 1 2", b"all", b"zeroall"] {
+        for value in
+            [&b""[..], b"zero", b"heal all", b"zero all all", b"zero 0", b"zero 0 1 2", b"all", b"zeroall"]
+        {
             assert!(matches!(parse_repair(value, SIZE), Err(Error::Invalid(_))), "{value:?}");
         }
     }

@@ -188,7 +188,8 @@ impl Range {
     /// Cut into pieces of at most `step` bytes, in order.
     pub fn steps(self, step: u64) -> impl DoubleEndedIterator<Item = Range> + use<> {
         let count = self.len().div_ceil(step);
-        (0..count).map(move |n| Range::new(self.start + n * step, (self.start + (n + 1) * step).min(self.end)))
+        (0..count)
+            .map(move |n| Range::new(self.start + n * step, (self.start + (n + 1) * step).min(self.end)))
     }
 }
 

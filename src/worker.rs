@@ -30,13 +30,16 @@ pub fn run(options: &Options, device: OwnedFd, mut control: Control) -> Result<(
 }
 
 fn serve(options: &Options, device: OwnedFd, control: &mut Control) -> Result<(), String> {
-    let (sender, agent) = agents::collapse::start().map_err(|error| format!("no thread for an agent: {error}"))?;
+    let (sender, agent) =
+        agents::collapse::start().map_err(|error| format!("no thread for an agent: {error}"))?;
     let repaired = options.collapse.then_some(sender);
     let served = set_up(options, control, repaired).and_then(|fs| {
-        let patrol = agents::patrol::start(fs.clone()).map_err(|error| format!("no thread for an agent: {error}"))?;
+        let patrol =
+            agents::patrol::start(fs.clone()).map_err(|error| format!("no thread for an agent: {error}"))?;
         let connection = connect(fs, device, control)?;
         control.send(&Message::Serving).map_err(|_| "the mount helper has gone away".to_owned())?;
-        let served = connection.serve().map_err(|error| format!("the connection to the kernel broke: {error}"));
+        let served =
+            connection.serve().map_err(|error| format!("the connection to the kernel broke: {error}"));
         drop(patrol);
         served
     });

@@ -22,7 +22,11 @@ pub fn start() -> io::Result<(Sender<Repaired>, Agent)> {
 fn run(repaired: &Receiver<Repaired>) {
     for (object, folio) in repaired {
         if let Err(error) = object.collapse_folio(folio) {
-            log::info!("file {}: the 2 MiB at {:#x} stay in small pages: {error}", object.node(), folio.range().start);
+            log::info!(
+                "file {}: the 2 MiB at {:#x} stay in small pages: {error}",
+                object.node(),
+                folio.range().start
+            );
         }
     }
 }

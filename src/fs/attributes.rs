@@ -83,7 +83,9 @@ impl Fs {
         let (attribute, on) = find(name).ok_or(Error::NoData)?;
         let text = match on {
             On::Root if node == NodeId::ROOT => self.root_attribute(attribute)?,
-            On::File if self.is_file(node)? => self.file_attribute(&self.object(node)?, attribute, reading)?,
+            On::File if self.is_file(node)? => {
+                self.file_attribute(&self.object(node)?, attribute, reading)?
+            }
             _ => return Err(Error::NoData),
         };
         if text.len() > LONGEST_VALUE { Err(Error::TooLong) } else { Ok(text.into_bytes()) }
@@ -92,12 +94,8 @@ impl Fs {
     fn root_attribute(&self, attribute: Protocol) -> Result<String> {
         match attribute {
             Protocol::Pool => self.pool_text(),
-            Protocol::Size => {
-                Ok(format!("{}\n", self.pool.balance().total * self.pool.page_size().bytes()))
-            }
-            Protocol::Check => {
-                Ok(self.check()?.iter().fold(String::new(), |text, what| text + what + "\n"))
-            }
+            Protocol::Size => Ok(format!("{}\n", self.pool.balance().total * self.pool.page_size().bytes())),
+            Protocol::Check => Ok(self.check()?.iter().fold(String::new(), |text, what| text + what + "\n")),
             _ => Err(Error::NoData),
         }
     }
@@ -116,6 +114,7 @@ impl Fs {
                 }
             }
             Protocol::Map => {
+                self.look_for_poison();
                 let mut text = String::new();
                 for extent in object.map(&self.nodes)? {
                     let node = extent.node.map_or("-".to_owned(), |node| node.to_string());
@@ -171,7 +170,9 @@ impl Fs {
             return self.index.set_attribute(node, name, (value, flags), by);
         }
         let result = match find(name) {
-            Some((attribute, On::File)) if self.is_file(node)? => self.set_file_attribute(node, attribute, value),
+            Some((attribute, On::File)) if self.is_file(node)? => {
+                self.set_file_attribute(node, attribute, value)
+            }
             Some((Protocol::Size, On::Root)) if node == NodeId::ROOT => self.resize(value),
             _ => Err(Error::Unsupported),
         };
@@ -182,6 +183,8 @@ impl Fs {
 
     fn set_file_attribute(&self, node: NodeId, attribute: Protocol, value: &[u8]) -> Result<()> {
         let object = self.object(node)?;
+        // Whoever asks has perhaps just been sent a SIGBUS, and the patrol has not come round yet.
+        self.look_for_poison();
         match attribute {
             Protocol::Poison => object.quarantine(value),
             Protocol::Repair => self.with_context(&object, |context| object.repair(value, context)),

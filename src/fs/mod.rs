@@ -345,7 +345,10 @@ impl Fs {
         *seen = now;
         for object in self.all_objects() {
             if let Err(error) = object.look_for_poison() {
-                log::error!("file {}: it could not be looked through for memory errors: {error}", object.node());
+                log::error!(
+                    "file {}: it could not be looked through for memory errors: {error}",
+                    object.node()
+                );
                 *seen = None; // once more, then
             }
         }
@@ -406,7 +409,8 @@ impl Fs {
         unprivileged: bool,
     ) -> Result<()> {
         let object = self.object(node)?;
-        let allocate = || self.with_context(&object, |context| object.allocate(what, offset, length, context));
+        let allocate =
+            || self.with_context(&object, |context| object.allocate(what, offset, length, context));
         self.heeding_poison(allocate)?;
         self.index.contents_changed(node, unprivileged)
     }
@@ -429,14 +433,11 @@ impl Fs {
         let mut done = 0;
         while done < length {
             let wanted = buffer.len().min(length - done);
-            let piece = self.read(from.0, &mut buffer[..wanted], from.1 + done as u64).and_then(|read| {
-                match read {
+            let piece =
+                self.read(from.0, &mut buffer[..wanted], from.1 + done as u64).and_then(|read| match read {
                     0 => Ok((0, 0)),
-                    read => {
-                        Ok((read, self.write(to.0, &buffer[..read], to.1 + done as u64, unprivileged)?))
-                    }
-                }
-            });
+                    read => Ok((read, self.write(to.0, &buffer[..read], to.1 + done as u64, unprivileged)?)),
+                });
             match piece {
                 Ok((read, written)) => {
                     done += written;
@@ -456,7 +457,9 @@ impl Fs {
     /// # Errors
     /// ENXIO.
     pub fn seek(&self, node: NodeId, offset: u64, data: bool) -> Result<u64> {
-        self.object(node)?.seek(offset, data)
+        let object = self.object(node)?;
+        self.look_for_poison();
+        object.seek(offset, data)
     }
 
     // ---- check --------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ use crate::pool::{Holding, Pool};
 use crate::quarantine::{self, Kind, Quarantined, Repair};
 use crate::sealed::{Bytes, Content, Sealed};
 use crate::sys::{self, tmpfs};
-use crate::units::{FOLIO_SIZE, Folio, NodeId, Range, SUBPAGE_SIZE, STAT_BLOCK, Subpage};
+use crate::units::{FOLIO_SIZE, Folio, NodeId, Range, STAT_BLOCK, SUBPAGE_SIZE, Subpage};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -255,7 +255,9 @@ impl Object {
         for hole in holes {
             self.repair_one(holding, hole, Content::Zero, context)?;
         }
-        for page in context.pool.page_size().pages_touching(range).filter(|page| !holding.released().contains(page)) {
+        for page in
+            context.pool.page_size().pages_touching(range).filter(|page| !holding.released().contains(page))
+        {
             let piece = context.pool.page_size().range(page).intersect(range);
             for step in piece.steps(ZEROS.len() as u64) {
                 tmpfs::write_at(&self.data, &ZEROS[..step.len() as usize], step.start)?;
@@ -325,7 +327,11 @@ impl Object {
         let found = holding.sealed_mut().note_poison(sys::unix_time())?;
         drop(holding);
         for subpage in &found {
-            log::error!("file {}: memory error, {:#x} {SUBPAGE_SIZE:#x} quarantined (hw)", self.node, subpage.offset());
+            log::error!(
+                "file {}: memory error, {:#x} {SUBPAGE_SIZE:#x} quarantined (hw)",
+                self.node,
+                subpage.offset()
+            );
         }
         if !found.is_empty() {
             self.wake_all();
@@ -421,7 +427,13 @@ impl Object {
         Ok(())
     }
 
-    fn repair_one(&self, holding: &mut Holding, hole: Subpage, content: Content<'_>, context: Context<'_>) -> Result<()> {
+    fn repair_one(
+        &self,
+        holding: &mut Holding,
+        hole: Subpage,
+        content: Content<'_>,
+        context: Context<'_>,
+    ) -> Result<()> {
         holding.sealed_mut().repair(hole, content)?;
         log::info!("file {}: {:#x} {SUBPAGE_SIZE:#x} repaired", self.node, hole.offset());
         if holding.sealed().lost_in(hole.folio().range()).next().is_none() {
@@ -441,7 +453,8 @@ impl Object {
         let sealed = holding.sealed();
         let ranges = quarantine::parse_collapse(value, sealed.size())?;
         let mut result = Ok(());
-        for folio in ranges.iter().flat_map(|range| range.folios()).filter(|folio| sealed.has_memory(*folio)) {
+        for folio in ranges.iter().flat_map(|range| range.folios()).filter(|folio| sealed.has_memory(*folio))
+        {
             match self.collapse_one(sealed, folio) {
                 Ok(()) | Err(Error::Busy(_)) => {}
                 Err(error) => result = Err(error),

@@ -47,7 +47,6 @@ fn encode_device((major, minor): (u32, u32)) -> u32 {
     (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
 }
 
-
 #[cfg(test)]
 mod tests {
     #[test]

@@ -15,10 +15,10 @@ use crate::sys::identity::{Caller, Member};
 use crate::units::NodeId;
 use encode::{errno, file_attr, file_type};
 use fuser::{
-    BackingId, BsdFileFlags, Config, CopyFileRangeFlags, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
-    InitFlags, KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier, ReplyAttr, ReplyCreate,
-    ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite,
-    ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
+    BackingId, BsdFileFlags, Config, CopyFileRangeFlags, FileHandle, Filesystem, FopenFlags, Generation,
+    INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier, ReplyAttr,
+    ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyPoll,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
 };
 use slab::Slab;
 use std::cell::RefCell;
@@ -72,7 +72,9 @@ impl Connection {
         let adapter = Adapter { fs, directories: Mutex::default(), backings: Mutex::default() };
         let mut config = Config::default();
         config.n_threads = Some(THREADS);
-        Session::from_fd(adapter, device, SessionACL::All, config).map(Self).map_err(|error| error.to_string())
+        Session::from_fd(adapter, device, SessionACL::All, config)
+            .map(Self)
+            .map_err(|error| error.to_string())
     }
 
     /// Serves until the filesystem is unmounted.
@@ -232,7 +234,8 @@ fn time(time: Option<TimeOrNow>) -> Time {
 fn as_sent(time: SystemTime) -> SystemTime {
     match UNIX_EPOCH.duration_since(time) {
         Ok(before) => {
-            UNIX_EPOCH - Duration::from_secs(before.as_secs()) + Duration::from_nanos(before.subsec_nanos().into())
+            UNIX_EPOCH - Duration::from_secs(before.as_secs())
+                + Duration::from_nanos(before.subsec_nanos().into())
         }
         Err(_) => time,
     }
@@ -360,7 +363,8 @@ impl Filesystem for Adapter {
     }
 
     fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
-        let target = CString::new(target.as_os_str().as_bytes()).map_err(|_| Error::invalid("NUL in a target"));
+        let target =
+            CString::new(target.as_os_str().as_bytes()).map_err(|_| Error::invalid("NUL in a target"));
         let made = target.and_then(|target| {
             self.fs.make(node_id(parent), name, New::Symlink(&target), caller(request, 0))
         });
@@ -387,8 +391,7 @@ impl Filesystem for Adapter {
 
     fn open(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         let object = self.fs.object(node_id(ino));
-        let backing =
-            object.and_then(|object| self.backing(&object, |data| reply.open_backing(data)));
+        let backing = object.and_then(|object| self.backing(&object, |data| reply.open_backing(data)));
         match backing {
             Ok(backing) => reply.opened_passthrough(FileHandle(0), open_flags(), &backing),
             Err(error) => reply.error(errno(&error)),
@@ -465,7 +468,9 @@ impl Filesystem for Adapter {
         match self.fs.write(node_id(ino), data, offset, unprivileged) {
             Err(Error::Returning) => {
                 let bytes = data.to_vec();
-                self.answer(reply, reply_write, move |fs| fs.write(node_id(ino), &bytes, offset, unprivileged));
+                self.answer(reply, reply_write, move |fs| {
+                    fs.write(node_id(ino), &bytes, offset, unprivileged)
+                });
             }
             result => reply_write(reply, result),
         }
@@ -495,7 +500,14 @@ impl Filesystem for Adapter {
         }
     }
 
-    fn readdir(&self, _request: &Request, _ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+    fn readdir(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
         let Some(fd) = self.directories().get(fh.0 as usize).cloned() else {
             return reply.error(fuser::Errno::EBADF);
         };
@@ -519,7 +531,16 @@ impl Filesystem for Adapter {
         match self.fs.statistics() {
             Ok(s) => {
                 let unit = s.page_size as u32;
-                reply.statfs(s.pages, s.free_pages, s.free_pages, s.inodes, s.free_inodes, unit, NAME_MAX, unit);
+                reply.statfs(
+                    s.pages,
+                    s.free_pages,
+                    s.free_pages,
+                    s.inodes,
+                    s.free_inodes,
+                    unit,
+                    NAME_MAX,
+                    unit,
+                );
             }
             Err(error) => reply.error(errno(&error)),
         }

@@ -645,9 +645,16 @@ mod tests {
 
     #[test]
     fn times_before_the_epoch_survive_the_way_to_the_kernel_and_back() {
-        for (seconds, nanoseconds) in
-            [(-1, 0), (-1, 999_999_999), (-5, 250), (0, 1), (7, 0), (i64::MIN, 0), (i64::MIN, 1), (i64::MAX, 7)]
-        {
+        for (seconds, nanoseconds) in [
+            (-1, 0),
+            (-1, 999_999_999),
+            (-5, 250),
+            (0, 1),
+            (7, 0),
+            (i64::MIN, 0),
+            (i64::MIN, 1),
+            (i64::MAX, 7),
+        ] {
             let timespec = to_timespec(Time::At(from_timestamp(seconds, nanoseconds)));
             assert_eq!((timespec.tv_sec, timespec.tv_nsec as u32), (seconds, nanoseconds));
         }

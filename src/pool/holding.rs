@@ -199,7 +199,8 @@ impl Holding {
     /// # Errors
     /// [`Error::Busy`] where soft holes elsewhere forbid it; [`Error::NoMemory`] after some of the pages.
     pub fn release(&mut self, pool: &Pool, range: Range) -> Result<()> {
-        let pages: BTreeSet<Page> = self.owned().filter(|page| range.covers(self.page_size.range(*page))).collect();
+        let pages: BTreeSet<Page> =
+            self.owned().filter(|page| range.covers(self.page_size.range(*page))).collect();
         if pages.is_empty() {
             return Ok(());
         }

@@ -130,7 +130,11 @@ impl Pool {
     /// # Errors
     /// [`Error::NoMemory`] where the machine cannot give that much; what was taken is given back. What `progress`
     /// answers, likewise.
-    pub fn fill(page_size: PageSize, pages: u64, mut progress: impl FnMut(u64) -> Result<()>) -> Result<Self> {
+    pub fn fill(
+        page_size: PageSize,
+        pages: u64,
+        mut progress: impl FnMut(u64) -> Result<()>,
+    ) -> Result<Self> {
         refuse_more_than_available(pages * page_size.bytes())?;
         let nodes = sys::memory_nodes()?;
         let mut reserves = Vec::new();
@@ -206,7 +210,9 @@ impl Pool {
 
     /// Whether pages became free after the account had `seen` so many returns.
     fn wait_for_return(&self, seen: u64) -> bool {
-        let waited = self.freed.wait_timeout_while(self.account(), RECLAIM_PATIENCE, |account| account.returns == seen);
+        let waited = self
+            .freed
+            .wait_timeout_while(self.account(), RECLAIM_PATIENCE, |account| account.returns == seen);
         let (account, _) = waited.expect("no panic while the account is open");
         account.returns != seen
     }

@@ -29,8 +29,8 @@
 
 mod ledger;
 
-pub use ledger::{Bytes, Record, Superblock};
 use ledger::Ledger;
+pub use ledger::{Bytes, Record, Superblock};
 
 use crate::error::{Error, Result};
 use crate::sys::mapping::Window;
@@ -131,7 +131,8 @@ impl Sealed {
     /// [`Error::Corrupt`] for a ledger that is damaged or of another version.
     pub fn open(reach: Reach, mount: OwnedFd) -> Result<Self> {
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
-        let open = |name| -> Result<File> { Ok(rustix::fs::openat(&mount, name, flags, Mode::empty())?.into()) };
+        let open =
+            |name| -> Result<File> { Ok(rustix::fs::openat(&mount, name, flags, Mode::empty())?.into()) };
         let ledger = Ledger::open(open("ledger")?)?;
         let data = Arc::new(open("data")?);
         let size = tmpfs::size(&data)?;
@@ -378,7 +379,8 @@ impl Sealed {
             self.ledger.release_block(self.holes()[&subpage])?;
             self.ledger.forget(subpage)?;
         }
-        let poisoned: Vec<Subpage> = self.poisoned().range(range.subpages()).map(|(subpage, _)| *subpage).collect();
+        let poisoned: Vec<Subpage> =
+            self.poisoned().range(range.subpages()).map(|(subpage, _)| *subpage).collect();
         poisoned.into_iter().try_for_each(|subpage| self.ledger.forget_poisoned(subpage))
     }
 
@@ -438,8 +440,7 @@ impl Sealed {
     pub fn quarantine(&mut self, subpage: Subpage, time: u64) -> Result<()> {
         assert!(self.has_memory(subpage.folio()), "{subpage:?} has no memory");
         let mut rescued = [0; SUBPAGE_SIZE as usize];
-        let known = tmpfs::read_at(&self.data, &mut rescued, subpage.offset())
-            .is_ok_and(|read| read > 0);
+        let known = tmpfs::read_at(&self.data, &mut rescued, subpage.offset()).is_ok_and(|read| read > 0);
         let record = self.ledger.record(subpage, time, known.then_some(&rescued))?;
         if let Err(error) = self.trade_to_ledger(subpage, record) {
             self.undo_quarantine(subpage, &rescued)?;
@@ -619,7 +620,11 @@ impl Sealed {
     /// Runs `free`, which frees a block, and right after it `take`, until the latter has taken one. A second thread runs `take`
     /// over and over meanwhile, so as to come first more often; but where it gets no processor, this one must be able to
     /// win alone. `take` succeeds once and no more: a second write would undo what a program has stored by then.
-    fn trade(&self, take: impl Fn(&Self) -> Result<()> + Sync, free: impl Fn(&Self) -> Result<()>) -> Result<()> {
+    fn trade(
+        &self,
+        take: impl Fn(&Self) -> Result<()> + Sync,
+        free: impl Fn(&Self) -> Result<()>,
+    ) -> Result<()> {
         let taken = Mutex::new(false);
         let take_once = || -> Result<()> {
             let mut taken = taken.lock().expect("no panic while a block is taken");
@@ -641,7 +646,9 @@ impl Sealed {
             let started = Instant::now();
             let mut tries = 0;
             let mut traded = Err(Error::Full);
-            while matches!(traded, Err(Error::Full)) && (tries < TRADE_TRIES || started.elapsed() < TRADE_PATIENCE) {
+            while matches!(traded, Err(Error::Full))
+                && (tries < TRADE_TRIES || started.elapsed() < TRADE_PATIENCE)
+            {
                 tries += 1;
                 traded = free(self).and_then(|()| take_once());
             }
@@ -693,7 +700,10 @@ impl Sealed {
             if tmpfs::resident(&self.data, subpage.range())? > 0 {
                 tmpfs::punch(&self.data, subpage.range())?;
                 shut += 1;
-                log::warn!("a quarantined subpage at {:#x} was filled in passing; it is shut again", subpage.offset());
+                log::warn!(
+                    "a quarantined subpage at {:#x} was filled in passing; it is shut again",
+                    subpage.offset()
+                );
             }
         }
         shut += self.punch_where_no_memory_is_meant()?;
@@ -903,7 +913,10 @@ mod tests {
         assert_eq!(sealed.check().unwrap(), Vec::<String>::new());
         assert_eq!(tmpfs::blocks_taken(&sealed.data).unwrap(), sealed.expected_blocks());
         let past_everything = Range::at((sealed.folios.len() as u64 + 1) * FOLIO_SIZE, SUBPAGE_SIZE);
-        assert!(matches!(tmpfs::allocate(&sealed.data, past_everything), Err(Error::Full)), "a block is free");
+        assert!(
+            matches!(tmpfs::allocate(&sealed.data, past_everything), Err(Error::Full)),
+            "a block is free"
+        );
     }
 
     fn assert_unchanged(sealed: &Sealed, range: Range) {

@@ -30,8 +30,7 @@ const _: () = assert!(size_of::<Handle>() == 8 + HANDLE_BYTES as usize);
 /// # Errors
 /// What name_to_handle_at(2) answers: ENOENT, ENOTDIR, ENAMETOOLONG.
 pub fn of(parent: impl AsFd, name: &CStr) -> Result<NodeId> {
-    let mut handle =
-        Handle { bytes: HANDLE_BYTES, kind: 0, generation: 0, inode_low: 0, inode_high: 0 };
+    let mut handle = Handle { bytes: HANDLE_BYTES, kind: 0, generation: 0, inode_low: 0, inode_high: 0 };
     let mut mount_id: libc::c_int = 0;
     // SAFETY: `handle` starts with the kernel's structure and has as many bytes behind it as it says.
     #[allow(unsafe_code)]
@@ -60,19 +59,16 @@ pub fn of(parent: impl AsFd, name: &CStr) -> Result<NodeId> {
 /// ESTALE where there is no such inode any more.
 pub fn open(mount: impl AsFd, id: NodeId, flags: libc::c_int) -> Result<OwnedFd> {
     let (generation, inode_low) = id.parts();
-    let mut handle =
-        Handle { bytes: HANDLE_BYTES, kind: HANDLE_TYPE, generation, inode_low, inode_high: 0 };
+    let mut handle = Handle { bytes: HANDLE_BYTES, kind: HANDLE_TYPE, generation, inode_low, inode_high: 0 };
     // SAFETY: as above; the kernel only reads the handle.
     #[allow(unsafe_code)]
     let fd = unsafe {
-        libc::open_by_handle_at(
-            mount.as_fd().as_raw_fd(),
-            (&raw mut handle).cast(),
-            flags | libc::O_CLOEXEC,
-        )
+        libc::open_by_handle_at(mount.as_fd().as_raw_fd(), (&raw mut handle).cast(), flags | libc::O_CLOEXEC)
     };
     if fd < 0 {
-        return Err(Error::Os(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::STALE)));
+        return Err(Error::Os(
+            Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::STALE),
+        ));
     }
     // SAFETY: the call returned a new descriptor that nobody else owns.
     #[allow(unsafe_code)]

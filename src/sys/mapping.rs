@@ -45,13 +45,13 @@ impl Window {
     /// [`Error::Poisoned`] where the kernel holds a poisoned page, [`Error::NoData`] where a hole cannot be filled.
     pub fn populate(&self, range: Range) -> Result<()> {
         let (start, length) = self.position(range);
-        self.map.advise_range(Advice::PopulateRead, start, length).map_err(|error| {
-            match Errno::from_io_error(&error) {
+        self.map.advise_range(Advice::PopulateRead, start, length).map_err(
+            |error| match Errno::from_io_error(&error) {
                 Some(Errno::FAULT) => Error::NoData,
                 Some(errno) => meaning(errno),
                 None => error.into(),
-            }
-        })
+            },
+        )
     }
 
     /// Faults `range` in for writing (MADV_POPULATE_WRITE, Linux 5.14), so that it has memory, cleared before anybody
@@ -61,13 +61,13 @@ impl Window {
     /// [`Error::NoMemory`], [`Error::Full`] where the superblock has no block left or the file ends before `range` does.
     pub fn populate_write(&self, range: Range) -> Result<()> {
         let (start, length) = self.position(range);
-        self.map.advise_range(Advice::PopulateWrite, start, length).map_err(|error| {
-            match Errno::from_io_error(&error) {
+        self.map.advise_range(Advice::PopulateWrite, start, length).map_err(
+            |error| match Errno::from_io_error(&error) {
                 Some(Errno::FAULT) => Error::Full,
                 Some(errno) => meaning(errno),
                 None => error.into(),
-            }
-        })
+            },
+        )
     }
 
     /// Puts `folio` into one 2 MiB page (MADV_COLLAPSE, Linux 6.1); other processes map it so at their next touch.

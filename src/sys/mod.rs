@@ -92,7 +92,9 @@ pub fn huge_tmpfs_allowed() -> Result<(), Error> {
             Err(Error::invalid(format!("huge pages are denied to tmpfs: write never or advise to {SWITCH}")))
         }
         Ok(_) => Ok(()),
-        Err(_) => Err(Error::invalid("this kernel lacks transparent huge pages (CONFIG_TRANSPARENT_HUGEPAGE)")),
+        Err(_) => {
+            Err(Error::invalid("this kernel lacks transparent huge pages (CONFIG_TRANSPARENT_HUGEPAGE)"))
+        }
     }
 }
 
@@ -120,7 +122,8 @@ pub fn memory_nodes() -> Result<Vec<u32>, Error> {
 /// /sys/devices/system/node/node*/memory_failure/total); `None` where it cannot (no CONFIG_MEMORY_FAILURE).
 pub fn memory_failures() -> Option<u64> {
     let nodes = memory_nodes().ok()?;
-    let total = |node| std::fs::read_to_string(format!("/sys/devices/system/node/node{node}/memory_failure/total"));
+    let total =
+        |node| std::fs::read_to_string(format!("/sys/devices/system/node/node{node}/memory_failure/total"));
     nodes.into_iter().map(|node| total(node).ok()?.trim().parse::<u64>().ok()).sum()
 }
 
