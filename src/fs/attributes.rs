@@ -114,6 +114,7 @@ impl Fs {
                 }
             }
             Protocol::Map => {
+                self.look_for_poison();
                 let mut text = String::new();
                 for extent in object.map(&self.nodes)? {
                     let node = extent.node.map_or("-".to_owned(), |node| node.to_string());
@@ -182,6 +183,8 @@ impl Fs {
 
     fn set_file_attribute(&self, node: NodeId, attribute: Protocol, value: &[u8]) -> Result<()> {
         let object = self.object(node)?;
+        // Whoever asks has perhaps just been sent a SIGBUS, and the patrol has not come round yet.
+        self.look_for_poison();
         match attribute {
             Protocol::Poison => object.quarantine(value),
             Protocol::Repair => self.with_context(&object, |context| object.repair(value, context)),

@@ -457,7 +457,9 @@ impl Fs {
     /// # Errors
     /// ENXIO.
     pub fn seek(&self, node: NodeId, offset: u64, data: bool) -> Result<u64> {
-        self.object(node)?.seek(offset, data)
+        let object = self.object(node)?;
+        self.look_for_poison();
+        object.seek(offset, data)
     }
 
     // ---- check --------------------------------------------------------------------------------------------------

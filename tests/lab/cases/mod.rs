@@ -3,6 +3,7 @@
 
 mod compare;
 mod errors;
+mod hw;
 mod kernel;
 mod pools;
 
@@ -52,7 +53,7 @@ use cases;
 
 /// All of them. Those that share a machine stand together.
 pub fn all() -> impl Iterator<Item = &'static Case> {
-    [kernel::CASES, pools::CASES, errors::CASES, compare::CASES].into_iter().flatten()
+    [kernel::CASES, pools::CASES, errors::CASES, hw::CASES, compare::CASES].into_iter().flatten()
 }
 
 /// Exit status of a case's process that says: skipped, for the reason in the last line.

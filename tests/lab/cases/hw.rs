@@ -1,0 +1,532 @@
+//! Real memory errors as the filesystem deals with them: who is told, who sees what, and how a file becomes whole again.
+
+use super::cases;
+use crate::support::{
+    COLLAPSE, FOLIO, MAP, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, hugetlb2, poison, run, set,
+    status_and_error,
+};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FallocateFlags, SeekFrom, XattrFlags, fallocate, fsetxattr, seek};
+use rustix::io::Errno;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+cases! {
+    SMALL:
+        an_injected_error_is_listed_and_counted_at_once_and_logged_once,
+        the_patrol_finds_an_error_that_nobody_touches,
+        injection_takes_one_place_that_has_memory_and_refuses_all_else,
+        an_error_costs_readers_and_mappers_its_subpage_only,
+        zeroing_heals_an_error_whose_bytes_cannot_be_salvaged,
+        a_write_that_covers_an_error_repairs_it_and_one_that_covers_a_part_ends_there,
+        punching_and_truncating_discard_an_error,
+        a_file_with_an_error_grows_and_shrinks,
+        a_file_grows_from_within_a_lost_subpage,
+        unlinking_a_file_with_errors_gives_all_its_pages_back,
+        errors_are_told_apart_wherever_they_are,
+        soft_and_hw_stand_side_by_side_and_are_repaired_in_either_order,
+        an_error_in_an_unlinked_file_is_found_and_repaired,
+        an_error_behind_the_end_does_not_keep_a_file_from_growing,
+        a_write_that_meets_an_unknown_error_succeeds,
+        a_request_that_meets_an_unknown_error_knows_of_it;
+}
+
+const INJECT: &str = "trusted.hugetlb2.inject";
+/// Where the error is: in the second of two folios.
+const BAD: u64 = FOLIO + 5 * SUBPAGE;
+const SIZE: u64 = 2 * FOLIO;
+const BUS_MCEERR_AR: i32 = 4;
+const PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
+const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
+
+/// Four pages; huge mappings come back when they are asked for only.
+fn pool() -> Pool {
+    Pool::mount("pagesize=2M,size=8M,collapse=off")
+}
+
+/// A file of sevens.
+fn sevens(pool: &Pool, size: u64) -> (PathBuf, File) {
+    let path = pool.join("file");
+    std::fs::write(&path, vec![7; size as usize]).unwrap();
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    (path, file)
+}
+
+fn inject(path: &Path, offset: u64) {
+    set(path, INJECT, format!("hw {offset}")).unwrap();
+}
+
+/// An error that nobody has asked the filesystem for.
+fn strike(toucher: &mut Toucher, offset: u64) {
+    assert_eq!(toucher.ask(&format!("advise {offset} {SUBPAGE} {}", libc::MADV_HWPOISON)), "ok");
+}
+
+/// The poison attribute without the times.
+fn listed(path: &Path) -> Vec<String> {
+    match get(path, POISON) {
+        Ok(text) => text.lines().map(|line| line.rsplit_once(' ').expect("columns").0.to_owned()).collect(),
+        Err(Errno::NODATA) => Vec::new(),
+        Err(errno) => panic!("{errno}"),
+    }
+}
+
+/// What [`listed`] says of single errors.
+fn hw(offsets: &[u64]) -> Vec<String> {
+    offsets.iter().map(|offset| format!("{offset:#x} 0x1000 hw")).collect()
+}
+
+fn errno<T>(result: std::io::Result<T>) -> Result<T, Errno> {
+    result.map_err(|error| Errno::from_io_error(&error).expect("of the kernel"))
+}
+
+fn read(file: &File, offset: u64, length: u64) -> Result<Vec<u8>, Errno> {
+    let mut bytes = vec![0; length as usize];
+    let read = errno(file.read_at(&mut bytes, offset))?;
+    bytes.truncate(read);
+    Ok(bytes)
+}
+
+/// Asserts that a file holds `byte` in `start..end`.
+fn assert_holds(file: &File, start: u64, end: u64, byte: u8) {
+    let mut bytes = vec![!byte; (end - start) as usize];
+    file.read_exact_at(&mut bytes, start).unwrap();
+    let wrong = bytes.iter().position(|found| *found != byte);
+    assert_eq!(wrong, None, "{start:#x}..{end:#x} is not all {byte}");
+}
+
+fn events(file: &File, timeout: &Timespec) -> PollFlags {
+    let mut fds = [PollFd::new(file, PollFlags::PRI)];
+    poll(&mut fds, Some(timeout)).unwrap();
+    fds[0].revents()
+}
+
+/// What the kernel keeps out of use for good, in bytes.
+fn corrupted() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix("HardwareCorrupted:")).expect("it is counted");
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+}
+
+/// The kernel forgets a file after its last user is gone.
+fn wait_for_free_pages(pool: &Pool, pages: u64) {
+    let patience = Instant::now() + Duration::from_secs(10);
+    while pool.free_pages() < pages {
+        assert!(Instant::now() < patience, "{} of {pages} pages are back", pool.free_pages());
+        std::thread::yield_now();
+    }
+}
+
+/// Asserts that nothing is left of an error: all of the file can be read, mapped, and mapped huge.
+fn assert_whole(pool: &Pool, path: &Path, size: u64) {
+    assert_eq!(listed(path), [""; 0]);
+    assert_eq!(pool.counter("quarantined_hw"), 0);
+    set(path, COLLAPSE, "all").unwrap();
+    let mut toucher = Toucher::mapping(path, size);
+    assert_eq!(toucher.walk(), []);
+    assert_eq!(toucher.huge(), size / FOLIO);
+    assert_eq!(std::fs::read(path).unwrap().len() as u64, size);
+    pool.check();
+}
+
+// ---- being told -----------------------------------------------------------------------------------------------------
+
+fn an_injected_error_is_listed_and_counted_at_once_and_logged_once() {
+    let pool = pool();
+    let (path, file) = sevens(&pool, SIZE);
+    assert_eq!((listed(&path), pool.counter("quarantined_hw")), (hw(&[]), 0));
+    let start = Instant::now();
+    inject(&path, BAD + 1);
+    assert_eq!(listed(&path), hw(&[BAD]));
+    println!("from injection to record, when asked: {:?}", start.elapsed());
+    assert_eq!((pool.counter("quarantined_hw"), pool.counter("quarantined_soft")), (1, 0));
+    assert!(get(&path, MAP).unwrap().contains("0x205000 0x1000 poisoned"), "{}", get(&path, MAP).unwrap());
+    assert_eq!(read(&file, BAD, 1), Err(Errno::IO));
+    inject(&path, 0);
+    assert_eq!(listed(&path), hw(&[0, BAD]));
+    assert_eq!(
+        pool.log().matches("memory error, 0x205000 0x1000 quarantined (hw)").count(),
+        1,
+        "{}",
+        pool.log()
+    );
+    pool.check();
+    drop(file);
+    pool.unmount();
+}
+
+fn the_patrol_finds_an_error_that_nobody_touches() {
+    let pool = pool();
+    let (path, file) = sevens(&pool, SIZE);
+    assert_eq!(events(&file, &NOW), PollFlags::empty());
+    for (count, offset) in [(1, BAD), (2, 0)] {
+        let start = Instant::now();
+        inject(&path, offset);
+        assert_eq!(events(&file, &PATIENCE), PollFlags::PRI);
+        println!("from injection to record, by the patrol: {:?}", start.elapsed());
+        assert_eq!(pool.counter("quarantined_hw"), count);
+        assert_eq!(listed(&path).len() as u64, count);
+        assert_eq!(events(&file, &NOW), PollFlags::empty());
+    }
+    pool.check();
+    drop(file);
+    pool.unmount();
+}
+
+fn injection_takes_one_place_that_has_memory_and_refuses_all_else() {
+    let pool = pool();
+    let (path, file) = sevens(&pool, 3 * FOLIO);
+    fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, SIZE, FOLIO).unwrap();
+    let behind = format!("hw {}", 3 * FOLIO);
+    let released = format!("hw {SIZE}");
+    for value in ["", "hw", "soft 0", "hw 0 1", "hw 0\nhw 4096", "hw -1", "hw x", &behind, &released] {
+        assert_eq!(set(&path, INJECT, value), Err(Errno::INVAL), "{value:?}");
+    }
+    assert_eq!(set(pool.path(), INJECT, "hw 0"), Err(Errno::OPNOTSUPP), "a directory");
+    assert_eq!(listed(&path), hw(&[]));
+    set(&path, INJECT, "hw 0x1fff\n").unwrap();
+    assert_eq!(set(&path, INJECT, "hw 0x1000"), Err(Errno::INVAL), "there is one already");
+    run(hugetlb2().arg("inject").arg(&path).arg("0x3000"));
+    assert_eq!(listed(&path), hw(&[0x1000, 0x3000]));
+    for offset in ["x", "0x3000", "999999999999"] {
+        assert_ne!(status_and_error(hugetlb2().arg("inject").arg(&path).arg(offset)).0, 0, "{offset}");
+    }
+    assert_ne!(status_and_error(hugetlb2().arg("inject").arg(&path).arg("0").uid(65534)).0, 0, "not root");
+    assert_eq!(listed(&path), hw(&[0x1000, 0x3000]));
+    pool.check();
+    drop(file);
+    pool.unmount();
+}
+
+// ---- seeing it ------------------------------------------------------------------------------------------------------
+
+fn an_error_costs_readers_and_mappers_its_subpage_only() {
+    let pool = pool();
+    let (path, file) = sevens(&pool, SIZE);
+    let mut toucher = Toucher::mapping(&path, SIZE);
+    assert_eq!(toucher.walk(), []);
+    inject(&path, BAD);
+    let mut late = Toucher::mapping(&path, SIZE);
+    for process in [&mut toucher, &mut late] {
+        assert_eq!(process.ask("walk"), format!("hits {BAD}:{BUS_MCEERR_AR}"));
+        assert_eq!(process.ask(&format!("store {} 1", BAD + 4095)), format!("sigbus {BAD} {BUS_MCEERR_AR}"));
+        assert_eq!(process.ask(&format!("differ 0 {BAD} 7")), "count 0");
+        assert_eq!(process.ask(&format!("differ {} {} 7", BAD + SUBPAGE, SIZE - BAD - SUBPAGE)), "count 0");
+        assert_eq!(process.huge(), 1);
+    }
+    assert_eq!(read(&file, BAD - 100, SUBPAGE), Ok(vec![7; 100]), "up to it");
+    assert_eq!(read(&file, BAD, SUBPAGE), Err(Errno::IO));
+    assert_eq!(read(&file, BAD + 4095, 2), Err(Errno::IO));
+    assert_holds(&file, 0, BAD, 7);
+    assert_holds(&file, BAD + SUBPAGE, SIZE, 7);
+    assert_eq!(seek(&file, SeekFrom::Hole(0)), Ok(BAD));
+    assert_eq!(seek(&file, SeekFrom::Data(BAD)), Ok(BAD + SUBPAGE));
+    assert_eq!(seek(&file, SeekFrom::Hole(BAD + SUBPAGE)), Ok(SIZE));
+    pool.check();
+    drop((toucher, late, file));
+    pool.unmount();
+}
+
+// ---- becoming whole again -------------------------------------------------------------------------------------------
+
+fn zeroing_heals_an_error_whose_bytes_cannot_be_salvaged() {
+    let pool = pool();
+    let (path, file) = sevens(&pool, SIZE);
+    let mut toucher = Toucher::mapping(&path, SIZE);
+    assert_eq!(toucher.walk(), []);
+    let before = corrupted();
+    inject(&path, BAD);
+    assert_eq!(corrupted(), before + SUBPAGE);
+    assert_eq!(set(&path, REPAIR, "salvage all"), Err(Errno::NODATA));
+    assert_eq!(set(&path, REPAIR, "zero 0 4096"), Err(Errno::NODATA), "nothing is lost there");
+    assert_eq!(listed(&path), hw(&[BAD]));
+    set(&path, REPAIR, format!("zero {BAD} 1")).unwrap();
+    assert_eq!(toucher.walk(), []);
+    assert_eq!(toucher.ask(&format!("differ {BAD} {SUBPAGE} 0")), "count 0");
+    assert!(toucher.store(BAD, 9));
+    assert_eq!(read(&file, BAD, 1), Ok(vec![9]));
+    assert_holds(&file, 0, BAD, 7);
+    assert_holds(&file, BAD + SUBPAGE, SIZE, 7);
+    assert_whole(&pool, &path, SIZE);
+    assert_eq!(toucher.walk(), []);
+    assert_eq!(corrupted(), before + SUBPAGE, "the frame never comes back");
+    drop((toucher, file));
+    pool.unmount();
+    assert_eq!(corrupted(), before + SUBPAGE, "not after the pool's end either");
+}
+
+fn a_write_that_covers_an_error_repairs_it_and_one_that_covers_a_part_ends_there() {
+    let pool = pool();
+    let (path, file) = sevens(&pool, SIZE);
+    let page = SUBPAGE as usize;
+    inject(&path, BAD);
+    assert_eq!(listed(&path), hw(&[BAD]));
+    assert_eq!(errno(file.write_at(&[9; 10], BAD + 10)), Err(Errno::IO));
+    assert_eq!(errno(file.write_at(&vec![9; page], BAD - 10)), Ok(10), "up to it");
+    assert_eq!(errno(file.write_at(&vec![9; page], BAD + 10)), Err(Errno::IO));
+    assert_eq!(listed(&path), hw(&[BAD]));
+    pool.check();
+    assert_eq!(errno(file.write_at(&vec![8; page + 20], BAD - 10)), Ok(page + 20));
+    assert_holds(&file, BAD - 10, BAD + SUBPAGE + 10, 8);
+    assert_holds(&file, 0, BAD - 10, 7);
+    assert_holds(&file, BAD + SUBPAGE + 10, SIZE, 7);
+    assert_whole(&pool, &path, SIZE);
+    drop(file);
+    pool.unmount();
+}
+
+fn punching_and_truncating_discard_an_error() {
+    let pool = pool();
+    let (path, file) = sevens(&pool, SIZE);
+    let punch = |offset, length| {
+        fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, length)
+    };
+    inject(&path, BAD);
+    assert_eq!(listed(&path), hw(&[BAD]));
+    assert_eq!(punch(BAD + 1, 10), Err(Errno::IO), "a part of it cannot be zeroed");
+    punch(BAD, SUBPAGE).unwrap();
+    assert_holds(&file, BAD, BAD + SUBPAGE, 0);
+    assert_whole(&pool, &path, SIZE);
+
+    inject(&path, BAD);
+    punch(FOLIO, FOLIO).unwrap(); // the page goes back to the pool
+    assert_eq!((listed(&path), pool.free_pages()), (hw(&[]), 3));
+    pool.check();
+    fallocate(&file, FallocateFlags::empty(), 0, SIZE).unwrap();
+    assert_whole(&pool, &path, SIZE);
+
+    for size in [BAD, FOLIO, 100, 0] {
+        file.set_len(SIZE).unwrap();
+        inject(&path, BAD);
+        file.set_len(size).unwrap();
+        assert_eq!(listed(&path), hw(&[]), "{size:#x}");
+        pool.check();
+        file.set_len(SIZE).unwrap();
+        assert_whole(&pool, &path, SIZE);
+    }
+    drop(file);
+    pool.unmount();
+}
+
+// ---- sizes ----------------------------------------------------------------------------------------------------------
+
+fn a_file_with_an_error_grows_and_shrinks() {
+    let pool = pool();
+    let (path, file) = sevens(&pool, SIZE);
+    inject(&path, BAD);
+    for size in [SIZE + 5000, 4 * FOLIO, 3 * FOLIO - 1, SIZE - SUBPAGE, SIZE, BAD + SUBPAGE, BAD + 2 * FOLIO]
+    {
+        file.set_len(size).unwrap();
+        assert_eq!(listed(&path), hw(&[BAD]), "{size:#x}");
+        pool.check();
+    }
+    assert_holds(&file, 0, BAD, 7);
+    assert_holds(&file, BAD + SUBPAGE, BAD + 2 * FOLIO, 0);
+    let mut toucher = Toucher::mapping(&path, BAD + 2 * FOLIO);
+    assert_eq!(toucher.walk(), [BAD]);
+    set(&path, REPAIR, "zero all").unwrap();
+    assert_eq!(toucher.walk(), []);
+    pool.check();
+    drop((toucher, file));
+    pool.unmount();
+}
+
+fn a_file_grows_from_within_a_lost_subpage() {
+    let pool = pool();
+    let (path, file) = sevens(&pool, BAD + 100);
+    inject(&path, BAD);
+    for size in [BAD + 200, BAD + SUBPAGE + 500, BAD + 20 * SUBPAGE + 7, SIZE + 1] {
+        file.set_len(size).unwrap();
+        assert_eq!(listed(&path), hw(&[BAD]), "{size:#x}");
+        pool.check();
+    }
+    assert_holds(&file, BAD + SUBPAGE, SIZE + 1, 0);
+    file.set_len(BAD + 100).unwrap();
+    assert_eq!(listed(&path), hw(&[BAD]));
+    pool.check();
+    assert_eq!(errno(file.write_at(&[9; 100], BAD)), Ok(100), "all that there is of it");
+    assert_holds(&file, BAD, BAD + 100, 9);
+    file.set_len(SIZE).unwrap();
+    assert_holds(&file, BAD + 100, SIZE, 0);
+    assert_whole(&pool, &path, SIZE);
+    drop(file);
+    pool.unmount();
+}
+
+fn unlinking_a_file_with_errors_gives_all_its_pages_back() {
+    let pool = pool();
+    let (path, file) = sevens(&pool, 4 * FOLIO);
+    for offset in [0, BAD, 3 * FOLIO, 4 * FOLIO - 1] {
+        inject(&path, offset);
+    }
+    assert_eq!(listed(&path).len(), 4);
+    drop(file);
+    std::fs::remove_file(&path).unwrap();
+    wait_for_free_pages(&pool, 4);
+    assert_eq!(pool.counter("quarantined_hw"), 0);
+    pool.check();
+    let (path, file) = sevens(&pool, 4 * FOLIO);
+    assert_whole(&pool, &path, 4 * FOLIO);
+    assert_holds(&file, 0, 4 * FOLIO, 7);
+    drop(file);
+    pool.unmount();
+}
+
+// ---- many of them ---------------------------------------------------------------------------------------------------
+
+fn errors_are_told_apart_wherever_they_are() {
+    let last = SIZE + 3 * SUBPAGE;
+    for places in [
+        vec![BAD, BAD + 2 * SUBPAGE],
+        vec![FOLIO - SUBPAGE - SUBPAGE, FOLIO],
+        vec![0, last],
+        vec![0, 2 * SUBPAGE, BAD, SIZE, last],
+    ] {
+        let pool = pool();
+        let (path, file) = sevens(&pool, last + 10); // it ends within its last subpage
+        places.iter().for_each(|place| inject(&path, *place));
+        assert_eq!(listed(&path), hw(&places));
+        assert_eq!(pool.counter("quarantined_hw"), places.len() as u64);
+        let mut toucher = Toucher::mapping(&path, last + 10);
+        assert_eq!(toucher.walk(), places);
+        pool.check();
+        let (first, others) = places.split_first().unwrap();
+        assert_eq!(errno(file.write_at(&[9; SUBPAGE as usize], *first)), Ok(SUBPAGE as usize));
+        assert_eq!(listed(&path), hw(others));
+        assert_eq!(toucher.walk(), others);
+        pool.check();
+        set(&path, REPAIR, "zero all").unwrap();
+        assert_eq!(toucher.walk(), []);
+        assert_holds(&file, *first, first + SUBPAGE, 9);
+        others.iter().for_each(|place| assert_holds(&file, *place, (place + SUBPAGE).min(last + 10), 0));
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), last + 10);
+        pool.check();
+        drop((toucher, file));
+        pool.unmount();
+    }
+}
+
+fn soft_and_hw_stand_side_by_side_and_are_repaired_in_either_order() {
+    for (first, second) in [(BAD, BAD + SUBPAGE), (BAD + SUBPAGE, BAD)] {
+        for hw_is_new in [false, true] {
+            let pool = pool();
+            let (path, file) = sevens(&pool, SIZE);
+            if hw_is_new {
+                poison(&path, BAD, 1).unwrap();
+                inject(&path, BAD + SUBPAGE);
+            } else {
+                inject(&path, BAD + SUBPAGE);
+                poison(&path, BAD, 2 * SUBPAGE).unwrap();
+            }
+            assert_eq!(listed(&path), ["0x205000 0x1000 soft", "0x206000 0x1000 hw"]);
+            let mut toucher = Toucher::mapping(&path, SIZE);
+            assert_eq!(toucher.ask("walk"), format!("hits {BAD}:2 {}:{BUS_MCEERR_AR}", BAD + SUBPAGE));
+            pool.check();
+            set(&path, REPAIR, format!("zero {first} 1")).unwrap();
+            assert_eq!(toucher.walk(), [second]);
+            pool.check();
+            set(&path, REPAIR, format!("zero {second} 1")).unwrap();
+            assert_eq!(toucher.walk(), []);
+            assert_holds(&file, BAD, BAD + 2 * SUBPAGE, 0);
+            assert_whole(&pool, &path, SIZE);
+            drop((toucher, file));
+            pool.unmount();
+        }
+    }
+}
+
+fn an_error_in_an_unlinked_file_is_found_and_repaired() {
+    let pool = pool();
+    let (path, file) = sevens(&pool, SIZE);
+    let mut toucher = Toucher::mapping(&path, SIZE);
+    assert_eq!(toucher.walk(), []);
+    std::fs::remove_file(&path).unwrap();
+    strike(&mut toucher, BAD);
+    assert_eq!(toucher.ask("walk"), format!("hits {BAD}:{BUS_MCEERR_AR}"));
+    assert_eq!(events(&file, &PATIENCE), PollFlags::PRI);
+    assert_eq!(pool.counter("quarantined_hw"), 1);
+    fsetxattr(&file, REPAIR, b"zero all", XattrFlags::empty()).unwrap();
+    assert_eq!(toucher.walk(), []);
+    pool.check();
+    strike(&mut toucher, 0);
+    drop(file);
+    assert_eq!(toucher.ask("walk"), format!("hits 0:{BUS_MCEERR_AR}"), "while it is only mapped");
+    pool.check();
+    drop(toucher);
+    wait_for_free_pages(&pool, 4);
+    assert_eq!(pool.counter("quarantined_hw"), 0);
+    pool.check();
+    let (path, file) = sevens(&pool, 4 * FOLIO);
+    assert_whole(&pool, &path, 4 * FOLIO);
+    drop(file);
+    pool.unmount();
+}
+
+fn an_error_behind_the_end_does_not_keep_a_file_from_growing() {
+    let pool = pool();
+    let (path, file) = sevens(&pool, SIZE);
+    inject(&path, BAD); // known or not: nobody has asked
+    file.set_len(BAD - 10).unwrap();
+    file.set_len(SIZE).unwrap();
+    assert_holds(&file, BAD - 10, SIZE, 0);
+    assert_whole(&pool, &path, SIZE);
+
+    file.set_len(BAD - 10).unwrap();
+    set(&path, COLLAPSE, "all").unwrap();
+    let mut toucher = Toucher::mapping(&path, SIZE);
+    assert!(toucher.load(FOLIO).is_some());
+    assert_eq!(toucher.huge(), 1, "what lies behind the end is mapped with the rest");
+    strike(&mut toucher, BAD + 7 * SUBPAGE);
+    file.set_len(BAD + 3 * SUBPAGE).unwrap();
+    pool.check();
+    file.set_len(SIZE).unwrap();
+    assert_holds(&file, BAD - 10, SIZE, 0);
+    assert_eq!(toucher.walk(), []);
+    drop(toucher);
+    assert_whole(&pool, &path, SIZE);
+    drop(file);
+    pool.unmount();
+}
+
+// ---- before anybody knows -------------------------------------------------------------------------------------------
+
+fn a_write_that_meets_an_unknown_error_succeeds() {
+    let pool = pool();
+    let (path, file) = sevens(&pool, SIZE);
+    let mut toucher = Toucher::mapping(&path, SIZE);
+    assert_eq!(toucher.walk(), []);
+    strike(&mut toucher, BAD);
+    assert_eq!(errno(file.write_at(&[9; SUBPAGE as usize], BAD)), Ok(SUBPAGE as usize));
+    assert_eq!(toucher.walk(), []);
+    assert_holds(&file, BAD, BAD + SUBPAGE, 9);
+    pool.check();
+    strike(&mut toucher, BAD + SUBPAGE);
+    file.write_all_at(&[8; 3 * SUBPAGE as usize], BAD).unwrap();
+    assert_eq!(toucher.walk(), []);
+    assert_holds(&file, BAD, BAD + 3 * SUBPAGE, 8);
+    drop(toucher);
+    assert_whole(&pool, &path, SIZE);
+    drop(file);
+    pool.unmount();
+}
+
+fn a_request_that_meets_an_unknown_error_knows_of_it() {
+    let pool = pool();
+    let (path, file) = sevens(&pool, SIZE);
+    let mut toucher = Toucher::mapping(&path, SIZE);
+    assert_eq!(toucher.walk(), []);
+    for offset in [BAD, 0] {
+        strike(&mut toucher, offset);
+        set(&path, REPAIR, format!("zero {offset} 1")).unwrap();
+        assert_eq!(toucher.walk(), []);
+    }
+    strike(&mut toucher, BAD);
+    assert_eq!(seek(&file, SeekFrom::Hole(0)), Ok(BAD));
+    strike(&mut toucher, 0);
+    assert!(get(&path, MAP).unwrap().starts_with("0x0 0x1000 poisoned"), "{}", get(&path, MAP).unwrap());
+    pool.check();
+    drop((toucher, file));
+    pool.unmount();
+}
