@@ -22,6 +22,7 @@ cases! {
         truncating_at_an_error_discards_it_and_truncating_into_it_does_not,
         a_real_error_costs_its_subpage_only,
         quarantine_and_repair_heal_a_real_error,
+        a_repair_heals_a_real_error_that_nobody_has_looked_for,
         a_file_with_a_real_error_gives_healthy_pages_back;
 }
 
@@ -188,6 +189,17 @@ fn quarantine_and_repair_heal_a_real_error() {
     assert_eq!(toucher.load(BAD), Some(0));
     assert!(toucher.store(BAD, 9));
     assert_eq!(crate::support::get(&path, POISON), Err(Errno::NODATA));
+    pool.check();
+    drop(toucher);
+    pool.unmount();
+}
+
+fn a_repair_heals_a_real_error_that_nobody_has_looked_for() {
+    let (pool, path, mut toucher) = suffering_pool();
+    set(&path, REPAIR, format!("zero {BAD} {SUBPAGE}")).unwrap();
+    assert_eq!(toucher.walk(), []);
+    assert_eq!(toucher.load(BAD), Some(0));
+    assert_eq!(set(&path, REPAIR, "zero all"), Err(Errno::NODATA), "nothing else is lost");
     pool.check();
     drop(toucher);
     pool.unmount();
