@@ -3,6 +3,7 @@
 
 mod compare;
 mod errors;
+mod handlers;
 mod kernel;
 mod pools;
 
@@ -52,8 +53,14 @@ use cases;
 
 /// All of them. Those that share a machine stand together.
 pub fn all() -> impl Iterator<Item = &'static Case> {
-    [kernel::CASES, pools::CASES, errors::CASES, compare::CASES].into_iter().flatten()
+    [kernel::CASES, pools::CASES, errors::CASES, handlers::CASES, compare::CASES].into_iter().flatten()
 }
+
+/// The README's programs in C and in Rust, in the machine.
+#[allow(dead_code)] // the host does not run them
+pub const HANDLER_C: &str = "/bin/handler-c";
+#[allow(dead_code)]
+pub const HANDLER_RUST: &str = "/bin/handler-rust";
 
 /// Exit status of a case's process that says: skipped, for the reason in the last line.
 pub const SKIPPED: i32 = 77;
