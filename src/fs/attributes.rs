@@ -187,7 +187,7 @@ impl Fs {
         self.look_for_poison();
         match attribute {
             Protocol::Poison => object.quarantine(value),
-            Protocol::Repair => self.with_context(&object, |context| object.repair(value, context)),
+            Protocol::Repair => self.repair(&object, value),
             Protocol::Collapse => object.collapse(value),
             Protocol::Inject => object.inject(value).inspect_err(|error| {
                 if matches!(error, Error::Unsupported) {
@@ -195,6 +195,17 @@ impl Fs {
                 }
             }),
             _ => Err(Error::Unsupported),
+        }
+    }
+
+    /// A program whose SIGBUS tells it of a memory error asks for repair at once, before the patrol has come by.
+    fn repair(&self, object: &Arc<Object>, value: &[u8]) -> Result<()> {
+        self.look_for_poison();
+        let repair = || self.with_context(object, |context| object.repair(value, context));
+        match repair() {
+            // The kernel counts an error only after programs can have met it.
+            Err(Error::NoData) if object.look_for_poison()? > 0 => repair(),
+            result => result,
         }
     }
 

@@ -355,22 +355,27 @@ impl Sealed {
             let zeros = &ZEROS[..piece.len() as usize];
             match tmpfs::write_at(&self.data, zeros, piece.start) {
                 Ok(written) if written == zeros.len() => self.size = piece.end,
-                Ok(_) | Err(Error::Poisoned) => self.zero_around_poison(piece),
+                Ok(_) | Err(Error::Poisoned) => self.zero_around_poison(piece)?,
                 Err(error) => return Err(error),
             }
         }
         Ok(())
     }
 
-    /// What the kernel has lost to a memory error need not be zeroed: it cannot be read.
-    fn zero_around_poison(&self, range: Range) {
+    /// The same, subpage by subpage, where a memory error is in the way. One that lies wholly behind the end held nothing:
+    /// a healthy page takes its place. One with the end in it stays lost, and its rest need not be zeroed.
+    fn zero_around_poison(&mut self, range: Range) -> Result<()> {
         const ZEROS: Bytes = [0; SUBPAGE_SIZE as usize];
         for subpage in range.subpages_out().steps(SUBPAGE_SIZE) {
             let piece = subpage.intersect(range);
-            if let Err(error) = tmpfs::write_at(&self.data, &ZEROS[..piece.len() as usize], piece.start) {
-                log::debug!("{:#x} is not zeroed: {error}", piece.start);
+            let zeros = &ZEROS[..piece.len() as usize];
+            if tmpfs::write_at(&self.data, zeros, piece.start).is_err() && piece.start == subpage.start {
+                tmpfs::punch(&self.data, subpage)?;
+                tmpfs::write_at(&self.data, zeros, piece.start)?;
             }
         }
+        self.size = tmpfs::size(&self.data)?;
+        Ok(())
     }
 
     fn forget_holes(&mut self, range: Range) -> Result<()> {

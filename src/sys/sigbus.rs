@@ -274,6 +274,16 @@ impl Drop for Mapping {
     }
 }
 
+/// Keeps news of memory errors (BUS_MCEERR_AO) from ending a process that only maps the memory and never touches it. A touch
+/// that cannot go on still does: the kernel does not let that be ignored (signal(7)).
+pub fn ignore_news() {
+    // SAFETY: no handler is installed, and no memory is involved.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::signal(libc::SIGBUS, libc::SIG_IGN);
+    }
+}
+
 fn install_handler() -> Result<()> {
     static INSTALLED: OnceLock<Result<()>> = OnceLock::new();
     INSTALLED
@@ -293,6 +303,11 @@ fn install_handler() -> Result<()> {
 
 /// Continues behind a probing instruction; everything else dies of the signal as if there were no handler.
 extern "C" fn handler(_signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    // SAFETY: the kernel passes a valid pointer (SA_SIGINFO).
+    #[allow(unsafe_code)]
+    if unsafe { (*info).si_code } == libc::BUS_MCEERR_AO {
+        return; // news of a memory error that nobody has touched
+    }
     let probes = [hugetlb2_load as *const () as u64, hugetlb2_store as *const () as u64];
     // SAFETY: the kernel passes valid pointers (SA_SIGINFO), and the handler runs on the thread that they describe.
     #[allow(unsafe_code)]

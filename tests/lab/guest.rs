@@ -42,7 +42,14 @@ fn leave_the_initramfs() -> io::Result<()> {
     fs::create_dir("/newroot")?;
     mount("root", "/newroot", "tmpfs", MountFlags::empty(), None)?;
     fs::create_dir("/newroot/bin")?;
-    for (from, to) in [("/init", SELF), ("/hugetlb2", PROGRAM), ("/hugetlb2fsd", "/bin/hugetlb2fsd")] {
+    let programs = [
+        ("/init", SELF),
+        ("/hugetlb2", PROGRAM),
+        ("/hugetlb2fsd", "/bin/hugetlb2fsd"),
+        ("/handler-c", cases::HANDLER_C),
+        ("/handler-rust", cases::HANDLER_RUST),
+    ];
+    for (from, to) in programs {
         fs::copy(from, format!("/newroot{to}"))?;
         fs::remove_file(from)?;
     }

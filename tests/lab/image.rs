@@ -42,6 +42,8 @@ impl Image {
             ("init", programs.join("examples/lab-guest")),
             ("hugetlb2", programs.join("hugetlb2")),
             ("hugetlb2fsd", programs.join("hugetlb2fsd")),
+            ("handler-c", readme::build_c()?),
+            ("handler-rust", readme::build_rust()?),
         ];
         write_archive(&initramfs, &files)
             .map_err(|error| format!("writing {}: {error}", initramfs.display()))?;
@@ -49,32 +51,37 @@ impl Image {
     }
 }
 
-/// Builds the programs without a need for libraries, in a target directory of their own; returns where they are.
+/// Builds the programs without a need for libraries; returns where they are.
 fn build() -> Result<PathBuf, String> {
+    cargo_build(Path::new(ROOT), &["--bins", "--example=lab-guest"])
+}
+
+/// Builds the package in a directory with these arguments, in a target directory of the lab's own, without a need for
+/// libraries; returns where the programs are.
+fn cargo_build(package: &Path, arguments: &[&str]) -> Result<PathBuf, String> {
     let target = directory().join("build");
-    let output = Command::new(env!("CARGO"))
-        .current_dir(ROOT)
-        .args([
-            "build",
-            "--quiet",
-            "--release",
-            "--bins",
-            "--example=lab-guest",
-            "--target",
-            TARGET,
-            "--target-dir",
-        ])
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo
+        .current_dir(package)
+        .args(["build", "--quiet", "--release", "--target", TARGET, "--target-dir"])
         .arg(&target)
+        .args(arguments)
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
         .env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo") // a machine copies them into its memory
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
-        .env_remove("CARGO_BIN_EXE_hugetlb2") // of the host; the guest has its own
-        .output()
-        .map_err(|error| format!("cargo cannot be started: {error}"))?;
+        .env_remove("CARGO_BIN_EXE_hugetlb2"); // of the host; the guest has its own
+    run(&mut cargo)?;
+    Ok(target.join(TARGET).join("release"))
+}
+
+/// Runs a compiler; an error has what it printed.
+fn run(command: &mut Command) -> Result<(), String> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let output = command.output().map_err(|error| format!("{program} cannot be started: {error}"))?;
     if output.status.success() {
-        Ok(target.join(TARGET).join("release"))
+        Ok(())
     } else {
-        Err(format!("the static programs cannot be built:\n{}", String::from_utf8_lossy(&output.stderr)))
+        Err(format!("a static program cannot be built:\n{}", String::from_utf8_lossy(&output.stderr)))
     }
 }
 
@@ -91,4 +98,65 @@ fn write_archive(path: &Path, files: &[(&str, PathBuf)]) -> std::io::Result<()> 
         writer.finish()?;
     }
     cpio::newc::trailer(&mut out)?.flush()
+}
+
+/// The programs in the README, built as they stand there.
+mod readme {
+    use super::{ROOT, cargo_build, directory, run};
+    use std::fs;
+    use std::path::{Path, PathBuf};
+    use std::process::Command;
+
+    const MANIFEST: &str = r#"[package]
+name = "handler-rust"
+version = "0.0.0"
+edition = "2024"
+
+[dependencies]
+libc = "0.2"
+
+# Not one with the package around it.
+[workspace]
+"#;
+
+    pub fn build_c() -> Result<PathBuf, String> {
+        let program = directory().join("handler-c");
+        let source = directory().join("handler.c");
+        write(&source, &block("c")?)?;
+        let mut gcc = Command::new("gcc");
+        gcc.args(["-static", "-O2", "-Wall", "-Werror", "-o"]).arg(&program).arg(&source);
+        run(&mut gcc)?;
+        Ok(program)
+    }
+
+    pub fn build_rust() -> Result<PathBuf, String> {
+        let package = directory().join("handler-rust");
+        fs::create_dir_all(package.join("src"))
+            .map_err(|error| format!("making {}: {error}", package.display()))?;
+        write(&package.join("Cargo.toml"), MANIFEST)?;
+        write(&package.join("src/main.rs"), &block("rust")?)?;
+        // The libc of our own build is at hand; what else the lock file has is dropped.
+        write(&package.join("Cargo.lock"), &read(&Path::new(ROOT).join("Cargo.lock"))?)?;
+        Ok(cargo_build(&package, &["--offline"])?.join("handler-rust"))
+    }
+
+    /// The program in this language of the section on programs.
+    fn block(language: &str) -> Result<String, String> {
+        let readme = read(&Path::new(ROOT).join("README.md"))?;
+        let section = readme.split("\n## ").find_map(|section| section.strip_prefix("In a program\n"));
+        let fence = format!("\n```{language}\n");
+        let program = section
+            .and_then(|section| section.split_once(&fence))
+            .and_then(|(_, rest)| rest.split_once("\n```\n"));
+        let (program, _) = program.ok_or_else(|| format!("README.md has no program in {language}"))?;
+        Ok(format!("{program}\n"))
+    }
+
+    fn read(path: &Path) -> Result<String, String> {
+        fs::read_to_string(path).map_err(|error| format!("reading {}: {error}", path.display()))
+    }
+
+    fn write(path: &Path, text: &str) -> Result<(), String> {
+        fs::write(path, text).map_err(|error| format!("writing {}: {error}", path.display()))
+    }
 }

@@ -22,13 +22,13 @@ cases! {
         truncating_at_an_error_discards_it_and_truncating_into_it_does_not,
         a_real_error_costs_its_subpage_only,
         quarantine_and_repair_heal_a_real_error,
+        a_repair_heals_a_real_error_that_nobody_has_looked_for,
         a_file_with_a_real_error_gives_healthy_pages_back;
 }
 
 /// Where the error is: in the second of two folios.
 const BAD: u64 = FOLIO + 5 * SUBPAGE;
 const SIZE: u64 = 2 * FOLIO;
-const BUS_ADRERR: i32 = 2;
 const BUS_MCEERR_AR: i32 = 4;
 
 fn bad() -> Range {
@@ -176,11 +176,8 @@ fn a_real_error_costs_its_subpage_only() {
 fn quarantine_and_repair_heal_a_real_error() {
     let (pool, path, mut toucher) = suffering_pool();
     poison(&path, BAD, SUBPAGE).unwrap();
-    assert_eq!(
-        toucher.ask("walk"),
-        format!("hits {BAD}:{BUS_ADRERR}"),
-        "the kernel's error is gone, its place is shut"
-    );
+    let walked = toucher.ask("walk");
+    assert_eq!(walked, format!("hits {BAD}:{BUS_MCEERR_AR}"), "it is the kernel's, and quarantined already");
     pool.check();
     assert_eq!(set(&path, REPAIR, "salvage all"), Err(Errno::NODATA), "the bytes are lost");
     set(&path, REPAIR, "zero all").unwrap();
@@ -188,6 +185,17 @@ fn quarantine_and_repair_heal_a_real_error() {
     assert_eq!(toucher.load(BAD), Some(0));
     assert!(toucher.store(BAD, 9));
     assert_eq!(crate::support::get(&path, POISON), Err(Errno::NODATA));
+    pool.check();
+    drop(toucher);
+    pool.unmount();
+}
+
+fn a_repair_heals_a_real_error_that_nobody_has_looked_for() {
+    let (pool, path, mut toucher) = suffering_pool();
+    set(&path, REPAIR, format!("zero {BAD} {SUBPAGE}")).unwrap();
+    assert_eq!(toucher.walk(), []);
+    assert_eq!(toucher.load(BAD), Some(0));
+    assert_eq!(set(&path, REPAIR, "zero all"), Err(Errno::NODATA), "nothing else is lost");
     pool.check();
     drop(toucher);
     pool.unmount();

@@ -3,6 +3,7 @@
 
 mod compare;
 mod errors;
+mod handlers;
 mod hw;
 mod kernel;
 mod pools;
@@ -53,8 +54,15 @@ use cases;
 
 /// All of them. Those that share a machine stand together.
 pub fn all() -> impl Iterator<Item = &'static Case> {
-    [kernel::CASES, pools::CASES, errors::CASES, hw::CASES, compare::CASES].into_iter().flatten()
+    let by_kernel = [kernel::CASES, pools::CASES, errors::CASES];
+    by_kernel.into_iter().chain([hw::CASES, handlers::CASES, compare::CASES]).flatten()
 }
+
+/// The README's programs in C and in Rust, in the machine.
+#[allow(dead_code)] // the host does not run them
+pub const HANDLER_C: &str = "/bin/handler-c";
+#[allow(dead_code)]
+pub const HANDLER_RUST: &str = "/bin/handler-rust";
 
 /// Exit status of a case's process that says: skipped, for the reason in the last line.
 pub const SKIPPED: i32 = 77;
