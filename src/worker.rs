@@ -73,7 +73,7 @@ fn set_up(
 fn prepare_process() -> Result<(), Error> {
     raise_descriptor_limit()?;
     // The kernel may tell a mapper of a memory error in a folio that has been split before; the patrol finds it anyway.
-    sys::sigbus::ignore_news();
+    sys::sigbus::survive_news()?;
     // All memory of the pool would be lost with the daemon: the OOM killer is to look elsewhere (proc(5)).
     if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-1000") {
         log::warn!("the OOM killer may choose this process (no CAP_SYS_RESOURCE?): {error}");

@@ -4,7 +4,7 @@
 //! memory is mapped and on which node it lies. File bytes go through pread(2) and pwrite(2), where a memory error
 //! is an errno and not a signal.
 
-use super::meaning;
+use super::{meaning, sigbus};
 use crate::error::{Error, Result};
 use crate::units::{FOLIO_SIZE, Folio, Range, Subpage};
 use memmap2::{Advice, MmapOptions, MmapRaw};
@@ -118,7 +118,8 @@ impl Window {
         let address = self.map.as_mut_ptr().wrapping_add(start);
         // SAFETY: the page lies in our own mapping, of which nothing is ever read or written.
         #[allow(unsafe_code)]
-        let result = unsafe { libc::madvise(address.cast(), length, libc::MADV_HWPOISON) };
+        let result =
+            sigbus::expecting_news(|| unsafe { libc::madvise(address.cast(), length, libc::MADV_HWPOISON) })?;
         if result == 0 {
             return Ok(());
         }

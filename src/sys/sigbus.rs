@@ -62,6 +62,8 @@ const FAULTED: u32 = 0x100;
 thread_local! {
     /// Address and code of the thread's latest SIGBUS; written by the handler.
     static LATEST: Cell<(usize, i32)> = const { Cell::new((0, 0)) };
+    /// The thread is making a memory error.
+    static EXPECTING: Cell<bool> = const { Cell::new(false) };
 }
 
 /// A mapping (MAP_SHARED or MAP_PRIVATE) that is read and written like memory.
@@ -230,7 +232,7 @@ impl Mapping {
         assert!(range.end - self.offset <= self.length as u64);
         // SAFETY: the range is inside of our own mapping, which is only ever accessed byte by byte.
         #[allow(unsafe_code)]
-        let result = unsafe { libc::madvise(start.cast(), range.len() as usize, advice) };
+        let result = expecting_news(|| unsafe { libc::madvise(start.cast(), range.len() as usize, advice) })?;
         if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
     }
 
@@ -274,14 +276,26 @@ impl Drop for Mapping {
     }
 }
 
-/// Keeps news of memory errors (BUS_MCEERR_AO) from ending a process that only maps the memory and never touches it. A touch
-/// that cannot go on still does: the kernel does not let that be ignored (signal(7)).
-pub fn ignore_news() {
-    // SAFETY: no handler is installed, and no memory is involved.
-    #[allow(unsafe_code)]
-    unsafe {
-        libc::signal(libc::SIGBUS, libc::SIG_IGN);
-    }
+/// Keeps news of memory errors (BUS_MCEERR_AO) from ending a process that maps the memory and has not touched it. A touch
+/// that cannot go on still ends it.
+///
+/// # Errors
+/// What sigaction(2) answers.
+pub fn survive_news() -> Result<()> {
+    install_handler()
+}
+
+/// Runs `call`, which makes a memory error: the kernel tells the caller of it as if the caller had touched it (Linux 6.12,
+/// madvise_inject_error).
+///
+/// # Errors
+/// What sigaction(2) answers.
+pub fn expecting_news<T>(call: impl FnOnce() -> T) -> Result<T> {
+    install_handler()?;
+    EXPECTING.set(true);
+    let value = call();
+    EXPECTING.set(false);
+    Ok(value)
 }
 
 fn install_handler() -> Result<()> {
@@ -303,11 +317,6 @@ fn install_handler() -> Result<()> {
 
 /// Continues behind a probing instruction; everything else dies of the signal as if there were no handler.
 extern "C" fn handler(_signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // SAFETY: the kernel passes a valid pointer (SA_SIGINFO).
-    #[allow(unsafe_code)]
-    if unsafe { (*info).si_code } == libc::BUS_MCEERR_AO {
-        return; // news of a memory error that nobody has touched
-    }
     let probes = [hugetlb2_load as *const () as u64, hugetlb2_store as *const () as u64];
     // SAFETY: the kernel passes valid pointers (SA_SIGINFO), and the handler runs on the thread that they describe.
     #[allow(unsafe_code)]
@@ -315,7 +324,9 @@ extern "C" fn handler(_signal: libc::c_int, info: *mut libc::siginfo_t, context:
         let context = &mut *context.cast::<libc::ucontext_t>();
         ((*info).si_addr() as usize, (*info).si_code, instruction_pointer(context))
     };
-    if probes.contains(instruction) {
+    if EXPECTING.get() || code == libc::BUS_MCEERR_AO {
+        // News, and nothing that this thread does depends on it.
+    } else if probes.contains(instruction) {
         LATEST.set((address, code));
         *instruction = hugetlb2_fault as *const () as u64;
     } else {
