@@ -504,6 +504,8 @@ fn a_write_that_meets_an_unknown_error_succeeds() {
     pool.check();
     strike(&mut toucher, BAD + SUBPAGE);
     file.write_all_at(&[8; 3 * SUBPAGE as usize], BAD).unwrap();
+    // Where the error met a 4 KiB entry, the kernel has left its mark there, which only a new page table does away with.
+    set(&path, COLLAPSE, "all").unwrap();
     assert_eq!(toucher.walk(), []);
     assert_holds(&file, BAD, BAD + 3 * SUBPAGE, 8);
     drop(toucher);
