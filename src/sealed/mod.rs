@@ -265,11 +265,19 @@ impl Sealed {
         }
     }
 
-    /// Gives every block of `range` memory, out of the free blocks that there are for it.
+    /// Gives every block of `range` memory, out of the free blocks that there are for it. A touch of a hole that is going to
+    /// fail can have one of them for an instant, which shows nowhere: the next try finds it back.
     fn fill(&mut self, range: Range) -> Result<()> {
+        const FRUITLESS_TRIES: u32 = 100;
+        const NAP: Duration = Duration::from_micros(100);
+        let mut fruitless = 0;
         for _ in 0..TRIES {
             match self.try_fill(range) {
-                Err(Error::Full) if self.shut_strays()? > 0 => continue,
+                Err(Error::Full) if self.shut_strays()? > 0 => {}
+                Err(Error::Full) if fruitless < FRUITLESS_TRIES => {
+                    fruitless += 1;
+                    std::thread::sleep(NAP);
+                }
                 result => return result,
             }
         }
