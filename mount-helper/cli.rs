@@ -194,6 +194,15 @@ fn status(directories: &[PathBuf], json: bool) -> Done {
         let counters = match attributes::pool(&directory) {
             Ok(counters) => counters,
             Err(_) if all && !mount_points()?.contains(&directory) => continue, // unmounted since we looked
+            // Of several pools, one whose daemon has died must not keep the others from being shown.
+            Err(why) if all && json => {
+                pools.push(json!({ "mount_point": directory.to_string_lossy(), "error": why }));
+                continue;
+            }
+            Err(why) if all => {
+                print(format_args!("{}\n  daemon        gone: {why}", directory.display()))?;
+                continue;
+            }
             Err(why) => return Err(format!("{}: {why}", directory.display())),
         };
         if json {

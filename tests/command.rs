@@ -79,9 +79,10 @@ fn status_without_a_directory_finds_all_pools_and_those_of_strange_names() {
     std::fs::create_dir(&strange).unwrap();
     run(Command::new("mount").arg("--bind").arg(odd.path()).arg(&strange));
     let all = hugetlb2().args(["--json", "status"]).output().unwrap();
-    let said = run(hugetlb2().arg("status"));
+    let said = hugetlb2().arg("status").output().unwrap();
     run(Command::new("umount").args(["-i", "-l"]).arg(&strange));
-    assert!(all.status.success(), "{}", text(&all.stderr));
+    assert!(all.status.success() && said.status.success(), "{}{}", text(&all.stderr), text(&said.stderr));
+    let said = text(&said.stdout);
     let value: Value = serde_json::from_slice(&all.stdout).unwrap();
     let pages = |path: &Path| {
         let found =
@@ -303,4 +304,19 @@ fn the_help_names_every_action() {
     assert!(!help.contains("touch"), "that one is for tests");
     assert_eq!(run(hugetlb2().arg("--version")), format!("hugetlb2 {}\n", env!("CARGO_PKG_VERSION")));
     assert_eq!(status_and_error(&mut hugetlb2()).0, 2);
+}
+
+#[test]
+fn a_pool_whose_daemon_has_died_is_shown_as_such_beside_the_others() {
+    let (pool, dead) = (Pool::small(1), Pool::small(1));
+    run(Command::new("kill").arg("-KILL").arg(dead.daemon().pid.to_string()));
+    dead.daemon().wait();
+    let said = run(hugetlb2().arg("status"));
+    let after = |path: &Path| {
+        let line = said.lines().skip_while(|line| Path::new(line) != path).nth(1);
+        line.unwrap_or_else(|| panic!("{} is not shown: {said}", path.display())).to_owned()
+    };
+    assert!(after(&pool.path()).contains("pages"), "{said}");
+    assert!(after(&dead.path()).contains("gone: Transport endpoint is not connected"), "{said}");
+    assert_refused(&["status"], &dead.path(), &[], "Transport endpoint is not connected");
 }
