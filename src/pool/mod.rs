@@ -40,8 +40,10 @@ pub const STEP: u64 = 64 << 20;
 const MARGIN: u64 = 64 << 20;
 
 /// How long to wait for one more page of the files that were unlinked and whose last user may be gone: the kernel tells
-/// of that (FORGET) by itself, but not before unlink(2) returns.
-const RECLAIM_PATIENCE: Duration = Duration::from_millis(200);
+/// of that (FORGET) by itself, but not before unlink(2) returns. In naps, as time also passes while the machine is too
+/// busy to run whoever brings the page: that stretches a nap, and the others with it.
+const RECLAIM_NAPS: u32 = 20;
+const RECLAIM_NAP: Duration = Duration::from_millis(10);
 
 /// How long to wait in all, where pages come back all the time and others are faster to take them.
 const RECLAIM_LIMIT: Duration = Duration::from_secs(5);
@@ -210,11 +212,16 @@ impl Pool {
 
     /// Whether pages became free after the account had `seen` so many returns.
     fn wait_for_return(&self, seen: u64) -> bool {
-        let waited = self
-            .freed
-            .wait_timeout_while(self.account(), RECLAIM_PATIENCE, |account| account.returns == seen);
-        let (account, _) = waited.expect("no panic while the account is open");
-        account.returns != seen
+        let mut account = self.account();
+        for _ in 0..RECLAIM_NAPS {
+            let silent = |account: &mut Account| account.returns == seen;
+            let napped = self.freed.wait_timeout_while(account, RECLAIM_NAP, silent);
+            account = napped.expect("no panic while the account is open").0;
+            if account.returns != seen {
+                return true;
+            }
+        }
+        false
     }
 
     /// A holding has given up `pages` pages, whose memory is back in the reserves.
