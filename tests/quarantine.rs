@@ -1128,3 +1128,25 @@ fn assert_numbered(bytes: &[u8], offset: u64) {
         assert!(subpage == numbered(number), "subpage {number:#x} is not as it was");
     }
 }
+
+// ---- injection ------------------------------------------------------------------------------------------------------
+
+#[test]
+fn injecting_is_refused_with_the_reason_where_the_kernel_cannot_and_nothing_changes() {
+    const INJECT: &str = "trusted.hugetlb2.inject";
+    let pool = Pool::small(1);
+    let file = pool.join("file");
+    std::fs::write(&file, vec![7; 8192]).unwrap();
+    for value in ["", "hw", "soft 0", "hw 8192", "hw 0 1"] {
+        assert_eq!(set(&file, INJECT, value), Err(rustix::io::Errno::INVAL), "{value:?}");
+    }
+    if Path::new("/sys/devices/system/node/node0/memory_failure").exists() {
+        set(&file, INJECT, "hw 0").unwrap();
+        assert!(get(&file, POISON).unwrap().starts_with("0x0 0x1000 hw "));
+    } else {
+        assert_eq!(set(&file, INJECT, "hw 0"), Err(rustix::io::Errno::OPNOTSUPP));
+        assert!(pool.log().contains("this kernel has no CONFIG_MEMORY_FAILURE"), "{}", pool.log());
+        assert_eq!(std::fs::read(&file).unwrap(), vec![7; 8192]);
+    }
+    pool.check();
+}
