@@ -319,7 +319,7 @@ fn resident_kib(mount_point: &Path) -> f64 {
     let length = rustix::fs::getxattr(mount_point, "user.hugetlb2.pool", &mut counters[..])
         .expect("the pool attribute");
     let counters = String::from_utf8_lossy(&counters[..length]).into_owned();
-    let pid = counters.lines().find_map(|line| line.strip_prefix("daemon_pid ")).expect("a process id");
+    let pid = counters.lines().find_map(|line| line.strip_prefix("worker_pid ")).expect("a process id");
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("its status");
     let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));
     kib.and_then(|kib| kib.parse().ok()).expect("a number")

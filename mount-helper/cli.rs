@@ -1,6 +1,6 @@
 //! The command hugetlb2: for people. Everything it does goes through the filesystem's attributes.
 
-use crate::{attributes, demo, mount, say, touch};
+use crate::{attributes, daemons, demo, mount, say, session, touch};
 use clap::{Parser, Subcommand, ValueEnum};
 use hugetlb2fs::quarantine;
 use rustix::fs::{major, minor};
@@ -13,6 +13,8 @@ use std::io::{ErrorKind, Write as _};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::mpsc;
+use std::time::Duration;
 
 const FAILED: u8 = 1;
 
@@ -80,6 +82,16 @@ enum Action {
         /// The mount point
         directory: PathBuf,
     },
+    /// Replace the daemon of a pool in use, by another version or the same; no call fails, no mapping notices
+    ///
+    /// A version that does not know what the other leaves to it refuses, and the other goes on.
+    Upgrade {
+        /// The mount point
+        directory: PathBuf,
+        /// The new hugetlb2fsd; the one beside this program or in /usr/local/sbin or /usr/sbin, if none is given
+        #[arg(long)]
+        binary: Option<PathBuf>,
+    },
     /// Show on real memory what this filesystem is for; needs root, 2 GiB and a few seconds
     Demo,
     /// Mount a pool: mount.hugetlb2 by another name, see `hugetlb2 mount --help`
@@ -111,6 +123,7 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
         Action::Map { file } => map(&file, cli.json),
         Action::Inject { file, offset } => inject(&file, &offset, cli.json),
         Action::Check { directory } => check(&directory, cli.json),
+        Action::Upgrade { directory, binary } => upgrade(&directory, binary, cli.json),
         Action::Demo => return demo::main(cli.json),
         Action::Mount { arguments } => {
             return mount::main(std::iter::once("mount.hugetlb2".into()).chain(arguments).collect());
@@ -183,6 +196,31 @@ fn unescape(text: &str) -> PathBuf {
     PathBuf::from(octal.iter().fold(text.to_owned(), |text, (code, plain)| text.replace(code, plain)))
 }
 
+/// How long a worker is waited for before it is said to hang.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// The counters of a pool, or who it is that does not deliver them. The thread that asks is left behind where no answer comes; it
+/// ends with this program.
+fn counters(directory: &Path) -> Result<attributes::Counters, String> {
+    let (sender, answer) = mpsc::channel();
+    let asked = directory.to_owned();
+    std::thread::spawn(move || sender.send(attributes::pool(&asked)));
+    answer.recv_timeout(PATIENCE).unwrap_or_else(|_| Err(describe_silence(directory)))
+}
+
+fn describe_silence(directory: &Path) -> String {
+    let mounted = mounted().unwrap_or_default();
+    let device = mounted.iter().find(|pool| pool.mount_point == directory).map(|pool| &pool.device);
+    let minor = device.and_then(|device| device.split_once(':')?.1.parse().ok());
+    let processes = minor.map(daemons::of).unwrap_or_default();
+    let list: Vec<_> = processes.iter().map(|one| format!("process {} is {}", one.pid, one.state)).collect();
+    format!(
+        "no answer within {} s ({}); SIGHUP to the first replaces the worker",
+        PATIENCE.as_secs(),
+        list.join(", ")
+    )
+}
+
 fn status(directories: &[PathBuf], json: bool) -> Done {
     let all = directories.is_empty();
     let directories = if all { mount_points()? } else { directories.to_vec() };
@@ -191,7 +229,7 @@ fn status(directories: &[PathBuf], json: bool) -> Done {
     }
     let mut pools = Vec::new();
     for directory in directories {
-        let counters = match attributes::pool(&directory) {
+        let counters = match counters(&directory) {
             Ok(counters) => counters,
             Err(_) if all && !mount_points()?.contains(&directory) => continue, // unmounted since we looked
             // Of several pools, one whose daemon has died must not keep the others from being shown.
@@ -200,7 +238,7 @@ fn status(directories: &[PathBuf], json: bool) -> Done {
                 continue;
             }
             Err(why) if all => {
-                print(format_args!("{}\n  daemon        gone: {why}", directory.display()))?;
+                print(format_args!("{}\n  daemon        {why}", directory.display()))?;
                 continue;
             }
             Err(why) => return Err(format!("{}: {why}", directory.display())),
@@ -234,7 +272,7 @@ fn describe_pool(directory: &Path, counters: &attributes::Counters) -> String {
     let (objects, orphans) = (of("objects"), of("orphans"));
     row("files", format!("{objects} open or with contents, {orphans} unlinked and still in use"));
     row("quarantined", format!("{} subpages of 4 KiB", of("quarantined_soft")));
-    row("daemon", format!("process {}", of("daemon_pid")));
+    row("daemon", format!("process {}, worker {}", of("daemon_pid"), of("worker_pid")));
     out
 }
 
@@ -255,6 +293,28 @@ fn check(directory: &Path, json: bool) -> Done {
         print(wrong.join("\n"))?;
     }
     Ok(if wrong.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(FAILED) })
+}
+
+fn upgrade(directory: &Path, binary: Option<PathBuf>, json: bool) -> Done {
+    let failed = |why: String| format!("{}: {why}", directory.display());
+    let before = daemon_of(directory).map_err(failed)?;
+    let binary = match binary {
+        Some(binary) => binary.canonicalize().map_err(|error| format!("{}: {error}", binary.display()))?,
+        None => session::daemon_program().map_err(|failure| failure.to_string())?,
+    };
+    session::take_over(&binary, before).map_err(|failure| failed(failure.to_string()))?;
+    let now = daemon_of(directory).map_err(failed)?;
+    if json {
+        print_json(&json!({ "daemon_pid": now, "was": before }))?;
+    } else {
+        print(format_args!("{}: process {now} serves in place of {before}", directory.display()))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn daemon_of(directory: &Path) -> Result<u64, String> {
+    let pid = attributes::pool(directory)?.get("daemon_pid");
+    pid.ok_or_else(|| "its daemon is of a version that cannot be replaced".to_owned())
 }
 
 // ---- files ----------------------------------------------------------------------------------------------------------

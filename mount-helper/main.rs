@@ -2,6 +2,7 @@
 
 mod attributes;
 mod cli;
+mod daemons;
 mod demo;
 mod mount;
 mod namespace;

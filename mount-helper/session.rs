@@ -2,11 +2,11 @@
 
 use hugetlb2fs::control::{Control, Message};
 use hugetlb2fs::fuse::LARGEST_REQUEST;
-use hugetlb2fs::options::{Options, Size};
-use hugetlb2fs::units::PageSize;
+use hugetlb2fs::options::Options;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::process::{Pid, Signal, kill_process};
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{IsTerminal, Write, pipe};
@@ -66,6 +66,14 @@ impl Daemon {
     /// # Errors
     /// [`Failure::System`].
     pub fn start(program: &Path, options: &Options, device: &File) -> Result<Self, Failure> {
+        make_inheritable(device)?;
+        let device_flag = format!("--fuse-fd={}", device.as_raw_fd());
+        let daemon = Self::spawn(program, arguments(options).chain([device_flag]))?;
+        fcntl_setfd(device, FdFlags::CLOEXEC).map_err(|errno| Failure::System(format!("fcntl: {errno}")))?;
+        Ok(daemon)
+    }
+
+    fn spawn(program: &Path, arguments: impl Iterator<Item = String>) -> Result<Self, Failure> {
         let system =
             |what: &'static str| move |error: std::io::Error| Failure::System(format!("{what}: {error}"));
         let (ours, theirs) = UnixStream::pair().map_err(system("socketpair"))?;
@@ -76,19 +84,15 @@ impl Daemon {
             signal_hook::low_level::pipe::register(signal, std::os::fd::OwnedFd::from(end))
                 .map_err(system("sigaction"))?;
         }
-        for fd in [device.as_fd(), theirs.as_fd()] {
-            fcntl_setfd(fd, FdFlags::empty()).map_err(|errno| Failure::System(format!("fcntl: {errno}")))?;
-        }
+        make_inheritable(&theirs)?;
         let child = Command::new(program)
-            .args(arguments(options))
-            .arg(format!("--fuse-fd={}", device.as_raw_fd()))
+            .args(arguments)
             .arg(format!("--control-fd={}", theirs.as_raw_fd()))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
             .map_err(|error| Failure::System(format!("{} cannot be started: {error}", program.display())))?;
-        fcntl_setfd(device, FdFlags::CLOEXEC).map_err(|errno| Failure::System(format!("fcntl: {errno}")))?;
         Ok(Self { child, control: Control::new(ours), interrupts, kept: false })
     }
 
@@ -169,10 +173,30 @@ impl Daemon {
 impl Drop for Daemon {
     fn drop(&mut self) {
         if !self.kept {
-            let _ = self.child.kill();
+            // Not SIGKILL: the supervisor has a worker to end before it ends.
+            let pid = Pid::from_raw(self.child.id() as i32).expect("a child has a process id");
+            let _ = kill_process(pid, Signal::TERM);
             let _ = self.child.wait();
         }
     }
+}
+
+/// Starts `program` in place of the daemon `predecessor`, and waits until it serves. From when it has ended the other, it is on its
+/// own: it goes on whatever becomes of us.
+///
+/// # Errors
+/// Why it does not; the other goes on then, unless that had ended by itself.
+pub fn take_over(program: &Path, predecessor: u64) -> Result<(), Failure> {
+    let mut daemon = Daemon::spawn(program, [format!("--take-over={predecessor}")].into_iter())?;
+    daemon.kept = true;
+    match daemon.receive()? {
+        Message::Serving => Ok(()),
+        other => Err(Failure::System(format!("unexpected word from the new daemon: {other}"))),
+    }
+}
+
+fn make_inheritable(fd: impl AsFd) -> Result<(), Failure> {
+    fcntl_setfd(fd, FdFlags::empty()).map_err(|errno| Failure::System(format!("fcntl: {errno}")))
 }
 
 /// A mount that goes again unless it is kept.
@@ -222,28 +246,8 @@ pub fn daemon_program() -> Result<PathBuf, Failure> {
 }
 
 /// The options as the daemon's flags; see [`hugetlb2fs::options::TABLE`].
-fn arguments(options: &Options) -> Vec<String> {
-    let size = match options.size {
-        Some(Size::Bytes(bytes)) => Some(bytes.to_string()),
-        Some(Size::Percent(percent)) => Some(format!("{percent}%")),
-        None => None,
-    };
-    let page_size = match options.page_size {
-        PageSize::Huge => "2M",
-        PageSize::Gigantic => "1G",
-    };
-    let switch = |on| if on { "on" } else { "off" };
-    let values = [
-        ("size", size),
-        ("pagesize", Some(page_size.to_owned())),
-        ("mode", Some(format!("{:o}", options.mode))),
-        ("uid", Some(options.uid.to_string())),
-        ("gid", Some(options.gid.to_string())),
-        ("collapse", Some(switch(options.collapse).to_owned())),
-        ("recovery_write", Some(switch(options.recovery_write).to_owned())),
-        ("log", options.log.clone()),
-    ];
-    values.into_iter().filter_map(|(name, value)| Some(format!("--{name}={}", value?))).collect()
+fn arguments(options: &Options) -> impl Iterator<Item = String> {
+    options.given().map(|(name, value)| format!("--{name}={value}"))
 }
 
 /// Shows on a terminal how full the pool is.

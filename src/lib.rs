@@ -17,18 +17,30 @@
 //! ```text
 //!   mount.hugetlb2 pool0 /mnt/h2 -o size=64G        opens /dev/fuse, starts the daemon, mount(2)s when the pool is filled,
 //!     |                                             returns when the filesystem serves
-//!     +-- hugetlb2fsd                               serves FUSE in a mount namespace with an empty root of its own:
+//!     +-- hugetlb2fsd                               the supervisor: holds the device and a mount namespace with an empty root
+//!         |                                         of its own, restarts the worker, does nothing else
+//!         +-- hugetlb2fsd                           the worker: serves FUSE; may die at any instruction
 //!           /index/tree          the tree that users see: names, owners, modes, times, links, attributes, as the inodes of one
 //!                                private tmpfs
-//!           /index/.orphans      files without a name that are still open or mapped
+//!           /index/.orphans      what has no name and is still open or mapped
+//!           /index/.witnesses    what requests found that cannot be told from a second time ([`fs`])
+//!           /index/handover      options, and what was agreed on with the kernel ([`handover`])
 //!           /objects/<node id>   a sealed file for each regular file: data, ledger
-//!           (reserve)            a sealed file for each NUMA node: the pool's free memory
+//!           /reserve/<node>      a sealed file for each NUMA node: the pool's free memory
 //!           /proc, /sys
 //! ```
 //!
 //! **The daemon keeps no state of its own.** Names are the index's, sizes and memory the objects', quarantines the ledgers', free
-//! pages the reserves'. A node id is the file handle of the inode in the index. What is in the daemon's tables can be read off
-//! these again.
+//! pages the reserves'; what the kernel still refers to is the kernel's to say. A node id is the file handle of the inode in the
+//! index. What is in the daemon's tables can be read off these again, and is, by every worker but the first.
+//!
+//! # A death
+//!
+//! When a worker dies, the kernel keeps every request that it has not answered, and mappings are none of its business anyway. The
+//! supervisor forks another, which opens what is there ([`fs::Fs::open`]): each change that takes several steps ([`steps`]) can
+//! be finished or undone from what it has left ([`sealed`], [`pool::Holding`], [`pool`], [`index`]). Then it takes the session over
+//! and has the kernel send the requests again ([`fuse::Connection::take_over`]); those that had been carried out
+//! are answered as if they were carried out once ([`fs::Ticket`]). [`upgrade`] is the same with another supervisor.
 //!
 //! # Invariants
 //!
@@ -37,7 +49,7 @@
 //! - **P2** ([`fs`]) Every object belongs to a regular file of the index; a file without an object is empty.
 //! - **Q1** ([`sealed`]) A soft hole has exactly one record in the ledger, and the other way round.
 //!
-//! `hugetlb2 check` verifies them on a pool in use.
+//! `hugetlb2 check` verifies them on a pool in use; a new worker restores them.
 //!
 //! # Two facts about the kernel that shaped the code
 //!
@@ -53,6 +65,8 @@
 pub mod units;
 
 pub mod error;
+
+pub mod steps;
 
 pub mod options;
 
@@ -74,6 +88,12 @@ pub mod fuse;
 
 pub mod control;
 
+pub mod handover;
+
 pub mod logging;
 
+pub mod supervisor;
+
 pub mod worker;
+
+pub mod upgrade;

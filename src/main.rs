@@ -1,9 +1,11 @@
-//! hugetlb2fsd: the daemon behind one mounted pool. mount.hugetlb2 starts it.
+//! hugetlb2fsd: the daemon behind one mounted pool. mount.hugetlb2 starts it, and `hugetlb2 upgrade` another in its place.
 
 use clap::{Arg, ArgMatches, Command};
 use hugetlb2fs::control::{Control, Message};
 use hugetlb2fs::options::{Options, TABLE};
-use hugetlb2fs::{logging, sys, worker};
+use hugetlb2fs::supervisor::{End, supervise};
+use hugetlb2fs::upgrade::Predecessor;
+use hugetlb2fs::{logging, supervisor, sys, worker};
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
@@ -13,20 +15,22 @@ fn command() -> Command {
         let default = row.default.map_or("required".to_owned(), |value| format!("default: {value}"));
         Arg::new(row.name).long(row.name).value_name(row.value).help(format!("{} [{default}]", row.help))
     });
-    let descriptor = |name: &'static str, help: &'static str| {
-        Arg::new(name)
-            .long(name)
-            .value_name("FD")
-            .value_parser(clap::value_parser!(RawFd))
-            .required(true)
-            .help(help)
+    let number = |name: &'static str, value: &'static str, help: &'static str| {
+        Arg::new(name).long(name).value_name(value).value_parser(clap::value_parser!(i32)).help(help)
     };
     Command::new("hugetlb2fsd")
         .version(clap::crate_version!())
         .about("Serves one pool of gigantic pages. mount.hugetlb2 starts it; there is no use in doing so by hand.")
         .args(table)
-        .arg(descriptor("fuse-fd", "an open /dev/fuse that is going to be mounted"))
-        .arg(descriptor("control-fd", "a socket to the mount helper"))
+        .arg(
+            number("fuse-fd", "FD", "an open /dev/fuse that is going to be mounted")
+                .required_unless_present("take-over"),
+        )
+        .arg(
+            number("take-over", "PID", "take a pool in use over from this daemon (see hugetlb2 upgrade)")
+                .conflicts_with_all(TABLE.iter().map(|row| row.name).chain(["fuse-fd"])),
+        )
+        .arg(number("control-fd", "FD", "a socket to the mount helper").required(true))
 }
 
 fn options(matches: &ArgMatches) -> Result<Options, String> {
@@ -44,31 +48,51 @@ fn inherited(matches: &ArgMatches, name: &str) -> Result<OwnedFd, String> {
     sys::inherited(*fd).map_err(|error| format!("--{name}={fd}: {error}"))
 }
 
-/// A thread that panics would leave its request unanswered, and the caller waiting for good. That the daemon ends is the lesser
-/// evil: calls fail, mappings stay valid.
+/// A thread that panics would leave its request unanswered, and the caller waiting for good. That the process ends is the
+/// lesser evil: another takes over.
 fn end_at_a_panic() {
     std::panic::set_hook(Box::new(|panic| {
-        log::error!("internal error, the daemon ends: {panic}");
+        log::error!("internal error, this process ends: {panic}");
         std::process::abort();
     }));
+}
+
+/// What there is to supervise: a pool that is going to be mounted, or another daemon's.
+fn start(matches: &ArgMatches) -> Result<(Options, OwnedFd), String> {
+    let Some(pid) = matches.get_one::<i32>("take-over") else {
+        let device = inherited(matches, "fuse-fd")?;
+        let options = options(matches)?;
+        settle_in(&options, worker::enter_private_root)?;
+        return Ok((options, device));
+    };
+    let predecessor = Predecessor::find(*pid)?;
+    settle_in(&predecessor.options, || predecessor.enter_namespace())?;
+    log::info!("taking over from daemon {pid}");
+    predecessor.succeed()
+}
+
+fn settle_in(
+    options: &Options,
+    namespace: impl FnOnce() -> Result<(), hugetlb2fs::error::Error>,
+) -> Result<(), String> {
+    logging::start(options.log.as_deref()).map_err(|error| format!("option log: {error}"))?;
+    end_at_a_panic();
+    rustix::process::setsid().map_err(|error| format!("setsid: {error}"))?;
+    worker::prepare(namespace)
 }
 
 fn run() -> Result<(), String> {
     let matches = command().get_matches();
     let mut control = Control::new(UnixStream::from(inherited(&matches, "control-fd")?));
-    let device = inherited(&matches, "fuse-fd")?;
-    let started = options(&matches).and_then(|options| {
-        logging::start(options.log.as_deref()).map_err(|error| format!("option log: {error}"))?;
-        end_at_a_panic();
-        rustix::process::setsid().map_err(|error| format!("setsid: {error}"))?;
-        Ok(options)
-    });
-    match started {
-        Ok(options) => worker::run(&options, device, control),
-        Err(why) => {
-            let _ = control.send(&Message::Failed(why.clone()));
-            Err(why)
-        }
+    let (options, device) = start(&matches).inspect_err(|why| {
+        let _ = control.send(&Message::Failed(why.clone()));
+    })?;
+    let mounting = !matches.contains_id("take-over");
+    let ended = supervise(Some(control), mounting, |role| worker::run(&options, &device, role));
+    supervisor::free_memory();
+    match ended.map_err(|error| format!("supervising: {error}"))? {
+        End::Unmounted | End::Stopped => Ok(()),
+        End::NeverServed => Err("the worker has not come to serve; see the log".into()),
     }
 }
 

@@ -1,7 +1,7 @@
 //! The one table of options: mount option = daemon flag = default = check = help text.
 
 use crate::units::PageSize;
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 
 /// What a pool is mounted with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +46,15 @@ pub enum Size {
     Bytes(u64),
     /// So many hundredths of the machine's memory.
     Percent(u64),
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Bytes(bytes) => write!(f, "{bytes}"),
+            Self::Percent(percent) => write!(f, "{percent}%"),
+        }
+    }
 }
 
 impl Size {
@@ -123,6 +132,8 @@ pub struct Row {
     pub help: &'static str,
     /// Checks a value and puts it in.
     set: fn(&mut Options, &str) -> Result<(), String>,
+    /// The value that is in, as it would be given.
+    get: fn(&Options) -> Option<String>,
 }
 
 /// All options that are ours; the generic ones of mount(8) are the mount helper's.
@@ -133,6 +144,7 @@ pub const TABLE: &[Row] = &[
         default: None,
         help: "size of the pool: bytes, a number with K, M, G or T, or a percentage of RAM; in whole pages, rounded down",
         set: |options, text| Size::parse(text).map(|size| options.size = Some(size)),
+        get: |options| options.size.map(|size| size.to_string()),
     },
     Row {
         name: "pagesize",
@@ -147,6 +159,7 @@ pub const TABLE: &[Row] = &[
             };
             Ok(())
         },
+        get: |options| Some(describe(options.page_size).to_owned()),
     },
     Row {
         name: "mode",
@@ -160,6 +173,7 @@ pub const TABLE: &[Row] = &[
                 mode.ok_or_else(|| format!("{text:?} is not a mode: an octal number up to 7777"))?;
             Ok(())
         },
+        get: |options| Some(format!("{:o}", options.mode)),
     },
     Row {
         name: "uid",
@@ -167,6 +181,7 @@ pub const TABLE: &[Row] = &[
         default: Some("0"),
         help: "owner of the root directory",
         set: |options, text| parse_id(text).map(|id| options.uid = id),
+        get: |options| Some(options.uid.to_string()),
     },
     Row {
         name: "gid",
@@ -174,6 +189,7 @@ pub const TABLE: &[Row] = &[
         default: Some("0"),
         help: "group of the root directory",
         set: |options, text| parse_id(text).map(|id| options.gid = id),
+        get: |options| Some(options.gid.to_string()),
     },
     Row {
         name: "collapse",
@@ -181,6 +197,7 @@ pub const TABLE: &[Row] = &[
         default: Some("on"),
         help: "put huge mappings back after a repair without being asked",
         set: |options, text| parse_switch(text).map(|on| options.collapse = on),
+        get: |options| Some(describe_switch(options.collapse)),
     },
     Row {
         name: "recovery_write",
@@ -188,6 +205,7 @@ pub const TABLE: &[Row] = &[
         default: Some("on"),
         help: "let a write that covers a quarantined subpage whole repair it",
         set: |options, text| parse_switch(text).map(|on| options.recovery_write = on),
+        get: |options| Some(describe_switch(options.recovery_write)),
     },
     Row {
         name: "log",
@@ -201,8 +219,13 @@ pub const TABLE: &[Row] = &[
             options.log = Some(text.to_owned());
             Ok(())
         },
+        get: |options| options.log.clone(),
     },
 ];
+
+fn describe_switch(on: bool) -> String {
+    if on { "on" } else { "off" }.to_owned()
+}
 
 fn parse_id(text: &str) -> Result<u32, String> {
     let id = text.parse::<u32>().ok().filter(|id| *id != u32::MAX && !text.starts_with('+'));
@@ -234,6 +257,11 @@ impl Options {
         })?;
         let value = value.ok_or_else(|| format!("option {name} needs a value: {name}={}", row.value))?;
         (row.set)(self, value).map_err(|why| format!("option {name}: {why}"))
+    }
+
+    /// All options that have a value, and the value, as they would be given.
+    pub fn given(&self) -> impl Iterator<Item = (&'static str, String)> + '_ {
+        TABLE.iter().filter_map(|row| Some((row.name, (row.get)(self)?)))
     }
 
     /// Pages of the pool, on a machine with `memory` bytes.
@@ -312,6 +340,17 @@ mod tests {
         assert!(set("size", "1023M").unwrap().pages(1 << 40).is_err());
         assert_eq!(set("size", "2047M").unwrap().pages(1 << 40), Ok(1));
         assert!(Options::default().pages(1 << 40).unwrap_err().contains("required"));
+    }
+
+    #[test]
+    fn options_as_given_set_the_same_options() {
+        let mut options = Options::default();
+        for (name, value) in [("size", "25%"), ("pagesize", "2M"), ("mode", "1777"), ("collapse", "off")] {
+            options.set(name, Some(value)).unwrap();
+        }
+        let mut same = Options::default();
+        options.given().for_each(|(name, value)| same.set(name, Some(&value)).unwrap());
+        assert_eq!(same, options);
     }
 
     #[test]

@@ -215,6 +215,12 @@ impl NodeId {
         Self(u64::from(generation) << 32 | u64::from(inode))
     }
 
+    /// Reads what [`fmt::Display`] writes.
+    pub fn parse(text: &str) -> Option<Self> {
+        let is_number = text.len() == 16 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        is_number.then(|| u64::from_str_radix(text, 16).ok().map(Self))?
+    }
+
     /// The generation, the inode number.
     pub fn parts(self) -> (u32, u32) {
         ((self.0 >> 32) as u32, self.0 as u32)
@@ -257,6 +263,8 @@ mod tests {
     fn a_node_id_survives_the_way_through_a_handle() {
         let id = NodeId::from_parts(0xdead_beef, 42);
         assert_eq!(id.parts(), (0xdead_beef, 42));
+        assert_eq!(NodeId::parse(&id.to_string()), Some(id));
+        assert_eq!(NodeId::parse("+eadbeef0000002a"), None);
     }
 
     #[test]

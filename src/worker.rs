@@ -1,43 +1,124 @@
-//! One life of the daemon: fill the pool, wait for the mount, serve, give everything back.
+//! One life of a worker: fill the pool and wait for the mount, or take over what another has left; serve; at the end of all,
+//! give everything back.
+//!
+//! A worker may end at any instruction. What it knows is in its memory for speed only: the next one reads it off the
+//! files ([`crate::fs::Fs::open`]), finishes or undoes what was half done, and takes the session over
+//! ([`Connection::take_over`]). One worker at a time: each holds a lock that is free when its process has gone, whoever started it.
 
 use crate::agents;
 use crate::control::{Control, Message};
 use crate::error::Error;
 use crate::fs::{self, Fs};
-use crate::fuse::Connection;
+use crate::fuse::{self, Connection};
+use crate::handover::Handover;
 use crate::options::Options;
-use crate::pool::Pool;
+use crate::pool::{self, Pool};
+use crate::supervisor::{Announcement, Death, Role};
 use crate::sys::{self, identity, namespace};
 use crate::units::PageSize;
+use crossbeam::channel::Sender;
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
 
-/// Descriptors that the daemon may have: two a file, and one a directory that is open.
+/// Descriptors that a worker may have.
 const MOST_DESCRIPTORS: u64 = 1 << 20;
 
-/// Runs the daemon on `device` (/dev/fuse, not mounted yet), and tells the mount helper of it.
+/// Held by the worker that serves; in the private root.
+const LOCK: &str = "/worker";
+
+/// Readies the process that workers are going to be forked from.
 ///
 /// # Errors
-/// A sentence for the admin, which the mount helper was told too. Nothing is left behind.
-pub fn run(options: &Options, device: OwnedFd, mut control: Control) -> Result<(), String> {
-    let served = serve(options, device, &mut control);
-    if let Err(why) = &served {
-        log::error!("{why}");
-        let _ = control.send(&Message::Failed(why.clone())); // a helper that is gone need not know
+/// A sentence.
+pub fn prepare(namespace: impl FnOnce() -> Result<(), Error>) -> Result<(), String> {
+    let prepared = raise_descriptor_limit()
+        .and_then(|()| sys::sigbus::survive_news()) // of a memory error; the patrol finds it anyway
+        .and_then(|()| identity::keep_capabilities_across_fsuid())
+        .and_then(|()| namespace());
+    prepared.map_err(|error| format!("preparing the daemon (it must be started by root): {error}"))?;
+    // All memory of the pool would be lost with the daemon: the OOM killer is to look elsewhere (proc(5)).
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-1000") {
+        log::warn!("the OOM killer may choose this process (no CAP_SYS_RESOURCE?): {error}");
     }
-    served
+    Ok(())
 }
 
-fn serve(options: &Options, device: OwnedFd, control: &mut Control) -> Result<(), String> {
+/// Leaves the machine's mounts for a namespace with what [`run`] needs.
+///
+/// # Errors
+/// As for [`namespace::enter_private_root`].
+pub fn enter_private_root() -> Result<(), Error> {
+    let directories = [crate::index::MOUNT_POINT, fs::OBJECTS, pool::RESERVES];
+    namespace::enter_private_root(&directories.map(|path| path.trim_start_matches('/')))
+}
+
+/// To what is good for a million files, or as far as it goes without CAP_SYS_RESOURCE.
+fn raise_descriptor_limit() -> Result<(), Error> {
+    let wanted = Rlimit { current: Some(MOST_DESCRIPTORS), maximum: Some(MOST_DESCRIPTORS) };
+    if setrlimit(Resource::Nofile, wanted).is_ok() {
+        return Ok(());
+    }
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    log::warn!("at most {maximum:?} descriptors may be open: a limit to the number of files");
+    Ok(setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?)
+}
+
+/// Runs a worker on `device` (/dev/fuse), in the process that was forked for it; returns the status to end with.
+pub fn run(options: &Options, device: &OwnedFd, role: Role) -> i32 {
+    let done = match role {
+        Role::Refuse => refuse(device),
+        Role::Serve { announcement, mut control, after } => {
+            let served = serve(options, device, announcement, &mut control, after);
+            if let (Err(why), Some(control)) = (&served, &mut control) {
+                let _ = control.send(&Message::Failed(why.clone())); // a helper that is gone need not know
+            }
+            served
+        }
+    };
+    done.map_or_else(
+        |why| {
+            log::error!("{why}");
+            1
+        },
+        |()| 0,
+    )
+}
+
+/// Answers everything with EIO until it is unmounted, killed, or replaced.
+fn refuse(device: &OwnedFd) -> Result<(), String> {
+    log::error!(
+        "one worker after the other has ended before it could serve: every request is refused (EIO) from now on. Mappings \
+         and all memory stay as they are. SIGHUP to process {} tries again, `hugetlb2 upgrade` tries another version",
+        rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get())
+    );
+    let mut buffer = vec![0; 2 * fuse::LARGEST_REQUEST as usize];
+    while fuse::refuse_one(device, &mut buffer).map_err(|error| format!("refusing requests: {error}"))? {}
+    Ok(())
+}
+
+fn serve(
+    options: &Options,
+    device: &OwnedFd,
+    announcement: Announcement,
+    control: &mut Option<Control>,
+    after: Option<Death>,
+) -> Result<(), String> {
+    let _only_one =
+        take_turn().map_err(|error| format!("waiting for the worker before this one: {error}"))?;
     let (sender, agent) =
         agents::collapse::start().map_err(|error| format!("no thread for an agent: {error}"))?;
     let repaired = options.collapse.then_some(sender);
-    let served = set_up(options, control, repaired).and_then(|fs| {
-        let patrol =
-            agents::patrol::start(fs.clone()).map_err(|error| format!("no thread for an agent: {error}"))?;
-        let connection = connect(fs, device, control)?;
-        control.send(&Message::Serving).map_err(|_| "the mount helper has gone away".to_owned())?;
+    let served = connect(options, device, control, repaired, after).and_then(|(fs, connection)| {
+        let patrol = agents::patrol::start(fs).map_err(|error| format!("no thread for an agent: {error}"))?;
+        announcement.serving();
+        if let Some(mut control) = control.take() {
+            control.send(&Message::Serving).map_err(|_| HELPER_GONE.to_owned())?;
+        }
         let served =
             connection.serve().map_err(|error| format!("the connection to the kernel broke: {error}"));
         drop(patrol);
@@ -48,16 +129,90 @@ fn serve(options: &Options, device: OwnedFd, control: &mut Control) -> Result<()
     served
 }
 
-/// A mount namespace of our own, the pool, and the filesystem on it.
+const HELPER_GONE: &str = "the mount helper has gone away";
+
+/// Waits until no other worker is left.
+fn take_turn() -> Result<File, Error> {
+    let lock = File::options().create(true).truncate(false).write(true).open(LOCK)?;
+    while let Err(errno) = flock(&lock, FlockOperation::LockExclusive) {
+        if errno != Errno::INTR {
+            return Err(errno.into());
+        }
+    }
+    Ok(lock)
+}
+
+/// The filesystem and its session: new ones, or those that another worker has left.
+fn connect(
+    options: &Options,
+    device: &OwnedFd,
+    control: &mut Option<Control>,
+    repaired: Option<Sender<fs::Repaired>>,
+    after: Option<Death>,
+) -> Result<(Arc<Fs>, Connection), String> {
+    match (Handover::read(Path::new("/")), control) {
+        (Ok(left), _) => take_over(options, device, repaired, after, &left),
+        (Err(Error::Os(Errno::NOENT)), Some(control)) => begin(options, device, control, repaired),
+        (Err(error), _) => Err(format!("reading what was left: {error}")),
+    }
+}
+
+fn take_over(
+    options: &Options,
+    device: &OwnedFd,
+    repaired: Option<Sender<fs::Repaired>>,
+    after: Option<Death>,
+    left: &Handover,
+) -> Result<(Arc<Fs>, Connection), String> {
+    if let Some(Death { worker, status }) = after {
+        log::error!(
+            "worker {} has ended ({}); this one takes over",
+            worker.as_raw_nonzero(),
+            describe(status)
+        );
+    }
+    let fs = Fs::open(options, repaired).map_err(|error| format!("reading what was left: {error}"))?;
+    let fs = Arc::new(fs);
+    fs.look_for_poison(); // it may have hit while nobody was there to notice
+    let connection = Connection::take_over(fs.clone(), device, &left.handshake)?;
+    Ok((fs, connection))
+}
+
+fn describe(status: rustix::process::WaitStatus) -> String {
+    match (status.exit_status(), status.terminating_signal()) {
+        (Some(code), _) => format!("status {code}"),
+        (_, Some(signal)) => format!("signal {signal}"),
+        _ => "in some way".to_owned(),
+    }
+}
+
+fn begin(
+    options: &Options,
+    device: &OwnedFd,
+    control: &mut Control,
+    repaired: Option<Sender<fs::Repaired>>,
+) -> Result<(Arc<Fs>, Connection), String> {
+    let fs = set_up(options, control, repaired)?;
+    // The helper's mount(2) comes now; then the kernel speaks first.
+    if control.receive() != Some(Message::Mounted) {
+        return Err("the mount helper has gone away without having mounted".to_owned());
+    }
+    let keep = |handshake: &fuse::Handshake| {
+        Handover { options: options.clone(), handshake: handshake.clone() }.write()
+    };
+    let connection = Connection::establish(fs.clone(), device, keep)?;
+    Ok((fs, connection))
+}
+
+/// The pool, and the filesystem on it.
 fn set_up(
     options: &Options,
     control: &mut Control,
-    repaired: Option<crossbeam::channel::Sender<fs::Repaired>>,
+    repaired: Option<Sender<fs::Repaired>>,
 ) -> Result<Arc<Fs>, String> {
     let what = |what: &'static str| move |error: Error| format!("{what}: {error}");
     let pages = options.pages(sys::memory_total().map_err(what("reading /proc/meminfo"))?)?;
     sys::huge_tmpfs_allowed().map_err(|error| error.to_string())?;
-    prepare_process().map_err(what("preparing the daemon (it must be started by root)"))?;
     let pool = fill(options.page_size, pages, control)?;
     let fs = Fs::create(options, pool, repaired).map_err(what("creating the filesystem"))?;
     let total = pages * options.page_size.bytes();
@@ -66,34 +221,8 @@ fn set_up(
     if huge < total {
         log::warn!("memory is fragmented: {} bytes of the pool are in small pages", total - huge);
     }
-    control.send(&Message::Ready { huge, total }).map_err(|_| "the mount helper has gone away".to_owned())?;
+    control.send(&Message::Ready { huge, total }).map_err(|_| HELPER_GONE.to_owned())?;
     Ok(Arc::new(fs))
-}
-
-fn prepare_process() -> Result<(), Error> {
-    raise_descriptor_limit()?;
-    // The kernel may tell a mapper of a memory error in a folio that has been split before; the patrol finds it anyway.
-    sys::sigbus::survive_news()?;
-    // All memory of the pool would be lost with the daemon: the OOM killer is to look elsewhere (proc(5)).
-    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-1000") {
-        log::warn!("the OOM killer may choose this process (no CAP_SYS_RESOURCE?): {error}");
-    }
-    identity::keep_capabilities_across_fsuid()?;
-    namespace::enter_private_root(&[
-        crate::index::MOUNT_POINT.trim_start_matches('/'),
-        fs::OBJECTS.trim_start_matches('/'),
-    ])
-}
-
-/// To what is good for half a million files, or as far as it goes without CAP_SYS_RESOURCE.
-fn raise_descriptor_limit() -> Result<(), Error> {
-    let wanted = Rlimit { current: Some(MOST_DESCRIPTORS), maximum: Some(MOST_DESCRIPTORS) };
-    if setrlimit(Resource::Nofile, wanted).is_ok() {
-        return Ok(());
-    }
-    let maximum = getrlimit(Resource::Nofile).maximum;
-    log::warn!("at most {maximum:?} descriptors may be open: a limit to the number of files");
-    Ok(setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?)
 }
 
 fn fill(page_size: PageSize, pages: u64, control: &mut Control) -> Result<Pool, String> {
@@ -106,12 +235,4 @@ fn fill(page_size: PageSize, pages: u64, control: &mut Control) -> Result<Pool, 
         ),
         other => format!("filling the pool: {other}"),
     })
-}
-
-/// Waits for the mount helper's mount(2), then agrees with the kernel on a session.
-fn connect(fs: Arc<Fs>, device: OwnedFd, control: &mut Control) -> Result<Connection, String> {
-    if control.receive() != Some(Message::Mounted) {
-        return Err("the mount helper has gone away without having mounted".to_owned());
-    }
-    Connection::establish(fs, device)
 }

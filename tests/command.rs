@@ -53,7 +53,10 @@ fn status_shows_the_counters_of_a_pool() {
     assert_eq!(lines[2], "  in folios     16 MiB were in 2 MiB folios when it was mounted");
     assert_eq!(lines[3], "  files         1 open or with contents, 0 unlinked and still in use");
     assert_eq!(lines[4], "  quarantined   2 subpages of 4 KiB");
-    assert_eq!(lines[5], format!("  daemon        process {}", pool.daemon().pid));
+    assert_eq!(
+        lines[5],
+        format!("  daemon        process {}, worker {}", pool.daemon().pid, pool.counter("worker_pid"))
+    );
     assert_eq!(lines.len(), 6);
 }
 

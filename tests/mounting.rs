@@ -6,7 +6,7 @@ use rustix::fs::{CWD, FileType, Mode, inotify, mknodat};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::pipe::fcntl_setpipe_size;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, getsid, kill_process};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
@@ -66,8 +66,17 @@ impl Place {
         format!("{options},log={}", self.log().display())
     }
 
-    /// The daemons that were started for this place.
+    /// The supervisor of the pool that is mounted here, if there is one.
     fn daemons(&self) -> Vec<i32> {
+        let leads = |pid: &i32| {
+            let pid = Pid::from_raw(*pid);
+            pid.is_some_and(|process| getsid(pid) == Ok(process))
+        };
+        self.processes().into_iter().filter(leads).collect()
+    }
+
+    /// It and its worker.
+    fn processes(&self) -> Vec<i32> {
         let flag = format!("--log={}", self.log().display());
         let processes = std::fs::read_dir("/proc").expect("/proc").filter_map(Result::ok);
         let ids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
@@ -85,7 +94,7 @@ impl Place {
 
     fn assert_nothing_is_left(&self) {
         assert!(self.mount_info().is_none(), "something is mounted");
-        assert_eq!(self.daemons(), [], "a daemon runs");
+        assert_eq!(self.processes(), [], "a daemon runs");
     }
 
     /// Asserts that the helper ends with `status`, says `word`, and has left nothing.

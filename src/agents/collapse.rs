@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 /// The agent; it ends when all senders are gone and everything that was sent has been seen to.
 pub type Agent = JoinHandle<()>;
 
-/// Starts the agent, and returns where to report folios that have become whole again.
+/// Starts the agent, and returns where to report what may have become whole again.
 ///
 /// # Errors
 /// EAGAIN where no thread can be started.
@@ -20,13 +20,15 @@ pub fn start() -> io::Result<(Sender<Repaired>, Agent)> {
 
 /// A folio that cannot be put together now (somebody holds a page of it) stays in small pages until its owner asks.
 fn run(repaired: &Receiver<Repaired>) {
-    for (object, folio) in repaired {
-        if let Err(error) = object.collapse_folio(folio) {
-            log::info!(
-                "file {}: the 2 MiB at {:#x} stay in small pages: {error}",
-                object.node(),
-                folio.range().start
-            );
+    for (object, range) in repaired {
+        for folio in range.folios() {
+            if let Err(error) = object.collapse_folio(folio) {
+                log::info!(
+                    "file {}: the 2 MiB at {:#x} stay in small pages: {error}",
+                    object.node(),
+                    folio.range().start
+                );
+            }
         }
     }
 }

@@ -1,13 +1,16 @@
 //! The extended attributes that are this filesystem's interface, beside those that users set.
 
-use super::{Fs, Object};
+use super::{Fs, Object, Ticket};
 use crate::error::{Error, Result};
 use crate::index::Kind;
 use crate::options::Size;
 use crate::sealed::STRAYS_SHUT;
+#[cfg(debug_assertions)]
+use crate::steps::Step;
 use crate::sys;
 use crate::sys::identity::Member;
 use crate::units::NodeId;
+use rustix::process::getppid;
 use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::os::unix::ffi::OsStrExt;
@@ -40,6 +43,9 @@ enum Protocol {
     Inject,
     Size,
     Check,
+    /// Only for tests: what to die after.
+    #[cfg(debug_assertions)]
+    Die,
 }
 
 /// Whose attribute it is.
@@ -58,6 +64,8 @@ const TABLE: &[(&str, Protocol, On)] = &[
     ("user.hugetlb2.pool", Protocol::Pool, On::Root),
     ("trusted.hugetlb2.size", Protocol::Size, On::Root),
     ("trusted.hugetlb2.check", Protocol::Check, On::Root),
+    #[cfg(debug_assertions)]
+    ("trusted.hugetlb2.die", Protocol::Die, On::Root),
 ];
 
 /// Names under these belong to the protocol, whether it uses them or not.
@@ -69,6 +77,18 @@ fn find(name: &OsStr) -> Option<(Protocol, On)> {
 
 fn is_ours(name: &OsStr) -> bool {
     PREFIXES.iter().any(|prefix| name.as_bytes().starts_with(prefix))
+}
+
+/// `<n> <step>`: the worker dies when the step is done for the n-th time.
+#[cfg(debug_assertions)]
+fn arm(value: &[u8]) -> Result<()> {
+    let text = std::str::from_utf8(value).unwrap_or_default();
+    let armed = text.split_once(' ').and_then(|(nth, name)| {
+        Some((nth.parse().ok()?, *Step::ALL.iter().find(|step| step.name() == name)?))
+    });
+    let (nth, step) = armed.ok_or_else(|| Error::invalid("expected a number and the name of a step"))?;
+    crate::steps::arm(step, nth);
+    Ok(())
 }
 
 impl Fs {
@@ -96,6 +116,8 @@ impl Fs {
             Protocol::Pool => self.pool_text(),
             Protocol::Size => Ok(format!("{}\n", self.pool.balance().total * self.pool.page_size().bytes())),
             Protocol::Check => Ok(self.check()?.iter().fold(String::new(), |text, what| text + what + "\n")),
+            #[cfg(debug_assertions)]
+            Protocol::Die => Ok(Step::ALL.iter().fold(String::new(), |text, step| text + step.name() + "\n")),
             _ => Err(Error::NoData),
         }
     }
@@ -142,7 +164,7 @@ impl Fs {
         line("pages_used", account.held());
         line("pages_reserved", account.reserved);
         line("pages_orphaned", account.orphaned);
-        line("huge_bytes_at_mount", self.huge_at_mount);
+        line("huge_bytes_at_mount", self.huge_at_mount());
         for (node, bytes) in self.pool.reserves() {
             line(&format!("reserve_bytes_node{node}"), bytes);
         }
@@ -151,7 +173,8 @@ impl Fs {
         line("quarantined_soft", soft);
         line("quarantined_hw", hw);
         line("holes_shut_again", STRAYS_SHUT.load(Ordering::Relaxed));
-        line("daemon_pid", u64::from(std::process::id()));
+        line("daemon_pid", getppid().map_or(0, |supervisor| supervisor.as_raw_nonzero().get() as u64));
+        line("worker_pid", u64::from(std::process::id()));
         Ok(text)
     }
 
@@ -165,15 +188,18 @@ impl Fs {
         name: &OsStr,
         (value, flags): (&[u8], i32),
         by: Member,
+        ticket: Ticket,
     ) -> Result<()> {
         if !is_ours(name) {
-            return self.index.set_attribute(node, name, (value, flags), by);
+            return self.set_user_attribute(node, name, (value, flags), by, ticket);
         }
         let result = match find(name) {
             Some((attribute, On::File)) if self.is_file(node)? => {
-                self.set_file_attribute(node, attribute, value)
+                self.set_file_attribute(node, attribute, value, ticket)
             }
             Some((Protocol::Size, On::Root)) if node == NodeId::ROOT => self.resize(value),
+            #[cfg(debug_assertions)]
+            Some((Protocol::Die, On::Root)) if node == NodeId::ROOT => arm(value),
             _ => Err(Error::Unsupported),
         };
         result.inspect_err(|error| {
@@ -181,19 +207,29 @@ impl Fs {
         })
     }
 
-    fn set_file_attribute(&self, node: NodeId, attribute: Protocol, value: &[u8]) -> Result<()> {
+    fn set_file_attribute(
+        &self,
+        node: NodeId,
+        attribute: Protocol,
+        value: &[u8],
+        ticket: Ticket,
+    ) -> Result<()> {
         let object = self.object(node)?;
         // Whoever asks has perhaps just been sent a SIGBUS, and the patrol has not come round yet.
         self.look_for_poison();
         match attribute {
             Protocol::Poison => object.quarantine(value),
-            Protocol::Repair => self.repair(&object, value),
+            Protocol::Repair => {
+                self.once(ticket, || object.is_repairable(value), || self.repair(&object, value))
+            }
             Protocol::Collapse => object.collapse(value),
-            Protocol::Inject => object.inject(value).inspect_err(|error| {
-                if matches!(error, Error::Unsupported) {
-                    log::warn!("nothing injected: this kernel has no CONFIG_MEMORY_FAILURE");
-                }
-            }),
+            Protocol::Inject => self
+                .once(ticket, || object.is_injectable(value), || object.inject(value))
+                .inspect_err(|error| {
+                    if matches!(error, Error::Unsupported) {
+                        log::warn!("nothing injected: this kernel has no CONFIG_MEMORY_FAILURE");
+                    }
+                }),
             _ => Err(Error::Unsupported),
         }
     }
@@ -222,8 +258,8 @@ impl Fs {
     ///
     /// # Errors
     /// [`Error::NotPermitted`] for those of the protocol: a quarantine ends by repair, not by removing its description.
-    pub fn remove_attribute(&self, node: NodeId, name: &OsStr) -> Result<()> {
-        if is_ours(name) { Err(Error::NotPermitted) } else { self.index.remove_attribute(node, name) }
+    pub fn remove_attribute(&self, node: NodeId, name: &OsStr, ticket: Ticket) -> Result<()> {
+        if is_ours(name) { Err(Error::NotPermitted) } else { self.remove_user_attribute(node, name, ticket) }
     }
 
     /// listxattr(2): names with a NUL behind each; those of `trusted.` for root only.

@@ -9,19 +9,21 @@
 
 mod attributes;
 mod object;
+mod recovery;
+mod requests;
 
 pub use attributes::Reading;
 pub use object::{Allocation, Context, Extent, Object, State, Waker};
+pub use requests::Ticket;
 
 use crate::error::{Error, Result};
-use crate::index::{Attributes, DirEntry, Index, Kind, New, Time};
+use crate::index::{Attributes, DirEntry, Index, Kind, Time};
 use crate::options::Options;
 use crate::pool::{Holding, Pool};
-use crate::sys::identity::Caller;
+use crate::steps::{self, Step};
 use crate::sys::{memory_failures, memory_nodes, tmpfs};
-use crate::units::{FOLIO_SIZE, Folio, NodeId};
+use crate::units::{FOLIO_SIZE, Folio, NodeId, Range};
 use crossbeam::channel::Sender;
-use rustix::fs::RenameFlags;
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, OsStr};
@@ -31,8 +33,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 /// Where the objects' superblocks are mounted in the daemon's namespace.
 pub const OBJECTS: &str = "/objects";
 
-/// A folio that has become whole again and may be put back into one piece.
-pub type Repaired = (Arc<Object>, Folio);
+/// A part of a file whose folios may be whole again, and put back into one piece.
+pub type Repaired = (Arc<Object>, Range);
 
 /// The filesystem.
 pub struct Fs {
@@ -46,7 +48,6 @@ pub struct Fs {
     /// The kernel's count of memory errors when all files were last looked through; `None` where it has none.
     failures: Mutex<Option<u64>>,
     nodes: Vec<u32>,
-    huge_at_mount: u64,
 }
 
 /// What setattr is to change.
@@ -84,13 +85,18 @@ pub struct Statistics {
 }
 
 impl Fs {
-    /// An empty filesystem on `pool`. Folios that become whole again are reported to `repaired`.
+    /// An empty filesystem on `pool`. What becomes whole again is reported to `repaired`.
     ///
     /// # Errors
     /// What the kernel answers.
-    pub fn create(options: &Options, pool: Pool, repaired: Option<Sender<Repaired>>) -> Result<Self> {
-        let huge_at_mount = pool.collapse_reserves()?;
+    pub fn create(options: &Options, mut pool: Pool, repaired: Option<Sender<Repaired>>) -> Result<Self> {
+        pool.collapse_reserves()?;
+        pool.attach()?;
         let index = Index::create(options.mode, options.uid, options.gid)?;
+        Self::on(options, index, pool, repaired)
+    }
+
+    fn on(options: &Options, index: Index, pool: Pool, repaired: Option<Sender<Repaired>>) -> Result<Self> {
         Ok(Self {
             index,
             pool,
@@ -100,7 +106,6 @@ impl Fs {
             repaired,
             failures: Mutex::new(memory_failures()),
             nodes: memory_nodes()?,
-            huge_at_mount,
         })
     }
 
@@ -111,12 +116,12 @@ impl Fs {
 
     /// Bytes of the pool that were in 2 MiB folios when it was mounted.
     pub fn huge_at_mount(&self) -> u64 {
-        self.huge_at_mount
+        self.pool.huge_at_mount()
     }
 
     // ---- names --------------------------------------------------------------------------------------------------
 
-    /// Looks a name up; counts as one reference of the kernel's until [`Fs::forget`].
+    /// Looks a name up.
     ///
     /// # Errors
     /// ENOENT, ENOTDIR, ENAMETOOLONG.
@@ -161,49 +166,6 @@ impl Fs {
             self.index.set_times(node, changes.accessed, changes.modified)?;
         }
         self.attributes(node)
-    }
-
-    /// Makes an entry that belongs to `caller`.
-    ///
-    /// # Errors
-    /// EEXIST and the like.
-    pub fn make(&self, parent: NodeId, name: &OsStr, new: New<'_>, caller: Caller) -> Result<Attributes> {
-        self.index.make(parent, name, new, caller)
-    }
-
-    /// link(2).
-    ///
-    /// # Errors
-    /// EEXIST, EMLINK and the like.
-    pub fn link(&self, node: NodeId, parent: NodeId, name: &OsStr) -> Result<Attributes> {
-        self.index.link(node, parent, name).map(|attributes| self.with_contents(attributes))
-    }
-
-    /// unlink(2). The memory stays until the last user is gone.
-    ///
-    /// # Errors
-    /// ENOENT, EISDIR.
-    pub fn unlink(&self, parent: NodeId, name: &OsStr) -> Result<()> {
-        self.index.unlink(parent, name).map(|orphan| self.note_orphan(orphan))
-    }
-
-    /// rmdir(2).
-    ///
-    /// # Errors
-    /// ENOTEMPTY, ENOTDIR.
-    pub fn remove_directory(&self, parent: NodeId, name: &OsStr) -> Result<()> {
-        self.index.remove_directory(parent, name)
-    }
-
-    /// renameat2(2).
-    ///
-    /// # Errors
-    /// EEXIST, ENOTEMPTY, EINVAL for RENAME_WHITEOUT.
-    pub fn rename(&self, from: (NodeId, &OsStr), to: (NodeId, &OsStr), flags: RenameFlags) -> Result<()> {
-        if flags.contains(RenameFlags::WHITEOUT) {
-            return Err(Error::invalid("there are no whiteouts here"));
-        }
-        self.index.rename(from, to, flags).map(|orphan| self.note_orphan(orphan))
     }
 
     fn note_orphan(&self, orphan: Option<NodeId>) {
@@ -252,10 +214,10 @@ impl Fs {
         })
     }
 
-    /// The kernel gives up `count` references. Returns true if the node is gone with that, and its memory back in the
-    /// pool.
-    pub fn forget(&self, node: NodeId, count: u64) -> bool {
-        let gone = self.index.forget(node, count);
+    /// The kernel gives up references to `node`. If that has no name and is not `known` to the kernel any more, its memory goes
+    /// back to the pool, and true is returned.
+    pub fn forget(&self, node: NodeId, known: impl FnOnce(NodeId) -> bool) -> bool {
+        let gone = self.index.is_unlinked(node) && !known(node);
         if gone {
             self.erase(node);
         }
@@ -293,6 +255,7 @@ impl Fs {
         }
         let holding = Holding::create(self.pool.page_size())?;
         attach(node, &holding)?;
+        steps::done(Step::CreateAttached);
         let object = Arc::new(Object::new(node, holding));
         objects.insert(node, object.clone());
         Ok(object)
@@ -300,13 +263,18 @@ impl Fs {
 
     /// Nobody can reach `node` any more: its memory goes back to the pool, then its inode.
     fn erase(&self, node: NodeId) {
-        let mut stranded = self.stranded();
-        stranded.extend(self.objects().remove(&node));
-        stranded.retain(|object| self.dismantle(object).is_err());
-        drop(stranded);
+        self.stranded().extend(self.known_object(node));
+        self.objects().remove(&node);
+        self.retry_stranded();
+        steps::done(Step::DismantleDetached);
         if let Err(error) = self.index.erase(node) {
             log::error!("file {node}: its inode could not be removed: {error}");
         }
+        steps::done(Step::DismantleErased);
+    }
+
+    fn retry_stranded(&self) {
+        self.stranded().retain(|object| self.dismantle(object).is_err());
     }
 
     fn stranded(&self) -> MutexGuard<'_, Vec<Arc<Object>>> {
@@ -317,18 +285,20 @@ impl Fs {
         object.empty(&self.pool).inspect_err(|error| {
             log::error!("file {}: its memory could not be moved back yet: {error}", object.node());
         })?;
+        steps::done(Step::DismantleEmptied);
         detach(object.node());
         Ok(())
     }
 
+    fn report_repaired(&self, object: Arc<Object>, range: Range) {
+        if let Some(sender) = &self.repaired {
+            let _ = sender.send((object, range)); // an agent that has ended is no reason for a repair to fail
+        }
+    }
+
     /// Makes what [`Object`]s need to know.
     fn with_context<T>(&self, object: &Arc<Object>, run: impl FnOnce(Context<'_>) -> T) -> T {
-        let repaired = |folio| {
-            if let Some(sender) = &self.repaired {
-                // An agent that has ended is no reason for a repair to fail.
-                let _ = sender.send((object.clone(), folio));
-            }
-        };
+        let repaired = |folio: Folio| self.report_repaired(object.clone(), folio.range());
         run(Context { pool: &self.pool, recovery_write: self.recovery_write, repaired: &repaired })
     }
 
@@ -493,8 +463,9 @@ impl Drop for Fs {
     /// The memory is freed here, by us, and not some time after the process has ended.
     fn drop(&mut self) {
         let objects = std::mem::take(&mut *self.objects());
-        for node in objects.keys() {
-            detach(*node);
+        let stranded = std::mem::take(&mut *self.stranded());
+        for object in objects.values().chain(&stranded) {
+            detach(object.node());
         }
         let _ = tmpfs::detach(crate::index::MOUNT_POINT);
     }
@@ -507,6 +478,7 @@ fn object_path(node: NodeId) -> CString {
 fn attach(node: NodeId, holding: &Holding) -> Result<()> {
     let path = object_path(node);
     rustix::fs::mkdir(&*path, rustix::fs::Mode::from_raw_mode(0o700))?;
+    steps::done(Step::CreatePlace);
     tmpfs::attach(holding.sealed().mount(), path_text(&path)).inspect_err(|_| {
         let _ = rustix::fs::rmdir(&*path);
     })

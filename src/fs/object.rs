@@ -11,7 +11,11 @@ use crate::sys::{self, tmpfs};
 use crate::units::{FOLIO_SIZE, Folio, NodeId, Range, STAT_BLOCK, SUBPAGE_SIZE, Subpage};
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+/// What is kept with a file, by name.
+const BACKING: &str = "backing";
+const POLLERS: &str = "pollers";
 
 /// Runs once, when the quarantine of a file has grown.
 pub type Waker = Box<dyn FnOnce() + Send>;
@@ -346,11 +350,12 @@ impl Object {
     /// kernel has no CONFIG_MEMORY_FAILURE.
     pub fn inject(&self, value: &[u8]) -> Result<()> {
         let holding = self.read_lock();
-        let subpage = quarantine::parse_inject(value, holding.sealed().size())?;
-        if !holding.sealed().has_memory(subpage.folio()) || holding.sealed().is_lost(subpage) {
-            return Err(Error::invalid(format!("{:#x} has no memory, or is quarantined", subpage.offset())));
-        }
-        holding.sealed().inject(subpage)
+        holding.sealed().inject(injectable(&holding, value)?)
+    }
+
+    /// Whether [`Object::inject`] would find a place.
+    pub fn is_injectable(&self, value: &[u8]) -> bool {
+        injectable(&self.read_lock(), value).is_ok()
     }
 
     /// Whether the quarantine has grown since its [`Object::report`] was read.
@@ -358,9 +363,53 @@ impl Object {
         self.read_lock().sealed().superblock().alarm
     }
 
-    /// Runs `waker` once, when the quarantine grows; a later one with the same `key` takes its place.
-    pub fn wake_on_alarm(&self, key: u64, waker: Waker) {
-        self.wakers.lock().expect("no panic while the list is open").insert(key, waker);
+    /// Runs `waker` once, when the quarantine grows; a later one with the same `key`, the kernel's handle, takes its place. The keys
+    /// are noted with the file, for the next worker to wake them. Of those that have gone away nobody tells, so a long list
+    /// is done with by waking all: who still polls comes again.
+    ///
+    /// # Errors
+    /// What setxattr(2) answers.
+    pub fn wake_on_alarm(&self, key: u64, waker: Waker) -> Result<()> {
+        const MOST: usize = 1024;
+        let mut wakers = self.wakers();
+        if wakers.len() >= MOST && !wakers.contains_key(&key) {
+            self.wake_these(std::mem::take(&mut *wakers));
+        }
+        if wakers.insert(key, waker).is_none() {
+            let keys: Vec<u8> = wakers.keys().flat_map(|key| key.to_le_bytes()).collect();
+            self.read_lock().sealed().keep(POLLERS, &keys)?;
+        }
+        Ok(())
+    }
+
+    /// The keys that [`Object::wake_on_alarm`] noted in another process; the note is removed.
+    ///
+    /// # Errors
+    /// What removexattr(2) answers.
+    pub fn take_pollers(&self) -> Result<Vec<u64>> {
+        let holding = self.read_lock();
+        let Some(keys) = holding.sealed().kept(POLLERS)? else { return Ok(Vec::new()) };
+        holding.sealed().discard(POLLERS)?;
+        let (keys, _) = keys.as_chunks::<8>();
+        Ok(keys.iter().map(|key| u64::from_le_bytes(*key)).collect())
+    }
+
+    /// The number that the kernel knows `data` by (FUSE_DEV_IOC_BACKING_OPEN). It is kept with the file: all who open it must
+    /// name the same, whichever worker answers them.
+    ///
+    /// # Errors
+    /// What getxattr(2) answers.
+    pub fn backing(&self) -> Result<Option<u32>> {
+        let kept = self.read_lock().sealed().kept(BACKING)?;
+        Ok(kept.and_then(|bytes| Some(u32::from_le_bytes(bytes.try_into().ok()?))))
+    }
+
+    /// Keeps that number.
+    ///
+    /// # Errors
+    /// What setxattr(2) answers.
+    pub fn set_backing(&self, number: u32) -> Result<()> {
+        self.read_lock().sealed().keep(BACKING, &number.to_le_bytes())
     }
 
     /// Quarantines the subpages of the ranges that a value of the poison attribute names; those that are quarantined
@@ -396,8 +445,16 @@ impl Object {
         result
     }
 
+    fn wakers(&self) -> MutexGuard<'_, BTreeMap<u64, Waker>> {
+        self.wakers.lock().expect("no panic while the list is open")
+    }
+
     fn wake_all(&self) {
-        let wakers = std::mem::take(&mut *self.wakers.lock().expect("no panic while the list is open"));
+        let wakers = std::mem::take(&mut *self.wakers());
+        self.wake_these(wakers);
+    }
+
+    fn wake_these(&self, wakers: BTreeMap<u64, Waker>) {
         wakers.into_values().for_each(|wake| wake());
     }
 
@@ -425,6 +482,15 @@ impl Object {
             }
         }
         Ok(())
+    }
+
+    /// Whether [`Object::repair`] would find something to do.
+    pub fn is_repairable(&self, value: &[u8]) -> bool {
+        let holding = self.read_lock();
+        let requests = quarantine::parse_repair(value, holding.sealed().size());
+        requests.is_ok_and(|requests| {
+            requests.iter().all(|(verb, range)| check_repairable(&holding, *verb, *range).is_ok())
+        })
     }
 
     fn repair_one(
@@ -463,13 +529,15 @@ impl Object {
         result
     }
 
-    /// Puts one folio back into one piece, as far as it can be.
+    /// Puts one folio back into one piece, as far as it has memory and nothing of it is lost.
     ///
     /// # Errors
     /// As for [`crate::sealed::Sealed::collapse`].
     pub fn collapse_folio(&self, folio: Folio) -> Result<()> {
         let holding = self.read_lock();
-        if holding.sealed().has_memory(folio) { self.collapse_one(holding.sealed(), folio) } else { Ok(()) }
+        let sealed = holding.sealed();
+        let is_whole = sealed.has_memory(folio) && sealed.lost_in(folio.range()).next().is_none();
+        if is_whole { self.collapse_one(sealed, folio) } else { Ok(()) }
     }
 
     fn collapse_one(&self, sealed: &Sealed, folio: Folio) -> Result<()> {
@@ -615,6 +683,14 @@ fn hole_at(holding: &Holding, offset: u64) -> Option<Range> {
         return Some(subpage.range());
     }
     holding.released_ranges().find(|range| range.start <= offset && offset < range.end)
+}
+
+fn injectable(holding: &Holding, value: &[u8]) -> Result<Subpage> {
+    let subpage = quarantine::parse_inject(value, holding.sealed().size())?;
+    if !holding.sealed().has_memory(subpage.folio()) || holding.sealed().is_lost(subpage) {
+        return Err(Error::invalid(format!("{:#x} has no memory, or is quarantined", subpage.offset())));
+    }
+    Ok(subpage)
 }
 
 fn check_repairable(holding: &Holding, verb: Repair, range: Range) -> Result<()> {

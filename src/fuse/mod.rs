@@ -6,21 +6,29 @@
 //! Names, attributes and absence change through this kernel only, so it may keep names and attributes for good; it
 //! drops them itself where a request changes them (fs/fuse/dir.c), with the one exception that [`validity`] makes.
 
+//!
+//! A worker may die at any instruction, and another takes over ([`Connection::take_over`]): an open file and an open directory are nothing here but
+//! their node, and the one number that the kernel knows a file's memory by is kept with the file.
+
+mod device;
 mod encode;
+mod session;
+
+pub use device::refuse_one;
+pub use session::{Connection, Handshake, would_agree};
 
 use crate::error::{Error, Result};
-use crate::fs::{Allocation, Changes, Fs, Object, Reading};
+use crate::fs::{Allocation, Changes, Fs, Object, Reading, Ticket};
 use crate::index::{Attributes, Kind, New, Time};
 use crate::sys::identity::{Caller, Member};
 use crate::units::NodeId;
 use encode::{errno, file_attr, file_type};
 use fuser::{
-    BackingId, BsdFileFlags, Config, CopyFileRangeFlags, FileHandle, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier, ReplyAttr,
+    BackingId, BsdFileFlags, CopyFileRangeFlags, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
+    InitFlags, KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier, ReplyAttr,
     ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyPoll,
-    ReplyStatfs, ReplyWrite, ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
-use slab::Slab;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::{CString, OsStr};
@@ -56,34 +64,9 @@ const WELCOME: &[InitFlags] = &[InitFlags::FUSE_PARALLEL_DIROPS, InitFlags::FUSE
 /// A filesystem that answers the kernel.
 struct Adapter {
     fs: Arc<Fs>,
-    directories: Mutex<Slab<Arc<OwnedFd>>>,
+    /// What is said to the kernel without having been asked.
+    device: OwnedFd,
     backings: Mutex<HashMap<NodeId, Arc<BackingId>>>,
-}
-
-/// A connection to the kernel, agreed on and not served yet.
-pub struct Connection(Session<Adapter>);
-
-impl Connection {
-    /// Answers the kernel's FUSE_INIT on `device`, which must have been mounted.
-    ///
-    /// # Errors
-    /// A sentence: what the kernel lacks, or that nothing is mounted.
-    pub fn establish(fs: Arc<Fs>, device: OwnedFd) -> Result<Self, String> {
-        let adapter = Adapter { fs, directories: Mutex::default(), backings: Mutex::default() };
-        let mut config = Config::default();
-        config.n_threads = Some(THREADS);
-        Session::from_fd(adapter, device, SessionACL::All, config)
-            .map(Self)
-            .map_err(|error| error.to_string())
-    }
-
-    /// Serves until the filesystem is unmounted.
-    ///
-    /// # Errors
-    /// What reading the device answers.
-    pub fn serve(self) -> Result<()> {
-        Ok(self.0.run()?)
-    }
 }
 
 /// What is missing in what the kernel offers; `None` if nothing is.
@@ -106,26 +89,66 @@ fn is_unprivileged(request: &Request) -> bool {
     request.uid() != 0
 }
 
+/// Which request it is.
+fn ticket(request: &Request) -> Ticket {
+    let number = request.unique().0;
+    Ticket { number: number & !device::AGAIN, again: number & device::AGAIN != 0 }
+}
+
+/// What can make a backing id for the kernel, or know one again: a reply to open(2).
+trait Registrar {
+    fn register(&self, data: &std::fs::File) -> io::Result<BackingId>;
+    fn known(&self, number: u32) -> BackingId;
+}
+
+macro_rules! registrar {
+    ($reply:ty) => {
+        impl Registrar for $reply {
+            fn register(&self, data: &std::fs::File) -> io::Result<BackingId> {
+                self.open_backing(data)
+            }
+
+            fn known(&self, number: u32) -> BackingId {
+                // SAFETY: the number was made by `open_backing` on this connection and its maker has died, so that this is the
+                // one owner of it.
+                #[allow(unsafe_code)]
+                unsafe {
+                    self.wrap_backing(number)
+                }
+            }
+        }
+    };
+}
+registrar!(ReplyOpen);
+registrar!(ReplyCreate);
+
 impl Adapter {
-    fn directories(&self) -> MutexGuard<'_, Slab<Arc<OwnedFd>>> {
-        self.directories.lock().expect("no panic while the table is open")
+    fn new(fs: Arc<Fs>, device: &OwnedFd) -> Result<Self, String> {
+        let device = device.try_clone().map_err(|error| format!("dup: {error}"))?;
+        Ok(Self { fs, device, backings: Mutex::default() })
     }
 
     fn backings(&self) -> MutexGuard<'_, HashMap<NodeId, Arc<BackingId>>> {
         self.backings.lock().expect("no panic while the table is open")
     }
 
-    /// The file's one backing id; `register` makes it the first time.
-    fn backing(
-        &self,
-        object: &Object,
-        register: impl FnOnce(&std::fs::File) -> io::Result<BackingId>,
-    ) -> Result<Arc<BackingId>> {
+    /// The file's one backing id, made the first time. A worker that dies before the number is kept leaves the kernel an id that is
+    /// never used: some hundred bytes until it is unmounted, as the memory of a file goes back to the pool by being moved.
+    fn backing(&self, object: &Object, registrar: &impl Registrar) -> Result<Arc<BackingId>> {
         let mut backings = self.backings();
         if let Some(backing) = backings.get(&object.node()) {
             return Ok(backing.clone());
         }
-        let backing = Arc::new(register(object.data())?);
+        let backing = match object.backing()? {
+            Some(number) => registrar.known(number),
+            None => {
+                let number = registrar.register(object.data())?.into_raw();
+                let backing = registrar.known(number);
+                object.set_backing(number)?;
+                backing
+            }
+        };
+        let backing = Arc::new(backing);
         backings.insert(object.node(), backing.clone());
         Ok(backing)
     }
@@ -149,10 +172,16 @@ impl Adapter {
         }
     }
 
-    fn forget_one(&self, node: NodeId, count: u64) {
-        if self.fs.forget(node, count) {
+    fn forget_one(&self, node: NodeId) {
+        if self.fs.forget(node, |node| device::knows(&self.device, node)) {
             self.backings().remove(&node);
         }
+    }
+
+    /// Undoes a creation of which the kernel learns nothing.
+    fn uncreate(&self, parent: NodeId, name: &OsStr, node: NodeId, ticket: Ticket) {
+        let _ = self.fs.unlink(parent, name, ticket); // it would be an empty file that nobody has asked for, no more
+        self.forget_one(node);
     }
 
     /// Makes a regular file and readies it for being mapped; undone where the latter fails.
@@ -162,12 +191,11 @@ impl Adapter {
         name: &OsStr,
         mode: u32,
         caller: Caller,
+        ticket: Ticket,
     ) -> Result<(Attributes, Arc<Object>)> {
-        let attributes = self.fs.make(parent, name, New::Node(mode | libc::S_IFREG, 0), caller)?;
-        let object = self.fs.object(attributes.node).inspect_err(|_| {
-            let _ = self.fs.unlink(parent, name);
-            self.fs.forget(attributes.node, 1);
-        })?;
+        let attributes = self.fs.make(parent, name, New::Node(mode | libc::S_IFREG, 0), caller, ticket)?;
+        let object = self.fs.object(attributes.node);
+        let object = object.inspect_err(|_| self.uncreate(parent, name, attributes.node, ticket))?;
         Ok((attributes, object))
     }
 }
@@ -257,6 +285,23 @@ fn allocation(mode: i32) -> Result<Allocation> {
     }
 }
 
+/// What this version asks of the kernel.
+fn agree(config: &mut KernelConfig) -> io::Result<()> {
+    if let Some(what) = missing(config.capabilities()) {
+        return Err(io::Error::new(io::ErrorKind::Unsupported, what));
+    }
+    let refused = |what: &str| io::Error::new(io::ErrorKind::Unsupported, what.to_owned());
+    for (flag, name) in REQUIRED {
+        config.add_capabilities(*flag).map_err(|_| refused(name))?;
+    }
+    for flag in WELCOME {
+        let _ = config.add_capabilities(*flag);
+    }
+    config.set_max_stack_depth(1).map_err(|_| refused("a stacking depth of 1"))?;
+    config.set_max_write(LARGEST_REQUEST).map_err(|_| refused("writes of 1 MiB"))?;
+    Ok(())
+}
+
 thread_local! {
     /// What was read, on its way to the kernel.
     static READ_BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
@@ -264,27 +309,15 @@ thread_local! {
 
 impl Filesystem for Adapter {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        if let Some(what) = missing(config.capabilities()) {
-            return Err(io::Error::new(io::ErrorKind::Unsupported, what));
-        }
-        let refused = |what: &str| io::Error::new(io::ErrorKind::Unsupported, what.to_owned());
-        for (flag, name) in REQUIRED {
-            config.add_capabilities(*flag).map_err(|_| refused(name))?;
-        }
-        for flag in WELCOME {
-            let _ = config.add_capabilities(*flag);
-        }
-        config.set_max_stack_depth(1).map_err(|_| refused("a stacking depth of 1"))?;
-        config.set_max_write(LARGEST_REQUEST).map_err(|_| refused("writes of 1 MiB"))?;
-        Ok(())
+        agree(config)
     }
 
     fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         reply_entry(reply, self.fs.lookup(node_id(parent), name));
     }
 
-    fn forget(&self, _request: &Request, ino: INodeNo, nlookup: u64) {
-        self.forget_one(node_id(ino), nlookup);
+    fn forget(&self, _request: &Request, ino: INodeNo, _nlookup: u64) {
+        self.forget_one(node_id(ino));
     }
 
     fn getattr(&self, _request: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
@@ -339,7 +372,7 @@ impl Filesystem for Adapter {
         reply: ReplyEntry,
     ) {
         let new = New::Node(mode, u64::from(rdev));
-        reply_entry(reply, self.fs.make(node_id(parent), name, new, caller(request, umask)));
+        reply_entry(reply, self.fs.make(node_id(parent), name, new, caller(request, umask), ticket(request)));
     }
 
     fn mkdir(
@@ -351,29 +384,30 @@ impl Filesystem for Adapter {
         umask: u32,
         reply: ReplyEntry,
     ) {
-        reply_entry(reply, self.fs.make(node_id(parent), name, New::Directory(mode), caller(request, umask)));
+        let new = New::Directory(mode);
+        reply_entry(reply, self.fs.make(node_id(parent), name, new, caller(request, umask), ticket(request)));
     }
 
-    fn unlink(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        reply_empty(reply, self.fs.unlink(node_id(parent), name));
+    fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        reply_empty(reply, self.fs.unlink(node_id(parent), name, ticket(request)));
     }
 
-    fn rmdir(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        reply_empty(reply, self.fs.remove_directory(node_id(parent), name));
+    fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        reply_empty(reply, self.fs.remove_directory(node_id(parent), name, ticket(request)));
     }
 
     fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
         let target =
             CString::new(target.as_os_str().as_bytes()).map_err(|_| Error::invalid("NUL in a target"));
         let made = target.and_then(|target| {
-            self.fs.make(node_id(parent), name, New::Symlink(&target), caller(request, 0))
+            self.fs.make(node_id(parent), name, New::Symlink(&target), caller(request, 0), ticket(request))
         });
         reply_entry(reply, made);
     }
 
     fn rename(
         &self,
-        _request: &Request,
+        request: &Request,
         parent: INodeNo,
         name: &OsStr,
         newparent: INodeNo,
@@ -382,16 +416,18 @@ impl Filesystem for Adapter {
         reply: ReplyEmpty,
     ) {
         let flags = rustix::fs::RenameFlags::from_bits_retain(flags.bits());
-        reply_empty(reply, self.fs.rename((node_id(parent), name), (node_id(newparent), newname), flags));
+        let (from, to, ticket) = ((node_id(parent), name), (node_id(newparent), newname), ticket(request));
+        reply_empty(reply, self.fs.rename(from, to, flags, ticket));
+        self.fs.dismiss(ticket);
     }
 
-    fn link(&self, _request: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
-        reply_entry(reply, self.fs.link(node_id(ino), node_id(newparent), newname));
+    fn link(&self, request: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
+        reply_entry(reply, self.fs.link(node_id(ino), node_id(newparent), newname, ticket(request)));
     }
 
     fn open(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         let object = self.fs.object(node_id(ino));
-        let backing = object.and_then(|object| self.backing(&object, |data| reply.open_backing(data)));
+        let backing = object.and_then(|object| self.backing(&object, &reply));
         match backing {
             Ok(backing) => reply.opened_passthrough(FileHandle(0), open_flags(), &backing),
             Err(error) => reply.error(errno(&error)),
@@ -408,12 +444,11 @@ impl Filesystem for Adapter {
         _flags: i32,
         reply: ReplyCreate,
     ) {
-        let created = self.create_file(node_id(parent), name, mode, caller(request, umask));
+        let (parent, ticket) = (node_id(parent), ticket(request));
+        let created = self.create_file(parent, name, mode, caller(request, umask), ticket);
         let opened = created.and_then(|(attributes, object)| {
-            let backing = self.backing(&object, |data| reply.open_backing(data)).inspect_err(|_| {
-                let _ = self.fs.unlink(node_id(parent), name);
-                self.forget_one(attributes.node, 1);
-            })?;
+            let backing = self.backing(&object, &reply);
+            let backing = backing.inspect_err(|_| self.uncreate(parent, name, attributes.node, ticket))?;
             Ok((attributes, backing))
         });
         match opened {
@@ -492,10 +527,7 @@ impl Filesystem for Adapter {
 
     fn opendir(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         match self.fs.open_directory(node_id(ino)) {
-            Ok(fd) => {
-                let handle = self.directories().insert(Arc::new(fd));
-                reply.opened(FileHandle(handle as u64), FopenFlags::empty());
-            }
+            Ok(_) => reply.opened(FileHandle(0), FopenFlags::empty()),
             Err(error) => reply.error(errno(&error)),
         }
     }
@@ -503,27 +535,21 @@ impl Filesystem for Adapter {
     fn readdir(
         &self,
         _request: &Request,
-        _ino: INodeNo,
-        fh: FileHandle,
+        ino: INodeNo,
+        _fh: FileHandle,
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
-        let Some(fd) = self.directories().get(fh.0 as usize).cloned() else {
-            return reply.error(fuser::Errno::EBADF);
-        };
-        let read = self.fs.read_directory(&fd, offset, |entry| {
-            let name = OsStr::from_bytes(&entry.name);
-            !reply.add(INodeNo(entry.node.0), entry.next, file_type(entry.kind), name)
+        let read = self.fs.open_directory(node_id(ino)).and_then(|directory| {
+            self.fs.read_directory(&directory, offset, |entry| {
+                let name = OsStr::from_bytes(&entry.name);
+                !reply.add(INodeNo(entry.node.0), entry.next, file_type(entry.kind), name)
+            })
         });
         match read {
             Ok(()) => reply.ok(),
             Err(error) => reply.error(errno(&error)),
         }
-    }
-
-    fn releasedir(&self, _: &Request, _ino: INodeNo, fh: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
-        self.directories().try_remove(fh.0 as usize);
-        reply.ok();
     }
 
     fn statfs(&self, _request: &Request, _ino: INodeNo, reply: ReplyStatfs) {
@@ -557,7 +583,9 @@ impl Filesystem for Adapter {
         reply: ReplyEmpty,
     ) {
         let by = Member { uid: request.uid(), gid: request.gid(), pid: request.pid() };
-        reply_empty(reply, self.fs.set_attribute(node_id(ino), name, (value, flags), by));
+        let ticket = ticket(request);
+        reply_empty(reply, self.fs.set_attribute(node_id(ino), name, (value, flags), by, ticket));
+        self.fs.dismiss(ticket);
     }
 
     fn getxattr(&self, _request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
@@ -569,8 +597,10 @@ impl Filesystem for Adapter {
         reply_xattr(reply, size, self.fs.attribute_names(node_id(ino), request.uid()));
     }
 
-    fn removexattr(&self, _request: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        reply_empty(reply, self.fs.remove_attribute(node_id(ino), name));
+    fn removexattr(&self, request: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let ticket = ticket(request);
+        reply_empty(reply, self.fs.remove_attribute(node_id(ino), name, ticket));
+        self.fs.dismiss(ticket);
     }
 
     fn poll(
@@ -593,7 +623,9 @@ impl Filesystem for Adapter {
             let wake = move || {
                 let _ = notifier.notify(); // a handle that the kernel has dropped is nobody's loss
             };
-            object.wake_on_alarm(key, Box::new(wake));
+            if let Err(error) = object.wake_on_alarm(key, Box::new(wake)) {
+                return reply.error(errno(&error));
+            }
         }
         let mut events =
             PollEvents::POLLIN | PollEvents::POLLOUT | PollEvents::POLLRDNORM | PollEvents::POLLWRNORM;

@@ -2,33 +2,33 @@
 //!
 //! ```text
 //!   /index/tree/...       what users see; a regular file here is empty and only stands for its object
-//!   /index/.orphans/<id>  files that were unlinked and are still open or mapped
+//!   /index/.orphans/<id>  what was unlinked and is still open or mapped
+//!   /index/.witnesses/<n> what a request found, see [`Index::witness`]
 //! ```
 //!
 //! Create, rename, link, chmod and the rest are the kernel's own, atomic system calls on that tmpfs, and POSIX comes
-//! with them. A [`NodeId`] is the file handle of an inode, so this module keeps no table from id to inode. What it does
-//! keep is what the kernel told it: how many references it holds to each inode ([`Nodes`]).
+//! with them. A [`NodeId`] is the file handle of an inode, so this module keeps no table from id to inode, and no count of
+//! the kernel's references: whether the kernel still knows a node is the kernel's to say (see [`Index::erase`]).
 //!
-//! **Unlinking.** The last name of an inode that the kernel still refers to goes in two steps: the inode is linked
-//! into `.orphans`, then the name is removed. Between the two it has one link too many, which the next start mends. A
-//! removed directory cannot be linked; it is held open instead. When the last reference is forgotten, so is the inode.
+//! **Unlinking.** The last name of an inode goes in two steps: the inode is linked into `.orphans`, then the name is
+//! removed. Between the two it has one link too many; [`Index::reopen`] takes that back. A directory cannot be linked: it is moved
+//! there, in one step.
 //!
-//! **Locks.** `unlinking` is held from looking at a link count to having acted on it; `nodes` for one look-up. Neither
+//! **Locks.** `unlinking` is held from looking at a link count to having acted on it; `orphaned` for one look-up. Neither
 //! while calling out of this module.
 
-mod nodes;
-
 use crate::error::{Error, Result};
+use crate::steps::{self, Step};
 use crate::sys::handle;
 use crate::sys::identity::{Caller, Member, acting_as};
 use crate::sys::{fd_path, tmpfs};
 use crate::units::NodeId;
-use nodes::Nodes;
 use rustix::fs::{
     AtFlags, CWD, FileType, Gid, Mode, OFlags, RenameFlags, SeekFrom, Statx, StatxFlags, Timestamps, Uid,
     XattrFlags,
 };
 use rustix::io::Errno;
+use std::collections::HashSet;
 use std::ffi::{CStr, CString, OsStr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -37,6 +37,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The index's mount point in the daemon's namespace.
 pub const MOUNT_POINT: &str = "/index";
+
+const TREE: &str = "tree";
+const ORPHANS: &str = ".orphans";
+const WITNESSES: &str = ".witnesses";
 
 const ACCESS_ACL: &str = "system.posix_acl_access";
 
@@ -146,7 +150,9 @@ pub struct Index {
     mount: OwnedFd,
     tree: OwnedFd,
     orphans: OwnedFd,
-    nodes: Mutex<Nodes>,
+    witnesses: OwnedFd,
+    /// What is in `.orphans`.
+    orphaned: Mutex<HashSet<NodeId>>,
     unlinking: Mutex<()>,
 }
 
@@ -158,20 +164,61 @@ impl Index {
     pub fn create(mode: u32, uid: u32, gid: u32) -> Result<Self> {
         let mount = tmpfs::create(&tmpfs::Options { inode32: true, ..Default::default() })?;
         tmpfs::attach(&mount, MOUNT_POINT)?;
-        let directory = |name: &str| -> Result<OwnedFd> {
+        for name in [TREE, ORPHANS, WITNESSES] {
             rustix::fs::mkdirat(&mount, name, Mode::from_raw_mode(0o700))?;
-            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            Ok(rustix::fs::openat(&mount, name, flags, Mode::empty())?)
-        };
-        let (tree, orphans) = (directory("tree")?, directory(".orphans")?);
-        rustix::fs::fchown(&tree, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
-        rustix::fs::fchmod(&tree, Mode::from_raw_mode(mode))?;
-        handle::of(&tree, c"")?;
-        Ok(Self { mount, tree, orphans, nodes: Mutex::default(), unlinking: Mutex::default() })
+        }
+        let index = Self::of(mount)?;
+        rustix::fs::fchown(&index.tree, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
+        rustix::fs::fchmod(&index.tree, Mode::from_raw_mode(mode))?;
+        handle::of(&index.tree, c"")?;
+        Ok(index)
     }
 
-    fn nodes(&self) -> MutexGuard<'_, Nodes> {
-        self.nodes.lock().expect("no panic while the table of nodes is open")
+    /// The tree that another process made, at [`MOUNT_POINT`], with what that had half done taken back.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn reopen() -> Result<Self> {
+        let index = Self::of(open_directory_at(CWD, MOUNT_POINT)?)?;
+        for id in index.listed_orphans()? {
+            let stat = rustix::fs::statx(
+                &index.orphans,
+                orphan_name(id),
+                AtFlags::SYMLINK_NOFOLLOW,
+                StatxFlags::BASIC_STATS,
+            )?;
+            let attributes = from_statx(id, &stat);
+            if attributes.kind != Kind::Directory && attributes.links > 1 {
+                rustix::fs::unlinkat(&index.orphans, orphan_name(id), AtFlags::empty())?;
+            } else {
+                index.orphaned().insert(id);
+            }
+        }
+        Ok(index)
+    }
+
+    fn of(mount: OwnedFd) -> Result<Self> {
+        let (tree, orphans) = (open_directory_at(&mount, TREE)?, open_directory_at(&mount, ORPHANS)?);
+        let witnesses = open_directory_at(&mount, WITNESSES)?;
+        let (orphaned, unlinking) = (Mutex::default(), Mutex::default());
+        Ok(Self { mount, tree, orphans, witnesses, orphaned, unlinking })
+    }
+
+    fn listed_orphans(&self) -> Result<Vec<NodeId>> {
+        let mut orphans = Vec::new();
+        for entry in rustix::fs::Dir::read_from(&self.orphans)? {
+            let name = entry?.file_name().to_owned();
+            orphans.extend(name.to_str().ok().and_then(NodeId::parse));
+        }
+        Ok(orphans)
+    }
+
+    fn orphaned(&self) -> MutexGuard<'_, HashSet<NodeId>> {
+        self.orphaned.lock().expect("no panic while the set is open")
+    }
+
+    fn is_orphan(&self, node: NodeId) -> bool {
+        self.orphaned().contains(&node)
     }
 
     fn open(&self, node: NodeId, flags: OFlags) -> Result<OwnedFd> {
@@ -195,7 +242,7 @@ impl Index {
         Ok(if id == handle::of(&self.tree, c"")? { NodeId::ROOT } else { id })
     }
 
-    /// Looks `name` up in `parent`, and counts one more reference of the kernel's to what it finds.
+    /// Looks `name` up in `parent`.
     ///
     /// # Errors
     /// What statx(2) answers.
@@ -207,9 +254,7 @@ impl Index {
     fn look_up_in(&self, directory: &OwnedFd, name: &CStr) -> Result<Attributes> {
         let id = self.id_of(directory, name)?;
         let node = self.path(id)?;
-        let attributes = self.attributes_of(&node, id)?;
-        self.nodes().look_up(id);
-        Ok(attributes)
+        self.attributes_of(&node, id)
     }
 
     /// What stat(2) tells of a node.
@@ -223,8 +268,8 @@ impl Index {
     fn attributes_of(&self, fd: &OwnedFd, node: NodeId) -> Result<Attributes> {
         let stat = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)?;
         let mut attributes = from_statx(node, &stat);
-        if self.nodes().is_unlinked(node) {
-            attributes.links = 0; // the one that it has is in `.orphans`
+        if self.is_orphan(node) {
+            attributes.links = 0; // those that it has are in `.orphans`
         }
         Ok(attributes)
     }
@@ -264,7 +309,7 @@ impl Index {
         let directory = self.path(parent)?;
         let name = c_name(name)?;
         let _unlinking = self.unlinking();
-        if self.nodes().is_unlinked(node) {
+        if self.is_orphan(node) {
             return Err(Error::Os(Errno::NOENT)); // as link(2) answers for an open file without a name
         }
         rustix::fs::linkat(self.path(node)?, c"", &directory, &*name, AtFlags::EMPTY_PATH)?;
@@ -285,22 +330,29 @@ impl Index {
         let _unlinking = self.unlinking();
         let orphan = self.orphan_if_last(&directory, &name)?;
         let removed = rustix::fs::unlinkat(&directory, &*name, AtFlags::empty());
+        steps::done(Step::UnlinkRemoved);
         self.settle(orphan, removed)
     }
 
-    /// Removes an empty directory.
+    /// Removes an empty directory: moves it away, so that who has it open or for a working directory keeps it. Nothing can be put into
+    /// it in the meantime, as the kernel holds it locked.
     ///
     /// # Errors
-    /// What unlinkat(2) answers.
+    /// ENOTEMPTY, and what renameat(2) answers.
     pub fn remove_directory(&self, parent: NodeId, name: &OsStr) -> Result<()> {
         let directory = self.path(parent)?;
         let name = c_name(name)?;
         let _unlinking = self.unlinking();
-        let id = self.id_of(&directory, &name)?;
-        let held = self.path(id)?;
-        rustix::fs::unlinkat(&directory, &*name, AtFlags::REMOVEDIR)?;
-        self.nodes().mark_unlinked(id, Some(held));
-        Ok(())
+        self.move_directory_away(&directory, &name).map(drop)
+    }
+
+    fn move_directory_away(&self, parent: &OwnedFd, name: &CStr) -> Result<NodeId> {
+        let id = self.id_of(parent, name)?;
+        refuse_non_empty(&self.open(id, OFlags::RDONLY | OFlags::DIRECTORY)?)?;
+        rustix::fs::renameat(parent, name, &self.orphans, orphan_name(id))?;
+        steps::done(Step::UnlinkRemoved);
+        self.orphaned().insert(id);
+        Ok(id)
     }
 
     /// Gives an entry another name or place, or exchanges two. Returns the node that lost its last name by it, if
@@ -321,19 +373,39 @@ impl Index {
             Ok(id) if flags.is_empty() && id != self.id_of(&source, &old)? => Some(id),
             _ => None,
         };
-        let directory = match replaced.map(|id| self.path(id)).transpose()? {
-            Some(held) if from_statx_of(&held)?.kind == Kind::Directory => replaced.zip(Some(held)),
-            _ => None,
-        };
-        let orphan = match (replaced, &directory) {
-            (Some(_), None) => self.orphan_if_last(&target, &new)?,
-            _ => None,
-        };
-        let renamed = rustix::fs::renameat_with(&source, &*old, &target, &*new, flags);
-        if let (Ok(()), Some((id, held))) = (&renamed, directory) {
-            self.nodes().mark_unlinked(id, Some(held));
+        let kind = replaced.map(|id| from_statx_of(&self.path(id)?)).transpose()?.map(|found| found.kind);
+        if kind == Some(Kind::Directory) {
+            return self.rename_over_directory((&source, &old), (&target, &new));
         }
+        let orphan = if replaced.is_some() { self.orphan_if_last(&target, &new)? } else { None };
+        let renamed = rustix::fs::renameat_with(&source, &*old, &target, &*new, flags);
+        steps::done(Step::UnlinkRemoved);
         self.settle(orphan, renamed)
+    }
+
+    /// The directory that is replaced is moved away first: who has it open keeps it. The kernel holds both parents locked, so
+    /// that nobody sees the name missing.
+    fn rename_over_directory(
+        &self,
+        (source, old): (&OwnedFd, &CStr),
+        (target, new): (&OwnedFd, &CStr),
+    ) -> Result<Option<NodeId>> {
+        if from_statx_of(&self.path(self.id_of(source, old)?)?)?.kind != Kind::Directory {
+            return Err(Error::Os(Errno::ISDIR));
+        }
+        let moved = self.move_directory_away(target, new)?;
+        if let Err(errno) = rustix::fs::renameat_with(source, old, target, new, RenameFlags::NOREPLACE) {
+            rustix::fs::renameat_with(
+                &self.orphans,
+                orphan_name(moved),
+                target,
+                new,
+                RenameFlags::NOREPLACE,
+            )?;
+            self.orphaned().remove(&moved);
+            return Err(errno.into());
+        }
+        Ok(None)
     }
 
     /// Links what `name` stands for into `.orphans`, if that is its only name.
@@ -345,13 +417,16 @@ impl Index {
             return Ok(None);
         }
         rustix::fs::linkat(&node, c"", &self.orphans, orphan_name(id), AtFlags::EMPTY_PATH)?;
+        steps::done(Step::UnlinkOrphaned);
         Ok(Some(id))
     }
 
-    /// Marks the orphan if its name is gone, and takes it back out of `.orphans` if not.
+    /// Counts the orphan as one if its name is gone, and takes it back out of `.orphans` if not.
     fn settle(&self, orphan: Option<NodeId>, removed: Result<(), Errno>) -> Result<Option<NodeId>> {
         match (removed, orphan) {
-            (Ok(()), Some(id)) => self.nodes().mark_unlinked(id, None),
+            (Ok(()), Some(id)) => {
+                self.orphaned().insert(id);
+            }
             (Err(_), Some(id)) => {
                 rustix::fs::unlinkat(&self.orphans, orphan_name(id), AtFlags::empty())?;
             }
@@ -361,21 +436,59 @@ impl Index {
         Ok(orphan)
     }
 
-    /// The kernel gives up `count` references to `node`. Returns true if they were the last ones to a node without
-    /// names: nobody can reach it any more, and [`Index::erase`] is due.
-    pub fn forget(&self, node: NodeId, count: u64) -> bool {
-        self.nodes().forget(node, count)
+    /// The nodes without names that were there at some moment.
+    pub fn orphans(&self) -> Vec<NodeId> {
+        self.orphaned().iter().copied().collect()
     }
 
-    /// Removes a node that nobody can reach any more.
+    /// Whether `node` has no name, and its references are all that keeps it.
+    pub fn is_unlinked(&self, node: NodeId) -> bool {
+        self.is_orphan(node)
+    }
+
+    /// Removes a node without names that the kernel does not know any more, so that nobody can reach it.
     ///
     /// # Errors
     /// What unlinkat(2) answers.
     pub fn erase(&self, node: NodeId) -> Result<()> {
-        match rustix::fs::unlinkat(&self.orphans, orphan_name(node), AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => Ok(()), // a directory was only held open
+        let name = orphan_name(node);
+        let erased = match rustix::fs::unlinkat(&self.orphans, &name, AtFlags::empty()) {
+            Err(Errno::ISDIR) => rustix::fs::unlinkat(&self.orphans, &name, AtFlags::REMOVEDIR),
+            other => other,
+        };
+        self.orphaned().remove(&node);
+        match erased {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
             Err(errno) => Err(errno.into()),
         }
+    }
+
+    // ---- witnesses ----------------------------------------------------------------------------------------------
+
+    /// Notes what `request` found before it changes it. A request that was carried out by a daemon that died before it could
+    /// answer is asked again of the next one, which cannot tell by looking whether it is done already: an exchange of two
+    /// names, say. The note tells. The kernel never gives a number to two requests.
+    ///
+    /// Returns what is noted already, where the request had come this far before.
+    ///
+    /// # Errors
+    /// What symlinkat(2) answers.
+    pub fn witness(&self, request: u64, found: &str) -> Result<Option<String>> {
+        let name = request.to_string();
+        match rustix::fs::symlinkat(found, &self.witnesses, &name) {
+            Ok(()) => Ok(None),
+            Err(Errno::EXIST) => {
+                let noted = rustix::fs::readlinkat(&self.witnesses, &name, Vec::new())?;
+                Ok(Some(noted.to_string_lossy().into_owned()))
+            }
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Forgets the note, when the request has been answered.
+    pub fn dismiss(&self, request: u64) {
+        // One that stays is a few bytes, and never looked at again.
+        let _ = rustix::fs::unlinkat(&self.witnesses, request.to_string(), AtFlags::empty());
     }
 
     /// The target of a symbolic link.
@@ -547,7 +660,7 @@ impl Index {
 
     /// Nodes without names that somebody still has open or mapped.
     pub fn orphan_count(&self) -> usize {
-        self.nodes().unlinked_count()
+        self.orphaned().len()
     }
 
     /// Whether an inode of this id exists.
@@ -574,6 +687,20 @@ fn drop_undue_set_group_id(fd: &OwnedFd, by: Member) -> Result<()> {
     let attributes = from_statx_of(fd)?;
     let undue = attributes.mode & SET_GROUP_ID != 0 && !by.may_set_group_id(attributes.gid);
     change_mode(fd, attributes.mode, if undue { attributes.mode & !SET_GROUP_ID } else { attributes.mode })
+}
+
+fn open_directory_at(parent: impl AsFd, name: &str) -> Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(rustix::fs::openat(parent, name, flags, Mode::empty())?)
+}
+
+fn refuse_non_empty(directory: &OwnedFd) -> Result<()> {
+    for entry in rustix::fs::Dir::read_from(directory)? {
+        if !matches!(entry?.file_name().to_bytes(), b"." | b"..") {
+            return Err(Error::Os(Errno::NOTEMPTY));
+        }
+    }
+    Ok(())
 }
 
 fn orphan_name(id: NodeId) -> String {

@@ -10,16 +10,27 @@
 //!
 //! The pages up to `reserved_pages` are the file's, except those that it has released (punched). Memory is in them up
 //! to the folio with the end of file; what lies behind is the file's in the account, and in the reserve as memory.
+//!
+//! **A death in between.** What is released is kept with the file ([`RELEASED`]). Before anything happens to the size that
+//! would have to be undone, the size to come back to is noted in the superblock; the note goes with the last step, which for a growth is
+//! the one that makes the pages the file's. So [`Holding::open`] finds every page either released and without memory, or the
+//! file's; where one of the file's has none up to the end of file, it was being released, or taken away by MADV_REMOVE,
+//! and gets memory again: zeros, as was asked for.
 
 use super::Pool;
 use crate::error::{Error, Result};
 use crate::sealed::{Reach, Sealed};
-use crate::units::{FOLIO_SIZE, Page, PageSize, Range};
+use crate::steps::{self, Step};
+use crate::units::{FOLIO_SIZE, Folio, Page, PageSize, Range};
 use std::collections::BTreeSet;
 
 /// Why soft holes forbid a resize (see S1).
 const HAS_SOFT_HOLES: Error =
     Error::Busy("the file has quarantined subpages; repair them before it grows or gives pages back");
+
+/// The released pages, as what is kept with the file: ranges of two numbers of 32 bits, first page and number of pages.
+const RELEASED: &str = "released";
+const MOST_RANGES: usize = (64 << 10) / 8; // XATTR_SIZE_MAX
 
 /// A file's pages.
 #[derive(Debug)]
@@ -39,6 +50,59 @@ impl Holding {
     pub fn create(page_size: PageSize) -> Result<Self> {
         let sealed = Sealed::create(Reach::Programs, None)?;
         Ok(Self { sealed, page_size, released: BTreeSet::new(), orphaned: false })
+    }
+
+    /// The one that `sealed` was a part of in another process.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`] where pages of the file have lost their memory, and the machine has none.
+    pub fn open(page_size: PageSize, sealed: Sealed) -> Result<Self> {
+        let released = sealed.kept(RELEASED)?.map(|ranges| decode(&ranges)).unwrap_or_default();
+        let mut holding = Self { sealed, page_size, released: BTreeSet::new(), orphaned: false };
+        // One with memory was being made the file's again.
+        let has_memory =
+            |page: &Page| holding.memory_of(*page).folios().any(|folio| holding.sealed.has_memory(folio));
+        holding.released = released.into_iter().filter(|page| !has_memory(page)).collect();
+        holding.keep_released()?;
+        holding.refill()?;
+        Ok(holding)
+    }
+
+    /// Where a page has memory, if it is the file's.
+    fn memory_of(&self, page: Page) -> Range {
+        let end = self.sealed.size().next_multiple_of(FOLIO_SIZE);
+        self.page_size.range(page).intersect(Range::new(0, end))
+    }
+
+    fn refill(&mut self) -> Result<()> {
+        let size = self.sealed.size();
+        let missing: Vec<Folio> = self
+            .owned()
+            .flat_map(|page| self.memory_of(page).folios().collect::<Vec<_>>())
+            .filter(|folio| !self.sealed.has_memory(*folio))
+            .collect();
+        missing.into_iter().try_for_each(|folio| self.sealed.take(folio.range(), size))
+    }
+
+    fn keep_released(&self) -> Result<()> {
+        let ranges = encode(&self.released);
+        if ranges.len() > MOST_RANGES * 8 {
+            return Err(Error::Busy("the file would have more separate holes than can be noted"));
+        }
+        match self.sealed.kept(RELEASED)? {
+            None if ranges.is_empty() => Ok(()),
+            _ => self.sealed.keep(RELEASED, &ranges),
+        }
+    }
+
+    /// Notes pages as released, or not; as before where that fails.
+    fn change_released(&mut self, change: impl FnOnce(&mut BTreeSet<Page>)) -> Result<()> {
+        let before = self.released.clone();
+        change(&mut self.released);
+        if self.released == before {
+            return Ok(());
+        }
+        self.keep_released().inspect_err(|_| self.released = before)
     }
 
     /// The sealed file.
@@ -105,9 +169,23 @@ impl Holding {
         let wanted = reserved.max(self.page_size.pages_up(end));
         let pages = wanted - reserved + missing.len() as u64;
         let token = pool.reserve(pages)?;
-        self.take_memory(pool, missing, grown)?;
-        self.released.retain(|page| !missing.contains(page));
-        self.sealed.update(|superblock| superblock.reserved_pages = wanted)?;
+        let before = self.sealed.size();
+        if !grown.is_empty() {
+            self.sealed.update(|superblock| superblock.undo_size = Some(before))?;
+            steps::done(Step::AllocateAnnounced);
+        }
+        if let Err(error) = self.take_memory(pool, missing, grown) {
+            self.sealed.update(|superblock| superblock.undo_size = None)?;
+            return Err(error);
+        }
+        steps::done(Step::AllocateMoved);
+        self.change_released(|released| released.retain(|page| !missing.contains(page)))?;
+        steps::done(Step::AllocateTaken);
+        self.sealed.update(|superblock| {
+            superblock.reserved_pages = wanted;
+            superblock.undo_size = None;
+        })?;
+        steps::done(Step::AllocateDone);
         token.spend();
         if self.orphaned {
             pool.note_orphaned(pages as i64);
@@ -175,7 +253,9 @@ impl Holding {
         }
         let gone = Range::new(size.next_multiple_of(FOLIO_SIZE), self.sealed.size());
         pool.move_in(&mut self.sealed, gone)?;
+        steps::done(Step::ShrinkMoved);
         self.sealed.cut(size.min(self.sealed.size()))?;
+        steps::done(Step::ShrinkCut);
         self.give_up_pages_behind_end(pool)
     }
 
@@ -189,7 +269,8 @@ impl Holding {
         self.sealed.update(|superblock| {
             superblock.reserved_pages = superblock.reserved_pages.min(first.0);
         })?;
-        self.released.retain(|page| *page < first);
+        self.change_released(|released| released.retain(|page| *page < first))?;
+        steps::done(Step::ShrinkDone);
         self.release_to(pool, before - self.pages());
         Ok(())
     }
@@ -208,16 +289,25 @@ impl Holding {
         if self.sealed.holes().keys().any(|hole| !inside(hole.offset())) {
             return Err(HAS_SOFT_HOLES);
         }
-        for page in pages {
-            let range = self.page_size.range(page);
-            let memory = range.intersect(Range::new(0, self.sealed.size().next_multiple_of(FOLIO_SIZE)));
-            let size = self.sealed.size();
-            let moved = pool.move_in(&mut self.sealed, memory);
-            self.sealed.grow_size(size)?; // where the end of file was in it, that moved
-            moved?;
-            self.released.insert(page);
-            self.release_to(pool, 1);
-        }
+        let size = self.sealed.size();
+        self.sealed.update(|superblock| superblock.undo_size = Some(size))?;
+        steps::done(Step::ReleaseAnnounced);
+        let released = pages.into_iter().try_for_each(|page| self.release_one(pool, page));
+        self.sealed.update(|superblock| superblock.undo_size = None)?;
+        steps::done(Step::ReleaseDone);
+        released
+    }
+
+    fn release_one(&mut self, pool: &Pool, page: Page) -> Result<()> {
+        let size = self.sealed.size();
+        let memory = self.memory_of(page);
+        let moved = pool.move_in(&mut self.sealed, memory);
+        self.sealed.grow_size(size)?; // where the end of file was in it, that moved
+        moved?;
+        steps::done(Step::ReleaseMoved);
+        self.change_released(|released| released.extend([page]))?;
+        steps::done(Step::ReleaseNoted);
+        self.release_to(pool, 1);
         Ok(())
     }
 
@@ -253,5 +343,41 @@ impl Holding {
     /// As for [`Holding::shrink`].
     pub fn empty(&mut self, pool: &Pool) -> Result<()> {
         self.shrink(pool, 0)
+    }
+}
+
+fn encode(pages: &BTreeSet<Page>) -> Vec<u8> {
+    let mut ranges: Vec<(u32, u32)> = Vec::new();
+    for Page(page) in pages.iter().copied() {
+        let page = u32::try_from(page).expect("a file has fewer pages than 2^32");
+        match ranges.last_mut() {
+            Some((first, count)) if *first + *count == page => *count += 1,
+            _ => ranges.push((page, 1)),
+        }
+    }
+    ranges.iter().flat_map(|(first, count)| [first.to_le_bytes(), count.to_le_bytes()]).flatten().collect()
+}
+
+fn decode(bytes: &[u8]) -> BTreeSet<Page> {
+    let (words, _) = bytes.as_chunks::<4>();
+    let (ranges, _) = words.as_chunks::<2>();
+    let pages = ranges.iter().flat_map(|range| {
+        let [first, count] = range.map(u32::from_le_bytes);
+        (first..first + count).map(|page| Page(page.into()))
+    });
+    pages.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn released_pages_read_as_they_were_written() {
+        for pages in [&[][..], &[0], &[0, 1, 2], &[5, 7, 8, 100_000, u64::from(u32::MAX) - 1]] {
+            let pages = pages.iter().copied().map(Page).collect();
+            assert_eq!(decode(&encode(&pages)), pages);
+        }
+        assert_eq!(encode(&(0..1000).map(Page).collect()).len(), 8);
     }
 }

@@ -19,15 +19,22 @@
 //! the machine, then the source gives as much back. Never the other way round: between the two somebody else could
 //! take it. So the machine needs one step more than the pool, for as long as a move lasts.
 //!
+//! **A death in between.** The reserves are mounted at [`RESERVES`], and what the size of the pool is meant to be is noted there: when it
+//! grows, once the memory is there; when it shrinks, before any goes. A move takes before it gives, so whoever opens the pool
+//! ([`Pool::open`]) finds what there should be and perhaps a step more, which it gives back to the machine.
+//!
 //! **Locks**, in order: that of the pool's size, a file's own (the caller's), the reserves' in the order of their nodes,
 //! the account. Nobody waits for pages with any of them but the first: [`Pool::patiently`].
 
 mod holding;
+mod recovery;
 
 pub use holding::Holding;
+pub use recovery::RESERVES;
 
 use crate::error::{Error, Result};
 use crate::sealed::{Reach, Sealed};
+use crate::steps::{self, Step};
 use crate::sys;
 use crate::units::{FOLIO_SIZE, PageSize, Range};
 use std::sync::{Condvar, Mutex, MutexGuard};
@@ -58,6 +65,9 @@ pub struct Pool {
     freed: Condvar,
     /// Held while the pool's size changes.
     resizing: Mutex<()>,
+    /// Mounted at [`RESERVES`].
+    outlives_us: bool,
+    huge_at_mount: u64,
 }
 
 /// The free memory of one NUMA node.
@@ -156,7 +166,7 @@ impl Pool {
         }
         let account = Account { total: pages, free: pages, reserved: 0, orphaned: 0, returns: 0 };
         let (account, freed, resizing) = (Mutex::new(account), Condvar::new(), Mutex::new(()));
-        Ok(Self { page_size, reserves, account, freed, resizing })
+        Ok(Self { page_size, reserves, account, freed, resizing, outlives_us: false, huge_at_mount: 0 })
     }
 
     /// Grain of reservation.
@@ -250,7 +260,13 @@ impl Pool {
         let token = self
             .patiently(|| self.reserve(before - pages))
             .map_err(|_| Error::Busy("more pages are in use than the pool would have; remove files first"))?;
-        self.cut_reserves((before - pages) * self.page_size.bytes())?;
+        self.note_size(pages)?;
+        steps::done(Step::ReduceNoted);
+        if let Err(error) = self.cut_reserves((before - pages) * self.page_size.bytes()) {
+            self.note_size(before)?;
+            return Err(error);
+        }
+        steps::done(Step::ReduceCut);
         token.destroy();
         Ok(())
     }
@@ -268,19 +284,30 @@ impl Pool {
         Ok(())
     }
 
-    fn enlarge(&self, pages: u64) -> Result<()> {
+    /// Takes `bytes` from the machine for the reserve that has the least.
+    fn grow_poorest(&self, bytes: u64) -> Result<()> {
         let poorest = self.reserves.iter().min_by_key(|reserve| reserve.lock().size());
         let reserve = poorest.expect("there is a node with memory");
         let mut added = 0;
-        let grown = reserve.grow(pages * self.page_size.bytes(), |step| {
+        let grown = reserve.grow(bytes, |step| {
             added += step;
             Ok(())
         });
         if grown.is_err() {
-            log::warn!("the machine has no memory for {pages} pages more; {added} bytes are given back");
+            log::warn!("the machine has no memory for {bytes} bytes more; {added} bytes are given back");
             self.cut_reserves(added)?;
-            return grown;
         }
+        grown
+    }
+
+    fn enlarge(&self, pages: u64) -> Result<()> {
+        self.grow_poorest(pages * self.page_size.bytes())?;
+        steps::done(Step::EnlargeGrown);
+        if let Err(error) = self.note_size(self.balance().total + pages) {
+            self.cut_reserves(pages * self.page_size.bytes())?;
+            return Err(error);
+        }
+        steps::done(Step::EnlargeNoted);
         let mut account = self.account();
         account.total += pages;
         account.give_back(pages);
@@ -330,8 +357,10 @@ impl Pool {
         assert!(step > 0, "a token was given for memory that the reserves do not have");
         let _bound = self.bind_to(reserve.node)?;
         target.take(Range::at(range.start, step), size)?;
+        steps::done(Step::MoveOutTaken);
         let left = source.size() - step;
         source.cut(left)?;
+        steps::done(Step::MoveOutGiven);
         Ok(step)
     }
 
@@ -346,11 +375,13 @@ impl Pool {
             let size = target.size();
             target.take(Range::at(size, step.len()), size + step.len())?;
             drop(target);
+            steps::done(Step::MoveInTaken);
             if step.end >= source.size() {
                 source.cut(step.start.min(source.size()))?;
             } else {
                 source.give(step)?;
             }
+            steps::done(Step::MoveInGiven);
         }
         Ok(())
     }
@@ -387,16 +418,22 @@ impl Pool {
         Ok(Some(NodeBinding))
     }
 
-    /// Puts what came in small pages into folios, and returns how many bytes of the reserves are in 2 MiB folios.
+    /// Puts what came in small pages into folios, and remembers how many bytes of the reserves are in 2 MiB folios.
     ///
     /// # Errors
     /// What mmap(2) and the page map answer.
-    pub fn collapse_reserves(&self) -> Result<u64> {
+    pub fn collapse_reserves(&mut self) -> Result<()> {
         let mut folios = 0;
         for reserve in &self.reserves {
             folios += reserve.lock().collapse_untouched()?;
         }
-        Ok(folios * FOLIO_SIZE)
+        self.huge_at_mount = folios * FOLIO_SIZE;
+        Ok(())
+    }
+
+    /// Bytes of the reserves that were in 2 MiB folios when the pool was mounted.
+    pub fn huge_at_mount(&self) -> u64 {
+        self.huge_at_mount
     }
 
     /// Keeps the pool's size as it is for as long as the guard lives. Comes before all other locks: a resize waits for

@@ -1,12 +1,24 @@
 //! The ledger of a sealed file: what is known about each soft-quarantined subpage.
 //!
-//! Block 0 is the object's superblock ([`Superblock`]). Block `n` holds the 4096 bytes rescued from the n-th
-//! quarantined subpage; it is the very block that the subpage gave up. As that leaves no room in it, what
-//! *describes* the subpage is an extended attribute of the ledger, `trusted.record.<n>` ([`Record`]). That has three
-//! uses: every byte can be put back, the description is in place *before* the subpage is punched (so that a hole is
-//! never without one, whenever the daemon dies), and it survives a memory error in the block.
+//! Block `n` holds the 4096 bytes rescued from the n-th quarantined subpage; it is the very block that the subpage gave up. As
+//! that leaves no room in it, what *describes* the subpage is an extended attribute of the ledger, `trusted.record.<n>` ([`Record`]).
+//! That has three uses: every byte can be put back, the description is in place *before* the subpage is punched (so that a
+//! hole is never without one, whenever the daemon dies), and it survives a memory error in the block. For the same reasons what the
+//! object keeps about itself is an attribute, `trusted.superblock` ([`Superblock`]). Block 0 is there because tmpfs takes a
+//! limit of 0 blocks for none.
+//!
+//! **Bytes on the move.** From before a subpage is punched until its bytes are in the block, and from before the block is given up
+//! until they are back, they are also in an attribute, `trusted.moving.<n>`, so that a daemon that dies in between takes
+//! none with it:
+//!
+//! ```text
+//!   quarantine   moving(In)   record   punch data   take block   store bytes   -moving
+//!   repair       moving(Out)  give block   write data   -record   -moving
+//!   discard      give block   -record
+//! ```
 
 use crate::error::{Error, Result};
+use crate::steps::{self, Step};
 use crate::sys::tmpfs;
 use crate::units::{Range, SUBPAGE_SIZE, Subpage};
 use rustix::fs::XattrFlags;
@@ -14,14 +26,16 @@ use rustix::io::Errno;
 use slab::Slab;
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::path::Path;
 
 /// Version of [`Superblock`] and [`Record`]; a reader that does not know it refuses the object.
 const VERSION: u32 = 1;
 const MAGIC: [u8; 8] = *b"hugetlb2";
-const SUPERBLOCK_BYTES: usize = 32;
+const SUPERBLOCK_BYTES: usize = 40;
 const RECORD_BYTES: usize = 32;
+const MOVING_BYTES: usize = 1 + SUBPAGE_SIZE as usize;
 
-const _: () = assert!(SUPERBLOCK_BYTES as u64 <= SUBPAGE_SIZE);
+const SUPERBLOCK: &str = "trusted.superblock";
 
 /// Bytes of one subpage.
 pub type Bytes = [u8; SUBPAGE_SIZE as usize];
@@ -33,6 +47,17 @@ pub struct Superblock {
     pub reserved_pages: u64,
     /// The quarantine has grown since its owner last looked (POLLPRI).
     pub alarm: bool,
+    /// A change of the file's size or memory is under way, which is undone by coming back to this size.
+    pub undo_size: Option<u64>,
+}
+
+/// Which way the bytes of a subpage are on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// To the ledger.
+    In = 1,
+    /// Back to the file.
+    Out = 2,
 }
 
 impl Superblock {
@@ -41,20 +66,26 @@ impl Superblock {
         out[..8].copy_from_slice(&MAGIC);
         out[8..12].copy_from_slice(&VERSION.to_le_bytes());
         out[12] = u8::from(self.alarm);
+        out[13] = u8::from(self.undo_size.is_some());
         out[16..24].copy_from_slice(&self.reserved_pages.to_le_bytes());
-        let checksum = crc32fast::hash(&out[..24]);
-        out[24..28].copy_from_slice(&checksum.to_le_bytes());
+        out[24..32].copy_from_slice(&self.undo_size.unwrap_or(0).to_le_bytes());
+        let checksum = crc32fast::hash(&out[..32]);
+        out[32..36].copy_from_slice(&checksum.to_le_bytes());
         out
     }
 
     fn decode(bytes: &[u8; SUPERBLOCK_BYTES]) -> Result<Self> {
-        if bytes[..8] != MAGIC || number(&bytes[24..28]) != u64::from(crc32fast::hash(&bytes[..24])) {
+        if bytes[..8] != MAGIC || number(&bytes[32..36]) != u64::from(crc32fast::hash(&bytes[..32])) {
             return Err(Error::Corrupt("an object's superblock".into()));
         }
         if number(&bytes[8..12]) != u64::from(VERSION) {
             return Err(Error::Corrupt(format!("an object of version {}", number(&bytes[8..12]))));
         }
-        Ok(Self { reserved_pages: number(&bytes[16..24]), alarm: bytes[12] != 0 })
+        Ok(Self {
+            reserved_pages: number(&bytes[16..24]),
+            alarm: bytes[12] != 0,
+            undo_size: (bytes[13] != 0).then(|| number(&bytes[24..32])),
+        })
     }
 }
 
@@ -113,12 +144,12 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// A new ledger in a superblock that has one free block for it.
+    /// A new ledger in a superblock that has one free block.
     pub fn create(file: File) -> Result<Self> {
         tmpfs::allocate(&file, block(0))?;
         let superblock = Superblock::default();
         let (records, slots, poisoned) = (BTreeMap::new(), Slab::new(), BTreeMap::new());
-        let mut ledger = Self { file, superblock, records, slots, poisoned };
+        let ledger = Self { file, superblock, records, slots, poisoned };
         ledger.write_superblock()?;
         Ok(ledger)
     }
@@ -128,15 +159,15 @@ impl Ledger {
     /// # Errors
     /// [`Error::Corrupt`] for a superblock or record that is damaged or of another version.
     pub fn open(file: File) -> Result<Self> {
-        let mut bytes = [0; SUPERBLOCK_BYTES];
-        tmpfs::read_at(&file, &mut bytes, 0)?;
-        let superblock = Superblock::decode(&bytes)?;
+        let superblock = read_superblock(&file)?;
         let mut records = BTreeMap::new();
-        for slot in recorded_slots(&file)? {
-            let mut bytes = [0; RECORD_BYTES];
-            rustix::fs::fgetxattr(&file, attribute(slot), &mut bytes[..])?;
-            let (subpage, record) = Record::decode(slot, &bytes)?;
-            records.insert(subpage, record);
+        for slot in 1..=tmpfs::size(&file)? / SUBPAGE_SIZE + 1 {
+            match read_record(&file, slot)? {
+                Some((subpage, record)) => {
+                    records.insert(subpage, record);
+                }
+                None => remove(&file, &moving_attribute(slot))?, // not begun, or at its end
+            }
         }
         let slots = records.iter().map(|(subpage, record)| ((record.slot - 1) as usize, *subpage)).collect();
         Ok(Self { file, superblock, records, slots, poisoned: BTreeMap::new() })
@@ -157,15 +188,9 @@ impl Ledger {
         self.write_superblock().inspect_err(|_| self.superblock = before)
     }
 
-    /// A memory error in the superblock loses nothing, as it is known here: the block is replaced.
-    fn write_superblock(&mut self) -> Result<()> {
-        match tmpfs::write_at(&self.file, &self.superblock.encode(), 0) {
-            Err(Error::Poisoned) => {
-                tmpfs::punch(&self.file, block(0))?;
-                tmpfs::write_at(&self.file, &self.superblock.encode(), 0).map(drop)
-            }
-            result => result.map(drop),
-        }
+    fn write_superblock(&self) -> Result<()> {
+        let bytes = self.superblock.encode();
+        Ok(rustix::fs::fsetxattr(&self.file, SUPERBLOCK, &bytes, XattrFlags::empty())?)
     }
 
     /// The memory errors that the kernel keeps in the file, and when they were found.
@@ -196,6 +221,29 @@ impl Ledger {
         Ok(())
     }
 
+    /// What was kept under `name`.
+    pub fn kept(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        let mut value = vec![0; 64 << 10]; // XATTR_SIZE_MAX
+        match rustix::fs::fgetxattr(&self.file, kept_attribute(name), &mut value[..]) {
+            Ok(length) => {
+                value.truncate(length);
+                Ok(Some(value))
+            }
+            Err(Errno::NODATA) => Ok(None),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Keeps a value under `name`.
+    pub fn keep(&self, name: &str, value: &[u8]) -> Result<()> {
+        Ok(rustix::fs::fsetxattr(&self.file, kept_attribute(name), value, XattrFlags::empty())?)
+    }
+
+    /// Removes what was kept under `name`.
+    pub fn discard(&self, name: &str) -> Result<()> {
+        Ok(rustix::fs::fremovexattr(&self.file, kept_attribute(name))?)
+    }
+
     /// The quarantined subpages and their records, ascending.
     pub fn records(&self) -> &BTreeMap<Subpage, Record> {
         &self.records
@@ -207,6 +255,8 @@ impl Ledger {
         let checksum = rescued.map(|bytes| crc32fast::hash(bytes));
         let slot = self.slots.vacant_key() as u64 + 1;
         let record = Record { slot, time, checksum };
+        self.begin_move(record, Direction::In, rescued.unwrap_or(&[0; SUBPAGE_SIZE as usize]))?;
+        steps::done(Step::QuarantineKept);
         rustix::fs::fsetxattr(&self.file, attribute(slot), &record.encode(subpage), XattrFlags::empty())?;
         self.slots.insert(subpage);
         self.records.insert(subpage, record);
@@ -216,10 +266,42 @@ impl Ledger {
     /// Strikes the record of `subpage` out, whose block has been [`Ledger::release_block`]d or was never taken.
     pub fn forget(&mut self, subpage: Subpage) -> Result<()> {
         let record = self.records[&subpage];
-        rustix::fs::fremovexattr(&self.file, attribute(record.slot))?;
+        remove(&self.file, &attribute(record.slot))?;
+        steps::done(Step::RepairForgotten);
+        self.end_move(record)?;
         self.records.remove(&subpage);
         self.slots.remove((record.slot - 1) as usize);
         Ok(())
+    }
+
+    /// Keeps the bytes of a subpage for as long as they are on the move. [`Ledger::record`] does so by itself.
+    pub fn begin_move(&self, record: Record, direction: Direction, bytes: &Bytes) -> Result<()> {
+        let mut value = [0; MOVING_BYTES];
+        value[0] = direction as u8;
+        value[1..].copy_from_slice(bytes);
+        let name = moving_attribute(record.slot);
+        Ok(rustix::fs::fsetxattr(&self.file, name, &value, XattrFlags::empty())?)
+    }
+
+    /// They have arrived.
+    pub fn end_move(&self, record: Record) -> Result<()> {
+        remove(&self.file, &moving_attribute(record.slot))
+    }
+
+    /// The bytes that a daemon which died had on the move, and which way.
+    pub fn moving(&self, record: Record) -> Result<Option<(Direction, Bytes)>> {
+        let mut value = [0; MOVING_BYTES];
+        match rustix::fs::fgetxattr(&self.file, moving_attribute(record.slot), &mut value[..]) {
+            Err(Errno::NODATA) => return Ok(None),
+            other => other?,
+        };
+        let direction = if value[0] == Direction::In as u8 { Direction::In } else { Direction::Out };
+        Ok(Some((direction, value[1..].try_into().expect("the length is that of a subpage"))))
+    }
+
+    /// Whether a record's block is there.
+    pub fn has_block(&self, record: Record) -> Result<bool> {
+        Ok(tmpfs::resident(&self.file, block(record.slot))? > 0)
     }
 
     /// Takes the superblock's free block for a record; [`Error::Full`] while there is none.
@@ -258,26 +340,50 @@ fn block(slot: u64) -> Range {
     Range::at(slot * SUBPAGE_SIZE, SUBPAGE_SIZE)
 }
 
+/// Whether the sealed file in `directory` is of a version that is known here.
+///
+/// # Errors
+/// [`Error::Corrupt`] where it is not; ENOENT where none is there.
+pub fn check_version(directory: &Path) -> Result<()> {
+    read_superblock(&File::open(directory.join("ledger"))?).map(drop)
+}
+
+fn read_superblock(file: &File) -> Result<Superblock> {
+    let mut bytes = [0; SUPERBLOCK_BYTES];
+    rustix::fs::fgetxattr(file, SUPERBLOCK, &mut bytes[..])?;
+    Superblock::decode(&bytes)
+}
+
+fn read_record(file: &File, slot: u64) -> Result<Option<(Subpage, Record)>> {
+    let mut bytes = [0; RECORD_BYTES];
+    match rustix::fs::fgetxattr(file, attribute(slot), &mut bytes[..]) {
+        Ok(_) => Record::decode(slot, &bytes).map(Some),
+        Err(Errno::NODATA) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn remove(file: &File, name: &str) -> Result<()> {
+    match rustix::fs::fremovexattr(file, name) {
+        Ok(()) | Err(Errno::NODATA) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn moving_attribute(slot: u64) -> String {
+    format!("trusted.moving.{slot}")
+}
+
+fn kept_attribute(name: &str) -> String {
+    format!("trusted.kept.{name}")
+}
+
 fn poison_attribute(subpage: Subpage) -> String {
     format!("trusted.poisoned.{}", subpage.0)
 }
 
 fn attribute(slot: u64) -> String {
     format!("trusted.record.{slot}")
-}
-
-/// The slots that have a record: those with a block, and perhaps one that a dead daemon had announced.
-fn recorded_slots(file: &File) -> Result<Vec<u64>> {
-    let end = tmpfs::size(file)? / SUBPAGE_SIZE + 1;
-    let mut slots = Vec::new();
-    for slot in 1..=end {
-        match rustix::fs::fgetxattr(file, attribute(slot), &mut [0u8; RECORD_BYTES][..]) {
-            Ok(_) => slots.push(slot),
-            Err(Errno::NODATA) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-    }
-    Ok(slots)
 }
 
 #[cfg(test)]
@@ -300,11 +406,12 @@ mod tests {
 
     #[test]
     fn a_superblock_of_another_version_is_refused() {
-        let mut bytes = Superblock { reserved_pages: 3, alarm: true }.encode();
-        assert_eq!(Superblock::decode(&bytes).unwrap(), Superblock { reserved_pages: 3, alarm: true });
+        let superblock = Superblock { reserved_pages: 3, alarm: true, undo_size: Some(0) };
+        let mut bytes = superblock.encode();
+        assert_eq!(Superblock::decode(&bytes).unwrap(), superblock);
         bytes[8] = 2;
-        let checksum = crc32fast::hash(&bytes[..24]);
-        bytes[24..28].copy_from_slice(&checksum.to_le_bytes());
+        let checksum = crc32fast::hash(&bytes[..32]);
+        bytes[32..36].copy_from_slice(&checksum.to_le_bytes());
         assert!(matches!(Superblock::decode(&bytes), Err(Error::Corrupt(_))));
     }
 }

@@ -28,11 +28,13 @@
 //! for memory that no program can map ([`Reach::Private`]), and for parts of a folio, which MADV_COLLAPSE leaves alone.
 
 mod ledger;
+mod recovery;
 
-use ledger::Ledger;
-pub use ledger::{Bytes, Record, Superblock};
+pub use ledger::{Bytes, Record, Superblock, check_version};
+use ledger::{Direction, Ledger};
 
 use crate::error::{Error, Result};
+use crate::steps::{self, Step};
 use crate::sys::mapping::Window;
 use crate::sys::tmpfs;
 use crate::units::{FOLIO_SIZE, Folio, Range, SUBPAGE_SIZE, SUBPAGES_PER_FOLIO, Subpage};
@@ -125,33 +127,6 @@ impl Sealed {
         Ok(Self { mount, data, ledger, reach, size: 0, folios: Vec::new(), folio_count: 0 })
     }
 
-    /// Opens what [`Sealed::create`] made, perhaps in a process that is no more, by the mount of its superblock.
-    ///
-    /// # Errors
-    /// [`Error::Corrupt`] for a ledger that is damaged or of another version.
-    pub fn open(reach: Reach, mount: OwnedFd) -> Result<Self> {
-        let flags = OFlags::RDWR | OFlags::CLOEXEC;
-        let open =
-            |name| -> Result<File> { Ok(rustix::fs::openat(&mount, name, flags, Mode::empty())?.into()) };
-        let ledger = Ledger::open(open("ledger")?)?;
-        let data = Arc::new(open("data")?);
-        let size = tmpfs::size(&data)?;
-        let mut sealed = Self { mount, data, ledger, reach, size, folios: Vec::new(), folio_count: 0 };
-        sealed.find_memory()?;
-        Ok(sealed)
-    }
-
-    /// A folio has memory, or only soft holes.
-    fn find_memory(&mut self) -> Result<()> {
-        for folio in Range::new(0, self.size).folios() {
-            let has_holes = self.holes_in(folio.range()).next().is_some();
-            if has_holes || tmpfs::resident(&self.data, folio.range())? > 0 {
-                self.mark(folio.range(), true);
-            }
-        }
-        Ok(())
-    }
-
     /// The mount of its superblock.
     pub fn mount(&self) -> impl AsFd + '_ {
         &self.mount
@@ -178,6 +153,30 @@ impl Sealed {
     /// What pwrite(2) answers.
     pub fn update(&mut self, change: impl FnOnce(&mut Superblock)) -> Result<()> {
         self.ledger.update(change)
+    }
+
+    /// What was kept with the file under `name`.
+    ///
+    /// # Errors
+    /// What getxattr(2) answers.
+    pub fn kept(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        self.ledger.kept(name)
+    }
+
+    /// Keeps a few bytes with the file for its owner, for as long as there is the file.
+    ///
+    /// # Errors
+    /// What setxattr(2) answers.
+    pub fn keep(&self, name: &str, value: &[u8]) -> Result<()> {
+        self.ledger.keep(name, value)
+    }
+
+    /// Removes what was kept under `name`.
+    ///
+    /// # Errors
+    /// What removexattr(2) answers.
+    pub fn discard(&self, name: &str) -> Result<()> {
+        self.ledger.discard(name)
     }
 
     /// The soft holes, ascending.
@@ -249,8 +248,11 @@ impl Sealed {
         self.mark(range, true);
         let taken = self
             .set_limit()
+            .inspect(|()| steps::done(Step::TakeLimit))
             .and_then(|()| self.grow_size(size.min(range.end)))
-            .and_then(|()| self.fill(range));
+            .inspect(|()| steps::done(Step::TakeSize))
+            .and_then(|()| self.fill(range))
+            .inspect(|()| steps::done(Step::TakeFilled));
         if taken.is_err() {
             self.mark(range, false);
             self.undo_take(range, before);
@@ -312,6 +314,7 @@ impl Sealed {
     /// What the kernel answers; the call can be repeated.
     pub fn give(&mut self, range: Range) -> Result<()> {
         self.forget_holes(range)?;
+        steps::done(Step::GiveHoles);
         self.mark(range, false);
         self.vacate(range)
     }
@@ -327,12 +330,16 @@ impl Sealed {
         let kept = size.next_multiple_of(FOLIO_SIZE);
         let gone = Range::new(kept, (self.folios.len() as u64 * FOLIO_SIZE).max(kept));
         self.forget_holes(Range::new(size.next_multiple_of(SUBPAGE_SIZE), gone.end))?;
+        steps::done(Step::CutHoles);
         self.set_size(size)?;
+        steps::done(Step::CutSize);
         self.mark(gone, false);
         self.vacate(gone)?;
+        steps::done(Step::CutVacated);
         let tail = Range::new(size.next_multiple_of(SUBPAGE_SIZE), kept);
         if !tail.is_empty() && self.has_memory(Subpage::containing(tail.start).folio()) {
             self.fill(tail)?;
+            steps::done(Step::CutFilled);
         }
         Ok(())
     }
@@ -403,6 +410,7 @@ impl Sealed {
         for _ in 0..TRIES {
             if !range.is_empty() {
                 tmpfs::punch(&self.data, range)?;
+                steps::done(Step::GivePunched);
             }
             match self.set_limit() {
                 Err(Error::Busy(_)) => self.shut_strays()?,
@@ -455,14 +463,25 @@ impl Sealed {
         let mut rescued = [0; SUBPAGE_SIZE as usize];
         let known = tmpfs::read_at(&self.data, &mut rescued, subpage.offset()).is_ok_and(|read| read > 0);
         let record = self.ledger.record(subpage, time, known.then_some(&rescued))?;
+        steps::done(Step::QuarantineRecorded);
         if let Err(error) = self.trade_to_ledger(subpage, record) {
             self.undo_quarantine(subpage, &rescued)?;
             return Err(error);
         }
-        if known {
-            self.ledger.store(record, &rescued)?;
+        steps::done(Step::QuarantineTraded);
+        self.complete_quarantine(record, &rescued)
+    }
+
+    /// What is left to do when the ledger has the subpage's block.
+    fn complete_quarantine(&mut self, record: Record, rescued: &Bytes) -> Result<()> {
+        if record.checksum.is_some() {
+            self.ledger.store(record, rescued)?;
         }
-        self.ledger.update(|superblock| superblock.alarm = true)
+        steps::done(Step::QuarantineStored);
+        self.ledger.update(|superblock| superblock.alarm = true)?;
+        self.ledger.end_move(record)?;
+        steps::done(Step::QuarantineDone);
+        Ok(())
     }
 
     /// Undoes what a quarantine that did not succeed has done: a punch that freed nothing has zeroed the subpage, one that
@@ -493,7 +512,9 @@ impl Sealed {
                     }
                     sealed.free_block_that_another_hole_caught(subpage)?;
                 }
-                tmpfs::punch(&sealed.data, subpage.range())
+                tmpfs::punch(&sealed.data, subpage.range())?;
+                steps::done(Step::QuarantinePunched);
+                Ok(())
             },
         )?;
         // The block that the ledger got may have been another hole's; no block is free now, so what is shut stays shut.
@@ -525,14 +546,19 @@ impl Sealed {
         }
         let record = self.holes()[&subpage];
         let rescued = self.ledger.rescued(record);
+        self.ledger.begin_move(record, Direction::Out, content.bytes())?;
+        steps::done(Step::RepairKept);
         if let Err(error) = self.fill_hole(subpage, content.bytes()) {
             self.trade_to_ledger(subpage, record)?;
             if let Ok(bytes) = rescued {
                 self.ledger.store(record, &bytes)?;
             }
+            self.ledger.end_move(record)?;
             return Err(error);
         }
+        steps::done(Step::RepairFilled);
         self.ledger.forget(subpage)?;
+        steps::done(Step::RepairDone);
         self.shut_strays().map(drop)
     }
 
@@ -569,6 +595,7 @@ impl Sealed {
             |sealed| {
                 if !released.swap(true, Ordering::Relaxed) {
                     sealed.ledger.release_block(record)?;
+                    steps::done(Step::RepairReleased);
                 }
                 // Another hole of this file may have caught the block.
                 sealed.shut_strays_but(Some(subpage)).map(drop)
@@ -1004,7 +1031,7 @@ mod tests {
 
         let mut again = Sealed::open(Reach::Programs, sealed.mount.try_clone().unwrap()).unwrap();
         assert_eq!(again.holes(), sealed.holes());
-        assert_eq!(again.superblock(), Superblock { reserved_pages: 7, alarm: true });
+        assert_eq!(again.superblock(), Superblock { reserved_pages: 7, alarm: true, undo_size: None });
         assert_eq!((again.size(), again.folio_count()), (sealed.size(), sealed.folio_count()));
         assert_sealed(&again);
         drop(sealed);

@@ -7,6 +7,7 @@ pub mod handle;
 pub mod identity;
 pub mod mapping;
 pub mod namespace;
+pub mod process;
 pub mod sigbus;
 pub mod tmpfs;
 

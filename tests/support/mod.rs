@@ -140,6 +140,11 @@ impl Pool {
         self.daemon.as_ref().expect("it is mounted")
     }
 
+    /// Another daemon has taken over.
+    pub fn note_new_daemon(&mut self) {
+        self.daemon = Some(Daemon::of(&self.path()));
+    }
+
     /// Unmounts now, and returns when the daemon has ended and its memory is free.
     pub fn unmount(mut self) {
         let daemon = self.daemon.take().expect("it is mounted");

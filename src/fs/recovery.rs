@@ -1,0 +1,94 @@
+//! The filesystem as another process has left it.
+
+use super::{Fs, OBJECTS, Object, Repaired};
+use crate::error::{Error, Result};
+use crate::index::Index;
+use crate::options::Options;
+use crate::pool::{Holding, Pool};
+use crate::sealed::{Reach, Sealed};
+use crate::units::{FOLIO_SIZE, NodeId, Range};
+use crossbeam::channel::Sender;
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::io::Errno;
+use std::sync::Arc;
+
+impl Fs {
+    /// What is there, with everything that was half done finished or undone. As for [`Fs::create`] otherwise.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] for what this version does not know; what the kernel answers.
+    pub fn open(options: &Options, repaired: Option<Sender<Repaired>>) -> Result<Self> {
+        let index = Index::reopen()?;
+        let pool = Pool::open(options.page_size)?;
+        let fs = Self::on(options, index, pool, repaired)?;
+        for entry in std::fs::read_dir(OBJECTS)? {
+            let name = entry?.file_name();
+            if let Some(node) = name.to_str().and_then(NodeId::parse) {
+                fs.adopt(node).map_err(|error| Error::Corrupt(format!("file {node}: {error}")))?;
+            }
+        }
+        fs.balance()?;
+        for node in fs.index.orphans() {
+            fs.note_orphan(Some(node));
+        }
+        fs.retry_stranded();
+        // What was reported to an agent that has died with its worker is not known any more.
+        for object in fs.all_objects() {
+            let size = object.read_lock().sealed().size();
+            fs.report_repaired(object, Range::new(0, size));
+        }
+        *fs.failures.lock().expect("nobody else has it yet") = None; // look all files through
+        Ok(fs)
+    }
+
+    /// Takes an object in; one that belongs to no file is to be dismantled.
+    fn adopt(&self, node: NodeId) -> Result<()> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let mount = rustix::fs::openat(CWD, format!("{OBJECTS}/{node}"), flags, Mode::empty())?;
+        if rustix::fs::accessat(&mount, "ledger", rustix::fs::Access::EXISTS, rustix::fs::AtFlags::empty())
+            == Err(Errno::NOENT)
+        {
+            return Ok(rustix::fs::rmdir(format!("{OBJECTS}/{node}"))?); // only the place for one
+        }
+        let holding = Holding::open(self.pool.page_size(), Sealed::open(Reach::Programs, mount)?)?;
+        let object = Arc::new(Object::new(node, holding));
+        if self.index.exists(node) {
+            self.objects().insert(node, object);
+        } else {
+            self.stranded().push(object);
+        }
+        Ok(())
+    }
+
+    /// Completes the pool's account by what the files have.
+    fn balance(&self) -> Result<()> {
+        let (mut pages, mut bytes) = (0, 0);
+        for object in self.all_objects().iter().chain(self.stranded().iter()) {
+            let holding = object.read_lock();
+            pages += holding.pages();
+            bytes += holding.sealed().folio_count() * FOLIO_SIZE;
+        }
+        self.pool.adopt(pages, bytes)
+    }
+
+    /// Erases the nodes without names that the kernel does not know any more: it tells of that once, and may have told a
+    /// worker that has died.
+    pub fn erase_unknown(&self, known: impl Fn(NodeId) -> bool) {
+        for node in self.index.orphans() {
+            self.forget(node, &known);
+        }
+    }
+
+    /// The kernel's handles of open files that are being polled, as far as another worker has been told of them; they are to look
+    /// again.
+    ///
+    /// # Errors
+    /// What removexattr(2) answers.
+    pub fn take_pollers(&self) -> Result<Vec<u64>> {
+        let mut handles = Vec::new();
+        for object in self.all_objects() {
+            handles.extend(object.take_pollers()?);
+        }
+        Ok(handles)
+    }
+}

@@ -1,0 +1,187 @@
+//! What changes names and attributes, carried out once, though it may be asked for twice.
+//!
+//! What a worker had read and not answered when it died, the kernel asks of the next one again ([`Ticket::again`]). Most requests
+//! come out the same the second time. For the others:
+//!
+//! - To make a name that exists, or remove one that does not, is an error the first time and what the dead worker has done the
+//!   second: the kernel asks for it only when it has looked the name up, and keeps the directory locked from then on until
+//!   it is answered, so that nobody else can have made or removed it.
+//! - What an exchange of names, an attribute that must (not) exist, or a repair found is noted before it is changed
+//!   ([`crate::index::Index::witness`]); the second time, the answer goes by the note.
+
+use super::Fs;
+use crate::error::{Error, Result};
+use crate::index::{Attributes, New};
+use crate::steps::{self, Step};
+use crate::sys::identity::{Caller, Member};
+use crate::units::NodeId;
+use rustix::fs::{RenameFlags, XattrFlags};
+use rustix::io::Errno;
+use std::ffi::OsStr;
+
+/// A request of the kernel's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ticket {
+    /// Its number, which no other has.
+    pub number: u64,
+    /// It was asked before, of a worker that died without an answer.
+    pub again: bool,
+}
+
+/// What a request found at first.
+const ABSENT: &str = "absent";
+const PRESENT: &str = "present";
+
+impl Fs {
+    /// Makes an entry that belongs to `caller`.
+    ///
+    /// # Errors
+    /// EEXIST and the like.
+    pub fn make(
+        &self,
+        parent: NodeId,
+        name: &OsStr,
+        new: New<'_>,
+        caller: Caller,
+        ticket: Ticket,
+    ) -> Result<Attributes> {
+        let made = self.index.make(parent, name, new, caller);
+        steps::done(Step::CreateNamed);
+        match made {
+            Err(Error::Os(Errno::EXIST)) if ticket.again => self.lookup(parent, name),
+            result => result,
+        }
+    }
+
+    /// link(2).
+    ///
+    /// # Errors
+    /// EEXIST, EMLINK and the like.
+    pub fn link(&self, node: NodeId, parent: NodeId, name: &OsStr, ticket: Ticket) -> Result<Attributes> {
+        match self.index.link(node, parent, name) {
+            Err(Error::Os(Errno::EXIST)) if ticket.again => self.lookup(parent, name),
+            result => result.map(|attributes| self.with_contents(attributes)),
+        }
+    }
+
+    /// unlink(2). The memory stays until the last user is gone.
+    ///
+    /// # Errors
+    /// ENOENT, EISDIR.
+    pub fn unlink(&self, parent: NodeId, name: &OsStr, ticket: Ticket) -> Result<()> {
+        removed(self.index.unlink(parent, name), ticket).map(|orphan| self.note_orphan(orphan))
+    }
+
+    /// rmdir(2).
+    ///
+    /// # Errors
+    /// ENOTEMPTY, ENOTDIR.
+    pub fn remove_directory(&self, parent: NodeId, name: &OsStr, ticket: Ticket) -> Result<()> {
+        removed(self.index.remove_directory(parent, name).map(|()| None), ticket).map(drop)
+    }
+
+    /// renameat2(2).
+    ///
+    /// # Errors
+    /// EEXIST, ENOTEMPTY, EINVAL for RENAME_WHITEOUT.
+    pub fn rename(
+        &self,
+        from: (NodeId, &OsStr),
+        to: (NodeId, &OsStr),
+        flags: RenameFlags,
+        ticket: Ticket,
+    ) -> Result<()> {
+        if flags.contains(RenameFlags::WHITEOUT) {
+            return Err(Error::invalid("there are no whiteouts here"));
+        }
+        if flags.contains(RenameFlags::EXCHANGE) && self.has_exchanged(from, to, ticket)? {
+            return Ok(());
+        }
+        let renamed = self.index.rename(from, to, flags);
+        if flags.contains(RenameFlags::EXCHANGE) {
+            steps::done(Step::ExchangeDone);
+        }
+        removed(renamed, ticket).map(|orphan| self.note_orphan(orphan))
+    }
+
+    fn has_exchanged(&self, from: (NodeId, &OsStr), to: (NodeId, &OsStr), ticket: Ticket) -> Result<bool> {
+        let id = |(parent, name)| self.index.lookup(parent, name).map(|found| found.node);
+        let now = format!("{} {}", id(from)?, id(to)?);
+        let noted = self.index.witness(ticket.number, &now)?;
+        steps::done(Step::ExchangeWitnessed);
+        Ok(noted.is_some_and(|noted| noted != now))
+    }
+
+    /// Sets an attribute of the inode itself, by somebody.
+    ///
+    /// # Errors
+    /// What setxattr(2) answers.
+    pub(super) fn set_user_attribute(
+        &self,
+        node: NodeId,
+        name: &OsStr,
+        (value, flags): (&[u8], i32),
+        by: Member,
+        ticket: Ticket,
+    ) -> Result<()> {
+        let mut flags = XattrFlags::from_bits_retain(flags as u32);
+        if flags.contains(XattrFlags::CREATE) && self.first_found(node, name, ticket)? == Some(ABSENT) {
+            flags.remove(XattrFlags::CREATE); // what is there now is what this request has put there
+        }
+        self.index.set_attribute(node, name, (value, flags.bits() as i32), by)
+    }
+
+    /// Removes an attribute of the inode itself.
+    ///
+    /// # Errors
+    /// What removexattr(2) answers.
+    pub(super) fn remove_user_attribute(&self, node: NodeId, name: &OsStr, ticket: Ticket) -> Result<()> {
+        let first = self.first_found(node, name, ticket)?;
+        match self.index.remove_attribute(node, name) {
+            Err(Error::Os(Errno::NODATA)) if first == Some(PRESENT) => Ok(()),
+            result => result,
+        }
+    }
+
+    /// What this request found when it was asked for the first time; `None` if that is now.
+    fn first_found(&self, node: NodeId, name: &OsStr, ticket: Ticket) -> Result<Option<&'static str>> {
+        let now = if self.index.attribute(node, name).is_ok() { PRESENT } else { ABSENT };
+        self.found_before(now, ticket)
+    }
+
+    fn found_before(&self, now: &str, ticket: Ticket) -> Result<Option<&'static str>> {
+        let noted = self.index.witness(ticket.number, now)?;
+        Ok(noted.map(|noted| if noted == PRESENT { PRESENT } else { ABSENT }))
+    }
+
+    /// Runs a request that is in vain ([`Error::NoData`], [`Error::Invalid`]) once it is done; `due` tells whether it is not.
+    /// Asked again, it is taken for done if it was due at first and is in vain now.
+    ///
+    /// # Errors
+    /// Those of `request`.
+    pub(super) fn once(
+        &self,
+        ticket: Ticket,
+        due: impl FnOnce() -> bool,
+        request: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let before = self.found_before(if due() { PRESENT } else { ABSENT }, ticket)?;
+        match request() {
+            Err(Error::NoData | Error::Invalid(_)) if before == Some(PRESENT) => Ok(()),
+            result => result,
+        }
+    }
+
+    /// The request has been answered, and will not be asked again.
+    pub fn dismiss(&self, ticket: Ticket) {
+        self.index.dismiss(ticket.number);
+    }
+}
+
+/// What a removal found no name for, asked again, it has removed.
+fn removed(result: Result<Option<NodeId>>, ticket: Ticket) -> Result<Option<NodeId>> {
+    match result {
+        Err(Error::Os(Errno::NOENT)) if ticket.again => Ok(None),
+        result => result,
+    }
+}

@@ -1,0 +1,136 @@
+//! Agreeing with the kernel on a session, and taking one over from a process that is no more.
+//!
+//! fuser speaks first of all the handshake, FUSE_INIT, on the descriptor that it is given. It gets one end of a socket pair, in
+//! which the request lies: the kernel's own when the filesystem is mounted, the one that was kept from then
+//! when a session is taken over. The answer is passed on to the kernel, or compared with the one that it got at first. Then
+//! the device takes the place of the socket.
+//!
+//! The device is one open file for all who ever serve it, so the kernel keeps what a dead worker had read and not answered
+//! (`fuse_dev.pq`), and sends it again when asked. Clones of the device (`clone_fd`) would end those requests with
+//! ECONNABORTED instead.
+
+use super::{Adapter, THREADS, agree, device};
+use crate::error::Result;
+use crate::fs::Fs;
+use crate::sys::process;
+use fuser::{Config, Filesystem, KernelConfig, Request, Session, SessionACL};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+/// What a device must be read with at least (FUSE_MIN_READ_BUFFER), and more than any FUSE_INIT needs.
+const HANDSHAKE_BYTES: usize = 64 << 10;
+
+/// What was said in the handshake with the kernel.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Handshake {
+    /// The kernel's FUSE_INIT.
+    pub request: Vec<u8>,
+    /// Our answer.
+    pub reply: Vec<u8>,
+}
+
+/// A connection to the kernel, agreed on and not served yet.
+pub struct Connection(Session<Adapter>);
+
+impl Connection {
+    /// Answers the kernel's FUSE_INIT on `device`, which must have been mounted. `keep` is given what was said before the
+    /// kernel has the answer, so that another can take over from then on.
+    ///
+    /// # Errors
+    /// A sentence: what the kernel lacks, or that nothing is mounted.
+    pub fn establish(
+        fs: Arc<Fs>,
+        device: &OwnedFd,
+        keep: impl FnOnce(&Handshake) -> Result<()>,
+    ) -> Result<Self, String> {
+        let request = read_request(device).map_err(|errno| format!("waiting for the mount: {errno}"))?;
+        let (session, reply) = shake_hands(Adapter::new(fs, device)?, &request)?;
+        keep(&Handshake { request, reply: reply.clone() })
+            .map_err(|error| format!("keeping the handshake: {error}"))?;
+        rustix::io::write(device, &reply).map_err(|errno| format!("answering the handshake: {errno}"))?;
+        Self::on(session, device)
+    }
+
+    /// Takes over a session that was agreed on with `handshake`: nodes that the kernel has given up meanwhile are erased, those
+    /// who poll look again, and what was asked and not answered is asked again.
+    ///
+    /// # Errors
+    /// A sentence. The kernel has noticed nothing.
+    pub fn take_over(fs: Arc<Fs>, device: &OwnedFd, handshake: &Handshake) -> Result<Self, String> {
+        let (session, reply) = shake_hands(Adapter::new(fs.clone(), device)?, &handshake.request)?;
+        if reply != handshake.reply {
+            return Err(DIFFERENT.to_owned());
+        }
+        let connection = Self::on(session, device)?;
+        fs.erase_unknown(|node| device::knows(device, node));
+        for handle in fs.take_pollers().map_err(|error| format!("finding who polls: {error}"))? {
+            device::wake_poller(device, handle);
+        }
+        device::resend(device).map_err(|error| format!("having requests sent again: {error}"))?;
+        Ok(connection)
+    }
+
+    fn on(session: Session<Adapter>, device: &OwnedFd) -> Result<Self, String> {
+        process::replace(session.as_fd(), device).map_err(|error| format!("dup3: {error}"))?;
+        Ok(Self(session))
+    }
+
+    /// Serves until the filesystem is unmounted.
+    ///
+    /// # Errors
+    /// What reading the device answers.
+    pub fn serve(self) -> Result<()> {
+        Ok(self.0.run()?)
+    }
+}
+
+const DIFFERENT: &str =
+    "this version agrees with the kernel on other terms than the one that mounted: unmount first";
+
+/// Whether this version would have agreed on the same session.
+///
+/// # Errors
+/// A sentence, where it would not.
+pub fn would_agree(handshake: &Handshake) -> Result<(), String> {
+    struct Agreeing;
+    impl Filesystem for Agreeing {
+        fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
+            agree(config)
+        }
+    }
+    let (_, reply) = shake_hands(Agreeing, &handshake.request)?;
+    if reply == handshake.reply { Ok(()) } else { Err(DIFFERENT.to_owned()) }
+}
+
+/// Has fuser answer `request`, on a socket.
+fn shake_hands<F: Filesystem>(filesystem: F, request: &[u8]) -> Result<(Session<F>, Vec<u8>), String> {
+    let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
+    let (ours, its) = pair.map_err(|errno| format!("socketpair: {errno}"))?;
+    send(&ours, request, SendFlags::empty()).map_err(|errno| format!("passing the handshake on: {errno}"))?;
+    let mut config = Config::default();
+    config.n_threads = Some(THREADS);
+    let session =
+        Session::from_fd(filesystem, its, SessionACL::All, config).map_err(|error| error.to_string())?;
+    let mut reply = vec![0; HANDSHAKE_BYTES];
+    let (length, _) = recv(&ours, &mut reply[..], RecvFlags::DONTWAIT)
+        .map_err(|errno| format!("no answer to the handshake: {errno}"))?;
+    reply.truncate(length);
+    Ok((session, reply))
+}
+
+fn read_request(device: &OwnedFd) -> Result<Vec<u8>, Errno> {
+    let mut request = vec![0; HANDSHAKE_BYTES];
+    loop {
+        match rustix::io::read(device, &mut request[..]) {
+            Ok(length) => {
+                request.truncate(length);
+                return Ok(request);
+            }
+            Err(Errno::INTR | Errno::AGAIN | Errno::NOENT) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+}

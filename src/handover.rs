@@ -1,0 +1,131 @@
+//! What one daemon leaves to the next that cannot be read off the files: a small text file beside the tree.
+//!
+//! ```text
+//!   hugetlb2 handover 1
+//!   option size=64G
+//!   request 6800...        FUSE_INIT as the kernel sent it, in hexadecimal
+//!   reply 5000...          what it was answered
+//! ```
+//!
+//! It is written once, when the filesystem is mounted. The first line names the version of *everything* that outlives a process: this
+//! file, the layout of objects and reserves, and the ledgers, which have versions of their own besides. A daemon that does not know
+//! one leaves all as it is.
+
+use crate::error::{Error, Result};
+use crate::fuse::Handshake;
+use crate::index::MOUNT_POINT;
+use crate::options::Options;
+use std::fmt::Write as _;
+use std::path::Path;
+
+const TITLE: &str = "hugetlb2 handover";
+const VERSION: u32 = 1;
+
+/// What is handed over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Handover {
+    /// What the pool was mounted with.
+    pub options: Options,
+    /// What was agreed on with the kernel.
+    pub handshake: Handshake,
+}
+
+impl Handover {
+    /// Leaves it for who comes after: all of it or nothing.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn write(&self) -> Result<()> {
+        let (path, draft) = (format!("{MOUNT_POINT}/handover"), format!("{MOUNT_POINT}/handover.new"));
+        std::fs::write(&draft, self.encode())?;
+        Ok(std::fs::rename(draft, path)?)
+    }
+
+    /// Reads what was left, below `root`: `/`, or another process's root.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] for another version or a text that does not parse; ENOENT.
+    pub fn read(root: &Path) -> Result<Self> {
+        let path = root.join(MOUNT_POINT.trim_start_matches('/')).join("handover");
+        Self::decode(&std::fs::read_to_string(path)?).map_err(Error::Corrupt)
+    }
+
+    fn encode(&self) -> String {
+        let mut out = format!("{TITLE} {VERSION}\n");
+        for (name, value) in self.options.given() {
+            let _ = writeln!(out, "option {name}={value}");
+        }
+        let _ = writeln!(out, "request {}", to_hex(&self.handshake.request));
+        let _ = writeln!(out, "reply {}", to_hex(&self.handshake.reply));
+        out
+    }
+
+    fn decode(text: &str) -> Result<Self, String> {
+        let mut lines = text.lines();
+        let version = lines.next().and_then(|line| line.strip_prefix(TITLE)?.trim().parse().ok());
+        match version {
+            Some(VERSION) => {}
+            Some(other) => {
+                return Err(format!("what was left is of version {other}, and this program knows {VERSION}"));
+            }
+            None => return Err("what was left has no version".into()),
+        }
+        let (mut options, mut handshake) = (Options::default(), Handshake::default());
+        for line in lines {
+            let wrong = || format!("{line:?} is nothing that this program knows");
+            let (what, value) = line.split_once(' ').ok_or_else(wrong)?;
+            match what {
+                "option" => {
+                    let (name, value) = value.split_once('=').ok_or_else(wrong)?;
+                    options.set(name, Some(value))?;
+                }
+                "request" => handshake.request = from_hex(value).ok_or_else(wrong)?,
+                "reply" => handshake.reply = from_hex(value).ok_or_else(wrong)?,
+                _ => return Err(wrong()),
+            }
+        }
+        Ok(Self { options, handshake })
+    }
+}
+
+fn to_hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
+}
+
+fn from_hex(text: &str) -> Option<Vec<u8>> {
+    let digit = |byte: &u8| (*byte as char).to_digit(16).map(|digit| digit as u8);
+    let pairs = text.as_bytes().chunks(2);
+    pairs.map(|pair| Some(digit(pair.first()?)? << 4 | digit(pair.get(1)?)?)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn handover() -> Handover {
+        let mut options = Options::default();
+        options.set("size", Some("64M")).unwrap();
+        options.set("pagesize", Some("2M")).unwrap();
+        options.set("log", Some("/var/log/a pool=1")).unwrap();
+        Handover { options, handshake: Handshake { request: vec![0, 255, 16], reply: vec![1] } }
+    }
+
+    #[test]
+    fn what_is_left_reads_as_it_was_written() {
+        assert_eq!(Handover::decode(&handover().encode()), Ok(handover()));
+    }
+
+    #[test]
+    fn another_version_is_refused_with_both_named() {
+        let text = handover().encode().replace("handover 1", "handover 2");
+        let why = Handover::decode(&text).unwrap_err();
+        assert!(why.contains("version 2") && why.contains("knows 1"), "{why}");
+    }
+
+    #[test]
+    fn what_does_not_parse_is_refused() {
+        for text in ["", "hugetlb2 handover", "hugetlb2 handover 1\nnews", "hugetlb2 handover 1\nreply 0"] {
+            assert!(Handover::decode(text).is_err(), "{text:?}");
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! A pool that outlives the process that has filled it.
+
+use super::{Account, Pool, Reserve};
+use crate::error::{Error, Result};
+use crate::sealed::{Reach, Sealed};
+use crate::sys::tmpfs;
+use crate::units::{FOLIO_SIZE, PageSize};
+use rustix::fs::{CWD, Mode, OFlags, XattrFlags};
+use std::sync::{Condvar, Mutex};
+
+/// Where the reserves are mounted in the daemon's namespace, each below the number of its NUMA node.
+pub const RESERVES: &str = "/reserve";
+
+/// Pages of the pool, and bytes that were in folios at first: attributes of that directory, decimal.
+const PAGES: &str = "trusted.pages";
+const HUGE_AT_MOUNT: &str = "trusted.huge_at_mount";
+
+impl Pool {
+    /// Mounts the reserves, so that the pool is there for another process when this one is gone.
+    ///
+    /// # Errors
+    /// What mkdir(2), move_mount(2) and setxattr(2) answer.
+    pub fn attach(&mut self) -> Result<()> {
+        self.outlives_us = true;
+        for reserve in &self.reserves {
+            let path = reserve.path();
+            rustix::fs::mkdir(&path, Mode::from_raw_mode(0o700))?;
+            tmpfs::attach(reserve.lock().mount(), &path)?;
+        }
+        note(HUGE_AT_MOUNT, self.huge_at_mount)?;
+        self.note_size(self.balance().total)
+    }
+
+    /// Notes what the pool's size is to be.
+    pub(super) fn note_size(&self, pages: u64) -> Result<()> {
+        if self.outlives_us { note(PAGES, pages) } else { Ok(()) }
+    }
+
+    /// The pool that another process has attached. Its account is empty until [`Pool::adopt`].
+    ///
+    /// # Errors
+    /// As for [`Sealed::open`].
+    pub fn open(page_size: PageSize) -> Result<Self> {
+        let (total, huge_at_mount) = (noted(PAGES)?, noted(HUGE_AT_MOUNT)?);
+        let mut reserves = Vec::new();
+        for entry in std::fs::read_dir(RESERVES)? {
+            let node = entry?.file_name().to_str().and_then(|name| name.parse().ok());
+            let node = node.ok_or_else(|| Error::Corrupt("a reserve that is no node's".into()))?;
+            reserves.push(Reserve::open(node)?);
+        }
+        reserves.sort_by_key(|reserve| reserve.node);
+        let account = Account { total, free: 0, reserved: total, orphaned: 0, returns: 0 };
+        let (account, freed, resizing) = (Mutex::new(account), Condvar::new(), Mutex::new(()));
+        Ok(Self { page_size, reserves, account, freed, resizing, outlives_us: true, huge_at_mount })
+    }
+
+    /// Completes the account: all files together have `pages`, and `bytes` of memory. What the reserves have more than P1 says
+    /// was being moved, and goes back to the machine; what they have less is taken from it.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] where files have more than there is; [`Error::NoMemory`].
+    pub fn adopt(&self, pages: u64, bytes: u64) -> Result<()> {
+        let total = self.balance().total;
+        let free = total.checked_sub(pages);
+        let free = free.ok_or_else(|| Error::Corrupt(format!("files have {pages} of {total} pages")))?;
+        let reserves: u64 =
+            self.reserves.iter().map(|reserve| reserve.lock().folio_count() * FOLIO_SIZE).sum();
+        let (has, meant) = (reserves + bytes, total * self.page_size.bytes());
+        if has > meant {
+            self.cut_reserves(has - meant)?;
+        } else if has < meant {
+            log::warn!("{} bytes of the pool were lost; they are taken from the machine again", meant - has);
+            self.grow_poorest(meant - has)?;
+        }
+        let mut account = self.account();
+        account.reserved = 0;
+        account.free = free;
+        Ok(())
+    }
+}
+
+impl Reserve {
+    fn path(&self) -> String {
+        format!("{RESERVES}/{}", self.node)
+    }
+
+    fn open(node: u32) -> Result<Self> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let mount = rustix::fs::openat(CWD, format!("{RESERVES}/{node}"), flags, Mode::empty())?;
+        Ok(Self { node, sealed: Mutex::new(Sealed::open(Reach::Private, mount)?) })
+    }
+}
+
+impl Drop for Pool {
+    /// As for [`crate::fs::Fs`]: the memory is to be free when the process has ended.
+    fn drop(&mut self) {
+        if self.outlives_us {
+            self.reserves.iter().for_each(|reserve| drop(tmpfs::detach(&reserve.path())));
+        }
+    }
+}
+
+fn note(name: &str, value: u64) -> Result<()> {
+    Ok(rustix::fs::setxattr(RESERVES, name, value.to_string().as_bytes(), XattrFlags::empty())?)
+}
+
+fn noted(name: &str) -> Result<u64> {
+    let mut text = [0; 20]; // digits of 2^64
+    let length = rustix::fs::getxattr(RESERVES, name, &mut text[..])?;
+    let number = std::str::from_utf8(&text[..length]).ok().and_then(|text| text.parse().ok());
+    number.ok_or_else(|| Error::Corrupt(format!("{RESERVES}: {name}")))
+}

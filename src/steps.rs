@@ -1,0 +1,109 @@
+//! The steps of every change that takes more than one: after each of them the process may die, and the next has to cope.
+//!
+//! The code says [`done`] where a step is done. A test arms a step ([`arm`]), and the process kills itself when it comes there;
+//! [`Step::ALL`] is how the test knows that it has tried them all. In a release build nothing of that is left.
+//!
+//! To add a step: a line in the table below, a call of `done` where it is done, and a situation in `tests/deaths.rs` that leads
+//! there (it fails until there is one).
+
+macro_rules! steps {
+    ($($operation:literal: $($step:ident = $what:literal),+;)+) => {
+        /// A step, named after the change that it is a part of and what has been done when it is.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[repr(u32)]
+        pub enum Step {
+            $($(
+                #[doc = concat!("\"", $operation, "\": ", $what, ".")]
+                $step,
+            )+)+
+        }
+
+        impl Step {
+            /// All of them, change by change, in order.
+            pub const ALL: &[Self] = &[$($(Self::$step),+),+];
+
+            /// The change, and what has been done.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $($(Self::$step => concat!($operation, ": ", $what)),+),+
+                }
+            }
+        }
+    };
+}
+
+steps! {
+    "create": CreatePlace = "the object has a place", CreateAttached = "its superblock is there",
+        CreateNamed = "the file has its name";
+    "unlink": UnlinkOrphaned = "the file is linked among the orphans", UnlinkRemoved = "the name is gone";
+    "exchange": ExchangeWitnessed = "what it found is noted", ExchangeDone = "the names are exchanged";
+    "allocate": AllocateAnnounced = "the size to come back to is noted", AllocateMoved = "the memory is there",
+        AllocateTaken = "released pages are the file's again", AllocateDone = "the pages are the file's";
+    "take": TakeLimit = "the superblock may have more blocks", TakeSize = "the file is longer",
+        TakeFilled = "the memory is there";
+    "cut": CutHoles = "quarantines behind the end are forgotten", CutSize = "the file is shorter",
+        CutVacated = "the limit is lower", CutFilled = "the folio with the end is whole again";
+    "give": GiveHoles = "quarantines are forgotten", GivePunched = "the memory is given up";
+    "move out": MoveOutTaken = "the file has a step of memory", MoveOutGiven = "the reserve has given as much";
+    "move in": MoveInTaken = "the reserve has a step of memory", MoveInGiven = "the file has given as much";
+    "shrink": ShrinkMoved = "the memory is back in the reserve", ShrinkCut = "the file is shorter",
+        ShrinkDone = "the pages are given up";
+    "release": ReleaseAnnounced = "the size to come back to is noted", ReleaseMoved = "the memory is back in the reserve",
+        ReleaseNoted = "the page is noted as released", ReleaseDone = "nothing is to be undone any more";
+    "quarantine": QuarantineKept = "the bytes are kept", QuarantineRecorded = "the subpage is described",
+        QuarantinePunched = "it is punched", QuarantineTraded = "its block is the ledger's",
+        QuarantineStored = "the bytes are in it", QuarantineDone = "the copy of the bytes is gone";
+    "repair": RepairKept = "what is to be there is kept", RepairReleased = "the ledger has given the block",
+        RepairFilled = "the subpage is back", RepairForgotten = "its description is gone",
+        RepairDone = "the copy of the bytes is gone";
+    "enlarge the pool": EnlargeGrown = "the reserve has the memory", EnlargeNoted = "the new size is noted";
+    "reduce the pool": ReduceNoted = "the new size is noted", ReduceCut = "the memory is given back";
+    "dismantle": DismantleEmptied = "the memory is back in the reserve", DismantleDetached = "the superblock is gone",
+        DismantleErased = "the inode is gone";
+}
+
+#[cfg(debug_assertions)]
+mod armed {
+    use super::Step;
+    use rustix::process::{Signal, getpid, kill_process};
+    use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+    const NONE: u32 = u32::MAX;
+    static ARMED: AtomicU32 = AtomicU32::new(NONE);
+    static LEFT: AtomicU64 = AtomicU64::new(0);
+
+    /// The process is to die when `step` is done for the `nth` time from now on, counted from 1.
+    pub fn arm(step: Step, nth: u64) {
+        LEFT.store(nth, Ordering::SeqCst);
+        ARMED.store(step as u32, Ordering::SeqCst);
+    }
+
+    /// A step is done.
+    pub fn done(step: Step) {
+        if ARMED.load(Ordering::SeqCst) == step as u32 && LEFT.fetch_sub(1, Ordering::SeqCst) == 1 {
+            let _ = kill_process(getpid(), Signal::KILL);
+            loop {
+                std::thread::park(); // nothing more is to be done
+            }
+        }
+    }
+}
+
+#[cfg(debug_assertions)]
+pub use armed::{arm, done};
+
+/// A step is done.
+#[cfg(not(debug_assertions))]
+#[inline(always)]
+pub fn done(_step: Step) {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_steps_have_one_name() {
+        let names: std::collections::BTreeSet<_> = Step::ALL.iter().map(|step| step.name()).collect();
+        assert_eq!(names.len(), Step::ALL.len());
+    }
+}

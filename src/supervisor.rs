@@ -1,0 +1,273 @@
+//! The supervisor: holds the device and the private mount namespace, and sees to it that a worker serves.
+//!
+//! ```text
+//!                 fork                        ended, status 0
+//!   [start] ------------------> [worker] ------------------------> [end]: unmounted, the memory is free
+//!                                |    ^
+//!                  killed, ended |    | fork: at once where it had served, else after a pause
+//!                                v    |
+//!                             [between] --- RESTARTS in a row that did not serve ---> [refusing]
+//!                                     ^                                                  | SIGHUP, or an upgrade
+//!                                     +--------------------------------------------------+
+//! ```
+//!
+//! SIGHUP replaces the worker in every state, also one that hangs.
+//!
+//! In every state the namespace, and so all memory, is kept, every mapping is valid, and the kernel keeps what is asked. When
+//! *refusing*, a process that knows nothing of files answers every request with EIO. SIGTERM and SIGINT end the worker, then the
+//! supervisor, in every state; the memory is free when the last mapping is gone.
+//!
+//! The supervisor has one thread, reads nothing that users write, and allocates nothing once it has started: what can
+//! fail, be killed or be replaced is the worker. Workers are forked, not executed: the root that they live in holds no
+//! program. A worker is killed when its supervisor is gone (prctl(2), PR_SET_PDEATHSIG), so there are never two supervisors' workers; and
+//! one waits until the one before it is gone ([`crate::worker`]).
+
+use crate::control::Control;
+use crate::error::{Error, Result};
+use crate::sys;
+use crate::sys::process::{self, Fork, Signals};
+use rustix::process::{Pid, Signal, WaitStatus, getpid, kill_process};
+use std::io::{PipeReader, PipeWriter, Read, Write, pipe};
+use std::time::Duration;
+
+/// Workers that may die in a row without having served.
+const RESTARTS: u32 = 10;
+/// The pause after the first of them; each further one is twice as long.
+const FIRST_PAUSE: Duration = Duration::from_millis(5);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// Given to a worker, and said by it when it serves.
+pub struct Announcement(PipeWriter);
+
+impl Announcement {
+    /// From here on its end is no failure to start.
+    pub fn serving(mut self) {
+        let _ = self.0.write_all(b"!"); // a supervisor that is gone need not know
+    }
+}
+
+/// What became of the one before.
+#[derive(Clone, Copy, Debug)]
+pub struct Death {
+    /// Its process.
+    pub worker: Pid,
+    /// How it ended.
+    pub status: WaitStatus,
+}
+
+/// What a worker is started as.
+pub enum Role {
+    /// One that serves.
+    Serve {
+        /// To be made use of once.
+        announcement: Announcement,
+        /// Somebody who waits for this worker to serve; the first has one.
+        control: Option<Control>,
+        /// `None` for the first.
+        after: Option<Death>,
+    },
+    /// One that refuses everything, as those that should serve have died.
+    Refuse,
+}
+
+/// How it ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// Unmounted.
+    Unmounted,
+    /// The first worker did not come to serve.
+    NeverServed,
+    /// By a signal.
+    Stopped,
+}
+
+/// What to do after a death; pure.
+#[derive(Debug, Default)]
+struct Restarts {
+    fruitless: u32,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Next {
+    Serve(Duration),
+    Refuse,
+}
+
+impl Restarts {
+    fn after_death(&mut self, had_served: bool) -> Next {
+        if had_served {
+            self.fruitless = 0;
+            return Next::Serve(Duration::ZERO);
+        }
+        self.fruitless += 1;
+        if self.fruitless >= RESTARTS {
+            return Next::Refuse;
+        }
+        Next::Serve(FIRST_PAUSE.saturating_mul(1 << (self.fruitless - 1)).min(LONGEST_PAUSE))
+    }
+
+    fn forgive(&mut self) {
+        self.fruitless = 0;
+    }
+}
+
+/// A child, until it ends.
+struct Worker {
+    pid: Pid,
+    announced: Option<PipeReader>,
+}
+
+/// What one wait has brought.
+enum Event {
+    Ended(WaitStatus),
+    Stop,
+    TryAgain,
+}
+
+/// Keeps workers running; `work` is what each does, in a process of its own, and the status that it ends with. `control` goes to the
+/// first. With `must_serve` that has to come to serve.
+///
+/// # Errors
+/// What the kernel answers to the supervisor itself; the workers are gone then.
+pub fn supervise(
+    mut control: Option<Control>,
+    must_serve: bool,
+    mut work: impl FnMut(Role) -> i32,
+) -> Result<End> {
+    let signals = Signals::block(&[Signal::CHILD, Signal::TERM, Signal::INT, Signal::HUP])?;
+    let mut restarts = Restarts::default();
+    let mut after = None;
+    let mut next = Next::Serve(Duration::ZERO);
+    loop {
+        if let Next::Serve(pause) = next
+            && pause > Duration::ZERO
+            && matches!(signals.wait(Some(pause))?, Some(Signal::TERM | Signal::INT))
+        {
+            return Ok(End::Stopped);
+        }
+        let mut worker = match start(signals, &next, (control.take(), after), &mut work) {
+            Ok(worker) => worker,
+            Err(_) => {
+                next = restarts.after_death(false); // no memory for a process: there may be some later
+                restarts.fruitless = restarts.fruitless.min(RESTARTS - 2);
+                continue;
+            }
+        };
+        match wait(signals, &worker)? {
+            Event::Ended(status) if status.exit_status() == Some(0) => return Ok(End::Unmounted),
+            Event::Ended(status) => {
+                let had_served = worker.has_served();
+                if must_serve && after.is_none() && !had_served {
+                    return Ok(End::NeverServed);
+                }
+                after = Some(Death { worker: worker.pid, status });
+                next = restarts.after_death(had_served);
+            }
+            Event::Stop => {
+                worker.kill()?;
+                return Ok(End::Stopped);
+            }
+            Event::TryAgain => {
+                worker.kill()?;
+                restarts.forgive();
+                next = Next::Serve(Duration::ZERO);
+            }
+        }
+    }
+}
+
+fn start(
+    signals: Signals,
+    next: &Next,
+    (control, after): (Option<Control>, Option<Death>),
+    work: &mut impl FnMut(Role) -> i32,
+) -> Result<Worker> {
+    let supervisor = getpid();
+    let (announced, announcement) = pipe()?;
+    let announced = Some(announced);
+    match process::fork()? {
+        Fork::Parent(pid) => Ok(Worker { pid, announced }),
+        Fork::Child => {
+            drop(announced);
+            let ready = process::die_with(supervisor).and_then(|()| signals.unblock());
+            let role = match next {
+                Next::Serve(_) => Role::Serve { announcement: Announcement(announcement), control, after },
+                Next::Refuse => Role::Refuse,
+            };
+            std::process::exit(if ready.is_ok() { work(role) } else { 1 })
+        }
+    }
+}
+
+/// Waits until the worker has ended or somebody wants something.
+fn wait(signals: Signals, worker: &Worker) -> Result<Event> {
+    loop {
+        if let Some(status) = process::ended(worker.pid)? {
+            return Ok(Event::Ended(status));
+        }
+        match signals.wait(None)? {
+            Some(Signal::TERM | Signal::INT) => return Ok(Event::Stop),
+            Some(Signal::HUP) => return Ok(Event::TryAgain),
+            _ => {}
+        }
+    }
+}
+
+impl Worker {
+    /// To be asked when it has ended: its end of the pipe is closed, so there is nothing to wait for.
+    fn has_served(&mut self) -> bool {
+        let mut word = [0];
+        self.announced.take().is_some_and(|mut announced| matches!(announced.read(&mut word), Ok(1)))
+    }
+
+    fn kill(&self) -> Result<()> {
+        match kill_process(self.pid, Signal::KILL) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => process::wait_for_end(self.pid),
+            Err(errno) => Err(Error::Os(errno)),
+        }
+    }
+}
+
+/// Lets go of everything that is mounted in our namespace, so that the memory is free by the time that this process has ended, and
+/// not some time later. Nothing is left to do in the namespace then.
+pub fn free_memory() {
+    let _ = sys::tmpfs::detach("/"); // it would go with the namespace, too
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_that_had_served_is_replaced_at_once() {
+        let mut restarts = Restarts::default();
+        for _ in 0..100 {
+            assert_eq!(restarts.after_death(true), Next::Serve(Duration::ZERO));
+        }
+    }
+
+    #[test]
+    fn deaths_without_service_are_followed_by_longer_and_longer_pauses_and_then_by_refusal() {
+        let mut restarts = Restarts::default();
+        let mut last = Duration::ZERO;
+        for _ in 1..RESTARTS {
+            let Next::Serve(pause) = restarts.after_death(false) else { panic!("refused early") };
+            assert!(pause > last || pause == LONGEST_PAUSE);
+            last = pause;
+        }
+        assert_eq!(restarts.after_death(false), Next::Refuse);
+        assert_eq!(restarts.after_death(false), Next::Refuse);
+        restarts.forgive();
+        assert_eq!(restarts.after_death(false), Next::Serve(FIRST_PAUSE));
+    }
+
+    #[test]
+    fn one_that_served_in_between_starts_the_count_anew() {
+        let mut restarts = Restarts::default();
+        for _ in 0..5 * RESTARTS {
+            restarts.after_death(false);
+            restarts.after_death(true);
+        }
+        assert_eq!(restarts.after_death(false), Next::Serve(FIRST_PAUSE));
+    }
+}

@@ -1,0 +1,168 @@
+//! Processes and descriptors: fork(2), waitpid(2), prctl(2), sigwaitinfo(2), dup3(2).
+
+use crate::error::{Error, Result};
+use rustix::process::{
+    Pid, Signal, WaitOptions, WaitStatus, getppid, set_parent_process_death_signal, waitpid,
+};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+/// Which side of [`fork`] this is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fork {
+    /// The process that called, and the process id of the other.
+    Parent(Pid),
+    /// The new one.
+    Child,
+}
+
+/// Makes a copy of this process, which must have one thread only.
+///
+/// # Errors
+/// EAGAIN, ENOMEM.
+///
+/// # Panics
+/// Where there are more threads: locks that they hold would stay held in the child.
+pub fn fork() -> Result<Fork> {
+    assert_eq!(thread_count()?, 1, "a process with threads must not fork and go on");
+    // SAFETY: there is one thread, so the child's memory is as consistent as ours.
+    #[allow(unsafe_code)]
+    match unsafe { libc::fork() } {
+        0 => Ok(Fork::Child),
+        -1 => Err(std::io::Error::last_os_error().into()),
+        pid => Ok(Fork::Parent(Pid::from_raw(pid).expect("a process id is positive"))),
+    }
+}
+
+/// Links of /proc/self/task are its `.`, and one a thread (proc(5)). Allocates nothing.
+fn thread_count() -> Result<u32> {
+    let (flags, wanted) = (rustix::fs::AtFlags::empty(), rustix::fs::StatxFlags::NLINK);
+    let stat = rustix::fs::statx(rustix::fs::CWD, c"/proc/self/task", flags, wanted)?;
+    Ok(stat.stx_nlink.saturating_sub(2))
+}
+
+/// This process is to be killed when `parent` has ended, if that was before the call, too.
+///
+/// # Errors
+/// What prctl(2) answers; ESRCH where the parent has ended.
+pub fn die_with(parent: Pid) -> Result<()> {
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    if getppid() == Some(parent) { Ok(()) } else { Err(Error::Os(rustix::io::Errno::SRCH)) }
+}
+
+/// How a child has ended, if it has.
+///
+/// # Errors
+/// What waitpid(2) answers.
+pub fn ended(child: Pid) -> Result<Option<WaitStatus>> {
+    Ok(waitpid(Some(child), WaitOptions::NOHANG)?.map(|(_, status)| status))
+}
+
+/// Waits until a child has ended.
+///
+/// # Errors
+/// What waitpid(2) answers.
+pub fn wait_for_end(child: Pid) -> Result<()> {
+    loop {
+        match waitpid(Some(child), WaitOptions::empty()) {
+            Err(rustix::io::Errno::INTR) => {}
+            other => return Ok(other.map(drop)?),
+        }
+    }
+}
+
+/// `target` comes to stand for what `source` does.
+///
+/// # Errors
+/// What dup3(2) answers.
+pub fn replace(target: BorrowedFd<'_>, source: impl AsFd) -> Result<()> {
+    let source = source.as_fd().as_raw_fd();
+    // SAFETY: the number of `target` stays open and its owner's; only what it stands for changes.
+    #[allow(unsafe_code)]
+    match unsafe { libc::dup3(source, target.as_raw_fd(), libc::O_CLOEXEC) } {
+        -1 => Err(std::io::Error::last_os_error().into()),
+        _ => Ok(()),
+    }
+}
+
+/// A descriptor of another process (pidfd_getfd(2), Linux 5.6), by its number there.
+///
+/// # Errors
+/// EPERM without CAP_SYS_PTRACE, EBADF, ESRCH.
+pub fn descriptor_of(process: impl AsFd, number: u32) -> Result<OwnedFd> {
+    let fd = rustix::process::pidfd_getfd(
+        process.as_fd(),
+        i32::try_from(number).map_err(|_| Error::Os(rustix::io::Errno::BADF))?,
+        rustix::process::PidfdGetfdFlags::empty(),
+    )?;
+    Ok(fd)
+}
+
+/// Signals that are waited for, and interrupt nothing.
+#[derive(Clone, Copy)]
+pub struct Signals(libc::sigset_t);
+
+impl Signals {
+    /// Blocks `signals` for this thread and its children.
+    ///
+    /// # Errors
+    /// EINVAL for a signal that there is not.
+    pub fn block(signals: &[Signal]) -> Result<Self> {
+        let mut set = MaybeUninit::uninit();
+        // SAFETY: sigemptyset initialises the whole set.
+        #[allow(unsafe_code)]
+        let mut set: libc::sigset_t = unsafe {
+            libc::sigemptyset(set.as_mut_ptr());
+            set.assume_init()
+        };
+        for signal in signals {
+            // SAFETY: the set is initialised.
+            #[allow(unsafe_code)]
+            unsafe {
+                libc::sigaddset(&raw mut set, signal.as_raw())
+            };
+        }
+        let signals = Self(set);
+        signals.mask(libc::SIG_BLOCK)?;
+        Ok(signals)
+    }
+
+    /// Lets them through again, for the calling thread and those that it starts.
+    ///
+    /// # Errors
+    /// None that is known.
+    pub fn unblock(self) -> Result<()> {
+        self.mask(libc::SIG_UNBLOCK)
+    }
+
+    fn mask(self, how: libc::c_int) -> Result<()> {
+        // SAFETY: the set is initialised; the former one is not asked for.
+        #[allow(unsafe_code)]
+        match unsafe { libc::pthread_sigmask(how, &raw const self.0, std::ptr::null_mut()) } {
+            0 => Ok(()),
+            code => Err(std::io::Error::from_raw_os_error(code).into()),
+        }
+    }
+
+    /// Waits for one of them, for so long at most; `None` where none has come.
+    ///
+    /// # Errors
+    /// None that is known.
+    pub fn wait(self, patience: Option<Duration>) -> Result<Option<Signal>> {
+        let timeout = patience.map(|patience| libc::timespec {
+            tv_sec: patience.as_secs().try_into().unwrap_or(libc::time_t::MAX),
+            tv_nsec: patience.subsec_nanos().into(),
+        });
+        let timeout = timeout.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+        // SAFETY: set and time are initialised; no siginfo is asked for.
+        #[allow(unsafe_code)]
+        match unsafe { libc::sigtimedwait(&raw const self.0, std::ptr::null_mut(), timeout) } {
+            -1 => match std::io::Error::last_os_error().raw_os_error() {
+                Some(libc::EAGAIN | libc::EINTR) => Ok(None),
+                _ => Err(std::io::Error::last_os_error().into()),
+            },
+            number => Ok(Signal::from_named_raw(number)),
+        }
+    }
+}

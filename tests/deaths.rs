@@ -1,0 +1,483 @@
+//! The worker dies, at random moments and at every step of every change, while programs use the pool.
+
+mod support;
+
+use rustix::fs::{CWD, FallocateFlags, RenameFlags, fallocate, renameat_with};
+use rustix::process::{Pid, Signal, kill_process};
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+use support::{FOLIO, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, Toucher, get, poison, set};
+
+// ---- at random ------------------------------------------------------------------------------------------------------
+
+const DEATHS: usize = 300;
+const SEED: u64 = 0x5eed_0f5e_ed0f_5eed;
+const MOST_FOLIOS: u64 = 4;
+
+/// Xorshift: the same numbers in every run.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+}
+
+/// A file in the pool, a process that uses it, and what the file must hold.
+struct User {
+    process: Toucher,
+    pool: PathBuf,
+    name: u64,
+    number: u64,
+    bytes: Vec<u8>,
+    random: Random,
+}
+
+impl User {
+    fn new(pool: &Pool, number: u64) -> Self {
+        let random = Random(SEED ^ (number + 1) << 32);
+        let user =
+            Self { process: Toucher::start(), pool: pool.path(), name: 0, number, bytes: vec![], random };
+        File::create_new(user.path()).unwrap();
+        user
+    }
+
+    fn path(&self) -> PathBuf {
+        self.pool.join(format!("file-{}-{}", self.number, self.name))
+    }
+
+    fn ask(&mut self, command: &str, arguments: &str) -> String {
+        let line = format!("{command} {} {arguments}", self.path().display());
+        self.process.ask(&line)
+    }
+
+    /// One thing that programs do, whose result must be as if the worker lived for ever.
+    fn act(&mut self) {
+        match self.random.below(8) {
+            0 | 1 => self.write(),
+            2 => self.read(),
+            3 => self.resize(),
+            4 => self.rename(),
+            5 => self.store(),
+            6 => self.lose_and_salvage(),
+            _ => self.punch(),
+        }
+    }
+
+    fn size(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    /// A part of the file that is not empty, if there is one.
+    fn part(&mut self) -> Option<(u64, u64)> {
+        let start = self.random.below(self.size().max(1));
+        let length = (1 + self.random.below(300_000)).min(self.size().saturating_sub(start));
+        (length > 0).then_some((start, length))
+    }
+
+    fn write(&mut self) {
+        let (start, length) = (self.random.below(self.size() + 5000), 1 + self.random.below(100_000));
+        let byte = self.random.below(256) as u8;
+        let end = (start + length).min(MOST_FOLIOS * FOLIO);
+        let length = end.saturating_sub(start);
+        if length == 0 {
+            return;
+        }
+        assert_eq!(self.ask("pwrite", &format!("{start} {length} {byte}")), format!("count {length}"));
+        self.bytes.resize(self.bytes.len().max(end as usize), 0);
+        self.bytes[start as usize..end as usize].fill(byte);
+    }
+
+    fn read(&mut self) {
+        let Some((start, length)) = self.part() else { return };
+        let runs = self.bytes[start as usize..(start + length) as usize].chunk_by(|one, next| one == next);
+        let meant = runs.fold("runs".to_owned(), |line, run| line + &format!(" {}:{}", run.len(), run[0]));
+        assert_eq!(self.ask("pread", &format!("{start} {length}")), meant);
+    }
+
+    fn resize(&mut self) {
+        let size = self.random.below(MOST_FOLIOS * FOLIO);
+        assert_eq!(self.ask("truncate", &size.to_string()), "ok");
+        self.bytes.resize(size as usize, 0);
+    }
+
+    fn rename(&mut self) {
+        let before = self.path();
+        self.name += 1;
+        match self.random.below(3) {
+            0 => {
+                fs::write(self.path(), "in the way").unwrap();
+                fs::rename(before, self.path()).unwrap();
+            }
+            1 => {
+                fs::create_dir(self.path()).unwrap();
+                renameat_with(CWD, &before, CWD, self.path(), RenameFlags::EXCHANGE).unwrap();
+                fs::remove_dir(before).unwrap();
+            }
+            _ => {
+                fs::hard_link(&before, self.path()).unwrap();
+                fs::remove_file(before).unwrap();
+            }
+        }
+    }
+
+    fn store(&mut self) {
+        let Some((start, _)) = self.part() else { return };
+        let byte = self.random.below(256) as u8;
+        let length = self.size();
+        self.process.map(&self.path(), 0, length, "shared rw");
+        assert!(self.process.store(start, byte), "SIGBUS");
+        self.bytes[start as usize] = byte;
+        assert_eq!(self.process.load(start), Some(byte));
+        self.process.ask("unmap");
+    }
+
+    fn lose_and_salvage(&mut self) {
+        let Some((start, _)) = self.part() else { return };
+        let path = self.path();
+        poison(&path, start, 1).unwrap();
+        let answer = self.ask("pread", &format!("{start} 1"));
+        assert_eq!(answer, format!("errno {}", rustix::io::Errno::IO.raw_os_error()));
+        assert_eq!(get(&path, POISON).unwrap().lines().count(), 1);
+        set(&path, REPAIR, "salvage all").unwrap();
+    }
+
+    fn punch(&mut self) {
+        let Some((start, length)) = self.part() else { return };
+        let mode = (FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE).bits();
+        assert_eq!(self.ask("fallocate", &format!("{mode} {start} {length}")), "ok");
+        self.bytes[start as usize..(start + length) as usize].fill(0);
+        // A page that was given back whole is SIGBUS to a mapper until it is taken again.
+        let size = self.size();
+        assert_eq!(self.ask("fallocate", &format!("0 0 {size}")), "ok");
+    }
+
+    fn assert_holds(&self) {
+        let found = fs::read(self.path()).unwrap();
+        assert_eq!(found.len(), self.bytes.len());
+        let wrong = found.iter().zip(&self.bytes).position(|(found, meant)| found != meant);
+        assert_eq!(wrong, None, "{} has a wrong byte", self.path().display());
+    }
+}
+
+/// Kills workers until enough have died; returns how long each time a call waited for the next.
+fn kill_at_random(pool: &Pool) -> Vec<Duration> {
+    let mut random = Random(SEED);
+    let mut stalls = Vec::new();
+    for _ in 0..DEATHS {
+        std::thread::sleep(Duration::from_micros(random.below(30_000))); // at some moment of what the others do
+        let worker = Pid::from_raw(pool.counter("worker_pid") as i32).expect("a process id");
+        let died = Instant::now();
+        kill_process(worker, Signal::KILL).expect("it runs");
+        assert_ne!(pool.counter("worker_pid") as i32, worker.as_raw_nonzero().get());
+        stalls.push(died.elapsed());
+    }
+    stalls.sort();
+    stalls
+}
+
+#[test]
+fn three_hundred_random_deaths_fail_no_call_and_lose_no_byte() {
+    println!("seed {SEED:#x}");
+    let pool = Pool::small(40);
+    let stop = AtomicBool::new(false);
+    let stalls = std::thread::scope(|scope| {
+        let users: Vec<_> = (0..4)
+            .map(|number| {
+                let (pool, stop) = (&pool, &stop);
+                scope.spawn(move || {
+                    let mut user = User::new(pool, number);
+                    let mut acts = 0u64;
+                    while !stop.load(Ordering::Relaxed) {
+                        user.act();
+                        acts += 1;
+                    }
+                    user.assert_holds();
+                    (acts, user.path())
+                })
+            })
+            .collect();
+        let stalls = kill_at_random(&pool);
+        stop.store(true, Ordering::Relaxed);
+        let acts: Vec<_> =
+            users.into_iter().map(|user| user.join().expect("it has found nothing wrong")).collect();
+        println!("calls of the four processes: {:?}", acts.iter().map(|(acts, _)| acts).collect::<Vec<_>>());
+        acts.into_iter().for_each(|(_, path)| fs::remove_file(path).unwrap());
+        stalls
+    });
+    println!("stall: median {:?}, worst {:?}", stalls[stalls.len() / 2], stalls[stalls.len() - 1]);
+    assert!(stalls[stalls.len() - 1] < Duration::from_secs(1), "a call hung");
+    let patience = Instant::now() + Duration::from_secs(10);
+    while pool.free_pages() < 40 {
+        assert!(Instant::now() < patience, "pages are lost: {:?}", pool.counters());
+        std::thread::yield_now(); // the kernel forgets a file after unlink(2) has returned
+    }
+    pool.check();
+    pool.unmount();
+}
+
+// ---- at every step --------------------------------------------------------------------------------------------------
+
+const DIE: &str = "trusted.hugetlb2.die";
+/// Steps that there were when this was written. There may come more.
+const FEWEST_STEPS: usize = 49;
+
+/// A change that leads over steps, and what must hold when its call has returned, as if nothing had happened.
+struct Situation {
+    name: &'static str,
+    prepare: fn(&Pool),
+    change: fn(&Pool),
+    verify: fn(&Pool),
+}
+
+fn file(pool: &Pool) -> PathBuf {
+    pool.join("file")
+}
+
+fn size_of(pool: &Pool) -> u64 {
+    fs::metadata(file(pool)).unwrap().len()
+}
+
+fn open(pool: &Pool) -> File {
+    File::options().read(true).write(true).open(file(pool)).unwrap()
+}
+
+/// Three folios of sevens, in a pool of eight.
+fn sevens(pool: &Pool) {
+    fs::write(file(pool), vec![7; 3 * FOLIO as usize]).unwrap();
+}
+
+fn assert_sevens(pool: &Pool, length: u64) {
+    let bytes = fs::read(file(pool)).unwrap();
+    assert!(bytes.iter().take(length as usize).all(|byte| *byte == 7), "bytes are lost");
+    assert!(bytes.len() as u64 >= length);
+}
+
+fn lose_one(pool: &Pool) {
+    sevens(pool);
+    poison(file(pool), FOLIO + SUBPAGE, SUBPAGE).unwrap();
+}
+
+fn assert_one_lost(pool: &Pool) {
+    let text = get(file(pool), POISON).unwrap();
+    assert!(text.starts_with("0x201000 0x1000 soft ") && text.lines().count() == 1, "{text}");
+    let mut toucher = Toucher::mapping(&file(pool), 3 * FOLIO);
+    assert_eq!(toucher.walk(), [FOLIO + SUBPAGE]);
+    drop(toucher);
+    set(file(pool), REPAIR, "salvage all").unwrap();
+    assert_sevens(pool, 3 * FOLIO);
+}
+
+fn assert_nothing_lost(pool: &Pool) {
+    assert_eq!(get(file(pool), POISON), Err(rustix::io::Errno::NODATA));
+    assert_sevens(pool, 3 * FOLIO);
+}
+
+/// The kernel forgets a file after unlink(2) has returned.
+fn wait_for_free_pages(pool: &Pool, pages: u64) {
+    let patience = Instant::now() + Duration::from_secs(10);
+    while pool.free_pages() != pages {
+        assert!(Instant::now() < patience, "{} and not {pages} pages are free", pool.free_pages());
+        std::thread::yield_now();
+    }
+}
+
+const SITUATIONS: &[Situation] = &[
+    Situation {
+        name: "create",
+        prepare: |_| {},
+        change: |pool| drop(File::create_new(file(pool)).unwrap()),
+        verify: |pool| {
+            assert_eq!(size_of(pool), 0);
+            sevens(pool);
+            assert_sevens(pool, 3 * FOLIO);
+        },
+    },
+    Situation {
+        name: "unlink",
+        prepare: sevens,
+        change: |pool| {
+            let kept = open(pool);
+            fs::remove_file(file(pool)).unwrap();
+            let mut byte = [0];
+            std::os::unix::fs::FileExt::read_exact_at(&kept, &mut byte, FOLIO).unwrap();
+            assert_eq!(byte, [7]);
+        },
+        verify: |pool| {
+            assert!(!file(pool).exists());
+            wait_for_free_pages(pool, 8);
+        },
+    },
+    Situation {
+        name: "rename over a file",
+        prepare: |pool| {
+            sevens(pool);
+            fs::write(pool.join("other"), "other").unwrap();
+        },
+        change: |pool| fs::rename(file(pool), pool.join("other")).unwrap(),
+        verify: |pool| {
+            assert!(!file(pool).exists());
+            assert_eq!(fs::read(pool.join("other")).unwrap(), vec![7; 3 * FOLIO as usize]);
+            wait_for_free_pages(pool, 5);
+        },
+    },
+    Situation {
+        name: "rmdir and rename over a directory",
+        prepare: |pool| ["a", "b", "c"].iter().for_each(|name| fs::create_dir(pool.join(name)).unwrap()),
+        change: |pool| {
+            fs::remove_dir(pool.join("a")).unwrap();
+            fs::rename(pool.join("b"), pool.join("c")).unwrap();
+        },
+        verify: |pool| assert_eq!(fs::read_dir(pool.path()).unwrap().count(), 1),
+    },
+    Situation {
+        name: "exchange",
+        prepare: |pool| {
+            sevens(pool);
+            fs::create_dir(pool.join("other")).unwrap();
+        },
+        change: |pool| {
+            renameat_with(CWD, file(pool), CWD, pool.join("other"), RenameFlags::EXCHANGE).unwrap();
+        },
+        verify: |pool| {
+            assert!(file(pool).is_dir());
+            assert_eq!(fs::read(pool.join("other")).unwrap(), vec![7; 3 * FOLIO as usize]);
+        },
+    },
+    Situation {
+        name: "grow",
+        prepare: |pool| fs::write(file(pool), vec![7; 5000]).unwrap(),
+        change: |pool| open(pool).set_len(5 * FOLIO + 17).unwrap(),
+        verify: |pool| {
+            assert_eq!((size_of(pool), pool.free_pages()), (5 * FOLIO + 17, 2));
+            assert_sevens(pool, 5000);
+            assert!(fs::read(file(pool)).unwrap()[5000..].iter().all(|byte| *byte == 0));
+        },
+    },
+    Situation {
+        name: "shrink",
+        prepare: sevens,
+        change: |pool| open(pool).set_len(FOLIO + 5000).unwrap(),
+        verify: |pool| {
+            assert_eq!((size_of(pool), pool.free_pages()), (FOLIO + 5000, 6));
+            assert_sevens(pool, FOLIO + 5000);
+            open(pool).set_len(2 * FOLIO).unwrap();
+            assert!(fs::read(file(pool)).unwrap()[FOLIO as usize + 5000..].iter().all(|byte| *byte == 0));
+        },
+    },
+    Situation {
+        name: "shrink over a quarantine",
+        prepare: lose_one,
+        change: |pool| open(pool).set_len(FOLIO).unwrap(),
+        verify: |pool| {
+            assert_eq!((size_of(pool), pool.free_pages()), (FOLIO, 7));
+            assert_eq!(get(file(pool), POISON), Err(rustix::io::Errno::NODATA));
+            assert_sevens(pool, FOLIO);
+        },
+    },
+    Situation {
+        name: "punch",
+        prepare: lose_one,
+        change: |pool| {
+            let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            fallocate(open(pool), punch, FOLIO, 2 * FOLIO).unwrap();
+        },
+        verify: |pool| {
+            assert_eq!((size_of(pool), pool.free_pages()), (3 * FOLIO, 7));
+            assert_sevens(pool, FOLIO);
+            assert!(fs::read(file(pool)).unwrap()[FOLIO as usize..].iter().all(|byte| *byte == 0));
+        },
+    },
+    Situation {
+        name: "fill what was punched",
+        prepare: |pool| {
+            sevens(pool);
+            let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            fallocate(open(pool), punch, FOLIO, FOLIO).unwrap();
+        },
+        change: |pool| fallocate(open(pool), FallocateFlags::empty(), 0, 3 * FOLIO).unwrap(),
+        verify: |pool| {
+            assert_eq!((size_of(pool), pool.free_pages()), (3 * FOLIO, 5));
+            assert_eq!(Toucher::mapping(&file(pool), 3 * FOLIO).walk(), []);
+            assert_sevens(pool, FOLIO);
+        },
+    },
+    Situation {
+        name: "quarantine",
+        prepare: sevens,
+        change: |pool| poison(file(pool), FOLIO + SUBPAGE, SUBPAGE).unwrap(),
+        verify: assert_one_lost,
+    },
+    Situation {
+        name: "salvage",
+        prepare: lose_one,
+        change: |pool| set(file(pool), REPAIR, "salvage all").unwrap(),
+        verify: assert_nothing_lost,
+    },
+    Situation {
+        name: "repair by a write",
+        prepare: lose_one,
+        change: |pool| {
+            let bytes = [7; SUBPAGE as usize];
+            std::os::unix::fs::FileExt::write_all_at(&open(pool), &bytes, FOLIO + SUBPAGE).unwrap();
+        },
+        verify: assert_nothing_lost,
+    },
+    Situation {
+        name: "enlarge the pool",
+        prepare: sevens,
+        change: |pool| set(pool.path(), SIZE_OF_POOL, (12 * FOLIO).to_string()).unwrap(),
+        verify: |pool| assert_eq!((pool.counter("pages_total"), pool.free_pages()), (12, 9)),
+    },
+    Situation {
+        name: "reduce the pool",
+        prepare: sevens,
+        change: |pool| set(pool.path(), SIZE_OF_POOL, (4 * FOLIO).to_string()).unwrap(),
+        verify: |pool| assert_eq!((pool.counter("pages_total"), pool.free_pages()), (4, 1)),
+    },
+];
+
+/// Runs a situation with a worker that dies when `step` is done for the `nth` time. Returns whether it came to that.
+fn die_in(situation: &Situation, step: &str, nth: u64) -> bool {
+    let pool = Pool::small(8);
+    (situation.prepare)(&pool);
+    let worker = pool.counter("worker_pid");
+    set(pool.path(), DIE, format!("{nth} {step}")).unwrap();
+    (situation.change)(&pool);
+    let died = pool.counter("worker_pid") != worker;
+    pool.check();
+    (situation.verify)(&pool);
+    let died = died || pool.counter("worker_pid") != worker;
+    pool.check();
+    pool.unmount();
+    died
+}
+
+#[test]
+fn a_death_after_any_step_of_any_change_is_as_if_it_had_not_been() {
+    let pool = Pool::small(1);
+    let steps = get(pool.path(), DIE).expect("a worker that was built for tests");
+    pool.unmount();
+    let steps: Vec<&str> = steps.lines().collect();
+    assert!(steps.len() >= FEWEST_STEPS, "there are {} steps only", steps.len());
+    let mut deaths = 0;
+    for step in &steps {
+        let mut led_there = Vec::new();
+        for situation in SITUATIONS {
+            let mut nth = 1;
+            while nth <= 3 && die_in(situation, step, nth) {
+                led_there.push(situation.name);
+                nth += 1;
+            }
+        }
+        println!("{step}: {}", led_there.join(", "));
+        assert!(!led_there.is_empty(), "nothing leads to the step {step}");
+        deaths += led_there.len();
+    }
+    println!("{deaths} deaths at {} steps in {} situations", steps.len(), SITUATIONS.len());
+}

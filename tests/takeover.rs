@@ -1,0 +1,381 @@
+//! The worker may die at any instruction: no call fails, no byte is lost, who maps a file does not notice.
+
+mod support;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FlockOperation, flock};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
+use std::fs::{self, File};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::time::{Duration, Instant};
+use support::{
+    FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, hugetlb2, poison, run, set, status_and_error,
+};
+
+const SIZE: u64 = 2 * FOLIO;
+
+// ---- ending a worker ------------------------------------------------------------------------------------------------
+
+/// A worker, to end it for certain: the number of a process may be another's a moment later.
+struct Worker {
+    pid: i32,
+    process: OwnedFd,
+}
+
+impl Worker {
+    /// The one that serves now.
+    fn of(pool: &Pool) -> Self {
+        let pid = pool.counter("worker_pid") as i32;
+        let process =
+            pidfd_open(Pid::from_raw(pid).expect("a process id"), PidfdFlags::empty()).expect("it runs");
+        Self { pid, process }
+    }
+
+    fn signal(&self, signal: Signal) {
+        pidfd_send_signal(&self.process, signal).expect("it runs");
+    }
+
+    /// Returns when each of its threads stands still.
+    fn stop(&self) {
+        self.signal(Signal::STOP);
+        let is_stopped = |task: fs::DirEntry| {
+            let stat = fs::read_to_string(task.path().join("stat")).expect("it is there");
+            stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
+        };
+        let tasks = || fs::read_dir(format!("/proc/{}/task", self.pid)).expect("it runs").map(Result::unwrap);
+        while !tasks().all(is_stopped) {
+            std::thread::yield_now(); // only its parent could wait for that
+        }
+    }
+
+    /// Returns when it is dead.
+    fn kill(self) {
+        self.signal(Signal::KILL);
+        let ended = poll(&mut [PollFd::new(&self.process, PollFlags::IN)], None);
+        assert_eq!(ended, Ok(1));
+    }
+}
+
+/// Kills the worker; the next call waits for the next one.
+fn kill_worker(pool: &Pool) {
+    Worker::of(pool).kill();
+}
+
+fn sevens(pool: &Pool) -> std::path::PathBuf {
+    let path = pool.join("file");
+    fs::write(&path, vec![7; SIZE as usize]).unwrap();
+    path
+}
+
+fn is_alarmed(file: &File, seconds: i64) -> bool {
+    let timeout = Timespec { tv_sec: seconds, tv_nsec: 0 };
+    let mut fds = [PollFd::new(file, PollFlags::PRI)];
+    poll(&mut fds, Some(&timeout)).unwrap();
+    fds[0].revents() == PollFlags::PRI
+}
+
+// ---- what survives --------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_new_worker_serves_after_one_was_killed_while_idle() {
+    let pool = Pool::small(8);
+    let path = sevens(&pool);
+    let (supervisor, before) = (pool.counter("daemon_pid"), pool.counter("worker_pid"));
+    kill_worker(&pool);
+    assert_eq!(fs::read(&path).unwrap(), vec![7; SIZE as usize]);
+    assert_eq!(pool.counter("daemon_pid"), supervisor);
+    assert_ne!(pool.counter("worker_pid"), before);
+    assert_eq!(pool.free_pages(), 6);
+    pool.check();
+    assert!(pool.log().contains(&format!("worker {before} has ended (signal 9)")), "{}", pool.log());
+    pool.unmount();
+}
+
+#[test]
+fn what_is_open_mapped_locked_and_unlinked_survives_twenty_takeovers() {
+    let pool = Pool::small(8);
+    let path = sevens(&pool);
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    flock(&file, FlockOperation::LockExclusive).unwrap();
+    let mut mapper = Toucher::mapping(&path, SIZE);
+    assert_eq!(mapper.walk(), []);
+    let unlinked = pool.join("unlinked");
+    fs::write(&unlinked, vec![9; FOLIO as usize]).unwrap();
+    let mut orphan = Toucher::mapping(&unlinked, FOLIO);
+    assert_eq!(orphan.load(5), Some(9));
+    fs::remove_file(&unlinked).unwrap();
+    fs::create_dir(pool.join("gone")).unwrap();
+    let gone = File::open(pool.join("gone")).unwrap();
+    fs::remove_dir(pool.join("gone")).unwrap();
+    poison(&path, 5 * SUBPAGE, SUBPAGE).unwrap();
+    for round in 0..20u64 {
+        kill_worker(&pool);
+        assert_eq!(mapper.ask("walk"), format!("hits {}:2", 5 * SUBPAGE), "round {round}");
+        assert_eq!(mapper.huge(), 1);
+        let at = FOLIO + round;
+        file.write_all_at(&[round as u8], at).unwrap();
+        assert_eq!(mapper.load(at), Some(round as u8));
+        assert!(mapper.store(at, 7));
+        assert_eq!(mapper.ask(&format!("lock {} flock", path.display())), "errno 11", "it is locked by us");
+        assert!(orphan.store(round, round as u8));
+        assert_eq!(orphan.load(round), Some(round as u8));
+        assert_eq!(gone.metadata().unwrap().nlink(), 0);
+        let mut byte = [0];
+        assert!(file.read_at(&mut byte, 5 * SUBPAGE).is_err());
+        assert_eq!(pool.counter("orphans"), 2);
+        pool.check();
+    }
+    set(&path, REPAIR, "salvage all").unwrap();
+    assert_eq!(mapper.ask(&format!("differ 0 {SIZE} 7")), "count 0");
+    drop((orphan, gone));
+    kill_worker(&pool);
+    let patience = Instant::now() + Duration::from_secs(10);
+    while pool.counter("orphans") > 0 {
+        assert!(Instant::now() < patience, "the unlinked file does not go");
+        std::thread::yield_now(); // the kernel forgets it after its last user is gone
+    }
+    assert_eq!(pool.free_pages(), 6);
+    pool.check();
+    drop((mapper, file));
+    pool.unmount();
+}
+
+#[test]
+fn who_polls_for_errors_is_woken_by_the_next_worker() {
+    let pool = Pool::small(8);
+    let path = sevens(&pool);
+    let file = File::open(&path).unwrap();
+    for round in 0..5 {
+        let waiter = std::thread::spawn({
+            let file = file.try_clone().unwrap();
+            move || is_alarmed(&file, 60)
+        });
+        kill_worker(&pool);
+        poison(&path, round * SUBPAGE, SUBPAGE).unwrap();
+        assert!(waiter.join().unwrap(), "round {round}");
+        assert!(get(&path, POISON).is_ok());
+        assert!(!is_alarmed(&file, 0), "it has been read");
+    }
+    drop(file);
+    pool.unmount();
+}
+
+#[test]
+fn a_directory_can_be_read_on_after_each_entry() {
+    const ENTRIES: usize = 3000;
+    let pool = Pool::small(2);
+    for n in 0..ENTRIES {
+        fs::create_dir(pool.join(format!("a-name-that-takes-some-room-{n:05}"))).unwrap();
+    }
+    let mut seen = Vec::new();
+    let mut entries = fs::read_dir(pool.path()).unwrap();
+    for entry in entries.by_ref() {
+        seen.push(entry.unwrap().file_name());
+        if seen.len().is_multiple_of(200) {
+            kill_worker(&pool);
+        }
+    }
+    drop(entries);
+    seen.sort();
+    seen.dedup();
+    assert_eq!(seen.len(), ENTRIES);
+    pool.unmount();
+}
+
+#[test]
+fn an_unlinked_file_whose_last_user_goes_while_no_worker_is_there_gives_its_pages_back() {
+    let pool = Pool::small(8);
+    let path = sevens(&pool);
+    let file = File::open(&path).unwrap();
+    fs::remove_file(&path).unwrap();
+    assert_eq!(pool.free_pages(), 6);
+    let worker = Worker::of(&pool);
+    worker.stop();
+    drop(file);
+    worker.kill();
+    let patience = Instant::now() + Duration::from_secs(10);
+    while pool.free_pages() < 8 {
+        assert!(Instant::now() < patience, "the pages do not come back");
+        std::thread::yield_now();
+    }
+    pool.check();
+    pool.unmount();
+}
+
+#[test]
+fn a_call_that_was_under_way_returns_its_result() {
+    let pool = Pool::small(8);
+    let path = sevens(&pool);
+    let worker = Worker::of(&pool);
+    worker.stop();
+    let caller = std::thread::spawn(move || fs::read(path).unwrap());
+    worker.kill();
+    assert_eq!(caller.join().unwrap(), vec![7; SIZE as usize]);
+    pool.unmount();
+}
+
+// ---- deaths in a row ------------------------------------------------------------------------------------------------
+
+#[test]
+fn fifty_deaths_within_a_second_fail_no_call() {
+    let pool = Pool::small(8);
+    let path = sevens(&pool);
+    let supervisor = pool.counter("daemon_pid");
+    let mut killed = 0;
+    let end = Instant::now() + Duration::from_secs(1);
+    while killed < 50 || Instant::now() < end {
+        killed += kill_children(supervisor);
+    }
+    assert_eq!(fs::read(&path).unwrap(), vec![7; SIZE as usize]);
+    pool.check();
+    pool.unmount();
+}
+
+/// Kills what the process has started, however far that has come; returns how many.
+fn kill_children(parent: u64) -> usize {
+    let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).expect("it runs");
+    let pids = children.split_ascii_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?));
+    pids.filter(|pid| kill_process(*pid, Signal::KILL).is_ok()).count()
+}
+
+#[test]
+fn workers_that_die_again_and_again_end_in_refusal_and_a_hangup_signal_in_service() {
+    let pool = Pool::small(8);
+    let path = sevens(&pool);
+    let mut mapper = Toucher::mapping(&path, SIZE);
+    let file = File::open(&path).unwrap();
+    let supervisor = pool.daemon().pid;
+    // What the next worker reads first is of a version that it does not know.
+    let handover = format!("/proc/{supervisor}/root/index/handover");
+    let text = fs::read_to_string(&handover).unwrap();
+    fs::write(&handover, text.replacen("handover 1", "handover 2", 1)).unwrap();
+    kill_worker(&pool);
+    let refused = file.read_at(&mut [0], 0).unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(5), "EIO");
+    assert!(pool.log().contains("every request is refused"), "{}", pool.log());
+    assert!(pool.log().contains("version 2, and this program knows 1"), "{}", pool.log());
+    assert_eq!(mapper.ask(&format!("differ 0 {SIZE} 7")), "count 0", "mappings stay");
+    assert!(mapper.store(3, 7));
+    fs::write(&handover, text).unwrap();
+    kill_process(Pid::from_raw(supervisor).unwrap(), Signal::HUP).unwrap();
+    while file.read_at(&mut [0], 0).is_err() {
+        std::thread::yield_now(); // the signal is on its way
+    }
+    pool.check();
+    drop((mapper, file));
+    pool.unmount();
+}
+
+#[test]
+fn a_worker_that_hangs_is_shown_and_replaced_by_a_hangup_signal() {
+    let pool = Pool::small(2);
+    let worker = Worker::of(&pool);
+    worker.stop();
+    let (status, said) = status_and_error(hugetlb2().arg("status").arg(pool.path()));
+    assert_eq!(status, 1);
+    assert!(
+        said.contains("no answer") && said.contains(&format!("process {} is stopped", worker.pid)),
+        "{said}"
+    );
+    kill_process(Pid::from_raw(pool.daemon().pid).unwrap(), Signal::HUP).unwrap();
+    assert!(run(hugetlb2().arg("status").arg(pool.path())).contains("2 free"));
+    pool.unmount();
+}
+
+// ---- the supervisor -------------------------------------------------------------------------------------------------
+
+#[test]
+fn without_a_supervisor_mappings_stay_valid_and_calls_fail() {
+    let pool = Pool::small(8);
+    let path = sevens(&pool);
+    let file = File::open(&path).unwrap();
+    let mut mapper = Toucher::mapping(&path, SIZE);
+    assert_eq!(mapper.walk(), []);
+    let worker = Worker::of(&pool);
+    kill_process(Pid::from_raw(pool.daemon().pid).unwrap(), Signal::KILL).unwrap();
+    pool.daemon().wait();
+    poll(&mut [PollFd::new(&worker.process, PollFlags::IN)], None).unwrap();
+    assert_eq!(file.read_at(&mut [0], 0).unwrap_err().raw_os_error(), Some(107), "ENOTCONN");
+    assert_eq!(mapper.ask(&format!("differ 0 {SIZE} 7")), "count 0");
+    assert!(mapper.store(1, 2));
+    drop((mapper, file));
+}
+
+#[test]
+fn a_stopped_daemon_ends_with_its_worker() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let pool = Pool::small(8);
+        sevens(&pool);
+        let worker = Worker::of(&pool);
+        kill_process(Pid::from_raw(pool.daemon().pid).unwrap(), signal).unwrap();
+        pool.daemon().wait();
+        let mut fds = [PollFd::new(&worker.process, PollFlags::IN)];
+        assert_eq!(poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(1), "it has ended before");
+    }
+}
+
+// ---- replacement ----------------------------------------------------------------------------------------------------
+
+#[test]
+fn an_upgrade_in_use_fails_no_call() {
+    let mut pool = Pool::small(8);
+    let path = sevens(&pool);
+    let copy = tempfile::NamedTempFile::new().unwrap();
+    fs::copy(env!("CARGO_BIN_EXE_hugetlb2fsd"), copy.path()).unwrap();
+    let copy = copy.into_temp_path(); // a program that is open for writing cannot be executed
+    let mut mapper = Toucher::mapping(&path, SIZE);
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for thread in 0..3 {
+            let (path, stop, pool) = (&path, &stop, &pool);
+            scope.spawn(move || {
+                let mut round = 0;
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    let name = pool.join(format!("{thread}-{round}"));
+                    fs::write(&name, "text").unwrap();
+                    fs::rename(&name, pool.join(format!("{thread}"))).unwrap();
+                    assert_eq!(fs::read(path).unwrap().len() as u64, SIZE);
+                    round += 1;
+                }
+            });
+        }
+        for _ in 0..5 {
+            let before = pool.counter("daemon_pid");
+            run(hugetlb2().arg("upgrade").arg(pool.path()).arg("--binary").arg(&copy));
+            assert_ne!(pool.counter("daemon_pid"), before);
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    assert_eq!(mapper.ask(&format!("differ 0 {SIZE} 7")), "count 0");
+    let running = fs::read_link(format!("/proc/{}/exe", pool.counter("daemon_pid"))).unwrap();
+    assert_eq!(running, fs::canonicalize(&copy).unwrap());
+    pool.check();
+    drop(mapper);
+    pool.note_new_daemon();
+    pool.unmount();
+}
+
+#[test]
+fn an_upgrade_that_cannot_be_is_refused_and_the_other_goes_on() {
+    let pool = Pool::small(8);
+    sevens(&pool);
+    let (supervisor, worker) = (pool.counter("daemon_pid"), pool.counter("worker_pid"));
+    let refused = |binary: &str, word: &str| {
+        let (status, said) =
+            status_and_error(hugetlb2().arg("upgrade").arg(pool.path()).args(["--binary", binary]));
+        assert_eq!(status, 1, "{said}");
+        assert!(said.contains(word), "{said}");
+        assert_eq!((pool.counter("daemon_pid"), pool.counter("worker_pid")), (supervisor, worker));
+        pool.check();
+    };
+    refused("/nonexistent", "/nonexistent: No such file");
+    refused("/etc/passwd", "cannot be started");
+    refused("/bin/true", "ended without a word");
+    let handover = format!("/proc/{supervisor}/root/index/handover");
+    let text = fs::read_to_string(&handover).unwrap();
+    fs::write(&handover, text.replacen("handover 1", "handover 7", 1)).unwrap();
+    refused(env!("CARGO_BIN_EXE_hugetlb2fsd"), "of version 7, and this program knows 1");
+    fs::write(&handover, text).unwrap();
+    pool.unmount();
+}
