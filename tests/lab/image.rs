@@ -7,6 +7,9 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+/// Test programs of the host that the machine runs, too.
+pub const SUITES: &[&str] = &["quarantine"];
+
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// Paths of both.
@@ -14,6 +17,8 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 pub struct Image {
     pub kernel: PathBuf,
     pub initramfs: PathBuf,
+    /// The programs of [`SUITES`].
+    pub suites: Vec<PathBuf>,
 }
 
 /// Where the lab keeps what takes long to make.
@@ -37,17 +42,21 @@ impl Image {
             ));
         }
         let programs = build()?;
+        let suites = SUITES.iter().map(|suite| build_suite(suite)).collect::<Result<Vec<_>, _>>()?;
         let initramfs = directory().join("initramfs");
-        let files = [
-            ("init", programs.join("examples/lab-guest")),
-            ("hugetlb2", programs.join("hugetlb2")),
-            ("hugetlb2fsd", programs.join("hugetlb2fsd")),
-            ("handler-c", readme::build_c()?),
-            ("handler-rust", readme::build_rust()?),
+        let mut files = vec![
+            ("init".to_owned(), programs.join("examples/lab-guest")),
+            ("hugetlb2".to_owned(), programs.join("hugetlb2")),
+            ("hugetlb2fsd".to_owned(), programs.join("hugetlb2fsd")),
+            ("handler-c".to_owned(), readme::build_c()?),
+            ("handler-rust".to_owned(), readme::build_rust()?),
         ];
+        files.extend(
+            SUITES.iter().zip(&suites).map(|(suite, program)| (format!("suite-{suite}"), program.clone())),
+        );
         write_archive(&initramfs, &files)
             .map_err(|error| format!("writing {}: {error}", initramfs.display()))?;
-        Ok(Self { kernel, initramfs })
+        Ok(Self { kernel, initramfs, suites })
     }
 }
 
@@ -56,37 +65,51 @@ fn build() -> Result<PathBuf, String> {
     cargo_build(Path::new(ROOT), &["--bins", "--example=lab-guest"])
 }
 
-/// Builds the package in a directory with these arguments, in a target directory of the lab's own, without a need for
-/// libraries; returns where the programs are.
+/// Builds one of [`SUITES`] likewise; cargo says where it is.
+fn build_suite(suite: &str) -> Result<PathBuf, String> {
+    let arguments = ["test", "--no-run", "--message-format=json", "--test", suite];
+    let messages = run(&mut cargo(Path::new(ROOT), &arguments))?;
+    let executable = |line: &str| {
+        let (_, rest) = line.split_once(r#""executable":""#)?;
+        Some(PathBuf::from(rest.split_once('"')?.0))
+    };
+    messages.lines().filter_map(executable).next_back().ok_or_else(|| format!("cargo has built no {suite}"))
+}
+
+/// Builds the package in a directory with these arguments; returns where the programs are.
 fn cargo_build(package: &Path, arguments: &[&str]) -> Result<PathBuf, String> {
-    let target = directory().join("build");
+    run(cargo(package, &["build"]).args(arguments))?;
+    Ok(directory().join("build").join(TARGET).join("release"))
+}
+
+/// cargo for programs without a need for libraries, in a target directory of the lab's own.
+fn cargo(package: &Path, arguments: &[&str]) -> Command {
     let mut cargo = Command::new(env!("CARGO"));
     cargo
         .current_dir(package)
-        .args(["build", "--quiet", "--release", "--target", TARGET, "--target-dir"])
-        .arg(&target)
         .args(arguments)
+        .args(["--quiet", "--release", "--target", TARGET, "--target-dir"])
+        .arg(directory().join("build"))
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
         .env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo") // a machine copies them into its memory
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .env_remove("CARGO_BIN_EXE_hugetlb2"); // of the host; the guest has its own
-    run(&mut cargo)?;
-    Ok(target.join(TARGET).join("release"))
+    cargo
 }
 
-/// Runs a compiler; an error has what it printed.
-fn run(command: &mut Command) -> Result<(), String> {
+/// Runs a compiler and returns its output; an error has what it printed.
+fn run(command: &mut Command) -> Result<String, String> {
     let program = command.get_program().to_string_lossy().into_owned();
     let output = command.output().map_err(|error| format!("{program} cannot be started: {error}"))?;
     if output.status.success() {
-        Ok(())
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     } else {
         Err(format!("a static program cannot be built:\n{}", String::from_utf8_lossy(&output.stderr)))
     }
 }
 
 /// A cpio archive in the format that the kernel unpacks (Documentation/driver-api/early-userspace/buffer-format.rst).
-fn write_archive(path: &Path, files: &[(&str, PathBuf)]) -> std::io::Result<()> {
+fn write_archive(path: &Path, files: &[(String, PathBuf)]) -> std::io::Result<()> {
     const EXECUTABLE: u32 = 0o100_755;
     let mut out = File::create(path)?;
     for (inode, (name, source)) in (1..).zip(files) {

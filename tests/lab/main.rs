@@ -24,11 +24,12 @@
 mod boot;
 mod cases;
 mod image;
+mod suites;
 #[path = "../support/mod.rs"]
 mod support;
 
 use boot::{Boot, Verdict};
-use cases::{Case, Machine};
+use cases::Machine;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use std::collections::HashMap;
 use std::process::ExitCode;
@@ -48,10 +49,11 @@ impl Lab {
         self.slots.lock().expect("no panic while the table is open").entry(machine).or_default().clone()
     }
 
-    fn run(&self, case: &Case) -> Result<Completion, Failed> {
-        let slot = match case.ends_kernel {
+    /// Runs what the machine knows by `name`. What `ends_kernel` has a machine of its own.
+    fn run(&self, name: &str, machine: Machine, ends_kernel: Option<&str>) -> Result<Completion, Failed> {
+        let slot = match ends_kernel {
             Some(_) => Slot::default(),
-            None => self.slot(case.machine),
+            None => self.slot(machine),
         };
         // A poisoned lock: another case's thread panicked with the machine in its hand, which is to be trusted no more.
         let mut boot = slot.lock().unwrap_or_else(|poisoned| {
@@ -60,14 +62,14 @@ impl Lab {
             boot
         });
         if boot.as_mut().is_none_or(Boot::has_ended) {
-            *boot = Some(Boot::start(case.machine)?);
+            *boot = Some(Boot::start(machine)?);
         }
-        let report = boot.as_mut().expect("it was started").run(case);
+        let report = boot.as_mut().expect("it was started").run(name);
         if !matches!(report.verdict, Verdict::Passed | Verdict::Skipped(_)) {
             *boot = None;
         }
         drop(boot);
-        report.judge(case)
+        report.judge(name, ends_kernel)
     }
 
     /// Ends the machines as an administrator would.
@@ -83,11 +85,17 @@ impl Lab {
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let lab = Arc::new(Lab::default());
-    let trial = |case: &'static Case| {
+    let trial = |name: String, machine: Machine, ends_kernel: Option<&'static str>| {
         let lab = lab.clone();
-        Trial::ignorable_test(case.name, move || lab.run(case))
+        Trial::ignorable_test(name.clone(), move || lab.run(&name, machine, ends_kernel))
     };
-    let conclusion = libtest_mimic::run(&arguments, cases::all().map(trial).collect());
+    let cases = cases::all().map(|case| trial(case.name.to_owned(), case.machine, case.ends_kernel));
+    let mut trials: Vec<Trial> = cases.collect();
+    match suites::tests() {
+        Ok(names) => trials.extend(names.into_iter().map(|name| trial(name, suites::MACHINE, None))),
+        Err(why) => trials.push(Trial::test("the_suites_can_be_listed", move || Err(why))),
+    }
+    let conclusion = libtest_mimic::run(&arguments, trials);
     lab.shut_down();
     conclusion.exit_code()
 }

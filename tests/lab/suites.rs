@@ -1,0 +1,50 @@
+//! Test programs of the host that run in the machine as well, test by test: one set of rules for both kernels.
+
+use crate::cases::Machine;
+use crate::image::{Image, SUITES};
+use libtest_mimic::Failed;
+use std::process::Command;
+
+/// A page of 1 GiB, and room besides.
+pub const MACHINE: Machine = Machine { memory: 3072, nodes: 1, command_line: "" };
+
+/// What does not run there, and why.
+const ELSEWHERE: &[(&str, &str)] = &[
+    ("quarantine::cp_carries_a_quarantine_with_the_attributes", "the machine has no cp(1)"),
+    ("quarantine::cp_rescues_everything_that_is_not_lost", "the machine has no cp(1)"),
+    (
+        "quarantine::a_hundred_lost_subpages_of_a_gigantic_page_cost_a_hundred_subpages",
+        "the machine has no cp(1)",
+    ),
+    ("quarantine::rsync_carries_a_quarantine_with_the_attributes", "the machine has no rsync(1)"),
+    ("quarantine::quarantining_needs_permission_to_write_the_file", "the machine has no setpriv(1)"),
+];
+
+/// The names of all that run, `<suite>::<test>`.
+///
+/// # Errors
+/// A suite that does not build or list its tests, or one without any.
+pub fn tests() -> Result<Vec<String>, Failed> {
+    let image = Image::get()?;
+    let mut names = Vec::new();
+    for (suite, program) in SUITES.iter().zip(&image.suites) {
+        let listed = Command::new(program).args(["--list", "--format", "terse"]).output()?;
+        let text = String::from_utf8_lossy(&listed.stdout).into_owned();
+        let of_suite: Vec<String> = text
+            .lines()
+            .filter_map(|line| line.strip_suffix(": test"))
+            .map(|name| format!("{suite}::{name}"))
+            .collect();
+        if of_suite.is_empty() {
+            return Err(format!("{} lists no tests: {text}", program.display()).into());
+        }
+        names.extend(of_suite);
+    }
+    for (name, _) in ELSEWHERE {
+        if !names.iter().any(|listed| listed == name) {
+            return Err(format!("there is no {name} to leave out").into());
+        }
+    }
+    names.retain(|name| ELSEWHERE.iter().all(|(left_out, _)| left_out != name));
+    Ok(names)
+}
