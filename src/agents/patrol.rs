@@ -29,6 +29,7 @@ pub fn start(fs: Arc<Fs>) -> io::Result<Patrol> {
 fn run(fs: &Fs, stopped: &Receiver<()>) {
     while stopped.recv_timeout(PERIOD) == Err(RecvTimeoutError::Timeout) {
         fs.look_for_poison();
+        fs.look_for_poison_in_free_memory();
     }
 }
 

@@ -33,6 +33,10 @@ use std::sync::{Arc, Mutex, MutexGuard};
 /// Where the objects' superblocks are mounted in the daemon's namespace.
 pub const OBJECTS: &str = "/objects";
 
+/// What the kernel's counts of memory errors that have been seen are kept under.
+const FAILURES: &str = "failures";
+const FAILURES_IN_POOL: &str = "failures in pool";
+
 /// A part of a file whose folios may be whole again, and put back into one piece.
 pub type Repaired = (Arc<Object>, Range);
 
@@ -47,6 +51,8 @@ pub struct Fs {
     repaired: Option<Sender<Repaired>>,
     /// The kernel's count of memory errors when all files were last looked through; `None` where it has none.
     failures: Mutex<Option<u64>>,
+    /// The same for free memory.
+    failures_in_pool: Mutex<Option<u64>>,
     nodes: Vec<u32>,
 }
 
@@ -93,10 +99,14 @@ impl Fs {
         pool.collapse_reserves()?;
         pool.attach()?;
         let index = Index::create(options.mode, options.uid, options.gid)?;
+        index.keep(FAILURES, memory_failures())?;
+        index.keep(FAILURES_IN_POOL, memory_failures())?;
         Self::on(options, index, pool, repaired)
     }
 
     fn on(options: &Options, index: Index, pool: Pool, repaired: Option<Sender<Repaired>>) -> Result<Self> {
+        let failures = Mutex::new(index.kept(FAILURES)?);
+        let failures_in_pool = Mutex::new(index.kept(FAILURES_IN_POOL)?);
         Ok(Self {
             index,
             pool,
@@ -104,7 +114,8 @@ impl Fs {
             stranded: Mutex::default(),
             recovery_write: options.recovery_write,
             repaired,
-            failures: Mutex::new(memory_failures()),
+            failures,
+            failures_in_pool,
             nodes: memory_nodes()?,
         })
     }
@@ -306,21 +317,42 @@ impl Fs {
 
     /// Looks all files through for memory errors, if the kernel has met any since the last time.
     pub fn look_for_poison(&self) {
-        let mut seen = self.failures.lock().expect("no panic while files are looked through");
+        self.if_memory_failed(&self.failures, FAILURES, || {
+            let look = |object: &Arc<Object>| {
+                let looked = object.look_for_poison().map(drop);
+                looked.inspect_err(|error| {
+                    log::error!("file {}: looking for memory errors: {error}", object.node())
+                })
+            };
+            // All of them, and only then whether that was well.
+            self.all_objects().iter().map(look).fold(Ok(()), Result::and)
+        });
+    }
+
+    /// The same for memory that is nobody's, which takes longer: it may never have been touched.
+    pub fn look_for_poison_in_free_memory(&self) {
+        self.if_memory_failed(&self.failures_in_pool, FAILURES_IN_POOL, || {
+            let replaced = self.pool.replace_poisoned();
+            match &replaced {
+                Ok(0) => {}
+                Ok(count) => log::error!("memory error, {count} free subpages of the pool replaced"),
+                Err(error) => log::error!("looking for memory errors in free memory: {error}"),
+            }
+            replaced.map(drop)
+        });
+    }
+
+    /// Runs `look` if the kernel has met memory errors since it last went well; this worker's or another's.
+    fn if_memory_failed(&self, seen: &Mutex<Option<u64>>, kept: &str, look: impl FnOnce() -> Result<()>) {
+        let mut seen = seen.lock().expect("no panic while memory is looked through");
+        // What happens from here on counts as not seen, even if it is.
         let now = memory_failures();
         if now == *seen {
             return;
         }
-        // What happens from here on counts as not seen, even if it is.
-        *seen = now;
-        for object in self.all_objects() {
-            if let Err(error) = object.look_for_poison() {
-                log::error!(
-                    "file {}: it could not be looked through for memory errors: {error}",
-                    object.node()
-                );
-                *seen = None; // once more, then
-            }
+        *seen = if look().is_ok() { now } else { None }; // once more, then
+        if let Err(error) = self.index.keep(kept, *seen) {
+            log::warn!("the next worker will not know which memory errors were seen: {error}");
         }
     }
 

@@ -463,6 +463,25 @@ impl Index {
         }
     }
 
+    /// Keeps a number for the next worker, or that there is none.
+    ///
+    /// # Errors
+    /// What setxattr(2) answers.
+    pub fn keep(&self, name: &str, number: Option<u64>) -> Result<()> {
+        let text = number.map(|number| number.to_string()).unwrap_or_default();
+        Ok(rustix::fs::fsetxattr(&self.orphans, kept(name), text.as_bytes(), XattrFlags::empty())?)
+    }
+
+    /// The number that was kept.
+    ///
+    /// # Errors
+    /// What getxattr(2) answers.
+    pub fn kept(&self, name: &str) -> Result<Option<u64>> {
+        let mut text = [0; 20]; // digits of 2^64
+        let length = rustix::fs::fgetxattr(&self.orphans, kept(name), &mut text[..])?;
+        Ok(std::str::from_utf8(&text[..length]).ok().and_then(|text| text.parse().ok()))
+    }
+
     // ---- witnesses ----------------------------------------------------------------------------------------------
 
     /// Notes what `request` found before it changes it. A request that was carried out by a daemon that died before it could
@@ -701,6 +720,10 @@ fn refuse_non_empty(directory: &OwnedFd) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn kept(name: &str) -> String {
+    format!("trusted.kept.{name}")
 }
 
 fn orphan_name(id: NodeId) -> String {

@@ -418,6 +418,23 @@ impl Pool {
         Ok(Some(NodeBinding))
     }
 
+    /// Looks the free memory through for memory errors, and replaces what has one: nobody is ever given it. A step at a time, so
+    /// that nobody waits for long. Returns how many there were.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`].
+    pub fn replace_poisoned(&self) -> Result<u64> {
+        let mut replaced = 0;
+        for reserve in &self.reserves {
+            let mut at = 0;
+            while at < reserve.lock().size() {
+                replaced += reserve.lock().replace_poisoned_free(Range::at(at, STEP))?;
+                at += STEP;
+            }
+        }
+        Ok(replaced)
+    }
+
     /// Puts what came in small pages into folios, and remembers how many bytes of the reserves are in 2 MiB folios.
     ///
     /// # Errors

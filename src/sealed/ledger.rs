@@ -36,6 +36,8 @@ const RECORD_BYTES: usize = 32;
 const MOVING_BYTES: usize = 1 + SUBPAGE_SIZE as usize;
 
 const SUPERBLOCK: &str = "trusted.superblock";
+/// What the memory errors are kept under: a subpage and a time each, in 64 bits.
+const POISONED: &str = "poisoned";
 
 /// Bytes of one subpage.
 pub type Bytes = [u8; SUBPAGE_SIZE as usize];
@@ -198,26 +200,32 @@ impl Ledger {
         &self.poisoned
     }
 
-    /// Notes a memory error; the time of one that a former daemon noted is kept.
+    /// Notes a memory error.
     pub fn note_poisoned(&mut self, subpage: Subpage, time: u64) -> Result<()> {
-        let name = poison_attribute(subpage);
-        let mut noted = [0; 8];
-        let time = match rustix::fs::fgetxattr(&self.file, &name, &mut noted[..]) {
-            Ok(_) => u64::from_le_bytes(noted),
-            Err(_) => {
-                rustix::fs::fsetxattr(&self.file, &name, &time.to_le_bytes(), XattrFlags::empty())?;
-                time
-            }
-        };
         self.poisoned.insert(subpage, time);
-        Ok(())
+        self.keep_poisoned()
     }
 
     /// Strikes a memory error out, whose page is no longer in the file.
     pub fn forget_poisoned(&mut self, subpage: Subpage) -> Result<()> {
-        if self.poisoned.remove(&subpage).is_some() {
-            rustix::fs::fremovexattr(&self.file, poison_attribute(subpage))?;
-        }
+        if self.poisoned.remove(&subpage).is_some() { self.keep_poisoned() } else { Ok(()) }
+    }
+
+    /// As many as an attribute holds; what is left out is found again when the kernel meets the next one.
+    fn keep_poisoned(&self) -> Result<()> {
+        const MOST: usize = (64 << 10) / 16; // XATTR_SIZE_MAX
+        let pairs = self.poisoned.iter().take(MOST).flat_map(|(subpage, time)| [subpage.0, *time]);
+        let bytes: Vec<u8> = pairs.flat_map(u64::to_le_bytes).collect();
+        self.keep(POISONED, &bytes)
+    }
+
+    /// The memory errors that another process has noted, in place of ours.
+    pub fn read_poisoned(&mut self) -> Result<()> {
+        let bytes = self.kept(POISONED)?.unwrap_or_default();
+        let (words, _) = bytes.as_chunks::<8>();
+        let (pairs, _) = words.as_chunks::<2>();
+        let pairs = pairs.iter().map(|pair| pair.map(u64::from_le_bytes));
+        self.poisoned = pairs.map(|[subpage, time]| (Subpage(subpage), time)).collect();
         Ok(())
     }
 
@@ -326,8 +334,16 @@ impl Ledger {
     pub fn rescued(&self, record: Record) -> Result<Bytes> {
         let mut bytes = [0; SUBPAGE_SIZE as usize];
         let read = tmpfs::read_at(&self.file, &mut bytes, record.slot * SUBPAGE_SIZE).unwrap_or(0);
-        let known = read == bytes.len() && record.checksum == Some(crc32fast::hash(&bytes));
-        if known { Ok(bytes) } else { Err(Error::NoData) }
+        match record.checksum {
+            Some(checksum) if read == bytes.len() && checksum == crc32fast::hash(&bytes) => Ok(bytes),
+            Some(_) => {
+                log::error!(
+                    "what was kept of a quarantined subpage is lost: a memory error has hit the ledger"
+                );
+                Err(Error::NoData)
+            }
+            None => Err(Error::NoData),
+        }
     }
 
     /// Blocks that the ledger holds, its superblock among them.
@@ -376,10 +392,6 @@ fn moving_attribute(slot: u64) -> String {
 
 fn kept_attribute(name: &str) -> String {
     format!("trusted.kept.{name}")
-}
-
-fn poison_attribute(subpage: Subpage) -> String {
-    format!("trusted.poisoned.{}", subpage.0)
 }
 
 fn attribute(slot: u64) -> String {

@@ -618,7 +618,7 @@ impl Sealed {
     /// # Errors
     /// What mmap(2) and setxattr(2) answer.
     pub fn note_poison(&mut self, time: u64) -> Result<Vec<Subpage>> {
-        let found = self.find_poison()?;
+        let found = self.find_poison(Range::new(0, self.size).subpages_out())?;
         let new: Vec<Subpage> = found.into_iter().filter(|subpage| !self.is_lost(*subpage)).collect();
         for subpage in &new {
             self.ledger.note_poisoned(*subpage, time)?;
@@ -629,10 +629,24 @@ impl Sealed {
         Ok(new)
     }
 
-    fn find_poison(&self) -> Result<Vec<Subpage>> {
+    /// Lets memory errors in `range` of a reserve go, and takes healthy memory in their place. Returns how many there were.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`].
+    pub fn replace_poisoned_free(&mut self, range: Range) -> Result<u64> {
+        assert_eq!(self.reach, Reach::Private, "programs' memory is repaired when they ask for it");
+        let found = self.find_poison(range.intersect(Range::new(0, self.size)))?;
+        for subpage in &found {
+            tmpfs::punch(&self.data, subpage.range())?;
+            tmpfs::allocate(&self.data, subpage.range())?;
+        }
+        Ok(found.len() as u64)
+    }
+
+    fn find_poison(&self, range: Range) -> Result<Vec<Subpage>> {
         const WINDOW: u64 = 1 << 30;
         let mut found = Vec::new();
-        for part in Range::new(0, self.size).subpages_out().steps(WINDOW) {
+        for part in range.steps(WINDOW) {
             let window = Window::new(&self.data, part)?;
             for folio in part.folios().filter(|folio| self.has_memory(*folio)) {
                 let range = folio.range().intersect(part);
@@ -903,7 +917,7 @@ impl Sealed {
     }
 
     fn fill_around_holes(&mut self, folio: Folio) -> Result<()> {
-        let holes: Vec<Subpage> = self.holes_in(folio.range()).collect();
+        let holes: Vec<Subpage> = self.lost_in(folio.range()).collect();
         let mut start = folio.range().start;
         for end in holes.iter().map(|hole| hole.offset()).chain([folio.range().end]) {
             let piece = Range::new(start, end);

@@ -3,8 +3,9 @@
 //! What was under way is told from what is there. Nothing below takes a byte that is known for lost, and what has arrived is
 //! not written again: a program may have changed it since.
 
-use super::{Bytes, Direction, Ledger, Reach, Record, Sealed};
+use super::{Bytes, Direction, Ledger, Reach, Record, Sealed, poisoned_subpages};
 use crate::error::Result;
+use crate::sys::mapping::Window;
 use crate::sys::tmpfs;
 use crate::units::{FOLIO_SIZE, Range, Subpage};
 use rustix::fs::{Mode, OFlags};
@@ -32,7 +33,23 @@ impl Sealed {
         sealed.finish_moves()?;
         sealed.vacate(Range::new(0, 0))?;
         sealed.reclaim_removed()?;
+        sealed.recall_poison()?;
         Ok(sealed)
+    }
+
+    /// Memory errors that were known, as far as the kernel still holds them.
+    fn recall_poison(&mut self) -> Result<()> {
+        self.ledger.read_poisoned()?;
+        let noted: Vec<Subpage> = self.poisoned().keys().copied().collect();
+        for subpage in noted {
+            let is_there = self.has_memory(subpage.folio())
+                && !poisoned_subpages(&Window::new(&self.data, subpage.range())?, subpage.range())?
+                    .is_empty();
+            if !is_there {
+                self.ledger.forget_poisoned(subpage)?;
+            }
+        }
+        Ok(())
     }
 
     /// A folio has memory if there is any in it, or a soft hole.

@@ -123,10 +123,12 @@ impl Window {
         if result == 0 {
             return Ok(());
         }
-        Err(match Errno::from_io_error(&std::io::Error::last_os_error()) {
-            Some(Errno::INVAL) => Error::Unsupported,
-            other => Error::Os(other.unwrap_or(Errno::IO)),
-        })
+        match Errno::from_io_error(&std::io::Error::last_os_error()) {
+            // The page is marked as bad, only its folio could not be split: somebody has pinned it.
+            Some(Errno::HWPOISON) => Ok(()),
+            Some(Errno::INVAL) => Err(Error::Unsupported),
+            other => Err(Error::Os(other.unwrap_or(Errno::IO))),
+        }
     }
 
     /// The parts of the window that are mapped by 2 MiB entries right now (PAGEMAP_SCAN, Linux 6.7), ascending.

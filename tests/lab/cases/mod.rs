@@ -2,6 +2,7 @@
 #![allow(missing_docs)]
 
 mod compare;
+mod containment;
 mod errors;
 mod handlers;
 mod hw;
@@ -55,7 +56,7 @@ use cases;
 /// All of them. Those that share a machine stand together.
 pub fn all() -> impl Iterator<Item = &'static Case> {
     let by_kernel = [kernel::CASES, pools::CASES, errors::CASES];
-    by_kernel.into_iter().chain([hw::CASES, handlers::CASES, compare::CASES]).flatten()
+    by_kernel.into_iter().chain([hw::CASES, containment::CASES, handlers::CASES, compare::CASES]).flatten()
 }
 
 /// The README's programs in C and in Rust, in the machine.

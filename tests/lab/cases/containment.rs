@@ -1,0 +1,368 @@
+//! Memory errors where no program's bytes are, at bad moments, and beside a worker's death.
+
+use super::cases;
+use crate::support::{
+    COLLAPSE, FOLIO, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, Toucher, get, poison, set,
+};
+use hugetlb2fs::sys::sigbus::{Mapping, Sharing};
+use hugetlb2fs::units::Range;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+cases! {
+    SMALL:
+        an_error_in_free_memory_is_replaced_and_never_handed_out,
+        an_error_in_the_ledger_loses_what_was_kept_and_opens_no_hole,
+        an_error_in_a_pinned_folio_is_contained_as_the_kernel_can,
+        an_error_beside_memory_that_a_program_removed_stays_alone,
+        errors_that_come_while_a_file_is_resized_are_kept_or_discarded_with_their_place,
+        every_request_survives_memory_errors_under_it,
+        an_error_that_hits_while_no_worker_is_there_is_found_by_the_next,
+        errors_are_known_to_the_next_worker_with_their_times,
+        a_worker_that_the_oom_killer_takes_is_replaced,
+        the_patrol_costs_next_to_nothing_at_rest;
+}
+
+const INJECT: &str = "trusted.hugetlb2.inject";
+const BAD: u64 = FOLIO + 5 * SUBPAGE;
+const SIZE: u64 = 2 * FOLIO;
+
+fn pool(pages: u64) -> Pool {
+    Pool::mount(&format!("pagesize=2M,collapse=off,size={}", pages * FOLIO))
+}
+
+fn sevens(pool: &Pool) -> PathBuf {
+    let path = pool.join("file");
+    fs::write(&path, vec![7; SIZE as usize]).unwrap();
+    path
+}
+
+/// A file of the daemon's, by the root that it sees.
+fn inside(pool: &Pool, path: &str) -> PathBuf {
+    PathBuf::from(format!("/proc/{}/root/{path}", pool.daemon().pid))
+}
+
+/// A memory error in any file.
+fn strike(path: &Path, offset: u64) {
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    let folio = Range::at(offset, 1).folios_out();
+    let length = file.metadata().unwrap().len();
+    let range = Range::new(folio.start, folio.end.min(length.next_multiple_of(SUBPAGE)));
+    let mapping = Mapping::new(&file, range, Sharing::Shared, true).unwrap();
+    mapping.load(offset).expect("it is healthy");
+    mapping.advise_range(Range::at(offset, SUBPAGE), libc::MADV_HWPOISON).unwrap();
+}
+
+fn inject(path: &Path, offset: u64) {
+    set(path, INJECT, format!("hw {offset}")).unwrap();
+}
+
+fn listed(path: &Path) -> Vec<String> {
+    match get(path, POISON) {
+        Ok(text) => text.lines().map(|line| line.rsplit_once(' ').expect("columns").0.to_owned()).collect(),
+        Err(Errno::NODATA) => Vec::new(),
+        Err(errno) => panic!("{errno}"),
+    }
+}
+
+fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let patience = Instant::now() + Duration::from_secs(20);
+    while !holds() {
+        assert!(Instant::now() < patience, "{what}");
+        std::thread::yield_now();
+    }
+}
+
+fn kill_worker(pool: &Pool) {
+    let pid = Pid::from_raw(pool.counter("worker_pid") as i32).unwrap();
+    let process = pidfd_open(pid, PidfdFlags::empty()).unwrap();
+    kill_process(pid, Signal::KILL).unwrap();
+    poll(&mut [PollFd::new(&process, PollFlags::IN)], None).unwrap();
+}
+
+// ---- where no program's bytes are -----------------------------------------------------------------------------------
+
+fn an_error_in_free_memory_is_replaced_and_never_handed_out() {
+    let pool = pool(4);
+    let reserve = inside(&pool, "reserve/0/data");
+    for offset in [0, BAD, 4 * FOLIO - SUBPAGE] {
+        strike(&reserve, offset);
+    }
+    wait_until("the patrol replaces them", || pool.log().contains("free subpages of the pool replaced"));
+    pool.check();
+    let path = pool.join("file");
+    fs::write(&path, vec![7; 4 * FOLIO as usize]).unwrap();
+    let mut toucher = Toucher::mapping(&path, 4 * FOLIO);
+    assert!(toucher.walk().is_empty());
+    assert_eq!(listed(&path), [""; 0]);
+    drop(toucher);
+    // And in the moment before the patrol has come by.
+    fs::remove_file(&path).unwrap();
+    wait_until("the pages are back", || pool.free_pages() == 4);
+    strike(&reserve, BAD);
+    fs::write(&path, vec![8; 4 * FOLIO as usize]).unwrap();
+    let mut toucher = Toucher::mapping(&path, 4 * FOLIO);
+    assert!(toucher.walk().is_empty());
+    pool.check();
+    drop(toucher);
+    pool.unmount();
+}
+
+fn object_of(pool: &Pool) -> PathBuf {
+    let mut objects = fs::read_dir(inside(pool, "objects")).unwrap();
+    objects.next().expect("one object").unwrap().path()
+}
+
+fn an_error_in_the_ledger_loses_what_was_kept_and_opens_no_hole() {
+    let pool = pool(4);
+    let path = sevens(&pool);
+    let mut toucher = Toucher::mapping(&path, SIZE);
+    assert!(toucher.walk().is_empty());
+    poison(&path, BAD, 2 * SUBPAGE).unwrap();
+    strike(&object_of(&pool).join("ledger"), SUBPAGE); // of the first of the two
+    assert_eq!(toucher.walk(), [BAD, BAD + SUBPAGE]);
+    pool.check();
+    kill_worker(&pool);
+    assert_eq!(toucher.walk(), [BAD, BAD + SUBPAGE], "nor in the hands of another worker");
+    pool.check();
+    assert_eq!(set(&path, REPAIR, format!("salvage {BAD} {SUBPAGE}")), Err(Errno::NODATA));
+    assert!(pool.log().contains("a memory error has hit the ledger"), "{}", pool.log());
+    set(&path, REPAIR, "salvage all").unwrap();
+    assert!(toucher.walk().is_empty());
+    assert_eq!(toucher.load(BAD), Some(0), "what is not known is zeros, as was asked for");
+    assert_eq!(toucher.load(BAD + SUBPAGE), Some(7));
+    pool.check();
+    poison(&path, BAD, 2 * SUBPAGE).unwrap();
+    set(&path, REPAIR, "salvage all").unwrap();
+    assert_eq!(toucher.load(BAD + SUBPAGE), Some(7), "the ledger has a healthy page");
+    pool.check();
+    drop(toucher);
+    pool.unmount();
+}
+
+// ---- at bad moments -------------------------------------------------------------------------------------------------
+
+fn an_error_in_a_pinned_folio_is_contained_as_the_kernel_can() {
+    let pool = pool(4);
+    let path = sevens(&pool);
+    let mut pinner = Toucher::mapping(&path, SIZE);
+    assert!(pinner.walk().is_empty());
+    assert_eq!(pinner.ask(&format!("pin {FOLIO}")), "ok");
+    inject(&path, BAD);
+    let mut other = Toucher::mapping(&path, SIZE);
+    let file = File::open(&path).unwrap();
+    let lost = |at: &u64| file.read_at(&mut [0], *at).is_err();
+    assert_eq!((0..SIZE).step_by(SUBPAGE as usize).filter(lost).collect::<Vec<_>>(), [BAD]);
+    assert_eq!(listed(&path), [format!("{BAD:#x} 0x1000 hw")]);
+    assert_eq!(other.walk(), [BAD]);
+    pool.check();
+    let repaired = set(&path, REPAIR, "zero all");
+    println!("repair in a pinned folio: {repaired:?}; listed {:?}, SIGBUS {:?}", listed(&path), other.walk());
+    pool.check();
+    assert_eq!(pinner.ask("unpin"), "ok");
+    if repaired.is_err() {
+        set(&path, REPAIR, "zero all").unwrap();
+    }
+    set(&path, COLLAPSE, "all").unwrap();
+    assert!(other.walk().is_empty());
+    assert_eq!(other.load(BAD), Some(0));
+    assert_eq!(other.load(BAD - 1), Some(7));
+    pool.check();
+    drop((pinner, other, file));
+    pool.unmount();
+}
+
+fn an_error_beside_memory_that_a_program_removed_stays_alone() {
+    const MADV_REMOVE: i32 = 9;
+    let pool = pool(4);
+    let path = sevens(&pool);
+    let mut toucher = Toucher::mapping(&path, SIZE);
+    assert!(toucher.walk().is_empty());
+    inject(&path, BAD);
+    assert_eq!(toucher.ask(&format!("advise {} {SUBPAGE} {MADV_REMOVE}", BAD + 3 * SUBPAGE)), "ok");
+    let file = File::options().write(true).open(&path).unwrap();
+    file.write_all_at(&[1; 10], BAD + 7 * SUBPAGE).unwrap(); // which takes the memory back
+    pool.check();
+    assert_eq!(toucher.walk(), [BAD]);
+    assert_eq!(toucher.load(BAD + 3 * SUBPAGE), Some(0));
+    set(&path, REPAIR, "zero all").unwrap();
+    assert!(toucher.walk().is_empty());
+    pool.check();
+    drop((toucher, file));
+    pool.unmount();
+}
+
+fn errors_that_come_while_a_file_is_resized_are_kept_or_discarded_with_their_place() {
+    let pool = pool(16);
+    let path = sevens(&pool);
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    let mut rounds = 0;
+    std::thread::scope(|scope| {
+        let striker = scope.spawn(|| {
+            for round in 0..12 {
+                let place = (round * 37 % 512) * SUBPAGE;
+                match set(&path, INJECT, format!("hw {place}")) {
+                    Ok(()) | Err(Errno::INVAL) => {} // one that is there already
+                    Err(errno) => panic!("{errno}"),
+                }
+            }
+        });
+        while !striker.is_finished() || rounds < 20 {
+            file.set_len(FOLIO + 5000).unwrap();
+            file.set_len(12 * FOLIO).unwrap();
+            let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            fallocate(&file, punch, 2 * FOLIO, 3 * FOLIO).unwrap();
+            fallocate(&file, FallocateFlags::empty(), 0, 12 * FOLIO).unwrap();
+            rounds += 1;
+        }
+    });
+    assert_eq!(listed(&path).iter().filter(|line| line.ends_with("hw")).count(), listed(&path).len());
+    let mut toucher = Toucher::mapping(&path, 12 * FOLIO);
+    let lost = toucher.walk();
+    assert_eq!(lost.len(), 12, "those of the first folio, which was never given back");
+    assert!(lost.iter().all(|offset| *offset < FOLIO));
+    pool.check();
+    set(&path, REPAIR, "zero all").unwrap();
+    set(&path, COLLAPSE, "all").unwrap();
+    assert!(toucher.walk().is_empty());
+    pool.check();
+    drop((toucher, file));
+    pool.unmount();
+}
+
+/// The daemon touches file memory where it reads and writes for programs, zeroes what is cut off or punched, keeps and puts back
+/// what is quarantined, copies, maps for madvise(2), moves memory and looks for errors. All of that, over errors that it does not
+/// know of yet; the worker that did it is the same at the end.
+fn every_request_survives_memory_errors_under_it() {
+    type Request = (&'static str, fn(&Path, &File));
+    let requests: &[Request] = &[
+        ("read", |_, file| tried(file.read_at(&mut vec![0; SIZE as usize], 0))),
+        ("write", |_, file| tried(file.write_at(&vec![8; SIZE as usize], 0))),
+        ("write in part", |_, file| tried(file.write_at(&[8; 100], BAD + 50))),
+        ("append", |_, file| tried(file.write_at(&[8; 100], SIZE))),
+        ("truncate into it", |_, file| tried(file.set_len(BAD + 100))),
+        ("truncate before it", |_, file| tried(file.set_len(BAD - 100))),
+        ("grow", |_, file| tried(file.set_len(SIZE + 10))),
+        ("punch it", |_, file| punch(file, BAD, SUBPAGE)),
+        ("punch in part", |_, file| punch(file, BAD + 10, 20)),
+        ("punch its page", |_, file| punch(file, FOLIO, FOLIO)),
+        ("zero", |_, file| tried(fallocate(file, FallocateFlags::ZERO_RANGE, 0, SIZE))),
+        ("quarantine it", |path, _| tried(poison(path, BAD, SUBPAGE))),
+        ("quarantine its neighbours", |path, _| tried(poison(path, BAD - SUBPAGE, 3 * SUBPAGE))),
+        ("repair", |path, _| tried(set(path, REPAIR, "zero all"))),
+        ("salvage", |path, _| tried(set(path, REPAIR, "salvage all"))),
+        ("collapse", |path, _| tried(set(path, COLLAPSE, "all"))),
+        ("map", |path, _| tried(get(path, crate::support::MAP))),
+        ("copy", |path, file| {
+            let to = File::create(path.with_file_name("copy")).unwrap();
+            tried(rustix::fs::copy_file_range(file, Some(&mut 0), &to, Some(&mut 0), SIZE as usize));
+        }),
+        ("seek", |_, file| tried(rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(0)))),
+        ("unlink", |path, _| fs::remove_file(path).unwrap()),
+        ("resize the pool", |path, _| {
+            set(path.parent().unwrap(), SIZE_OF_POOL, (12 * FOLIO).to_string()).unwrap();
+        }),
+    ];
+    for (name, request) in requests {
+        let pool = pool(8);
+        let worker = pool.counter("worker_pid");
+        let path = sevens(&pool);
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        strike(&path, BAD); // by somebody else: the daemon is not told
+        request(&path, &file);
+        assert_eq!(pool.counter("worker_pid"), worker, "{name} ended the worker: {}", pool.log());
+        pool.check();
+        drop(file);
+        pool.unmount();
+    }
+    println!("{} requests", requests.len());
+}
+
+/// Whether it succeeded is another case's question.
+fn tried<T, E>(_: Result<T, E>) {}
+
+fn punch(file: &File, offset: u64, length: u64) {
+    tried(fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, length));
+}
+
+// ---- beside a worker's death ----------------------------------------------------------------------------------------
+
+fn an_error_that_hits_while_no_worker_is_there_is_found_by_the_next() {
+    let pool = pool(4);
+    let path = sevens(&pool);
+    let mut toucher = Toucher::mapping(&path, SIZE);
+    assert!(toucher.walk().is_empty());
+    let worker = Pid::from_raw(pool.counter("worker_pid") as i32).unwrap();
+    kill_process(worker, Signal::STOP).unwrap();
+    assert_eq!(toucher.ask(&format!("advise {BAD} {SUBPAGE} {}", libc::MADV_HWPOISON)), "ok");
+    kill_process(worker, Signal::KILL).unwrap();
+    assert_eq!(listed(&path), [format!("{BAD:#x} 0x1000 hw")]);
+    assert_eq!(pool.counter("quarantined_hw"), 1);
+    assert_eq!(toucher.walk(), [BAD]);
+    pool.check();
+    drop(toucher);
+    pool.unmount();
+}
+
+fn errors_are_known_to_the_next_worker_with_their_times() {
+    let pool = pool(4);
+    let path = sevens(&pool);
+    inject(&path, BAD);
+    inject(&path, 0);
+    let before = get(&path, POISON).unwrap();
+    kill_worker(&pool);
+    assert_eq!(pool.counter("quarantined_hw"), 2);
+    assert_eq!(get(&path, POISON).unwrap(), before);
+    set(&path, REPAIR, format!("zero {BAD} 1")).unwrap();
+    kill_worker(&pool);
+    assert_eq!(listed(&path), ["0x0 0x1000 hw"]);
+    pool.check();
+    pool.unmount();
+}
+
+fn a_worker_that_the_oom_killer_takes_is_replaced() {
+    let pool = pool(4);
+    let path = sevens(&pool);
+    let mut toucher = Toucher::mapping(&path, SIZE);
+    assert!(toucher.walk().is_empty());
+    let worker = pool.counter("worker_pid");
+    // A worker is nothing that the OOM killer would choose; and nobody else is to be chosen here.
+    fs::write(format!("/proc/{worker}/oom_score_adj"), "1000").unwrap();
+    fs::write("/proc/sysrq-trigger", "f").unwrap(); // the OOM killer, now (Documentation/admin-guide/sysrq.rst)
+    wait_until("it is taken", || pool.counter("worker_pid") != worker);
+    assert_eq!(fs::read(&path).unwrap(), vec![7; SIZE as usize]);
+    assert!(toucher.walk().is_empty());
+    assert!(pool.log().contains(&format!("worker {worker} has ended (signal 9)")), "{}", pool.log());
+    pool.check();
+    drop(toucher);
+    pool.unmount();
+}
+
+// ---- cost -----------------------------------------------------------------------------------------------------------
+
+/// Of a worker that nobody asks for anything: user and system time, in clock ticks of 10 ms (proc(5)).
+fn ticks(pid: u64) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+fn the_patrol_costs_next_to_nothing_at_rest() {
+    const SECONDS: u64 = 5;
+    let pool = pool(4);
+    let path = sevens(&pool);
+    let worker = pool.counter("worker_pid");
+    let before = ticks(worker);
+    std::thread::sleep(Duration::from_secs(SECONDS)); // what is measured is time
+    let spent = ticks(worker) - before;
+    println!("the worker at rest: {spent} ticks of 10 ms in {SECONDS} s, emulated");
+    assert!(spent < SECONDS * 10, "that is a tenth of a processor and no rest");
+    assert_eq!(listed(&path), [""; 0]);
+    pool.unmount();
+}
