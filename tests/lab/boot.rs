@@ -149,9 +149,10 @@ fn verdict(line: &str, name: &str) -> Option<Verdict> {
 fn command(image: &Image, machine: Machine, console: &std::path::Path) -> Command {
     let mut command = Command::new("qemu-system-x86_64");
     command
-        .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-machine", "pc"])
+        .args(["-accel", "tcg,thread=multi", "-cpu", "max"])
+        .args(["-machine", if machine.nodes > 1 { "pc,hmat=on" } else { "pc" }])
         .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"])
-        .args(["-smp", "2", "-m", &machine.memory.to_string()])
+        .args(["-smp", "2,sockets=2", "-m", &machine.memory.to_string()])
         .arg("-kernel")
         .arg(&image.kernel)
         .arg("-initrd")
@@ -164,14 +165,34 @@ fn command(image: &Image, machine: Machine, console: &std::path::Path) -> Comman
         .stdin(Stdio::piped())
         .stdout(Stdio::piped());
     if machine.nodes > 1 {
-        let share = machine.memory / machine.nodes;
-        for node in 0..machine.nodes {
-            command.args(["-object", &format!("memory-backend-ram,id=node{node},size={share}M")]);
-            let processors = if node < 2 { format!(",cpus={node}") } else { String::new() };
-            command.args(["-numa", &format!("node,nodeid={node},memdev=node{node}{processors}")]);
-        }
+        command.args(numa(machine));
     }
     command
+}
+
+/// Nodes with equal shares of the memory, one processor in each of the first two, and what the firmware tells of them (HMAT):
+/// another node is twice as far away and half as fast.
+fn numa(machine: Machine) -> Vec<String> {
+    let share = machine.memory / machine.nodes;
+    let mut arguments = Vec::new();
+    let mut option = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
+    for node in 0..machine.nodes {
+        option("-object", format!("memory-backend-ram,id=node{node},size={share}M"));
+        let initiator = node.min(1);
+        option("-numa", format!("node,nodeid={node},memdev=node{node},initiator={initiator}"));
+        if node < 2 {
+            option("-numa", format!("cpu,node-id={node},socket-id={node}"));
+        }
+    }
+    for (initiator, target) in
+        (0..2).flat_map(|initiator| (0..machine.nodes).map(move |node| (initiator, node)))
+    {
+        let far = 1 + u64::from(initiator != target);
+        let of = format!("hmat-lb,initiator={initiator},target={target},hierarchy=memory");
+        option("-numa", format!("{of},data-type=access-latency,latency={}", 100 * far));
+        option("-numa", format!("{of},data-type=access-bandwidth,bandwidth={}G", 20 / far));
+    }
+    arguments
 }
 
 impl Report {

@@ -70,7 +70,8 @@ fn build_suite(suite: &str) -> Result<PathBuf, String> {
     let arguments = ["test", "--no-run", "--message-format=json", "--test", suite];
     let messages = run(&mut cargo(Path::new(ROOT), &arguments))?;
     let executable = |line: &str| {
-        let (_, rest) = line.split_once(r#""executable":""#)?;
+        let (_, rest) =
+            line.contains(r#""kind":["test"]"#).then(|| line.split_once(r#""executable":""#))??;
         Some(PathBuf::from(rest.split_once('"')?.0))
     };
     messages.lines().filter_map(executable).next_back().ok_or_else(|| format!("cargo has built no {suite}"))

@@ -17,7 +17,25 @@ pub const CASES: &[Case] = &[
         ends_kernel: Some("sysrq triggered crash"),
         run: a_kernel_that_ends_is_noticed_with_its_last_words,
     },
+    Case {
+        name: "a_machine_with_two_nodes_tells_how_far_and_how_fast_they_are",
+        machine: Machine::TWO_NODES,
+        ends_kernel: None,
+        run: a_machine_with_two_nodes_tells_how_far_and_how_fast_they_are,
+    },
 ];
+
+fn a_machine_with_two_nodes_tells_how_far_and_how_fast_they_are() {
+    let of = |node: u32, what: &str| {
+        let path = format!("/sys/devices/system/node/node{node}/access0/initiators/{what}");
+        let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
+        text.trim().parse::<u64>().expect("a number")
+    };
+    for node in 0..2 {
+        println!("node {node}: {} ns, {} MB/s", of(node, "read_latency"), of(node, "read_bandwidth"));
+        assert_eq!(of(node, "read_latency"), 100, "of the processors that are nearest");
+    }
+}
 
 /// Memory errors that the kernel has dealt with on a NUMA node.
 pub fn memory_failures(node: u32) -> u64 {

@@ -7,6 +7,7 @@ mod errors;
 mod handlers;
 mod hw;
 mod kernel;
+mod mixture;
 mod pools;
 
 /// What a machine has besides two processors.
@@ -56,7 +57,10 @@ use cases;
 /// All of them. Those that share a machine stand together.
 pub fn all() -> impl Iterator<Item = &'static Case> {
     let by_kernel = [kernel::CASES, pools::CASES, errors::CASES];
-    by_kernel.into_iter().chain([hw::CASES, containment::CASES, handlers::CASES, compare::CASES]).flatten()
+    by_kernel
+        .into_iter()
+        .chain([hw::CASES, containment::CASES, mixture::CASES, handlers::CASES, compare::CASES])
+        .flatten()
 }
 
 /// The README's programs in C and in Rust, in the machine.
