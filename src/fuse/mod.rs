@@ -7,8 +7,8 @@
 //! drops them itself where a request changes them (fs/fuse/dir.c), with the one exception that [`validity`] makes.
 
 //!
-//! A worker may die at any instruction, and another takes over ([`Connection::take_over`]): an open file and an open directory are nothing here but
-//! their node, and the one number that the kernel knows a file's memory by is kept with the file.
+//! A worker may die at any instruction, and another takes over ([`Connection::take_over`]): an open file and an open directory are
+//! nothing here but their node, and the one number that the kernel knows a file's memory by is kept with the file.
 
 mod device;
 mod encode;
