@@ -1,0 +1,131 @@
+//! What administrators have at hand.
+
+use crate::support::{FOLIO, POISON, Pool, REPAIR, SUBPAGE, get, poison, set};
+use crate::{outcome, said, tests};
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+tests!(
+    ordinary_tools_do_what_they_do_elsewhere,
+    copies_carry_times_owners_attributes_and_quarantines,
+    somebody_without_permission_is_refused_and_with_permission_is_not,
+    tools_that_look_under_the_surface_say_something_sensible,
+);
+
+const NOBODY: u32 = 65534;
+
+fn ordinary_tools_do_what_they_do_elsewhere() {
+    let pool = Pool::small(16);
+    let here = pool.path();
+    let shell = |script: &str| said(Command::new("sh").arg("-euc").arg(script).current_dir(&here));
+    shell("mkdir -p a/b && dd if=/dev/urandom of=a/b/f bs=100k count=30 status=none");
+    shell("truncate -s 5000000 a/t && fallocate -l 3000000 a/g && cp a/b/f a/copy && cmp a/b/f a/copy");
+    assert_eq!(shell("stat -c '%s %F' a/t a/g").trim(), "5000000 regular file\n3000000 regular file");
+    assert_eq!(shell("find . -type f | sort").trim(), "./a/b/f\n./a/copy\n./a/g\n./a/t");
+    // du(1) counts whole pages, as the pool does.
+    assert_eq!(shell("du -sk a/b/f | cut -f1").trim(), (2 * FOLIO / 1024).to_string());
+    assert_eq!(
+        shell("df -k --output=size,used . | tail -1").split_whitespace().collect::<Vec<_>>(),
+        ["32768", "18432"]
+    );
+    assert!(shell("ls -la a").contains("3072000"));
+    shell(
+        "fallocate -p -o 4096 -l 8192 a/copy && ! cmp -s a/b/f a/copy && dd if=a/b/f of=a/copy conv=notrunc status=none && cmp a/b/f a/copy",
+    );
+    shell("setfattr -n user.color -v green a/g && test $(getfattr --only-values -n user.color a/g) = green");
+    shell(
+        "tar cf - a | tar xf - -C /tmp --one-top-level=hugetlb2-$$ && diff -r a /tmp/hugetlb2-$$/a && rm -r /tmp/hugetlb2-$$",
+    );
+    shell("mv a c && ln c/g c/h && ln -s g c/s && test $(stat -c %h c/h) = 2 && rm -r c");
+    pool.check();
+    pool.unmount();
+}
+
+fn copies_carry_times_owners_attributes_and_quarantines() {
+    let (from, to) = (Pool::small(8), Pool::small(8));
+    let file = from.join("file");
+    fs::write(&file, vec![7; FOLIO as usize + 5000]).unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o640)).unwrap();
+    std::os::unix::fs::chown(&file, Some(NOBODY), Some(NOBODY)).unwrap();
+    set(&file, "user.color", "green").unwrap();
+    said(Command::new("touch").args(["-d", "2001-02-03 04:05:06.789"]).arg(&file));
+    let copies: [&[&str]; 3] = [
+        &["cp", "--sparse=always", "--preserve=all", "FROM", "TO"],
+        &["rsync", "-aX", "FROM", "TO"],
+        &[
+            "sh",
+            "-euc",
+            "tar --xattrs --xattrs-include='*' -C $(dirname FROM) -cf - file | tar --xattrs --xattrs-include='*' -C $(dirname TO) -xf -",
+        ],
+    ];
+    for copy in copies {
+        let target = to.join("file");
+        let words = copy.iter().map(|word| {
+            word.replace("FROM", &file.to_string_lossy()).replace("TO", &target.to_string_lossy())
+        });
+        let words: Vec<String> = words.collect();
+        said(Command::new(&words[0]).args(&words[1..]));
+        let (was, is) = (fs::metadata(&file).unwrap(), fs::metadata(&target).unwrap());
+        let facts =
+            |of: &fs::Metadata| (of.len(), of.mode(), of.uid(), of.gid(), of.mtime(), of.mtime_nsec());
+        assert_eq!(facts(&was), facts(&is), "{}", copy[0]);
+        assert_eq!(get(&target, "user.color").unwrap(), "green", "{}", copy[0]);
+        assert_eq!(fs::read(&target).unwrap(), fs::read(&file).unwrap());
+        fs::remove_file(&target).unwrap();
+    }
+    // What is quarantined here is so in the copy, and everything else is there.
+    poison(&file, 3 * SUBPAGE, SUBPAGE).unwrap();
+    said(Command::new("cp").args(["--sparse=always", "--preserve=all"]).arg(&file).arg(to.join("file")));
+    assert!(get(to.join("file"), POISON).unwrap().starts_with("0x3000 0x1000 soft "));
+    set(to.join("file"), REPAIR, "zero all").unwrap();
+    let copied = fs::read(to.join("file")).unwrap();
+    assert!(copied.iter().enumerate().all(|(at, byte)| *byte == if at / 4096 == 3 { 0 } else { 7 }));
+    println!("cp, rsync and tar carry mode, owner, times and attributes; cp the quarantine, too");
+    from.check();
+    to.check();
+    from.unmount();
+    to.unmount();
+}
+
+fn somebody_without_permission_is_refused_and_with_permission_is_not() {
+    let pool = Pool::small(4);
+    let file = pool.join("file");
+    fs::write(&file, "text").unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+    let nobody = |program: &str, arguments: &[&str]| {
+        let mut command = Command::new(program);
+        command.args(arguments).arg(&file).uid(NOBODY).gid(NOBODY);
+        outcome(&mut command).0.status.success()
+    };
+    // The way to the mount point is root's; what is tested is the mount.
+    for directory in pool.path().ancestors().take(2) {
+        fs::set_permissions(directory, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let write = ["-n", POISON, "-v", "0 4096"];
+    assert!(!nobody("cat", &[]) && !nobody("truncate", &["-s", "0"]) && !nobody("setfattr", &write));
+    std::os::unix::fs::chown(&file, Some(NOBODY), None).unwrap();
+    assert!(nobody("cat", &[]) && nobody("setfattr", &write) && nobody("truncate", &["-s", "0"]));
+    assert!(!nobody("setfattr", &["-n", "trusted.hugetlb2.inject", "-v", "hw 0"]), "that is for root");
+    pool.check();
+    pool.unmount();
+}
+
+fn tools_that_look_under_the_surface_say_something_sensible() {
+    let pool = Pool::small(4);
+    let path = pool.join("file");
+    fs::write(&path, vec![7; FOLIO as usize]).unwrap();
+    let file = fs::File::open(&path).unwrap();
+    let open = said(Command::new("lsof").arg(&path));
+    assert!(open.contains("REG") && open.contains(&path.display().to_string()), "{open}");
+    let (_, extents) = outcome(Command::new("filefrag").arg(&path));
+    println!(
+        "filefrag  {}",
+        extents.trim().lines().last().unwrap_or_default().rsplit('/').next().unwrap_or_default()
+    );
+    let kind = said(Command::new("stat").args(["-f", "-c", "%T"]).arg(&path));
+    println!("stat -f   {}", kind.trim());
+    drop(file);
+    pool.unmount();
+}
