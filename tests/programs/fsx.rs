@@ -17,6 +17,7 @@ tests!(
 /// A file below a page, so that to punch releases none: a released page is SIGBUS to who maps it.
 const LENGTH: u64 = 1_900_000;
 
+/// sendfile is left out: for a moment after one, the next may be served from what that had read (README, limits).
 const WEIGHTS: &str = "
 [opsize]
 max = 200000
@@ -28,7 +29,6 @@ read = 10
 write = 10
 fsync = 1
 fdatasync = 1
-sendfile = 3
 posix_fadvise = 1
 copy_file_range = 3
 ";

@@ -31,13 +31,10 @@ fn ordinary_tools_do_what_they_do_elsewhere() {
         ["32768", "18432"]
     );
     assert!(shell("ls -la a").contains("3072000"));
-    shell(
-        "fallocate -p -o 4096 -l 8192 a/copy && ! cmp -s a/b/f a/copy && dd if=a/b/f of=a/copy conv=notrunc status=none && cmp a/b/f a/copy",
-    );
+    shell("fallocate -p -o 4096 -l 8192 a/copy && ! cmp -s a/b/f a/copy");
+    shell("dd if=a/b/f of=a/copy conv=notrunc status=none && cmp a/b/f a/copy");
     shell("setfattr -n user.color -v green a/g && test $(getfattr --only-values -n user.color a/g) = green");
-    shell(
-        "tar cf - a | tar xf - -C /tmp --one-top-level=hugetlb2-$$ && diff -r a /tmp/hugetlb2-$$/a && rm -r /tmp/hugetlb2-$$",
-    );
+    shell("mkdir there && tar cf - a | tar xf - -C there && diff -r a there/a && rm -r there");
     shell("mv a c && ln c/g c/h && ln -s g c/s && test $(stat -c %h c/h) = 2 && rm -r c");
     pool.check();
     pool.unmount();
