@@ -17,7 +17,7 @@ tests!(
 const NOBODY: u32 = 65534;
 
 fn ordinary_tools_do_what_they_do_elsewhere() {
-    let pool = Pool::small(16);
+    let pool = Pool::small(32);
     let here = pool.path();
     let shell = |script: &str| said(Command::new("sh").arg("-euc").arg(script).current_dir(&here));
     shell("mkdir -p a/b && dd if=/dev/urandom of=a/b/f bs=100k count=30 status=none");
@@ -28,7 +28,7 @@ fn ordinary_tools_do_what_they_do_elsewhere() {
     assert_eq!(shell("du -sk a/b/f | cut -f1").trim(), (2 * FOLIO / 1024).to_string());
     assert_eq!(
         shell("df -k --output=size,used . | tail -1").split_whitespace().collect::<Vec<_>>(),
-        ["32768", "18432"]
+        ["65536", "18432"]
     );
     assert!(shell("ls -la a").contains("3072000"));
     shell("fallocate -p -o 4096 -l 8192 a/copy && ! cmp -s a/b/f a/copy");
