@@ -48,11 +48,19 @@ pub struct Report {
 impl Boot {
     /// Boots a machine and waits until it asks for work.
     pub fn start(machine: Machine) -> Result<Self, String> {
+        let boot = Self::spawn(machine, &[])?;
+        boot.wait_until_ready()?;
+        Ok(boot)
+    }
+
+    /// Starts QEMU for a machine, and tells it something besides.
+    pub fn spawn(machine: Machine, more: &[String]) -> Result<Self, String> {
         static BOOTS: AtomicU32 = AtomicU32::new(0);
         let image = Image::get()?;
         let number = BOOTS.fetch_add(1, Ordering::Relaxed);
         let console = directory().join(format!("console.{number}"));
         let mut qemu = command(&image, machine, &console)
+            .args(more)
             .spawn()
             .map_err(|error| format!("qemu-system-x86_64 (Debian's qemu-system-x86): {error}"))?;
         let input = qemu.stdin.take().expect("a pipe");
@@ -62,14 +70,23 @@ impl Boot {
             let lines = BufReader::new(output).lines().map_while(Result::ok);
             lines.map_while(|line| sender.send(line).ok()).for_each(drop);
         });
-        let boot = Self { qemu, input, lines, console };
-        match boot.next_line(Instant::now() + BOOT_DEADLINE) {
-            Ok(line) if line == "ready" => Ok(boot),
+        Ok(Self { qemu, input, lines, console })
+    }
+
+    /// Waits until it asks for work.
+    pub fn wait_until_ready(&self) -> Result<(), String> {
+        match self.next_line(Instant::now() + BOOT_DEADLINE) {
+            Ok(line) if line == "ready" => Ok(()),
             other => Err(format!(
                 "the machine does not come up ({other:?}); its console:\n{}",
-                boot.console_from(0)
+                self.console_from(0)
             )),
         }
+    }
+
+    /// Waits until QEMU has ended, and returns how.
+    pub fn wait_for_end(&mut self) -> std::process::ExitStatus {
+        self.qemu.wait().expect("it is a child")
     }
 
     fn next_line(&self, deadline: Instant) -> Result<String, RecvTimeoutError> {
