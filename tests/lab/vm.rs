@@ -26,6 +26,10 @@ pub const TESTS: &[(&str, fn())] = &[
         a_virtual_machine_goes_on_from_a_copy_of_its_memory,
     ),
     ("a_virtual_machine_moves_to_another_process", a_virtual_machine_moves_to_another_process),
+    (
+        "a_virtual_machine_that_cannot_move_by_postcopy_stays_where_it_is",
+        a_virtual_machine_that_cannot_move_by_postcopy_stays_where_it_is,
+    ),
 ];
 
 const MEBIBYTES: u64 = 512;
