@@ -59,7 +59,7 @@ impl Fs {
         Ok(())
     }
 
-    /// Completes the pool's account by what the files have.
+    /// Completes the pool's account by what the files have; then they can be settled.
     fn balance(&self) -> Result<()> {
         let (mut pages, mut bytes) = (0, 0);
         for object in self.all_objects().iter().chain(self.stranded().iter()) {
@@ -67,7 +67,11 @@ impl Fs {
             pages += holding.pages();
             bytes += holding.sealed().folio_count() * FOLIO_SIZE;
         }
-        self.pool.adopt(pages, bytes)
+        self.pool.adopt(pages, bytes)?;
+        self.all_objects()
+            .iter()
+            .chain(self.stranded().iter())
+            .try_for_each(|object| object.settle(&self.pool))
     }
 
     /// Erases the nodes without names that the kernel does not know any more: it tells of that once, and may have told a

@@ -17,7 +17,8 @@ use std::sync::Arc;
 impl Sealed {
     /// Opens what [`Sealed::create`] made by the mount of its superblock, finishes or undoes what was under way, and restores S1.
     ///
-    /// Folios in which there is nothing at all have no memory afterwards; whether they should is for the owner to know.
+    /// Folios in which there is nothing at all have no memory afterwards; whether they should is for the owner to know. So is how
+    /// to come back to a size that was noted ([`super::Superblock::undo_size`]), as memory moves for that.
     ///
     /// # Errors
     /// [`Error::Corrupt`] for a ledger that is damaged or of another version; [`Error::NoMemory`].
@@ -30,7 +31,7 @@ impl Sealed {
         let size = tmpfs::size(&data)?;
         let mut sealed = Self { mount, data, ledger, reach, size, folios: Vec::new(), folio_count: 0 };
         sealed.find_memory()?;
-        sealed.come_back_to_size()?;
+        sealed.fit_reserve()?;
         sealed.finish_moves()?;
         sealed.vacate(Range::new(0, 0))?;
         sealed.recall_poison()?;
@@ -78,19 +79,12 @@ impl Sealed {
         Ok(())
     }
 
-    fn come_back_to_size(&mut self) -> Result<()> {
-        let memory_end = self.folios.len() as u64 * FOLIO_SIZE;
-        let size = match (self.reach, self.superblock().undo_size) {
-            (Reach::Programs, Some(size)) => size,
-            (Reach::Programs, None) => return Ok(()),
-            (Reach::Private, _) => memory_end, // a reserve is as long as it has memory
-        };
-        if size <= self.size {
-            self.cut(size)?
-        } else {
-            self.set_size(size)?
+    /// A reserve is as long as it has memory.
+    fn fit_reserve(&mut self) -> Result<()> {
+        match self.reach {
+            Reach::Programs => Ok(()),
+            Reach::Private => self.cut(self.folios.len() as u64 * FOLIO_SIZE),
         }
-        self.update(|superblock| superblock.undo_size = None)
     }
 
     /// Finishes the quarantines and repairs that were under way (see [`super::ledger`] for their order).
