@@ -472,7 +472,7 @@ impl Filesystem for Adapter {
         offset: u64,
         size: u32,
         _flags: OpenFlags,
-        _lock_owner: Option<LockOwner>,
+        owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
         READ_BUFFER.with_borrow_mut(|buffer| {
@@ -485,6 +485,11 @@ impl Filesystem for Adapter {
                 Err(error) => reply.error(errno(&error)),
             }
         });
+        // Nobody's read is one for the page cache: of sendfile(2), splice(2) or readahead(2). What it has got is good for
+        // that call, but a store through a mapping would not show in it later (fs/fuse/file.c, fuse_splice_read).
+        if owner.is_none() {
+            device::drop_cached(&self.device, node_id(ino), offset, size.into());
+        }
     }
 
     fn write(
