@@ -13,7 +13,8 @@ use rustix::io::Errno;
 use std::sync::Arc;
 
 impl Fs {
-    /// What is there, with everything that was half done finished or undone. As for [`Fs::create`] otherwise.
+    /// What is there, with everything that was half done finished or undone. As for [`Fs::create`] otherwise. Until
+    /// [`Pool::make_ours`], all of it stays there when this is dropped.
     ///
     /// # Errors
     /// [`Error::Corrupt`] for what this version does not know; what the kernel answers.
