@@ -4,9 +4,9 @@
 //!                 fork                        ended, status 0
 //!   [start] ------------------> [worker] ------------------------> [end]: unmounted, the memory is free
 //!                                |    ^
-//!                  killed, ended |    | fork: at once where it had served, else after a pause
+//!                  killed, ended |    | fork: at once where it had been of use, else after a pause
 //!                                v    |
-//!                             [between] --- RESTARTS in a row that did not serve ---> [refusing]
+//!                             [between] -- RESTARTS in a row that were of no use ---> [refusing]
 //!                                     ^                                                  | SIGHUP, or an upgrade
 //!                                     +--------------------------------------------------+
 //! ```
@@ -28,10 +28,12 @@ use crate::sys;
 use crate::sys::process::{self, Fork, Signals};
 use rustix::process::{Pid, Signal, WaitStatus, getpid, kill_process};
 use std::io::{PipeReader, PipeWriter, Read, Write, pipe};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// Workers that may die in a row without having served.
+/// Workers that may die in a row without having been of use.
 const RESTARTS: u32 = 10;
+/// How long a worker has to serve to be of use, if it ends by its own fault: one that dies of a request will be sent it again.
+const SERVICE: Duration = Duration::from_secs(1);
 /// The pause after the first of them; each further one is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
@@ -94,8 +96,8 @@ enum Next {
 }
 
 impl Restarts {
-    fn after_death(&mut self, had_served: bool) -> Next {
-        if had_served {
+    fn after_death(&mut self, was_of_use: bool) -> Next {
+        if was_of_use {
             self.fruitless = 0;
             return Next::Serve(Duration::ZERO);
         }
@@ -114,6 +116,7 @@ impl Restarts {
 /// A child, until it ends.
 struct Worker {
     pid: Pid,
+    started: Instant,
     announced: Option<PipeReader>,
 }
 
@@ -161,7 +164,9 @@ pub fn supervise(
                     return Ok(End::NeverServed);
                 }
                 after = Some(Death { worker: worker.pid, status });
-                next = restarts.after_death(had_served);
+                let was_killed = status.terminating_signal() == Some(Signal::KILL.as_raw());
+                let was_of_use = had_served && (was_killed || worker.started.elapsed() >= SERVICE);
+                next = restarts.after_death(was_of_use);
             }
             Event::Stop => {
                 worker.kill()?;
@@ -186,7 +191,7 @@ fn start(
     let (announced, announcement) = pipe()?;
     let announced = Some(announced);
     match process::fork()? {
-        Fork::Parent(pid) => Ok(Worker { pid, announced }),
+        Fork::Parent(pid) => Ok(Worker { pid, started: Instant::now(), announced }),
         Fork::Child => {
             drop(announced);
             let ready = process::die_with(supervisor).and_then(|()| signals.unblock());
@@ -239,7 +244,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_worker_that_had_served_is_replaced_at_once() {
+    fn a_worker_that_had_been_of_use_is_replaced_at_once() {
         let mut restarts = Restarts::default();
         for _ in 0..100 {
             assert_eq!(restarts.after_death(true), Next::Serve(Duration::ZERO));
@@ -247,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn deaths_without_service_are_followed_by_longer_and_longer_pauses_and_then_by_refusal() {
+    fn deaths_without_use_are_followed_by_longer_and_longer_pauses_and_then_by_refusal() {
         let mut restarts = Restarts::default();
         let mut last = Duration::ZERO;
         for _ in 1..RESTARTS {
@@ -262,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_served_in_between_starts_the_count_anew() {
+    fn one_that_was_of_use_in_between_starts_the_count_anew() {
         let mut restarts = Restarts::default();
         for _ in 0..5 * RESTARTS {
             restarts.after_death(false);

@@ -92,10 +92,12 @@ pub fn run(options: &Options, device: &OwnedFd, role: Role) -> i32 {
 /// Answers everything with EIO until it is unmounted, killed, or replaced.
 fn refuse(device: &OwnedFd) -> Result<(), String> {
     log::error!(
-        "one worker after the other has ended before it could serve: every request is refused (EIO) from now on. Mappings \
+        "one worker after the other has ended before it was of use: every request is refused (EIO) from now on. Mappings \
          and all memory stay as they are. SIGHUP to process {} tries again, `hugetlb2 upgrade` tries another version",
         rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get())
     );
+    // One of those that nobody has answered may be what they died of.
+    fuse::resend(device).map_err(|error| format!("having requests sent again: {error}"))?;
     let mut buffer = vec![0; 2 * fuse::LARGEST_REQUEST as usize];
     while fuse::refuse_one(device, &mut buffer).map_err(|error| format!("refusing requests: {error}"))? {}
     Ok(())

@@ -298,6 +298,20 @@ fn a_worker_that_cannot_read_a_file_leaves_all_of_them_in_place() {
 }
 
 #[test]
+fn a_request_that_workers_die_of_is_refused_in_the_end() {
+    let pool = Pool::small(8);
+    let path = sevens(&pool);
+    assert_eq!(set(pool.path(), "trusted.hugetlb2.die", "now"), Err(rustix::io::Errno::IO));
+    assert!(pool.log().contains("every request is refused"), "{}", pool.log());
+    kill_process(Pid::from_raw(pool.daemon().pid).unwrap(), Signal::HUP).unwrap();
+    while fs::read(&path).is_err() {
+        std::thread::yield_now(); // the signal is on its way
+    }
+    pool.check();
+    pool.unmount();
+}
+
+#[test]
 fn a_worker_that_hangs_is_shown_and_replaced_by_a_hangup_signal() {
     let pool = Pool::small(2);
     let worker = Worker::of(&pool);

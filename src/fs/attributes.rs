@@ -79,10 +79,11 @@ fn is_ours(name: &OsStr) -> bool {
     PREFIXES.iter().any(|prefix| name.as_bytes().starts_with(prefix))
 }
 
-/// `<n> <step>`: the worker dies when the step is done for the n-th time.
+/// `<n> <step>`: the worker dies when the step is done for the n-th time. `now`: it dies of this very request.
 #[cfg(debug_assertions)]
 fn arm(value: &[u8]) -> Result<()> {
     let text = std::str::from_utf8(value).unwrap_or_default();
+    assert_ne!(text, "now", "a request that the worker dies of");
     let armed = text.split_once(' ').and_then(|(nth, name)| {
         Some((nth.parse().ok()?, *Step::ALL.iter().find(|step| step.name() == name)?))
     });

@@ -14,7 +14,7 @@ mod device;
 mod encode;
 mod session;
 
-pub use device::refuse_one;
+pub use device::{refuse_one, resend};
 pub use session::{Connection, Handshake, would_agree};
 
 use crate::error::{Error, Result};
