@@ -175,6 +175,7 @@ fn take_over(
     let fs = Arc::new(fs);
     fs.look_for_poison(); // it may have hit while nobody was there to notice
     let connection = Connection::take_over(fs.clone(), device, &left.handshake)?;
+    fs.pool().make_ours();
     Ok((fs, connection))
 }
 

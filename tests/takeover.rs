@@ -3,7 +3,7 @@
 mod support;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, XattrFlags, flock};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
@@ -264,6 +264,36 @@ fn workers_that_die_again_and_again_end_in_refusal_and_a_hangup_signal_in_servic
     }
     pool.check();
     drop((mapper, file));
+    pool.unmount();
+}
+
+#[test]
+fn a_worker_that_cannot_read_a_file_leaves_all_of_them_in_place() {
+    const SUPERBLOCK: &str = "trusted.superblock";
+    let pool = Pool::small(8);
+    let path = sevens(&pool);
+    let file = File::open(&path).unwrap();
+    let supervisor = pool.daemon().pid;
+    let objects = fs::read_dir(format!("/proc/{supervisor}/root/objects")).unwrap();
+    let ledgers: Vec<_> = objects.map(|object| object.unwrap().path().join("ledger")).collect();
+    let [ledger] = &ledgers[..] else { panic!("one file: {ledgers:?}") };
+    let mut superblock = [0; 40];
+    let length = rustix::fs::getxattr(ledger, SUPERBLOCK, &mut superblock).unwrap();
+    let set = |bytes: &[u8]| rustix::fs::setxattr(ledger, SUPERBLOCK, bytes, XattrFlags::empty()).unwrap();
+    set(&[0; 40]);
+    kill_worker(&pool);
+    assert_eq!(file.read_at(&mut [0], 0).unwrap_err().raw_os_error(), Some(5), "EIO");
+    assert!(pool.log().contains("an object's superblock"), "{}", pool.log());
+    set(&superblock[..length]);
+    kill_process(Pid::from_raw(supervisor).unwrap(), Signal::HUP).unwrap();
+    let patience = Instant::now() + Duration::from_secs(10);
+    while file.read_at(&mut [0], 0).is_err() {
+        assert!(Instant::now() < patience, "nobody serves again: {}", pool.log());
+        std::thread::yield_now(); // the signal is on its way
+    }
+    assert!(fs::read(&path).unwrap().iter().all(|byte| *byte == 7));
+    pool.check();
+    drop(file);
     pool.unmount();
 }
 

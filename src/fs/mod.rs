@@ -492,8 +492,12 @@ impl Fs {
 }
 
 impl Drop for Fs {
-    /// The memory is freed here, by us, and not some time after the process has ended.
+    /// The memory is freed here, by us, and not some time after the process has ended. What another worker has left stays, as long
+    /// as it is not ours: one that could not take over has not the right to end it.
     fn drop(&mut self) {
+        if !self.pool.is_ours() {
+            return;
+        }
         let objects = std::mem::take(&mut *self.objects());
         let stranded = std::mem::take(&mut *self.stranded());
         for object in objects.values().chain(&stranded) {

@@ -580,7 +580,15 @@ impl Object {
         Ok(extents.0)
     }
 
-    // ---- end ----------------------------------------------------------------------------------------------------
+    // ---- begin and end ------------------------------------------------------------------------------------------
+
+    /// Undoes what was under way in another process ([`Holding::settle`]).
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`].
+    pub fn settle(&self, pool: &Pool) -> Result<()> {
+        self.write_lock().settle(pool)
+    }
 
     /// The file has lost its last name: its pages will come back when its last user is gone.
     pub fn note_orphaned(&self, pool: &Pool) {

@@ -13,7 +13,8 @@ use rustix::io::Errno;
 use std::sync::Arc;
 
 impl Fs {
-    /// What is there, with everything that was half done finished or undone. As for [`Fs::create`] otherwise.
+    /// What is there, with everything that was half done finished or undone. As for [`Fs::create`] otherwise. Until
+    /// [`Pool::make_ours`], all of it stays there when this is dropped.
     ///
     /// # Errors
     /// [`Error::Corrupt`] for what this version does not know; what the kernel answers.
@@ -59,7 +60,7 @@ impl Fs {
         Ok(())
     }
 
-    /// Completes the pool's account by what the files have.
+    /// Completes the pool's account by what the files have; then they can be settled.
     fn balance(&self) -> Result<()> {
         let (mut pages, mut bytes) = (0, 0);
         for object in self.all_objects().iter().chain(self.stranded().iter()) {
@@ -67,7 +68,11 @@ impl Fs {
             pages += holding.pages();
             bytes += holding.sealed().folio_count() * FOLIO_SIZE;
         }
-        self.pool.adopt(pages, bytes)
+        self.pool.adopt(pages, bytes)?;
+        self.all_objects()
+            .iter()
+            .chain(self.stranded().iter())
+            .try_for_each(|object| object.settle(&self.pool))
     }
 
     /// Erases the nodes without names that the kernel does not know any more: it tells of that once, and may have told a

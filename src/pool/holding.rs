@@ -15,7 +15,9 @@
 //! would have to be undone, the size to come back to is noted in the superblock; the note goes with the last step, which for a growth is
 //! the one that makes the pages the file's. So [`Holding::open`] finds every page either released and without memory, or the
 //! file's; where one of the file's has none up to the end of file, it was being released, or taken away by MADV_REMOVE,
-//! and gets memory again: zeros, as was asked for.
+//! and gets memory again: zeros, as was asked for. [`Holding::settle`] does so when the pool's account is complete, since what was
+//! under way is undone as it was done: step by step between the file and the reserves. A move back by way of the machine would need
+//! all of it at once, and somebody else could take it.
 
 use super::Pool;
 use crate::error::{Error, Result};
@@ -52,10 +54,10 @@ impl Holding {
         Ok(Self { sealed, page_size, released: BTreeSet::new(), orphaned: false })
     }
 
-    /// The one that `sealed` was a part of in another process.
+    /// The one that `sealed` was a part of in another process; [`Holding::settle`] is to follow.
     ///
     /// # Errors
-    /// [`Error::NoMemory`] where pages of the file have lost their memory, and the machine has none.
+    /// What setxattr(2) answers.
     pub fn open(page_size: PageSize, sealed: Sealed) -> Result<Self> {
         let released = sealed.kept(RELEASED)?.map(|ranges| decode(&ranges)).unwrap_or_default();
         let mut holding = Self { sealed, page_size, released: BTreeSet::new(), orphaned: false };
@@ -64,24 +66,48 @@ impl Holding {
             |page: &Page| holding.memory_of(*page).folios().any(|folio| holding.sealed.has_memory(folio));
         holding.released = released.into_iter().filter(|page| !has_memory(page)).collect();
         holding.keep_released()?;
-        holding.refill()?;
         Ok(holding)
+    }
+
+    /// Undoes the change of size that was under way, and has the reserves give what pages of the file lack.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`] where the machine has none for a step.
+    pub fn settle(&mut self, pool: &Pool) -> Result<()> {
+        let size = self.settled_size();
+        let behind = Range::new(size.next_multiple_of(FOLIO_SIZE), self.sealed.size());
+        pool.move_in(&mut self.sealed, behind)?;
+        match self.sealed.size() {
+            longer if longer > size => self.sealed.cut(size)?,
+            _ => self.sealed.grow_size(size)?,
+        }
+        self.refill(pool)?;
+        self.sealed.update(|superblock| superblock.undo_size = None)
+    }
+
+    /// The size when nothing is under way.
+    fn settled_size(&self) -> u64 {
+        self.sealed.superblock().undo_size.unwrap_or(self.sealed.size())
     }
 
     /// Where a page has memory, if it is the file's.
     fn memory_of(&self, page: Page) -> Range {
-        let end = self.sealed.size().next_multiple_of(FOLIO_SIZE);
+        let end = self.settled_size().next_multiple_of(FOLIO_SIZE);
         self.page_size.range(page).intersect(Range::new(0, end))
     }
 
-    fn refill(&mut self) -> Result<()> {
+    fn refill(&mut self, pool: &Pool) -> Result<()> {
         let size = self.sealed.size();
         let missing: Vec<Folio> = self
             .owned()
             .flat_map(|page| self.memory_of(page).folios().collect::<Vec<_>>())
             .filter(|folio| !self.sealed.has_memory(*folio))
             .collect();
-        missing.into_iter().try_for_each(|folio| self.sealed.take(folio.range(), size))
+        let neighbours = |one: &Folio, next: &Folio| one.0 + 1 == next.0;
+        missing.chunk_by(neighbours).try_for_each(|run| {
+            let range = Range::new(run[0].range().start, run[run.len() - 1].range().end);
+            pool.move_out(&mut self.sealed, range, size)
+        })
     }
 
     fn keep_released(&self) -> Result<()> {

@@ -6,6 +6,7 @@ use crate::sealed::{Reach, Sealed};
 use crate::sys::tmpfs;
 use crate::units::{FOLIO_SIZE, PageSize};
 use rustix::fs::{CWD, Mode, OFlags, XattrFlags};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex};
 
 /// Where the reserves are mounted in the daemon's namespace, each below the number of its NUMA node.
@@ -36,6 +37,17 @@ impl Pool {
         if self.outlives_us { note(PAGES, pages) } else { Ok(()) }
     }
 
+    /// From now on, dropping the pool gives its memory to the machine. One that was opened stays for another process to try if this
+    /// one fails before it serves.
+    pub fn make_ours(&self) {
+        self.is_ours.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the memory goes with the pool when that is dropped.
+    pub fn is_ours(&self) -> bool {
+        self.is_ours.load(Ordering::Relaxed)
+    }
+
     /// The pool that another process has attached. Its account is empty until [`Pool::adopt`].
     ///
     /// # Errors
@@ -51,7 +63,16 @@ impl Pool {
         reserves.sort_by_key(|reserve| reserve.node);
         let account = Account { total, free: 0, reserved: total, orphaned: 0, returns: 0 };
         let (account, freed, resizing) = (Mutex::new(account), Condvar::new(), Mutex::new(()));
-        Ok(Self { page_size, reserves, account, freed, resizing, outlives_us: true, huge_at_mount })
+        Ok(Self {
+            page_size,
+            reserves,
+            account,
+            freed,
+            resizing,
+            outlives_us: true,
+            is_ours: AtomicBool::new(false),
+            huge_at_mount,
+        })
     }
 
     /// Completes the account: all files together have `pages`, and `bytes` of memory. What the reserves have more than P1 says
@@ -94,7 +115,7 @@ impl Reserve {
 impl Drop for Pool {
     /// As for [`crate::fs::Fs`]: the memory is to be free when the process has ended.
     fn drop(&mut self) {
-        if self.outlives_us {
+        if self.outlives_us && self.is_ours() {
             self.reserves.iter().for_each(|reserve| drop(tmpfs::detach(&reserve.path())));
         }
     }
@@ -109,4 +130,57 @@ fn noted(name: &str) -> Result<u64> {
     let length = rustix::fs::getxattr(RESERVES, name, &mut text[..])?;
     let number = std::str::from_utf8(&text[..length]).ok().and_then(|text| text.parse().ok());
     number.ok_or_else(|| Error::Corrupt(format!("{RESERVES}: {name}")))
+}
+
+/// Memory goes back as it came, step by step between file and reserve: the machine is asked for no more than a step.
+#[cfg(test)]
+mod tests {
+    use super::super::Holding;
+    use super::*;
+    use crate::units::Range;
+    use std::os::fd::AsFd;
+
+    const SIZE: u64 = 3 * FOLIO_SIZE;
+
+    /// A pool of eight pages, three of which are a file's.
+    fn three_of_eight() -> (Pool, Holding) {
+        let pool = Pool::fill(PageSize::Huge, 8, |_| Ok(())).expect("root takes 16 MiB");
+        let mut holding = Holding::create(PageSize::Huge).unwrap();
+        holding.grow(&pool, Range::new(0, 0), SIZE).unwrap();
+        (pool, holding)
+    }
+
+    /// What the next process makes of both. Nothing goes to the machine on the way, or is taken from it.
+    fn come_back(pool: &Pool, holding: &Holding) -> Holding {
+        let reserves = pool.reserves();
+        let mount = holding.sealed().mount().as_fd().try_clone_to_owned().unwrap();
+        let sealed = Sealed::open(Reach::Programs, mount).unwrap();
+        let mut again = Holding::open(PageSize::Huge, sealed).unwrap();
+        *pool.account() = Account { total: 8, free: 0, reserved: 8, orphaned: 0, returns: 0 };
+        pool.adopt(again.pages(), again.sealed().folio_count() * FOLIO_SIZE).unwrap();
+        assert_eq!(pool.reserves(), reserves);
+        again.settle(pool).unwrap();
+        assert_eq!(pool.check(3, SIZE).unwrap(), Vec::<String>::new());
+        assert_eq!(again.sealed().check().unwrap(), Vec::<String>::new());
+        assert_eq!((again.sealed().size(), again.sealed().superblock().undo_size), (SIZE, None));
+        again
+    }
+
+    #[test]
+    fn a_growth_that_has_moved_memory_gives_it_back_to_the_reserve() {
+        let (pool, mut holding) = three_of_eight();
+        holding.sealed_mut().update(|superblock| superblock.undo_size = Some(SIZE)).unwrap();
+        pool.move_out(holding.sealed_mut(), Range::new(SIZE, 2 * SIZE), 2 * SIZE).unwrap();
+        come_back(&pool, &holding);
+    }
+
+    #[test]
+    fn a_release_that_has_moved_memory_has_it_back_from_the_reserve() {
+        for page in 0..3 {
+            let (pool, mut holding) = three_of_eight();
+            holding.sealed_mut().update(|superblock| superblock.undo_size = Some(SIZE)).unwrap();
+            pool.move_in(holding.sealed_mut(), Range::at(page * FOLIO_SIZE, FOLIO_SIZE)).unwrap();
+            assert!(come_back(&pool, &holding).released().is_empty());
+        }
+    }
 }

@@ -472,11 +472,10 @@ impl Sealed {
         self.complete_quarantine(record, &rescued)
     }
 
-    /// What is left to do when the ledger has the subpage's block.
+    /// What is left to do when the ledger has the subpage's block. It is written to even where nothing is known (the record says
+    /// so), as the ledger's length tells whoever opens it how many records to look for.
     fn complete_quarantine(&mut self, record: Record, rescued: &Bytes) -> Result<()> {
-        if record.checksum.is_some() {
-            self.ledger.store(record, rescued)?;
-        }
+        self.ledger.store(record, rescued)?;
         steps::done(Step::QuarantineStored);
         self.ledger.update(|superblock| superblock.alarm = true)?;
         self.ledger.end_move(record)?;

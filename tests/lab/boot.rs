@@ -17,6 +17,9 @@ const BOOT_DEADLINE: Duration = Duration::from_secs(90);
 const CASE_DEADLINE: Duration = Duration::from_secs(120);
 const SHUT_DOWN_DEADLINE: Duration = Duration::from_secs(20);
 
+/// `no_timer_check`: on a busy host an emulated timer is late, and the kernel would take it for broken.
+const COMMAND_LINE: &str = "console=ttyS0 panic=-1 mitigations=off random.trust_cpu=on no_timer_check";
+
 /// A running machine. Dropping it pulls the plug.
 pub struct Boot {
     qemu: Child,
@@ -48,11 +51,19 @@ pub struct Report {
 impl Boot {
     /// Boots a machine and waits until it asks for work.
     pub fn start(machine: Machine) -> Result<Self, String> {
+        let boot = Self::spawn(machine, &[])?;
+        boot.wait_until_ready()?;
+        Ok(boot)
+    }
+
+    /// Starts QEMU for a machine, and tells it something besides.
+    pub fn spawn(machine: Machine, more: &[String]) -> Result<Self, String> {
         static BOOTS: AtomicU32 = AtomicU32::new(0);
         let image = Image::get()?;
         let number = BOOTS.fetch_add(1, Ordering::Relaxed);
         let console = directory().join(format!("console.{number}"));
         let mut qemu = command(&image, machine, &console)
+            .args(more)
             .spawn()
             .map_err(|error| format!("qemu-system-x86_64 (Debian's qemu-system-x86): {error}"))?;
         let input = qemu.stdin.take().expect("a pipe");
@@ -62,14 +73,23 @@ impl Boot {
             let lines = BufReader::new(output).lines().map_while(Result::ok);
             lines.map_while(|line| sender.send(line).ok()).for_each(drop);
         });
-        let boot = Self { qemu, input, lines, console };
-        match boot.next_line(Instant::now() + BOOT_DEADLINE) {
-            Ok(line) if line == "ready" => Ok(boot),
+        Ok(Self { qemu, input, lines, console })
+    }
+
+    /// Waits until it asks for work.
+    pub fn wait_until_ready(&self) -> Result<(), String> {
+        match self.next_line(Instant::now() + BOOT_DEADLINE) {
+            Ok(line) if line == "ready" => Ok(()),
             other => Err(format!(
                 "the machine does not come up ({other:?}); its console:\n{}",
-                boot.console_from(0)
+                self.console_from(0)
             )),
         }
+    }
+
+    /// Waits until QEMU has ended, and returns how.
+    pub fn wait_for_end(&mut self) -> std::process::ExitStatus {
+        self.qemu.wait().expect("it is a child")
     }
 
     fn next_line(&self, deadline: Instant) -> Result<String, RecvTimeoutError> {
@@ -158,7 +178,7 @@ fn command(image: &Image, machine: Machine, console: &std::path::Path) -> Comman
         .arg("-initrd")
         .arg(&image.initramfs)
         .arg("-append")
-        .arg(format!("console=ttyS0 panic=-1 mitigations=off random.trust_cpu=on {}", machine.command_line))
+        .arg(format!("{COMMAND_LINE} {}", machine.command_line))
         .arg("-serial")
         .arg(format!("file:{}", console.display()))
         .args(["-serial", "stdio"])

@@ -27,6 +27,7 @@ mod image;
 mod suites;
 #[path = "../support/mod.rs"]
 mod support;
+mod vm;
 
 use boot::{Boot, Verdict};
 use cases::Machine;
@@ -95,6 +96,12 @@ fn main() -> ExitCode {
         Ok(names) => trials.extend(names.into_iter().map(|name| trial(name, suites::MACHINE, None))),
         Err(why) => trials.push(Trial::test("the_suites_can_be_listed", move || Err(why))),
     }
+    trials.extend(vm::TESTS.iter().map(|(name, run)| {
+        Trial::test(*name, move || {
+            run();
+            Ok(())
+        })
+    }));
     let conclusion = libtest_mimic::run(&arguments, trials);
     lab.shut_down();
     conclusion.exit_code()

@@ -24,6 +24,7 @@ cases! {
         errors_that_come_while_a_file_is_resized_are_kept_or_discarded_with_their_place,
         every_request_survives_memory_errors_under_it,
         an_error_that_hits_while_no_worker_is_there_is_found_by_the_next,
+        errors_beside_memory_that_was_removed_do_not_keep_the_next_worker_from_starting,
         errors_are_known_to_the_next_worker_with_their_times,
         a_worker_that_the_oom_killer_takes_is_replaced,
         the_patrol_costs_next_to_nothing_at_rest;
@@ -305,6 +306,35 @@ fn an_error_that_hits_while_no_worker_is_there_is_found_by_the_next() {
     assert_eq!(listed(&path), [format!("{BAD:#x} 0x1000 hw")]);
     assert_eq!(pool.counter("quarantined_hw"), 1);
     assert_eq!(toucher.walk(), [BAD]);
+    pool.check();
+    drop(toucher);
+    pool.unmount();
+}
+
+/// One that was known, and one that came when no worker was there to know; what was removed has to be filled around both, and
+/// around a hole.
+fn errors_beside_memory_that_was_removed_do_not_keep_the_next_worker_from_starting() {
+    const KNOWN: u64 = BAD + 2 * SUBPAGE;
+    const HOLE: u64 = BAD + 4 * SUBPAGE;
+    const REMOVED: u64 = BAD + 6 * SUBPAGE;
+    let pool = pool(4);
+    let path = sevens(&pool);
+    inject(&path, KNOWN);
+    poison(&path, HOLE, SUBPAGE).unwrap();
+    let mut toucher = Toucher::mapping(&path, SIZE);
+    assert_eq!(toucher.walk(), [KNOWN, HOLE]);
+    let worker = Pid::from_raw(pool.counter("worker_pid") as i32).unwrap();
+    kill_process(worker, Signal::STOP).unwrap();
+    assert_eq!(toucher.ask(&format!("advise {BAD} {SUBPAGE} {}", libc::MADV_HWPOISON)), "ok");
+    assert_eq!(toucher.ask(&format!("advise {REMOVED} {SUBPAGE} {}", libc::MADV_REMOVE)), "ok");
+    kill_process(worker, Signal::KILL).unwrap();
+    let lost = [(BAD, "hw"), (KNOWN, "hw"), (HOLE, "soft")];
+    assert_eq!(listed(&path), lost.map(|(offset, kind)| format!("{offset:#x} 0x1000 {kind}")));
+    assert_eq!(toucher.walk(), [BAD, KNOWN, HOLE]);
+    assert_eq!((toucher.load(REMOVED), toucher.load(BAD - SUBPAGE)), (Some(0), Some(7)));
+    pool.check();
+    set(&path, REPAIR, format!("salvage {HOLE} 1")).unwrap();
+    assert_eq!(toucher.load(HOLE), Some(7));
     pool.check();
     drop(toucher);
     pool.unmount();
