@@ -14,6 +14,7 @@
 //!   tally TOUCHES                                 count N M       (of so many or more touches that began from now on)
 //!   stop                                          count N M       (touches, and how many were SIGBUS)
 //!   pin OFFSET                                    ok              (the page there is in a pipe, by vmsplice(2))
+//!   pin-for-io OFFSET                             ok              (it is a fixed buffer of an io_uring)
 //!   unpin                                         ok
 //!   unmap                                         ok
 //!   lock PATH flock|fcntl                         ok              (exclusive, without waiting; or: errno E)
@@ -176,6 +177,12 @@ impl Toucher {
             Some("stop") => self.stop(),
             Some("pin") => {
                 let pin = self.mapping()?.pin(number(&mut words)?).map_err(|error| error.to_string())?;
+                self.pin = Some(pin);
+                Ok("ok".to_owned())
+            }
+            Some("pin-for-io") => {
+                let pin =
+                    self.mapping()?.pin_for_io(number(&mut words)?).map_err(|error| error.to_string())?;
                 self.pin = Some(pin);
                 Ok("ok".to_owned())
             }

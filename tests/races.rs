@@ -279,8 +279,11 @@ fn a_pinned_folio_is_refused_with_its_bytes_as_before() {
     let pool = Pool::small(2);
     let file = filled(&pool, 2 * FOLIO, 7);
     let mut toucher = Toucher::mapping(&file, 2 * FOLIO);
-    for (pinned, wanted) in [(0x5000, 0x5000), (0x5000, 0), (0, FOLIO - SUBPAGE), (FOLIO + 0x7000, FOLIO)] {
-        assert_eq!(toucher.ask(&format!("pin {pinned}")), "ok");
+    let places = [(0x5000, 0x5000), (0x5000, 0), (0, FOLIO - SUBPAGE), (FOLIO + 0x7000, FOLIO)];
+    for (pin, (pinned, wanted)) in
+        ["pin", "pin-for-io"].into_iter().flat_map(|pin| places.map(|place| (pin, place)))
+    {
+        assert_eq!(toucher.ask(&format!("{pin} {pinned}")), "ok");
         assert_refused_as_pinned(&pool, &file, &mut toucher, wanted, 2 * FOLIO);
         assert_eq!(toucher.ask("unpin"), "ok");
         poison(&file, wanted, 1).unwrap();

@@ -33,7 +33,9 @@ impl Sealed {
         sealed.find_memory()?;
         sealed.fit_reserve()?;
         sealed.finish_moves()?;
-        sealed.vacate(Range::new(0, 0))?;
+        if tmpfs::blocks(&sealed.mount)?.limit != sealed.limit() {
+            sealed.vacate(Range::new(0, 0))?; // a change of the superblock's is the dearest of all this
+        }
         sealed.recall_poison()?;
         sealed.reclaim_around_poison()?;
         Ok(sealed)

@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::units::{Range, SUBPAGE_SIZE, Subpage};
 use std::cell::Cell;
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 
 use probe::{hugetlb2_fault, hugetlb2_load, hugetlb2_store};
@@ -248,9 +248,41 @@ impl Mapping {
         #[allow(unsafe_code)]
         let taken = unsafe { libc::vmsplice(writer.as_raw_fd(), &raw const bytes, 1, 0) };
         match taken {
-            1 => Ok(Pin { _pipe: (reader, writer) }),
+            1 => Ok(Pin::Pipe(reader, writer)),
             _ => Err(std::io::Error::last_os_error().into()),
         }
+    }
+
+    /// Makes the page at `offset` of the file a fixed buffer of an io_uring (io_uring_register(2), IORING_REGISTER_BUFFERS): a pin
+    /// for good, as devices have that read from or write to memory.
+    ///
+    /// # Errors
+    /// What io_uring_setup(2) and io_uring_register(2) answer.
+    pub fn pin_for_io(&self, offset: u64) -> Result<Pin> {
+        const REGISTER_BUFFERS: libc::c_uint = 0;
+        let mut parameters = [0u8; 120]; // struct io_uring_params
+        // SAFETY: the structure has the kernel's size, and zeros are its defaults.
+        #[allow(unsafe_code)]
+        let ring = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, parameters.as_mut_ptr()) };
+        if ring < 0 {
+            return Err(std::io::Error::last_os_error().into());
+        }
+        // SAFETY: the call returned a new descriptor that nobody else owns.
+        #[allow(unsafe_code)]
+        let ring = unsafe { OwnedFd::from_raw_fd(ring as RawFd) };
+        let buffer = libc::iovec { iov_base: self.pointer(offset).cast(), iov_len: SUBPAGE_SIZE as usize };
+        // SAFETY: the buffer is inside of the mapping, and nothing is ever read into it.
+        #[allow(unsafe_code)]
+        let registered = unsafe {
+            libc::syscall(
+                libc::SYS_io_uring_register,
+                ring.as_raw_fd(),
+                REGISTER_BUFFERS,
+                &raw const buffer,
+                1,
+            )
+        };
+        if registered == 0 { Ok(Pin::Ring(ring)) } else { Err(std::io::Error::last_os_error().into()) }
     }
 
     fn latest_hit(&self) -> Hit {
@@ -260,10 +292,13 @@ impl Mapping {
     }
 }
 
-/// A page that is kept in a pipe; see [`Mapping::pin`].
+/// Keeps a page pinned; see [`Mapping::pin`] and [`Mapping::pin_for_io`].
 #[derive(Debug)]
-pub struct Pin {
-    _pipe: (std::io::PipeReader, std::io::PipeWriter),
+pub enum Pin {
+    /// In a pipe.
+    Pipe(std::io::PipeReader, std::io::PipeWriter),
+    /// As a buffer of an io_uring.
+    Ring(OwnedFd),
 }
 
 impl Drop for Mapping {

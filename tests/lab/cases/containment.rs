@@ -156,11 +156,17 @@ fn an_error_in_the_ledger_loses_what_was_kept_and_opens_no_hole() {
 // ---- at bad moments -------------------------------------------------------------------------------------------------
 
 fn an_error_in_a_pinned_folio_is_contained_as_the_kernel_can() {
+    for pin in ["pin", "pin-for-io"] {
+        contain_in_a_folio_with(pin);
+    }
+}
+
+fn contain_in_a_folio_with(pin: &str) {
     let pool = pool(4);
     let path = sevens(&pool);
     let mut pinner = Toucher::mapping(&path, SIZE);
     assert!(pinner.walk().is_empty());
-    assert_eq!(pinner.ask(&format!("pin {FOLIO}")), "ok");
+    assert_eq!(pinner.ask(&format!("{pin} {FOLIO}")), "ok");
     inject(&path, BAD);
     let mut other = Toucher::mapping(&path, SIZE);
     let file = File::open(&path).unwrap();
