@@ -274,8 +274,10 @@ impl Fs {
 
     /// Nobody can reach `node` any more: its memory goes back to the pool, then its inode.
     fn erase(&self, node: NodeId) {
-        self.stranded().extend(self.known_object(node));
-        self.objects().remove(&node);
+        {
+            let mut stranded = self.stranded(); // the check must not see an object twice, or not at all
+            stranded.extend(self.objects().remove(&node));
+        }
         self.retry_stranded();
         steps::done(Step::DismantleDetached);
         if let Err(error) = self.index.erase(node) {

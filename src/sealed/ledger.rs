@@ -322,9 +322,16 @@ impl Ledger {
         tmpfs::punch(&self.file, block(record.slot))
     }
 
-    /// Stores what was rescued in the block that was taken for it.
+    /// Stores what was rescued in the block that was taken for it; in another, where a memory error has hit that.
     pub fn store(&self, record: Record, rescued: &Bytes) -> Result<()> {
-        tmpfs::write_at(&self.file, rescued, record.slot * SUBPAGE_SIZE).map(drop)
+        let offset = record.slot * SUBPAGE_SIZE;
+        match tmpfs::write_at(&self.file, rescued, offset) {
+            Err(Error::Poisoned) => {
+                tmpfs::punch(&self.file, block(record.slot))?;
+                tmpfs::write_at(&self.file, rescued, offset).map(drop)
+            }
+            result => result.map(drop),
+        }
     }
 
     /// What was rescued.
