@@ -5,6 +5,9 @@
 //! and the ratio of the medians. On a virtual machine the host backs memory lazily, so every side's memory is touched once
 //! before anything is timed.
 
+#[path = "compare/calls.rs"]
+mod calls;
+
 use hugetlb2fs::sys::sigbus::{Mapping, Sharing};
 use hugetlb2fs::units::Range;
 use rustix::fs::{FallocateFlags, XattrFlags, fallocate, setxattr};
@@ -33,6 +36,7 @@ fn main() {
     access(&directory.path().join("access"), rounds, &mut table);
     allocation(&directory.path().join("allocation"), rounds, &mut table);
     attributes(&directory.path().join("attributes"), rounds, &mut table);
+    calls::measure(&directory.path().join("calls"), rounds, &mut table);
     names(&directory.path().join("names"), rounds, &mut table);
     memory(&directory.path().join("memory"), &mut table);
     table.finish();
@@ -151,6 +155,10 @@ fn milliseconds(run: impl FnOnce()) -> f64 {
     let clock = Instant::now();
     run();
     clock.elapsed().as_secs_f64() * 1e3
+}
+
+fn microseconds(run: impl FnOnce()) -> f64 {
+    milliseconds(run) * 1e3
 }
 
 // ---- access through mmap --------------------------------------------------------------------------------------------
