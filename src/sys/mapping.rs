@@ -1,8 +1,8 @@
 //! The daemon's own short-lived mappings of a file, never read or written through.
 //!
-//! They exist for what only madvise(2) and the page tables can do or tell: put a huge mapping back, clear memory on several
-//! processors, find out how memory is mapped and on which node it lies. File bytes go through pread(2) and pwrite(2), where
-//! a memory error is an errno and not a signal.
+//! They exist for what only madvise(2) and the page tables can do or tell: put a huge mapping back, find out how
+//! memory is mapped and on which node it lies. File bytes go through pread(2) and pwrite(2), where a memory error
+//! is an errno and not a signal.
 
 use super::{meaning, sigbus};
 use crate::error::{Error, Result};
@@ -11,7 +11,6 @@ use memmap2::{Advice, MmapOptions, MmapRaw};
 use rustix::io::Errno;
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::sync::LazyLock;
 
 /// A mapping of a folio-aligned part of a file.
 pub struct Window {
@@ -64,30 +63,8 @@ impl Window {
     /// # Errors
     /// [`Error::NoMemory`], [`Error::Full`] where the superblock has no block left or the file ends before `range` does.
     pub fn populate_write(&self, range: Range) -> Result<()> {
-        self.position(range);
-        self.map.advise(Advice::HugePage)?; // once, before: it waits for all faults on this process's mappings
-        let mut shares = range.steps(share_of_clearing(range));
-        let Some(own) = shares.next() else { return Ok(()) };
-        std::thread::scope(|scope| {
-            // A new thread takes memory from where its maker does (set_mempolicy(2)).
-            let start = |share| {
-                let populate = move || self.populate_share_for_writing(share);
-                (share, std::thread::Builder::new().spawn_scoped(scope, populate))
-            };
-            let others: Vec<_> = shares.map(start).collect();
-            let result = self.populate_share_for_writing(own);
-            others.into_iter().fold(result, |result, (share, other)| {
-                let other = match other {
-                    Ok(thread) => thread.join().expect("populating does not panic"),
-                    Err(_) => self.populate_share_for_writing(share), // no thread to be had
-                };
-                result.and(other)
-            })
-        })
-    }
-
-    fn populate_share_for_writing(&self, share: Range) -> Result<()> {
-        let (start, length) = self.position(share);
+        let (start, length) = self.position(range);
+        self.map.advise(Advice::HugePage)?;
         self.map.advise_range(Advice::PopulateWrite, start, length).map_err(
             |error| match Errno::from_io_error(&error) {
                 Some(Errno::FAULT) => Error::Full,
@@ -195,15 +172,6 @@ impl Window {
         };
         (result == 0).then(|| u32::try_from(status).ok()).flatten()
     }
-}
-
-/// How much of `range` each thread is to clear: an equal share for each processor in whole folios, and not so little that to
-/// start a thread takes longer (4 MiB are cleared in 170 us).
-fn share_of_clearing(range: Range) -> u64 {
-    const LEAST: u64 = 4 << 20;
-    static PROCESSORS: LazyLock<u64> =
-        LazyLock::new(|| std::thread::available_parallelism().map_or(1, |count| count.get() as u64));
-    range.len().div_ceil(*PROCESSORS).next_multiple_of(FOLIO_SIZE).max(LEAST)
 }
 
 /// `struct page_region` of linux/fs.h.
