@@ -149,6 +149,8 @@ pub struct DirEntry {
 pub struct Index {
     mount: OwnedFd,
     tree: OwnedFd,
+    /// The tree's own id; users know it as [`NodeId::ROOT`].
+    tree_id: NodeId,
     orphans: OwnedFd,
     witnesses: OwnedFd,
     /// What is in `.orphans`.
@@ -170,7 +172,6 @@ impl Index {
         let index = Self::of(mount)?;
         rustix::fs::fchown(&index.tree, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
         rustix::fs::fchmod(&index.tree, Mode::from_raw_mode(mode))?;
-        handle::of(&index.tree, c"")?;
         Ok(index)
     }
 
@@ -200,8 +201,9 @@ impl Index {
     fn of(mount: OwnedFd) -> Result<Self> {
         let (tree, orphans) = (open_directory_at(&mount, TREE)?, open_directory_at(&mount, ORPHANS)?);
         let witnesses = open_directory_at(&mount, WITNESSES)?;
+        let tree_id = handle::of(&tree, c"")?;
         let (orphaned, unlinking) = (Mutex::default(), Mutex::default());
-        Ok(Self { mount, tree, orphans, witnesses, orphaned, unlinking })
+        Ok(Self { mount, tree, tree_id, orphans, witnesses, orphaned, unlinking })
     }
 
     fn listed_orphans(&self) -> Result<Vec<NodeId>> {
@@ -238,8 +240,8 @@ impl Index {
     }
 
     /// The id that users know an inode by.
-    fn public_id(&self, id: NodeId) -> Result<NodeId> {
-        Ok(if id == handle::of(&self.tree, c"")? { NodeId::ROOT } else { id })
+    fn public_id(&self, id: NodeId) -> NodeId {
+        if id == self.tree_id { NodeId::ROOT } else { id }
     }
 
     /// Looks `name` up in `parent`.
@@ -660,11 +662,11 @@ impl Index {
 
     /// `..` of the root is the root itself; nobody is to learn of what is above it.
     fn entry_id(&self, directory: &OwnedFd, name: &CStr) -> Result<NodeId> {
-        let own = self.public_id(handle::of(directory, c"")?)?;
+        let own = || Ok(self.public_id(handle::of(directory, c"")?));
         match name.to_bytes() {
-            b"." => Ok(own),
-            b".." if own == NodeId::ROOT => Ok(own),
-            _ => self.public_id(handle::of(directory, name)?),
+            b"." => own(),
+            b".." if own()? == NodeId::ROOT => Ok(NodeId::ROOT),
+            _ => Ok(self.public_id(handle::of(directory, name)?)),
         }
     }
 
