@@ -1,5 +1,5 @@
-//! One life of a worker: fill the pool and wait for the mount, or take over what another has left; serve; at the end of all,
-//! give everything back.
+//! One life of a worker: fill the pool and wait for the mount, or take over what another has left; serve. Whatever it ends of, it
+//! leaves everything in place: that is for another worker to find, and in the end for the supervisor to give back.
 //!
 //! A worker may end at any instruction. What it knows is in its memory for speed only: the next one reads it off the
 //! files ([`crate::fs::Fs::open`]), finishes or undoes what was half done, and takes the session over
@@ -177,7 +177,6 @@ fn take_over(
     let fs = Arc::new(fs);
     fs.look_for_poison(); // it may have hit while nobody was there to notice
     let connection = Connection::take_over(fs.clone(), device, &left.handshake)?;
-    fs.pool().make_ours();
     Ok((fs, connection))
 }
 

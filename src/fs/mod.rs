@@ -493,22 +493,6 @@ impl Fs {
     }
 }
 
-impl Drop for Fs {
-    /// The memory is freed here, by us, and not some time after the process has ended. What another worker has left stays, as long
-    /// as it is not ours: one that could not take over has not the right to end it.
-    fn drop(&mut self) {
-        if !self.pool.is_ours() {
-            return;
-        }
-        let objects = std::mem::take(&mut *self.objects());
-        let stranded = std::mem::take(&mut *self.stranded());
-        for object in objects.values().chain(&stranded) {
-            detach(object.node());
-        }
-        let _ = tmpfs::detach(crate::index::MOUNT_POINT);
-    }
-}
-
 fn object_path(node: NodeId) -> CString {
     CString::new(format!("{OBJECTS}/{node}")).expect("hexadecimal digits hold no NUL")
 }

@@ -13,8 +13,7 @@ use rustix::io::Errno;
 use std::sync::Arc;
 
 impl Fs {
-    /// What is there, with everything that was half done finished or undone. As for [`Fs::create`] otherwise. Until
-    /// [`Pool::make_ours`], all of it stays there when this is dropped.
+    /// What is there, with everything that was half done finished or undone. As for [`Fs::create`] otherwise.
     ///
     /// # Errors
     /// [`Error::Corrupt`] for what this version does not know; what the kernel answers.

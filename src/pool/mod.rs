@@ -37,7 +37,6 @@ use crate::sealed::{Reach, Sealed};
 use crate::steps::{self, Step};
 use crate::sys;
 use crate::units::{FOLIO_SIZE, PageSize, Range};
-use std::sync::atomic::AtomicBool;
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -68,8 +67,6 @@ pub struct Pool {
     resizing: Mutex<()>,
     /// Mounted at [`RESERVES`].
     outlives_us: bool,
-    /// The memory goes with it ([`Pool::make_ours`]).
-    is_ours: AtomicBool,
     huge_at_mount: u64,
 }
 
@@ -169,16 +166,7 @@ impl Pool {
         }
         let account = Account { total: pages, free: pages, reserved: 0, orphaned: 0, returns: 0 };
         let (account, freed, resizing) = (Mutex::new(account), Condvar::new(), Mutex::new(()));
-        Ok(Self {
-            page_size,
-            reserves,
-            account,
-            freed,
-            resizing,
-            outlives_us: false,
-            is_ours: AtomicBool::new(true),
-            huge_at_mount: 0,
-        })
+        Ok(Self { page_size, reserves, account, freed, resizing, outlives_us: false, huge_at_mount: 0 })
     }
 
     /// Grain of reservation.

@@ -6,7 +6,6 @@ use crate::sealed::{Reach, Sealed};
 use crate::sys::tmpfs;
 use crate::units::{FOLIO_SIZE, PageSize};
 use rustix::fs::{CWD, Mode, OFlags, XattrFlags};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex};
 
 /// Where the reserves are mounted in the daemon's namespace, each below the number of its NUMA node.
@@ -37,17 +36,6 @@ impl Pool {
         if self.outlives_us { note(PAGES, pages) } else { Ok(()) }
     }
 
-    /// From now on, dropping the pool gives its memory to the machine. One that was opened stays for another process to try if this
-    /// one fails before it serves.
-    pub fn make_ours(&self) {
-        self.is_ours.store(true, Ordering::Relaxed);
-    }
-
-    /// Whether the memory goes with the pool when that is dropped.
-    pub fn is_ours(&self) -> bool {
-        self.is_ours.load(Ordering::Relaxed)
-    }
-
     /// The pool that another process has attached. Its account is empty until [`Pool::adopt`].
     ///
     /// # Errors
@@ -63,16 +51,7 @@ impl Pool {
         reserves.sort_by_key(|reserve| reserve.node);
         let account = Account { total, free: 0, reserved: total, orphaned: 0, returns: 0 };
         let (account, freed, resizing) = (Mutex::new(account), Condvar::new(), Mutex::new(()));
-        Ok(Self {
-            page_size,
-            reserves,
-            account,
-            freed,
-            resizing,
-            outlives_us: true,
-            is_ours: AtomicBool::new(false),
-            huge_at_mount,
-        })
+        Ok(Self { page_size, reserves, account, freed, resizing, outlives_us: true, huge_at_mount })
     }
 
     /// Completes the account: all files together have `pages`, and `bytes` of memory. What the reserves have more than P1 says
@@ -109,15 +88,6 @@ impl Reserve {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let mount = rustix::fs::openat(CWD, format!("{RESERVES}/{node}"), flags, Mode::empty())?;
         Ok(Self { node, sealed: Mutex::new(Sealed::open(Reach::Private, mount)?) })
-    }
-}
-
-impl Drop for Pool {
-    /// As for [`crate::fs::Fs`]: the memory is to be free when the process has ended.
-    fn drop(&mut self) {
-        if self.outlives_us && self.is_ours() {
-            self.reserves.iter().for_each(|reserve| drop(tmpfs::detach(&reserve.path())));
-        }
     }
 }
 
