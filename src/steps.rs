@@ -47,7 +47,7 @@ steps! {
     "move out": MoveOutTaken = "the file has a step of memory", MoveOutGiven = "the reserve has given as much";
     "move in": MoveInTaken = "the reserve has a step of memory", MoveInGiven = "the file has given as much";
     "shrink": ShrinkMoved = "the memory is back in the reserve", ShrinkCut = "the file is shorter",
-        ShrinkDone = "the pages are given up";
+        ShrinkNoted = "the pages are given up", ShrinkDone = "those that were released are forgotten";
     "release": ReleaseAnnounced = "the size to come back to is noted", ReleaseMoved = "the memory is back in the reserve",
         ReleaseNoted = "the page is noted as released", ReleaseDone = "nothing is to be undone any more";
     "quarantine": QuarantineKept = "the bytes are kept", QuarantineRecorded = "the subpage is described",

@@ -65,6 +65,8 @@ pub enum Role {
         announcement: Announcement,
         /// Somebody who waits for this worker to serve; the first has one.
         control: Option<Control>,
+        /// There is no filesystem yet: it is to be made.
+        mounting: bool,
         /// `None` for the first.
         after: Option<Death>,
     },
@@ -139,6 +141,7 @@ pub fn supervise(
 ) -> Result<End> {
     let signals = Signals::block(&[Signal::CHILD, Signal::TERM, Signal::INT, Signal::HUP])?;
     let mut restarts = Restarts::default();
+    let mut mounting = must_serve;
     let mut after = None;
     let mut next = Next::Serve(Duration::ZERO);
     loop {
@@ -148,7 +151,7 @@ pub fn supervise(
         {
             return Ok(End::Stopped);
         }
-        let mut worker = match start(signals, &next, (control.take(), after), &mut work) {
+        let mut worker = match start(signals, &next, (control.take(), mounting, after), &mut work) {
             Ok(worker) => worker,
             Err(_) => {
                 next = restarts.after_death(false); // no memory for a process: there may be some later
@@ -160,9 +163,10 @@ pub fn supervise(
             Event::Ended(status) if status.exit_status() == Some(0) => return Ok(End::Unmounted),
             Event::Ended(status) => {
                 let had_served = worker.has_served();
-                if must_serve && after.is_none() && !had_served {
+                if mounting && !had_served {
                     return Ok(End::NeverServed);
                 }
+                mounting = false;
                 after = Some(Death { worker: worker.pid, status });
                 let was_killed = status.terminating_signal() == Some(Signal::KILL.as_raw());
                 let was_of_use = had_served && (was_killed || worker.started.elapsed() >= SERVICE);
@@ -174,6 +178,10 @@ pub fn supervise(
             }
             Event::TryAgain => {
                 worker.kill()?;
+                if mounting && !worker.has_served() {
+                    return Ok(End::NeverServed);
+                }
+                mounting = false;
                 restarts.forgive();
                 next = Next::Serve(Duration::ZERO);
             }
@@ -184,7 +192,7 @@ pub fn supervise(
 fn start(
     signals: Signals,
     next: &Next,
-    (control, after): (Option<Control>, Option<Death>),
+    (control, mounting, after): (Option<Control>, bool, Option<Death>),
     work: &mut impl FnMut(Role) -> i32,
 ) -> Result<Worker> {
     let supervisor = getpid();
@@ -196,7 +204,9 @@ fn start(
             drop(announced);
             let ready = process::die_with(supervisor).and_then(|()| signals.unblock());
             let role = match next {
-                Next::Serve(_) => Role::Serve { announcement: Announcement(announcement), control, after },
+                Next::Serve(_) => {
+                    Role::Serve { announcement: Announcement(announcement), control, mounting, after }
+                }
                 Next::Refuse => Role::Refuse,
             };
             std::process::exit(if ready.is_ok() { work(role) } else { 1 })

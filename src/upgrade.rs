@@ -65,8 +65,8 @@ impl Predecessor {
     pub fn succeed(self) -> Result<(Options, OwnedFd), String> {
         let failed = |errno: Errno| format!("ending the other daemon: {errno}");
         match pidfd_send_signal(&self.process, Signal::KILL) {
-            Ok(()) | Err(Errno::SRCH) => {}
-            Err(errno) => return Err(failed(errno)),
+            Ok(()) => {}
+            Err(errno) => return Err(failed(errno)), // ESRCH: it has gone, or another has taken over
         }
         while let Err(errno) = poll(&mut [PollFd::new(&self.process, PollFlags::IN)], None) {
             if errno != Errno::INTR {

@@ -72,8 +72,8 @@ fn raise_descriptor_limit() -> Result<(), Error> {
 pub fn run(options: &Options, device: &OwnedFd, role: Role) -> i32 {
     let done = match role {
         Role::Refuse => refuse(device),
-        Role::Serve { announcement, mut control, after } => {
-            let served = serve(options, device, announcement, &mut control, after);
+        Role::Serve { announcement, mut control, mounting, after } => {
+            let served = serve(options, device, announcement, &mut control, (mounting, after));
             if let (Err(why), Some(control)) = (&served, &mut control) {
                 let _ = control.send(&Message::Failed(why.clone())); // a helper that is gone need not know
             }
@@ -108,19 +108,24 @@ fn serve(
     device: &OwnedFd,
     announcement: Announcement,
     control: &mut Option<Control>,
-    after: Option<Death>,
+    (mounting, after): (bool, Option<Death>),
 ) -> Result<(), String> {
     let _only_one =
         take_turn().map_err(|error| format!("waiting for the worker before this one: {error}"))?;
     let (sender, agent) =
         agents::collapse::start().map_err(|error| format!("no thread for an agent: {error}"))?;
     let repaired = options.collapse.then_some(sender);
-    let served = connect(options, device, control, repaired, after).and_then(|(fs, connection)| {
+    let connected = match (mounting, &mut *control) {
+        (true, Some(control)) => begin(options, device, control, repaired),
+        _ => take_over(options, device, repaired, after),
+    };
+    let served = connected.and_then(|(fs, connection)| {
         let patrol = agents::patrol::start(fs).map_err(|error| format!("no thread for an agent: {error}"))?;
-        announcement.serving();
-        if let Some(mut control) = control.take() {
-            control.send(&Message::Serving).map_err(|_| HELPER_GONE.to_owned())?;
+        let told = control.take().map(|mut control| control.send(&Message::Serving));
+        if mounting && told.is_none_or(|told| told.is_err()) {
+            return Err(HELPER_GONE.to_owned()); // it would have said that it is mounted
         }
+        announcement.serving();
         let served =
             connection.serve().map_err(|error| format!("the connection to the kernel broke: {error}"));
         drop(patrol);
@@ -144,28 +149,14 @@ fn take_turn() -> Result<File, Error> {
     Ok(lock)
 }
 
-/// The filesystem and its session: new ones, or those that another worker has left.
-fn connect(
-    options: &Options,
-    device: &OwnedFd,
-    control: &mut Option<Control>,
-    repaired: Option<Sender<fs::Repaired>>,
-    after: Option<Death>,
-) -> Result<(Arc<Fs>, Connection), String> {
-    match (Handover::read(Path::new("/")), control) {
-        (Ok(left), _) => take_over(options, device, repaired, after, &left),
-        (Err(Error::Os(Errno::NOENT)), Some(control)) => begin(options, device, control, repaired),
-        (Err(error), _) => Err(format!("reading what was left: {error}")),
-    }
-}
-
+/// The filesystem and its session as another worker has left them.
 fn take_over(
     options: &Options,
     device: &OwnedFd,
     repaired: Option<Sender<fs::Repaired>>,
     after: Option<Death>,
-    left: &Handover,
 ) -> Result<(Arc<Fs>, Connection), String> {
+    let left = Handover::read(Path::new("/")).map_err(|error| format!("reading what was left: {error}"))?;
     if let Some(Death { worker, status }) = after {
         log::error!(
             "worker {} has ended ({}); this one takes over",

@@ -245,6 +245,11 @@ impl Fs {
         self.objects().get(&node).cloned()
     }
 
+    /// The number that the kernel knows a file's memory by ([`Object::backing`]), if it does.
+    pub fn backing_of(&self, node: NodeId) -> Option<u32> {
+        self.known_object(node)?.backing().ok().flatten()
+    }
+
     /// All objects, in no order.
     pub fn all_objects(&self) -> Vec<Arc<Object>> {
         self.objects().values().cloned().collect()

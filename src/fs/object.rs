@@ -382,16 +382,16 @@ impl Object {
         Ok(())
     }
 
-    /// The keys that [`Object::wake_on_alarm`] noted in another process; the note is removed.
+    /// Wakes by the keys that [`Object::wake_on_alarm`] noted in another process; then the note is removed.
     ///
     /// # Errors
-    /// What removexattr(2) answers.
-    pub fn take_pollers(&self) -> Result<Vec<u64>> {
+    /// What getxattr(2) and removexattr(2) answer.
+    pub fn wake_noted_pollers(&self, wake: impl Fn(u64)) -> Result<()> {
         let holding = self.read_lock();
-        let Some(keys) = holding.sealed().kept(POLLERS)? else { return Ok(Vec::new()) };
-        holding.sealed().discard(POLLERS)?;
+        let Some(keys) = holding.sealed().kept(POLLERS)? else { return Ok(()) };
         let (keys, _) = keys.as_chunks::<8>();
-        Ok(keys.iter().map(|key| u64::from_le_bytes(*key)).collect())
+        keys.iter().for_each(|key| wake(u64::from_le_bytes(*key)));
+        holding.sealed().discard(POLLERS)
     }
 
     /// The number that the kernel knows `data` by (FUSE_DEV_IOC_BACKING_OPEN). It is kept with the file: all who open it must
@@ -463,11 +463,13 @@ impl Object {
     /// # Errors
     /// [`Error::Invalid`] for a value that does not parse, [`Error::NoData`] where a range holds nothing to repair or
     /// nothing that could be salvaged: nothing is done.
-    pub fn repair(&self, value: &[u8], context: Context<'_>) -> Result<()> {
+    ///
+    /// What is `resumed` had found enough to do when a worker that died began it; whatever is left is done.
+    pub fn repair(&self, value: &[u8], resumed: bool, context: Context<'_>) -> Result<()> {
         let mut holding = self.write_lock();
         let requests = quarantine::parse_repair(value, holding.sealed().size())?;
         mend(&mut holding)?;
-        for (verb, range) in &requests {
+        for (verb, range) in requests.iter().filter(|_| !resumed) {
             check_repairable(&holding, *verb, *range)?;
         }
         for (verb, range) in requests {

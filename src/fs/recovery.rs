@@ -74,24 +74,16 @@ impl Fs {
             .try_for_each(|object| object.settle(&self.pool))
     }
 
-    /// Erases the nodes without names that the kernel does not know any more: it tells of that once, and may have told a
-    /// worker that has died.
-    pub fn erase_unknown(&self, known: impl Fn(NodeId) -> bool) {
-        for node in self.index.orphans() {
-            self.forget(node, &known);
-        }
+    /// The nodes without names. The kernel tells once that it has given one up, and may have told a worker that has died.
+    pub fn orphans(&self) -> Vec<NodeId> {
+        self.index.orphans()
     }
 
-    /// The kernel's handles of open files that are being polled, as far as another worker has been told of them; they are to look
-    /// again.
+    /// Has those look again who poll open files, as far as another worker was told of them; by the kernel's handles.
     ///
     /// # Errors
-    /// What removexattr(2) answers.
-    pub fn take_pollers(&self) -> Result<Vec<u64>> {
-        let mut handles = Vec::new();
-        for object in self.all_objects() {
-            handles.extend(object.take_pollers()?);
-        }
-        Ok(handles)
+    /// What getxattr(2) and removexattr(2) answer.
+    pub fn wake_pollers(&self, wake: impl Fn(u64)) -> Result<()> {
+        self.all_objects().iter().try_for_each(|object| object.wake_noted_pollers(&wake))
     }
 }

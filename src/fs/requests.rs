@@ -154,7 +154,12 @@ impl Fs {
         Ok(noted.map(|noted| if noted == PRESENT { PRESENT } else { ABSENT }))
     }
 
-    /// Runs a request that is in vain ([`Error::NoData`], [`Error::Invalid`]) once it is done; `due` tells whether it is not.
+    /// Whether a request was `due` when it was asked for the first time, of a worker that died.
+    pub(super) fn was_due(&self, ticket: Ticket, due: bool) -> Result<bool> {
+        Ok(self.found_before(if due { PRESENT } else { ABSENT }, ticket)? == Some(PRESENT))
+    }
+
+    /// Runs a request that is in vain ([`Error::Invalid`]) once it is done; `due` tells whether it is not.
     /// Asked again, it is taken for done if it was due at first and is in vain now.
     ///
     /// # Errors
@@ -165,9 +170,9 @@ impl Fs {
         due: impl FnOnce() -> bool,
         request: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        let before = self.found_before(if due() { PRESENT } else { ABSENT }, ticket)?;
+        let was_due = self.was_due(ticket, due())?;
         match request() {
-            Err(Error::NoData | Error::Invalid(_)) if before == Some(PRESENT) => Ok(()),
+            Err(Error::Invalid(_)) if was_due => Ok(()),
             result => result,
         }
     }

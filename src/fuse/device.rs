@@ -42,11 +42,6 @@ pub fn knows(device: impl AsFd, node: NodeId) -> bool {
     notify(device, NOTIFY_INVAL_INODE, [node.0, NOT_ITS_PAGES, 0]) != Err(Errno::NOENT)
 }
 
-/// Has the kernel forget what it may have kept of a part of a file's contents. Waits for who is reading it into the page cache.
-pub fn drop_cached(device: impl AsFd, node: NodeId, offset: u64, length: u64) {
-    let _ = notify(device, NOTIFY_INVAL_INODE, [node.0, offset, length]); // an inode that is gone keeps nothing
-}
-
 /// Tells whoever polls the open file with this handle of the kernel's to look again; one that is closed is nobody's loss.
 pub fn wake_poller(device: impl AsFd, handle: u64) {
     let _ = notify(device, NOTIFY_POLL, [handle]);

@@ -20,6 +20,7 @@ pub use session::{Connection, Handshake, would_agree};
 use crate::error::{Error, Result};
 use crate::fs::{Allocation, Changes, Fs, Object, Reading, Ticket};
 use crate::index::{Attributes, Kind, New, Time};
+use crate::sys;
 use crate::sys::identity::{Caller, Member};
 use crate::units::NodeId;
 use encode::{errno, file_attr, file_type};
@@ -29,7 +30,7 @@ use fuser::{
     ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyPoll,
     ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{CString, OsStr};
 use std::io;
@@ -133,7 +134,7 @@ impl Adapter {
     }
 
     /// The file's one backing id, made the first time. A worker that dies before the number is kept leaves the kernel an id that is
-    /// never used: some hundred bytes until it is unmounted, as the memory of a file goes back to the pool by being moved.
+    /// never used, and with it an empty superblock until it is unmounted; a file's memory goes back to the pool by being moved.
     fn backing(&self, object: &Object, registrar: &impl Registrar) -> Result<Arc<BackingId>> {
         let mut backings = self.backings();
         if let Some(backing) = backings.get(&object.node()) {
@@ -173,8 +174,11 @@ impl Adapter {
     }
 
     fn forget_one(&self, node: NodeId) {
-        if self.fs.forget(node, |node| device::knows(&self.device, node)) {
-            self.backings().remove(&node);
+        if forget(&self.fs, &self.device, node) {
+            // Its number has been given back, and may be another file's by now.
+            if let Some(backing) = self.backings().remove(&node).and_then(Arc::into_inner) {
+                let _ = backing.into_raw();
+            }
         }
     }
 
@@ -198,6 +202,33 @@ impl Adapter {
         let object = object.inspect_err(|_| self.uncreate(parent, name, attributes.node, ticket))?;
         Ok((attributes, object))
     }
+}
+
+impl Drop for Adapter {
+    /// The numbers outlive the worker: they are kept with the files, for the next one.
+    fn drop(&mut self) {
+        let backings = std::mem::take(&mut *self.backings());
+        for backing in backings.into_values().filter_map(Arc::into_inner) {
+            let _ = backing.into_raw();
+        }
+    }
+}
+
+/// Lets go of a node without a name that the kernel does not know any more, with the number that the kernel knew its memory by,
+/// whichever worker had got that. Returns whether that was so.
+fn forget(fs: &Fs, device: &OwnedFd, node: NodeId) -> bool {
+    let backing = Cell::new(None);
+    let is_known = |node| {
+        backing.set(fs.backing_of(node));
+        device::knows(device, node)
+    };
+    let gone = fs.forget(node, is_known);
+    if let Some(number) = backing.get().filter(|_| gone)
+        && let Err(error) = sys::close_backing(device, number)
+    {
+        log::warn!("file {node}: the kernel keeps its superblock until it is unmounted: {error}");
+    }
+    gone
 }
 
 fn open_flags() -> FopenFlags {
@@ -472,7 +503,7 @@ impl Filesystem for Adapter {
         offset: u64,
         size: u32,
         _flags: OpenFlags,
-        owner: Option<LockOwner>,
+        _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
         READ_BUFFER.with_borrow_mut(|buffer| {
@@ -485,11 +516,6 @@ impl Filesystem for Adapter {
                 Err(error) => reply.error(errno(&error)),
             }
         });
-        // Nobody's read is one for the page cache: of sendfile(2), splice(2) or readahead(2). What it has got is good for
-        // that call, but a store through a mapping would not show in it later (fs/fuse/file.c, fuse_splice_read).
-        if owner.is_none() {
-            device::drop_cached(&self.device, node_id(ino), offset, size.into());
-        }
     }
 
     fn write(

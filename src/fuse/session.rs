@@ -9,7 +9,7 @@
 //! (`fuse_dev.pq`), and sends it again when asked. Clones of the device (`clone_fd`) would end those requests with
 //! ECONNABORTED instead.
 
-use super::{Adapter, THREADS, agree, device};
+use super::{Adapter, THREADS, agree, device, forget};
 use crate::error::Result;
 use crate::fs::Fs;
 use crate::sys::process;
@@ -65,10 +65,11 @@ impl Connection {
             return Err(DIFFERENT.to_owned());
         }
         let connection = Self::on(session, device)?;
-        fs.erase_unknown(|node| device::knows(device, node));
-        for handle in fs.take_pollers().map_err(|error| format!("finding who polls: {error}"))? {
-            device::wake_poller(device, handle);
+        for node in fs.orphans() {
+            forget(&fs, device, node);
         }
+        fs.wake_pollers(|handle| device::wake_poller(device, handle))
+            .map_err(|error| format!("waking who polls: {error}"))?;
         device::resend(device).map_err(|error| format!("having requests sent again: {error}"))?;
         Ok(connection)
     }

@@ -61,10 +61,12 @@ impl Holding {
     pub fn open(page_size: PageSize, sealed: Sealed) -> Result<Self> {
         let released = sealed.kept(RELEASED)?.map(|ranges| decode(&ranges)).unwrap_or_default();
         let mut holding = Self { sealed, page_size, released: BTreeSet::new(), orphaned: false };
-        // One with memory was being made the file's again.
+        // One with memory was being made the file's again; one behind those that are reserved was given up.
         let has_memory =
             |page: &Page| holding.memory_of(*page).folios().any(|folio| holding.sealed.has_memory(folio));
-        holding.released = released.into_iter().filter(|page| !has_memory(page)).collect();
+        let reserved = holding.sealed.superblock().reserved_pages;
+        holding.released =
+            released.into_iter().filter(|page| page.0 < reserved && !has_memory(page)).collect();
         holding.keep_released()?;
         Ok(holding)
     }
@@ -295,6 +297,7 @@ impl Holding {
         self.sealed.update(|superblock| {
             superblock.reserved_pages = superblock.reserved_pages.min(first.0);
         })?;
+        steps::done(Step::ShrinkNoted);
         self.change_released(|released| released.retain(|page| *page < first))?;
         steps::done(Step::ShrinkDone);
         self.release_to(pool, before - self.pages());

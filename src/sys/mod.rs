@@ -13,7 +13,7 @@ pub mod tmpfs;
 
 use crate::error::Error;
 use rustix::io::Errno;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The meaning of what memory-taking calls on tmpfs answer.
@@ -59,6 +59,18 @@ pub fn inherited(fd: RawFd) -> Result<OwnedFd, Error> {
     // SAFETY: it is open, and by the caller's word nobody else's in this process.
     #[allow(unsafe_code)]
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Has the kernel let go of a file that a FUSE server has given it for passthrough (FUSE_DEV_IOC_BACKING_CLOSE, Linux 6.9).
+///
+/// # Errors
+/// ENOENT where `number` is none.
+pub fn close_backing(device: impl AsFd, number: u32) -> Result<(), Error> {
+    const BACKING_CLOSE: libc::Ioctl = 0x4004_e502u32 as libc::Ioctl; // _IOW(229, 2, uint32_t)
+    // SAFETY: the kernel reads four bytes from there.
+    #[allow(unsafe_code)]
+    let result = unsafe { libc::ioctl(device.as_fd().as_raw_fd(), BACKING_CLOSE, &raw const number) };
+    if result < 0 { Err(std::io::Error::last_os_error().into()) } else { Ok(()) }
 }
 
 /// Seconds since the epoch.

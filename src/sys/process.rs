@@ -117,10 +117,12 @@ impl Signals {
             set.assume_init()
         };
         for signal in signals {
-            // SAFETY: the set is initialised.
+            // SAFETY: the set is initialised. The default action replaces one that may have been inherited: of a child whose
+            // end is ignored nobody can be told.
             #[allow(unsafe_code)]
             unsafe {
-                libc::sigaddset(&raw mut set, signal.as_raw())
+                libc::signal(signal.as_raw(), libc::SIG_DFL);
+                libc::sigaddset(&raw mut set, signal.as_raw());
             };
         }
         let signals = Self(set);
