@@ -146,7 +146,7 @@ fn who_polls_for_errors_is_woken_by_the_next_worker() {
     let pool = Pool::small(8);
     let path = sevens(&pool);
     let file = File::open(&path).unwrap();
-    for round in 0..5 {
+    for round in 0..20 {
         let waiter = std::thread::spawn({
             let file = file.try_clone().unwrap();
             move || is_alarmed(&file, 60)
@@ -172,7 +172,7 @@ fn a_directory_can_be_read_on_after_each_entry() {
     let mut entries = fs::read_dir(pool.path()).unwrap();
     for entry in entries.by_ref() {
         seen.push(entry.unwrap().file_name());
-        if seen.len().is_multiple_of(200) {
+        if seen.len().is_multiple_of(150) {
             kill_worker(&pool);
         }
     }
