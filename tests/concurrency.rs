@@ -19,28 +19,14 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
-use support::{CHECK, COLLAPSE, FOLIO, POISON, POOL, Pool, REPAIR, SIZE, SUBPAGE, Toucher, get, poison, set};
+use support::{
+    CHECK, COLLAPSE, Dice, FOLIO, POISON, POOL, Pool, REPAIR, SIZE, SUBPAGE, Toucher, get, poison, set,
+};
 
 const PAGE: u64 = FOLIO;
 const THREADS: u64 = 8;
 
 // ---- means ----------------------------------------------------------------------------------------------------------
-
-/// A generator of numbers that only needs to be different for each seed (splitmix64).
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ mixed >> 31
-    }
-
-    fn below(&mut self, bound: u64) -> u64 {
-        self.roll() % bound
-    }
-}
 
 /// Ends the process, with what each thread was doing, where a test does not end in time: a thread that hangs in the
 /// kernel cannot be joined.

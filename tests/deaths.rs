@@ -8,25 +8,13 @@ use std::fs::{self, File};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use support::{FOLIO, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, Toucher, get, poison, set};
+use support::{Dice, FOLIO, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, Toucher, get, poison, set};
 
 // ---- at random ------------------------------------------------------------------------------------------------------
 
 const DEATHS: usize = 300;
 const SEED: u64 = 0x5eed_0f5e_ed0f_5eed;
 const MOST_FOLIOS: u64 = 4;
-
-/// Xorshift: the same numbers in every run.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
-}
 
 /// A file in the pool, a process that uses it, and what the file must hold.
 struct User {
@@ -35,12 +23,12 @@ struct User {
     name: u64,
     number: u64,
     bytes: Vec<u8>,
-    random: Random,
+    random: Dice,
 }
 
 impl User {
     fn new(pool: &Pool, number: u64) -> Self {
-        let random = Random(SEED ^ (number + 1) << 32);
+        let random = Dice(SEED ^ (number + 1) << 32);
         let user =
             Self { process: Toucher::start(), pool: pool.path(), name: 0, number, bytes: vec![], random };
         File::create_new(user.path()).unwrap();
@@ -167,7 +155,7 @@ impl User {
 
 /// Kills workers until enough have died; returns how long each time a call waited for the next.
 fn kill_at_random(pool: &Pool) -> Vec<Duration> {
-    let mut random = Random(SEED);
+    let mut random = Dice(SEED);
     let mut stalls = Vec::new();
     for _ in 0..DEATHS {
         std::thread::sleep(Duration::from_micros(random.below(30_000))); // at some moment of what the others do

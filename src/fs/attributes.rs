@@ -225,13 +225,17 @@ impl Fs {
                 self.repair(&object, value, resumed)
             }
             Protocol::Collapse => object.collapse(value),
-            Protocol::Inject => self
-                .once(ticket, || object.is_injectable(value), || object.inject(value))
-                .inspect_err(|error| {
-                    if matches!(error, Error::Unsupported) {
+            Protocol::Inject => {
+                let resumed = self.was_due(ticket, object.is_injectable(value))?;
+                match object.inject(value) {
+                    Err(Error::Invalid(_)) if resumed => Ok(()), // it is there already
+                    Err(Error::Unsupported) => {
                         log::warn!("nothing injected: this kernel has no CONFIG_MEMORY_FAILURE");
+                        Err(Error::Unsupported)
                     }
-                }),
+                    result => result,
+                }
+            }
             _ => Err(Error::Unsupported),
         }
     }

@@ -228,7 +228,7 @@ impl Fs {
     /// The kernel gives up references to `node`. If that has no name and is not `known` to the kernel any more, its memory goes
     /// back to the pool, and true is returned.
     pub fn forget(&self, node: NodeId, known: impl FnOnce(NodeId) -> bool) -> bool {
-        let gone = self.index.is_unlinked(node) && !known(node);
+        let gone = self.index.is_orphan(node) && !known(node);
         if gone {
             self.erase(node);
         }

@@ -125,7 +125,7 @@ impl Fs {
         ticket: Ticket,
     ) -> Result<()> {
         let mut flags = XattrFlags::from_bits_retain(flags as u32);
-        if flags.contains(XattrFlags::CREATE) && self.first_found(node, name, ticket)? == Some(ABSENT) {
+        if flags.contains(XattrFlags::CREATE) && self.first_found(node, name, ticket)? == Some(false) {
             flags.remove(XattrFlags::CREATE); // what is there now is what this request has put there
         }
         self.index.set_attribute(node, name, (value, flags.bits() as i32), by)
@@ -138,43 +138,24 @@ impl Fs {
     pub(super) fn remove_user_attribute(&self, node: NodeId, name: &OsStr, ticket: Ticket) -> Result<()> {
         let first = self.first_found(node, name, ticket)?;
         match self.index.remove_attribute(node, name) {
-            Err(Error::Os(Errno::NODATA)) if first == Some(PRESENT) => Ok(()),
+            Err(Error::Os(Errno::NODATA)) if first == Some(true) => Ok(()),
             result => result,
         }
     }
 
-    /// What this request found when it was asked for the first time; `None` if that is now.
-    fn first_found(&self, node: NodeId, name: &OsStr, ticket: Ticket) -> Result<Option<&'static str>> {
-        let now = if self.index.attribute(node, name).is_ok() { PRESENT } else { ABSENT };
-        self.found_before(now, ticket)
+    /// Whether the attribute was there when this request was asked for the first time; `None` if that is now.
+    fn first_found(&self, node: NodeId, name: &OsStr, ticket: Ticket) -> Result<Option<bool>> {
+        self.found_before(self.index.attribute(node, name).is_ok(), ticket)
     }
 
-    fn found_before(&self, now: &str, ticket: Ticket) -> Result<Option<&'static str>> {
-        let noted = self.index.witness(ticket.number, now)?;
-        Ok(noted.map(|noted| if noted == PRESENT { PRESENT } else { ABSENT }))
+    fn found_before(&self, now: bool, ticket: Ticket) -> Result<Option<bool>> {
+        let noted = self.index.witness(ticket.number, if now { PRESENT } else { ABSENT })?;
+        Ok(noted.map(|noted| noted == PRESENT))
     }
 
     /// Whether a request was `due` when it was asked for the first time, of a worker that died.
     pub(super) fn was_due(&self, ticket: Ticket, due: bool) -> Result<bool> {
-        Ok(self.found_before(if due { PRESENT } else { ABSENT }, ticket)? == Some(PRESENT))
-    }
-
-    /// Runs a request that is in vain ([`Error::Invalid`]) once it is done; `due` tells whether it is not.
-    /// Asked again, it is taken for done if it was due at first and is in vain now.
-    ///
-    /// # Errors
-    /// Those of `request`.
-    pub(super) fn once(
-        &self,
-        ticket: Ticket,
-        due: impl FnOnce() -> bool,
-        request: impl FnOnce() -> Result<()>,
-    ) -> Result<()> {
-        let was_due = self.was_due(ticket, due())?;
-        match request() {
-            Err(Error::Invalid(_)) if was_due => Ok(()),
-            result => result,
-        }
+        Ok(self.found_before(due, ticket)? == Some(true))
     }
 
     /// The request has been answered, and will not be asked again.

@@ -5,7 +5,6 @@
 //!
 //! Names, attributes and absence change through this kernel only, so it may keep names and attributes for good; it
 //! drops them itself where a request changes them (fs/fuse/dir.c), with the one exception that [`validity`] makes.
-
 //!
 //! A worker may die at any instruction, and another takes over ([`Connection::take_over`]): an open file and an open directory are
 //! nothing here but their node, and the one number that the kernel knows a file's memory by is kept with the file.
@@ -110,8 +109,8 @@ macro_rules! registrar {
             }
 
             fn known(&self, number: u32) -> BackingId {
-                // SAFETY: the number was made by `open_backing` on this connection and its maker has died, so that this is the
-                // one owner of it.
+                // SAFETY: the number was made by `open_backing` on this connection, and its maker has died or has just given
+                // it up (`into_raw`), so that this is the one owner of it.
                 #[allow(unsafe_code)]
                 unsafe {
                     self.wrap_backing(number)

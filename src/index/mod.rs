@@ -219,7 +219,8 @@ impl Index {
         self.orphaned.lock().expect("no panic while the set is open")
     }
 
-    fn is_orphan(&self, node: NodeId) -> bool {
+    /// Whether `node` has no name, and its references are all that keeps it.
+    pub fn is_orphan(&self, node: NodeId) -> bool {
         self.orphaned().contains(&node)
     }
 
@@ -441,11 +442,6 @@ impl Index {
     /// The nodes without names that were there at some moment.
     pub fn orphans(&self) -> Vec<NodeId> {
         self.orphaned().iter().copied().collect()
-    }
-
-    /// Whether `node` has no name, and its references are all that keeps it.
-    pub fn is_unlinked(&self, node: NodeId) -> bool {
-        self.is_orphan(node)
     }
 
     /// Removes a node without names that the kernel does not know any more, so that nobody can reach it.

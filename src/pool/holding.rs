@@ -65,9 +65,11 @@ impl Holding {
         let has_memory =
             |page: &Page| holding.memory_of(*page).folios().any(|folio| holding.sealed.has_memory(folio));
         let reserved = holding.sealed.superblock().reserved_pages;
-        holding.released =
-            released.into_iter().filter(|page| page.0 < reserved && !has_memory(page)).collect();
-        holding.keep_released()?;
+        let is_released = |page: &Page| page.0 < reserved && !has_memory(page);
+        holding.released = released.iter().copied().filter(is_released).collect();
+        if holding.released != released {
+            holding.keep_released()?;
+        }
         Ok(holding)
     }
 

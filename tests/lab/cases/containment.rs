@@ -1,6 +1,7 @@
 //! Memory errors where no program's bytes are, at bad moments, and beside a worker's death.
 
 use super::cases;
+use super::hw::{INJECT, inject, listed};
 use crate::support::{
     COLLAPSE, FOLIO, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, Toucher, get, poison, set,
 };
@@ -31,7 +32,6 @@ cases! {
         the_patrol_costs_next_to_nothing_at_rest;
 }
 
-const INJECT: &str = "trusted.hugetlb2.inject";
 const BAD: u64 = FOLIO + 5 * SUBPAGE;
 const SIZE: u64 = 2 * FOLIO;
 
@@ -64,18 +64,6 @@ fn try_to_strike(path: &Path, offset: u64) -> hugetlb2fs::error::Result<()> {
     let mapping = Mapping::new(&file, range, Sharing::Shared, true).unwrap();
     mapping.load(offset).expect("it is healthy");
     mapping.advise_range(Range::at(offset, SUBPAGE), libc::MADV_HWPOISON)
-}
-
-fn inject(path: &Path, offset: u64) {
-    set(path, INJECT, format!("hw {offset}")).unwrap();
-}
-
-fn listed(path: &Path) -> Vec<String> {
-    match get(path, POISON) {
-        Ok(text) => text.lines().map(|line| line.rsplit_once(' ').expect("columns").0.to_owned()).collect(),
-        Err(Errno::NODATA) => Vec::new(),
-        Err(errno) => panic!("{errno}"),
-    }
 }
 
 fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {

@@ -34,7 +34,7 @@ cases! {
         a_request_that_meets_an_unknown_error_knows_of_it;
 }
 
-const INJECT: &str = "trusted.hugetlb2.inject";
+pub const INJECT: &str = "trusted.hugetlb2.inject";
 /// Where the error is: in the second of two folios.
 const BAD: u64 = FOLIO + 5 * SUBPAGE;
 const SIZE: u64 = 2 * FOLIO;
@@ -55,7 +55,7 @@ fn sevens(pool: &Pool, size: u64) -> (PathBuf, File) {
     (path, file)
 }
 
-fn inject(path: &Path, offset: u64) {
+pub fn inject(path: &Path, offset: u64) {
     set(path, INJECT, format!("hw {offset}")).unwrap();
 }
 
@@ -65,7 +65,7 @@ fn strike(toucher: &mut Toucher, offset: u64) {
 }
 
 /// The poison attribute without the times.
-fn listed(path: &Path) -> Vec<String> {
+pub fn listed(path: &Path) -> Vec<String> {
     match get(path, POISON) {
         Ok(text) => text.lines().map(|line| line.rsplit_once(' ').expect("columns").0.to_owned()).collect(),
         Err(Errno::NODATA) => Vec::new(),

@@ -1,7 +1,7 @@
 //! Any sequence of real memory errors and of what two processes do does what a model says.
 
 use super::cases;
-use crate::support::{FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, set};
+use crate::support::{Dice, FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, set};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 use std::collections::BTreeSet;
@@ -16,18 +16,6 @@ const SEED: u64 = 0x0bad_cafe_0bad_cafe;
 const ACTS: u64 = 600;
 const MOST: u64 = 5 * FOLIO;
 
-/// Xorshift: the same numbers in every run.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
-}
-
 /// A file, two processes that use it, and what it must hold.
 struct World {
     pool: Pool,
@@ -36,7 +24,7 @@ struct World {
     bytes: Vec<u8>,
     /// The subpages with an error, by their offset.
     lost: BTreeSet<u64>,
-    random: Random,
+    random: Dice,
     /// What was done, for the reader of a failure.
     done: Vec<String>,
 }
@@ -52,7 +40,7 @@ impl World {
             path,
             bytes: Vec::new(),
             lost: BTreeSet::new(),
-            random: Random(SEED),
+            random: Dice(SEED),
             done: Vec::new(),
         }
     }
