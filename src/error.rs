@@ -11,6 +11,9 @@ pub enum Error {
     /// No free page in the pool yet: those of files that were unlinked would do, and may be on their way back.
     #[error("no free page in the pool but those of removed files that somebody has open")]
     Returning,
+    /// The kernel reads the file's memory for somebody who has it open, or has just closed it.
+    #[error("programs have the file open for reading natively (see the option io=)")]
+    OpenNatively,
     /// The machine itself has no memory for what the pool needs.
     #[error("the machine is out of memory")]
     NoMemory,
@@ -63,7 +66,7 @@ impl Error {
             Self::Poisoned | Self::Corrupt(_) => Errno::IO,
             // Not EAGAIN: setxattr(2), by which collapsing is asked for, would make EOPNOTSUPP of it (fs/xattr.c,
             // __vfs_setxattr_noperm).
-            Self::Busy(_) | Self::Again => Errno::BUSY,
+            Self::Busy(_) | Self::Again | Self::OpenNatively => Errno::BUSY,
             Self::Invalid(_) => Errno::INVAL,
             Self::NoData => Errno::NODATA,
             Self::Unsupported => Errno::OPNOTSUPP,

@@ -20,6 +20,8 @@ pub struct Options {
     pub collapse: bool,
     /// A write that covers a quarantined subpage repairs it.
     pub recovery_write: bool,
+    /// Who reads for those that have a file open for reading only.
+    pub io: Io,
     /// Where the daemon logs to; the system log where none is given.
     pub log: Option<String>,
 }
@@ -34,8 +36,35 @@ impl Default for Options {
             gid: 0,
             collapse: true,
             recovery_write: true,
+            io: Io::Auto,
             log: None,
         }
+    }
+}
+
+/// Who reads for those that have a file open for reading only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Io {
+    /// The kernel, where it looks for memory errors itself (CONFIG_MEMORY_FAILURE), otherwise the daemon.
+    Auto,
+    /// The kernel, from the memory of the file. As long as such a descriptor is open, no subpage is quarantined but by a real
+    /// memory error.
+    Native,
+    /// The daemon.
+    Mediated,
+}
+
+impl Io {
+    const ALL: [(Self, &str); 3] =
+        [(Self::Auto, "auto"), (Self::Native, "native"), (Self::Mediated, "mediated")];
+
+    fn parse(text: &str) -> Result<Self, String> {
+        let named = Self::ALL.iter().find(|(_, name)| *name == text).map(|(io, _)| *io);
+        named.ok_or_else(|| format!("{text:?} is none of auto, native and mediated"))
+    }
+
+    fn name(self) -> String {
+        Self::ALL.iter().find(|(io, _)| *io == self).map_or("auto", |(_, name)| name).to_owned()
     }
 }
 
@@ -208,6 +237,16 @@ pub const TABLE: &[Row] = &[
         get: |options| Some(describe_switch(options.recovery_write)),
     },
     Row {
+        name: "io",
+        value: "auto|native|mediated",
+        default: Some("auto"),
+        help: "who reads for a descriptor that was opened for reading only: the kernel (native), which is as fast as tmpfs, and \
+               no quarantine can be asked for meanwhile (EBUSY); or the daemon (mediated). auto is native on a kernel with \
+               CONFIG_MEMORY_FAILURE",
+        set: |options, text| Io::parse(text).map(|io| options.io = io),
+        get: |options| Some(options.io.name()),
+    },
+    Row {
         name: "log",
         value: "FILE",
         default: Some("the system log"),
@@ -321,6 +360,7 @@ mod tests {
             ("uid", "root"),
             ("gid", "4294967295"),
             ("collapse", "yes"),
+            ("io", "fast"),
             ("log", "relative"),
         ] {
             let why = set(name, value).expect_err(value);
@@ -345,7 +385,9 @@ mod tests {
     #[test]
     fn options_as_given_set_the_same_options() {
         let mut options = Options::default();
-        for (name, value) in [("size", "25%"), ("pagesize", "2M"), ("mode", "1777"), ("collapse", "off")] {
+        for (name, value) in
+            [("size", "25%"), ("pagesize", "2M"), ("mode", "1777"), ("collapse", "off"), ("io", "native")]
+        {
             options.set(name, Some(value)).unwrap();
         }
         let mut same = Options::default();

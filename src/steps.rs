@@ -35,6 +35,7 @@ macro_rules! steps {
 steps! {
     "create": CreatePlace = "the object has a place", CreateAttached = "its superblock is there",
         CreateNamed = "the file has its name";
+    "open natively": NativeNoted = "the descriptor is noted", NativeClosed = "it is struck out";
     "unlink": UnlinkOrphaned = "the file is linked among the orphans", UnlinkRemoved = "the name is gone";
     "exchange": ExchangeWitnessed = "what it found is noted", ExchangeDone = "the names are exchanged";
     "allocate": AllocateAnnounced = "the size to come back to is noted", AllocateMoved = "the memory is there",

@@ -213,7 +213,7 @@ fn three_hundred_random_deaths_fail_no_call_and_lose_no_byte() {
 
 const DIE: &str = "trusted.hugetlb2.die";
 /// Steps that there were when this was written. There may come more.
-const FEWEST_STEPS: usize = 50;
+const FEWEST_STEPS: usize = 52;
 
 /// A change that leads over steps, and what must hold when its call has returned, as if nothing had happened.
 struct Situation {
@@ -285,6 +285,18 @@ const SITUATIONS: &[Situation] = &[
             sevens(pool);
             assert_sevens(pool, 3 * FOLIO);
         },
+    },
+    Situation {
+        name: "open to read natively",
+        prepare: sevens,
+        change: |pool| {
+            let reader = File::open(file(pool)).unwrap();
+            assert_eq!(poison(file(pool), 0, 1), Err(rustix::io::Errno::BUSY));
+            drop(reader);
+            poison(file(pool), 0, 1).unwrap();
+            set(file(pool), REPAIR, "salvage all").unwrap();
+        },
+        verify: assert_nothing_lost,
     },
     Situation {
         name: "unlink",
@@ -445,7 +457,7 @@ const SITUATIONS: &[Situation] = &[
 
 /// Runs a situation with a worker that dies when `step` is done for the `nth` time. Returns whether it came to that.
 fn die_in(situation: &Situation, step: &str, nth: u64) -> bool {
-    let pool = Pool::small(8);
+    let pool = Pool::mount(&format!("pagesize=2M,size={},io=native", 8 * FOLIO));
     (situation.prepare)(&pool);
     let worker = pool.counter("worker_pid");
     set(pool.path(), DIE, format!("{nth} {step}")).unwrap();

@@ -173,6 +173,7 @@ impl Fs {
         line("orphans", self.index.orphan_count() as u64);
         line("quarantined_soft", soft);
         line("quarantined_hw", hw);
+        line("opened_natively", objects.iter().map(|object| object.natives() as u64).sum());
         line("holes_shut_again", STRAYS_SHUT.load(Ordering::Relaxed));
         line("daemon_pid", getppid().map_or(0, |supervisor| supervisor.as_raw_nonzero().get() as u64));
         line("worker_pid", u64::from(std::process::id()));

@@ -8,6 +8,7 @@
 //! made; only the check keeps it while it waits for the files' locks, all of them, so that no page moves.
 
 mod attributes;
+mod native;
 mod object;
 mod recovery;
 mod requests;
@@ -18,20 +19,25 @@ pub use requests::Ticket;
 
 use crate::error::{Error, Result};
 use crate::index::{Attributes, DirEntry, Index, Kind, Time};
-use crate::options::Options;
+use crate::options::{Io, Options};
 use crate::pool::{Holding, Pool};
 use crate::steps::{self, Step};
 use crate::sys::{memory_failures, memory_nodes, tmpfs};
 use crate::units::{FOLIO_SIZE, Folio, NodeId, Range};
 use crossbeam::channel::Sender;
+use native::Closings;
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, OsStr};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 /// Where the objects' superblocks are mounted in the daemon's namespace.
 pub const OBJECTS: &str = "/objects";
+
+/// How long a descriptor that reads natively is waited for to turn out closed: some thousand times what the kernel takes to tell of it.
+const CLOSING_PATIENCE: Duration = Duration::from_millis(100);
 
 /// What the kernel's counts of memory errors that have been seen are kept under.
 const FAILURES: &str = "failures";
@@ -48,6 +54,9 @@ pub struct Fs {
     /// Objects of nodes that are gone, whose pages the machine had no memory to move yet.
     stranded: Mutex<Vec<Arc<Object>>>,
     recovery_write: bool,
+    /// Who opens a file for reading only reads it without us.
+    native: bool,
+    closings: Closings,
     repaired: Option<Sender<Repaired>>,
     /// The kernel's count of memory errors when all files were last looked through; `None` where it has none.
     failures: Mutex<Option<u64>>,
@@ -113,6 +122,8 @@ impl Fs {
             objects: Mutex::default(),
             stranded: Mutex::default(),
             recovery_write: options.recovery_write,
+            native: reads_natively(options.io),
+            closings: Closings::default(),
             repaired,
             failures,
             failures_in_pool,
@@ -376,13 +387,38 @@ impl Fs {
 
     // ---- contents -----------------------------------------------------------------------------------------------
 
-    /// Does `request` again as long as it answers [`Error::Returning`] and pages do come back: those that
-    /// [`Fs::forget`] brings, for which the caller leaves a thread.
+    /// Does `request` again as long as what it wants is on its way: where it answers [`Error::Returning`], pages that [`Fs::forget`]
+    /// brings; where it answers [`Error::OpenNatively`], a descriptor's end ([`Fs::close_natively`]). The caller leaves a thread
+    /// for those.
     ///
     /// # Errors
     /// What `request` answers, in the end.
-    pub fn patiently<T>(&self, request: impl FnMut() -> Result<T>) -> Result<T> {
-        self.pool.patiently(request)
+    pub fn patiently<T>(&self, mut request: impl FnMut() -> Result<T>) -> Result<T> {
+        let deadline = Instant::now() + CLOSING_PATIENCE;
+        loop {
+            let seen = self.closings.count();
+            match self.pool.patiently(&mut request) {
+                Err(Error::OpenNatively) if self.closings.wait(seen, deadline) => {}
+                result => return result,
+            }
+        }
+    }
+
+    /// Whether a descriptor that is being opened, for reading only or not, may have the kernel read the file's memory without us
+    /// ([`Object::open_natively`]); by the number of the request, which stands for it from then on.
+    ///
+    /// # Errors
+    /// What setxattr(2) answers.
+    pub fn open_natively(&self, object: &Object, read_only: bool, ticket: Ticket) -> Result<bool> {
+        if self.native && read_only { object.open_natively(ticket.number) } else { Ok(false) }
+    }
+
+    /// Such a descriptor is closed.
+    pub fn close_natively(&self, node: NodeId, number: u64) {
+        if let Some(object) = self.known_object(node) {
+            object.close_natively(number);
+            self.closings.add();
+        }
     }
 
     /// pread(2).
@@ -495,6 +531,14 @@ impl Fs {
         }
         wrong.extend(self.pool.check(pages, bytes)?);
         Ok(wrong)
+    }
+}
+
+fn reads_natively(io: Io) -> bool {
+    match io {
+        Io::Native => true,
+        Io::Mediated => false,
+        Io::Auto => memory_failures().is_some(),
     }
 }
 

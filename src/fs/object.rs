@@ -3,10 +3,12 @@
 //! **Locks**, in order. One reader-writer lock a file: what only moves bytes shares it, what changes sizes, pages or the
 //! quarantine has it alone. One for collapsing, held for a folio. Programs that map the file need neither.
 
+use super::native::Natives;
 use crate::error::{Error, Result};
 use crate::pool::{Holding, Pool};
 use crate::quarantine::{self, Kind, Quarantined, Repair};
 use crate::sealed::{Bytes, Content, Sealed};
+use crate::steps::{self, Step};
 use crate::sys::{self, tmpfs};
 use crate::units::{FOLIO_SIZE, Folio, NodeId, Range, STAT_BLOCK, SUBPAGE_SIZE, Subpage};
 use std::collections::BTreeMap;
@@ -16,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuar
 /// What is kept with a file, by name.
 const BACKING: &str = "backing";
 const POLLERS: &str = "pollers";
+const NATIVES: &str = "natives";
 
 /// Runs once, when the quarantine of a file has grown.
 pub type Waker = Box<dyn FnOnce() + Send>;
@@ -27,6 +30,7 @@ pub struct Object {
     holding: RwLock<Holding>,
     /// Held while a folio is collapsed: two at once would hold its pages against each other, and both fail.
     collapsing: Mutex<()>,
+    natives: Natives,
     /// Who waits for the quarantine to grow, by the kernel's handle.
     wakers: Mutex<BTreeMap<u64, Waker>>,
 }
@@ -97,8 +101,8 @@ impl Object {
     /// Of `node`, with what `holding` has.
     pub fn new(node: NodeId, holding: Holding) -> Self {
         let data = holding.sealed().data().clone();
-        let (holding, collapsing, wakers) = (RwLock::new(holding), Mutex::default(), Mutex::default());
-        Self { node, data, holding, collapsing, wakers }
+        let (collapsing, natives, wakers) = (Mutex::default(), Natives::default(), Mutex::default());
+        Self { node, data, holding: RwLock::new(holding), collapsing, natives, wakers }
     }
 
     /// Whose contents these are.
@@ -412,20 +416,68 @@ impl Object {
         self.read_lock().sealed().keep(BACKING, &number.to_le_bytes())
     }
 
+    /// Notes `descriptor` as one by which the kernel reads `data` without us: what is a hole there would be zeros to it. So it
+    /// answers no for a file with soft holes; and as long as one is noted, none is made ([`Object::quarantine`]). The notes are kept
+    /// with the file, for the next worker.
+    ///
+    /// # Errors
+    /// What setxattr(2) answers: nothing is noted then.
+    pub fn open_natively(&self, descriptor: u64) -> Result<bool> {
+        let holding = self.read_lock();
+        if !holding.sealed().holes().is_empty() {
+            return Ok(false);
+        }
+        let noted = self.natives.add(descriptor, |noted| holding.sealed().keep(NATIVES, noted));
+        steps::done(Step::NativeNoted);
+        noted
+    }
+
+    /// That descriptor is closed; one that is not noted is no matter.
+    pub fn close_natively(&self, descriptor: u64) {
+        let holding = self.read_lock();
+        if let Err(error) = self.natives.remove(descriptor, |noted| holding.sealed().keep(NATIVES, noted)) {
+            log::warn!("file {}: the next worker will take a closed descriptor for open: {error}", self.node);
+        }
+        steps::done(Step::NativeClosed);
+    }
+
+    /// How many descriptors are noted as reading without us.
+    pub fn natives(&self) -> usize {
+        self.natives.count()
+    }
+
+    /// Takes over the notes of another process.
+    ///
+    /// # Errors
+    /// What getxattr(2) answers.
+    pub fn recall_natives(&self) -> Result<()> {
+        if let Some(noted) = self.read_lock().sealed().kept(NATIVES)? {
+            self.natives.recall(&noted);
+        }
+        Ok(())
+    }
+
     /// Quarantines the subpages of the ranges that a value of the poison attribute names; those that are quarantined
     /// already stay as they are.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a value that does not parse or a range without memory; [`Error::Busy`] for a pinned folio: those
-    /// before it in the value are quarantined by then.
+    /// [`Error::Invalid`] for a value that does not parse or a range without memory; [`Error::OpenNatively`] where
+    /// descriptors are noted that read natively, and nothing is done; [`Error::Busy`] for a pinned folio, and those before
+    /// it in the value are quarantined by then.
     pub fn quarantine(&self, value: &[u8]) -> Result<()> {
-        let mut holding = self.write_lock();
-        let ranges = quarantine::parse_poison(value, holding.sealed().size())?;
-        for range in &ranges {
-            if holding.released_ranges().any(|released| !released.intersect(*range).is_empty()) {
-                return Err(Error::invalid(format!("{range} was released and has no memory to quarantine")));
-            }
+        let is_done = {
+            let holding = self.read_lock();
+            let ranges = quarantinable(&holding, value)?;
+            ranges.iter().flat_map(|range| subpages(*range)).all(|subpage| holding.sealed().is_lost(subpage))
+        };
+        if is_done {
+            return Ok(());
         }
+        let mut holding = self.write_lock(); // nobody is noted as long as it is held
+        if self.natives.count() > 0 {
+            return Err(Error::OpenNatively);
+        }
+        let ranges = quarantinable(&holding, value)?;
         mend(&mut holding)?;
         let time = sys::unix_time();
         let before = holding.sealed().holes().len(); // soft ones: that is what is added here
@@ -693,6 +745,17 @@ fn hole_at(holding: &Holding, offset: u64) -> Option<Range> {
         return Some(subpage.range());
     }
     holding.released_ranges().find(|range| range.start <= offset && offset < range.end)
+}
+
+/// The ranges that a value of the poison attribute names.
+fn quarantinable(holding: &Holding, value: &[u8]) -> Result<Vec<Range>> {
+    let ranges = quarantine::parse_poison(value, holding.sealed().size())?;
+    for range in &ranges {
+        if holding.released_ranges().any(|released| !released.intersect(*range).is_empty()) {
+            return Err(Error::invalid(format!("{range} was released and has no memory to quarantine")));
+        }
+    }
+    Ok(ranges)
 }
 
 fn injectable(holding: &Holding, value: &[u8]) -> Result<Subpage> {

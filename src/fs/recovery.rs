@@ -51,6 +51,7 @@ impl Fs {
         }
         let holding = Holding::open(self.pool.page_size(), Sealed::open(Reach::Programs, mount)?)?;
         let object = Arc::new(Object::new(node, holding));
+        object.recall_natives()?;
         if self.index.exists(node) {
             self.objects().insert(node, object);
         } else {

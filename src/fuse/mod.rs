@@ -1,7 +1,8 @@
 //! From FUSE to [`crate::fs`] and back: decode, call, encode. The only module that knows fuser's types.
 //!
-//! Every regular file is opened `DIRECT_IO | PASSTHROUGH`: reads and writes come here, mmap(2) goes to the object's `data`
-//! without us (Linux 6.9). All opens of a file name the same backing id, which lives as long as the file does.
+//! Every regular file is opened `PASSTHROUGH`: mmap(2) goes to the object's `data` without us (Linux 6.9). All opens of a file
+//! name the same backing id, which lives as long as the file does. `DIRECT_IO` besides has reads and writes come here
+//! ([`Opened`]); without it, as a descriptor for reading only can have it, reads go to `data` too.
 //!
 //! Names, attributes and absence change through this kernel only, so it may keep names and attributes for good; it
 //! drops them itself where a request changes them (fs/fuse/dir.c), with the one exception that [`validity`] makes.
@@ -153,8 +154,22 @@ impl Adapter {
         Ok(backing)
     }
 
-    /// Answers now, or from a thread of its own where there are no pages but those of files that are going away: the
-    /// kernel's FORGET, which brings them, needs one of ours, and as many requests as we have threads may want them.
+    /// Readies a file for being mapped, and says who reads by the descriptor.
+    fn ready(
+        &self,
+        object: &Object,
+        flags: i32,
+        ticket: Ticket,
+        registrar: &impl Registrar,
+    ) -> Result<(Arc<BackingId>, Opened)> {
+        let backing = self.backing(object, registrar)?;
+        let native = self.fs.open_natively(object, is_read_only(flags), ticket)?;
+        Ok((backing, if native { Opened::Native(ticket.number) } else { Opened::Mediated }))
+    }
+
+    /// Answers now, or from a thread of its own where that takes what the kernel has yet to tell us: FORGET, which brings the pages of
+    /// files that are going away, or RELEASE of a descriptor. That needs one of our threads, and as many requests as we have
+    /// may wait for it.
     fn answer<T: 'static, R: Send + 'static>(
         &self,
         reply: R,
@@ -162,13 +177,13 @@ impl Adapter {
         request: impl Fn(&Fs) -> Result<T> + Send + 'static,
     ) {
         match request(&self.fs) {
-            Err(Error::Returning) => {}
+            Err(Error::Returning | Error::OpenNatively) => {}
             result => return encode(reply, result),
         }
         let fs = self.fs.clone();
         let patient = move || encode(reply, fs.patiently(|| request(&fs)));
         if let Err(error) = std::thread::Builder::new().name("patient".into()).spawn(patient) {
-            log::error!("no thread to wait for pages on: {error}"); // fuser answers EIO when it drops the reply
+            log::error!("no thread to wait on: {error}"); // fuser answers EIO when it drops the reply
         }
     }
 
@@ -230,8 +245,33 @@ fn forget(fs: &Fs, device: &OwnedFd, node: NodeId) -> bool {
     gone
 }
 
-fn open_flags() -> FopenFlags {
-    FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
+/// How the kernel reads and writes by a new descriptor, besides that it maps the file's memory.
+#[derive(Clone, Copy)]
+enum Opened {
+    /// By asking us.
+    Mediated,
+    /// By itself, from the file's memory. It stands under this number ([`Fs::open_natively`]), which is never 0.
+    Native(u64),
+}
+
+impl Opened {
+    fn handle(self) -> FileHandle {
+        match self {
+            Self::Mediated => FileHandle(0),
+            Self::Native(number) => FileHandle(number),
+        }
+    }
+
+    fn flags(self) -> FopenFlags {
+        match self {
+            Self::Mediated => FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
+            Self::Native(_) => FopenFlags::empty(),
+        }
+    }
+}
+
+fn is_read_only(flags: i32) -> bool {
+    flags & libc::O_ACCMODE == libc::O_RDONLY
 }
 
 /// How long the kernel may keep what it is told of a node: not at all for a file with set-id bits. A write can end those, and
@@ -455,13 +495,28 @@ impl Filesystem for Adapter {
         reply_entry(reply, self.fs.link(node_id(ino), node_id(newparent), newname, ticket(request)));
     }
 
-    fn open(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let object = self.fs.object(node_id(ino));
-        let backing = object.and_then(|object| self.backing(&object, &reply));
-        match backing {
-            Ok(backing) => reply.opened_passthrough(FileHandle(0), open_flags(), &backing),
+        match object.and_then(|object| self.ready(&object, flags.0, ticket(request), &reply)) {
+            Ok((backing, opened)) => reply.opened_passthrough(opened.handle(), opened.flags(), &backing),
             Err(error) => reply.error(errno(&error)),
         }
+    }
+
+    fn release(
+        &self,
+        _request: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        if fh != Opened::Mediated.handle() {
+            self.fs.close_natively(node_id(ino), fh.0);
+        }
+        reply.ok();
     }
 
     fn create(
@@ -471,23 +526,23 @@ impl Filesystem for Adapter {
         name: &OsStr,
         mode: u32,
         umask: u32,
-        _flags: i32,
+        flags: i32,
         reply: ReplyCreate,
     ) {
         let (parent, ticket) = (node_id(parent), ticket(request));
         let created = self.create_file(parent, name, mode, caller(request, umask), ticket);
         let opened = created.and_then(|(attributes, object)| {
-            let backing = self.backing(&object, &reply);
-            let backing = backing.inspect_err(|_| self.uncreate(parent, name, attributes.node, ticket))?;
-            Ok((attributes, backing))
+            let ready = self.ready(&object, flags, ticket, &reply);
+            let ready = ready.inspect_err(|_| self.uncreate(parent, name, attributes.node, ticket))?;
+            Ok((attributes, ready))
         });
         match opened {
-            Ok((attributes, backing)) => reply.created_passthrough(
+            Ok((attributes, (backing, opened))) => reply.created_passthrough(
                 &validity(&attributes),
                 &file_attr(&attributes),
                 GENERATION,
-                FileHandle(0),
-                open_flags(),
+                opened.handle(),
+                opened.flags(),
                 &backing,
             ),
             Err(error) => reply.error(errno(&error)),
@@ -614,8 +669,19 @@ impl Filesystem for Adapter {
     ) {
         let by = Member { uid: request.uid(), gid: request.gid(), pid: request.pid() };
         let ticket = ticket(request);
-        reply_empty(reply, self.fs.set_attribute(node_id(ino), name, (value, flags), by, ticket));
-        self.fs.dismiss(ticket);
+        let node = node_id(ino);
+        match self.fs.set_attribute(node, name, (value, flags), by, ticket) {
+            Err(Error::OpenNatively) => {
+                let (name, value) = (name.to_owned(), value.to_vec());
+                self.answer(reply, reply_empty, move |fs| {
+                    fs.set_attribute(node, &name, (&value, flags), by, ticket)
+                });
+            }
+            result => {
+                reply_empty(reply, result);
+                self.fs.dismiss(ticket);
+            }
+        }
     }
 
     fn getxattr(&self, _request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {

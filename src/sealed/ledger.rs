@@ -231,15 +231,20 @@ impl Ledger {
 
     /// What was kept under `name`.
     pub fn kept(&self, name: &str) -> Result<Option<Vec<u8>>> {
-        let mut value = vec![0; 64 << 10]; // XATTR_SIZE_MAX
-        match rustix::fs::fgetxattr(&self.file, kept_attribute(name), &mut value[..]) {
-            Ok(length) => {
-                value.truncate(length);
-                Ok(Some(value))
+        const ROOM: [usize; 2] = [256, 64 << 10]; // hardly any is longer; none is longer than XATTR_SIZE_MAX
+        for room in ROOM {
+            let mut value = vec![0; room];
+            match rustix::fs::fgetxattr(&self.file, kept_attribute(name), &mut value[..]) {
+                Ok(length) => {
+                    value.truncate(length);
+                    return Ok(Some(value));
+                }
+                Err(Errno::RANGE) => {}
+                Err(Errno::NODATA) => return Ok(None),
+                Err(errno) => return Err(errno.into()),
             }
-            Err(Errno::NODATA) => Ok(None),
-            Err(errno) => Err(errno.into()),
         }
+        Err(Errno::RANGE.into())
     }
 
     /// Keeps a value under `name`.

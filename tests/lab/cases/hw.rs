@@ -31,7 +31,8 @@ cases! {
         an_error_in_an_unlinked_file_is_found_and_repaired,
         an_error_behind_the_end_does_not_keep_a_file_from_growing,
         a_write_that_meets_an_unknown_error_succeeds,
-        a_request_that_meets_an_unknown_error_knows_of_it;
+        a_request_that_meets_an_unknown_error_knows_of_it,
+        the_kernel_itself_reads_up_to_an_error_and_never_through_it;
 }
 
 pub const INJECT: &str = "trusted.hugetlb2.inject";
@@ -531,4 +532,36 @@ fn a_request_that_meets_an_unknown_error_knows_of_it() {
     pool.check();
     drop((toucher, file));
     pool.unmount();
+}
+
+pub fn the_kernel_itself_reads_up_to_an_error_and_never_through_it() {
+    let pool = pool();
+    let (path, writer) = sevens(&pool, SIZE);
+    let (before, mut copy) = (File::open(&path).unwrap(), tempfile::tempfile().unwrap());
+    inject(&path, BAD);
+    let after = File::open(&path).unwrap();
+    assert_eq!(
+        pool.counter("opened_natively"),
+        2,
+        "this kernel looks for errors, and io=auto is the default"
+    );
+    for reader in [&before, &after] {
+        assert_eq!(read(reader, BAD - SUBPAGE, 3 * SUBPAGE), Ok(vec![7; SUBPAGE as usize]));
+        assert_eq!(read(reader, BAD, SUBPAGE), Err(Errno::IO));
+        assert_eq!(read(reader, BAD + 100, 1), Err(Errno::IO));
+        assert_holds(reader, BAD + SUBPAGE, SIZE, 7);
+        let mut from = BAD;
+        assert_eq!(rustix::fs::sendfile(&copy, reader, Some(&mut from), 1), Err(Errno::IO));
+    }
+    assert_eq!(poison(&path, 0, 1), Err(Errno::BUSY), "a hole would be zeros to them");
+    assert_eq!(poison(&path, BAD, 1), Ok(()), "that is quarantined already");
+    writer.write_all_at(&[8; SUBPAGE as usize], BAD).unwrap();
+    assert_eq!(read(&before, BAD, SUBPAGE), Ok(vec![8; SUBPAGE as usize]));
+    drop((before, after));
+    poison(&path, 0, 1).unwrap();
+    let mediated = File::open(&path).unwrap();
+    assert_eq!(read(&mediated, 0, SUBPAGE), Err(Errno::IO));
+    assert_eq!(std::io::Seek::stream_position(&mut copy).unwrap(), 0);
+    set(&path, REPAIR, "salvage all").unwrap();
+    assert_whole(&pool, &path, SIZE);
 }
