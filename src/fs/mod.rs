@@ -8,6 +8,7 @@
 //! made; only the check keeps it while it waits for the files' locks, all of them, so that no page moves.
 
 mod attributes;
+mod modified;
 mod native;
 mod object;
 mod recovery;
@@ -176,8 +177,13 @@ impl Fs {
         if let Some(size) = changes.size {
             let object = self.object(node)?;
             self.heeding_poison(|| object.truncate(size, &self.pool))?;
-            self.index.contents_changed(node, changes.unprivileged)?;
+            self.contents_changed(&object, changes.unprivileged)?;
         }
+        self.inode_changed(node, || self.change_inode(node, changes))?;
+        self.attributes(node)
+    }
+
+    fn change_inode(&self, node: NodeId, changes: &Changes) -> Result<()> {
         if changes.uid.is_some() || changes.gid.is_some() {
             self.index.set_owner(node, changes.uid, changes.gid)?;
         }
@@ -187,7 +193,22 @@ impl Fs {
         if (changes.accessed, changes.modified) != (Time::Omit, Time::Omit) {
             self.index.set_times(node, changes.accessed, changes.modified)?;
         }
-        self.attributes(node)
+        Ok(())
+    }
+
+    /// What a change of a file's contents does to its inode.
+    fn contents_changed(&self, object: &Object, unprivileged: bool) -> Result<()> {
+        let node = object.node();
+        object.modified().note(unprivileged, || self.index.contents_changed(node, unprivileged))
+    }
+
+    /// Runs `change`, of the mode, owner, times or attributes of an inode, after which the next change of contents is as the first.
+    fn inode_changed<T>(&self, node: NodeId, change: impl FnOnce() -> Result<T>) -> Result<T> {
+        let changed = change();
+        if let Some(object) = self.known_object(node) {
+            object.modified().forget();
+        }
+        changed
     }
 
     fn note_orphan(&self, orphan: Option<NodeId>) {
@@ -438,7 +459,7 @@ impl Fs {
         let object = self.object(node)?;
         let write = || self.with_context(&object, |context| object.write(bytes, offset, context));
         let written = self.heeding_poison(write)?;
-        self.index.contents_changed(node, unprivileged)?;
+        self.contents_changed(&object, unprivileged)?;
         Ok(written)
     }
 
@@ -457,7 +478,7 @@ impl Fs {
         let allocate =
             || self.with_context(&object, |context| object.allocate(what, offset, length, context));
         self.heeding_poison(allocate)?;
-        self.index.contents_changed(node, unprivileged)
+        self.contents_changed(&object, unprivileged)
     }
 
     /// copy_file_range(2): up to `length` bytes, perhaps fewer.

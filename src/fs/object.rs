@@ -3,6 +3,7 @@
 //! **Locks**, in order. One reader-writer lock a file: what only moves bytes shares it, what changes sizes, pages or the
 //! quarantine has it alone. One for collapsing, held for a folio. Programs that map the file need neither.
 
+use super::modified::Modified;
 use super::native::Natives;
 use crate::error::{Error, Result};
 use crate::pool::{Holding, Pool};
@@ -31,6 +32,7 @@ pub struct Object {
     /// Held while a folio is collapsed: two at once would hold its pages against each other, and both fail.
     collapsing: Mutex<()>,
     natives: Natives,
+    modified: Modified,
     /// Who waits for the quarantine to grow, by the kernel's handle.
     wakers: Mutex<BTreeMap<u64, Waker>>,
 }
@@ -101,8 +103,9 @@ impl Object {
     /// Of `node`, with what `holding` has.
     pub fn new(node: NodeId, holding: Holding) -> Self {
         let data = holding.sealed().data().clone();
-        let (collapsing, natives, wakers) = (Mutex::default(), Natives::default(), Mutex::default());
-        Self { node, data, holding: RwLock::new(holding), collapsing, natives, wakers }
+        let (holding, collapsing, wakers) = (RwLock::new(holding), Mutex::default(), Mutex::default());
+        let (natives, modified) = (Natives::default(), Modified::default());
+        Self { node, data, holding, collapsing, natives, modified, wakers }
     }
 
     /// Whose contents these are.
@@ -113,6 +116,11 @@ impl Object {
     /// The file that programs map.
     pub fn data(&self) -> &File {
         &self.data
+    }
+
+    /// What changes of the contents have done to the inode.
+    pub fn modified(&self) -> &Modified {
+        &self.modified
     }
 
     /// Shares the lock.
