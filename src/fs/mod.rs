@@ -301,8 +301,8 @@ impl Fs {
             Kind::Directory => return Err(Error::Os(Errno::ISDIR)),
             _ => return Err(Error::invalid("only regular files have contents")),
         }
-        let holding = Holding::create(self.pool.page_size())?;
-        attach(node, &holding)?;
+        let mut holding = Holding::create(self.pool.page_size())?;
+        attach(node, &mut holding)?;
         steps::done(Step::CreateAttached);
         let object = Arc::new(Object::new(node, holding));
         objects.insert(node, object.clone());
@@ -567,11 +567,11 @@ fn object_path(node: NodeId) -> CString {
     CString::new(format!("{OBJECTS}/{node}")).expect("hexadecimal digits hold no NUL")
 }
 
-fn attach(node: NodeId, holding: &Holding) -> Result<()> {
+fn attach(node: NodeId, holding: &mut Holding) -> Result<()> {
     let path = object_path(node);
     rustix::fs::mkdir(&*path, rustix::fs::Mode::from_raw_mode(0o700))?;
     steps::done(Step::CreatePlace);
-    tmpfs::attach(holding.sealed().mount(), path_text(&path)).inspect_err(|_| {
+    holding.sealed_mut().attach(path_text(&path)).inspect_err(|_| {
         let _ = rustix::fs::rmdir(&*path);
     })
 }

@@ -3,7 +3,6 @@
 use super::{Account, Pool, Reserve};
 use crate::error::{Error, Result};
 use crate::sealed::{Reach, Sealed};
-use crate::sys::tmpfs;
 use crate::units::{FOLIO_SIZE, PageSize};
 use rustix::fs::{CWD, Mode, OFlags, XattrFlags};
 use std::sync::{Condvar, Mutex};
@@ -25,7 +24,7 @@ impl Pool {
         for reserve in &self.reserves {
             let path = reserve.path();
             rustix::fs::mkdir(&path, Mode::from_raw_mode(0o700))?;
-            tmpfs::attach(reserve.lock().mount(), &path)?;
+            reserve.lock().attach(&path)?;
         }
         note(HUGE_AT_MOUNT, self.huge_at_mount)?;
         self.note_size(self.balance().total)
@@ -108,7 +107,6 @@ mod tests {
     use super::super::Holding;
     use super::*;
     use crate::units::Range;
-    use std::os::fd::AsFd;
 
     const SIZE: u64 = 3 * FOLIO_SIZE;
 
@@ -123,7 +121,7 @@ mod tests {
     /// What the next process makes of both. Nothing goes to the machine on the way, or is taken from it.
     fn come_back(pool: &Pool, holding: &Holding) -> Holding {
         let reserves = pool.reserves();
-        let mount = holding.sealed().mount().as_fd().try_clone_to_owned().unwrap();
+        let mount = holding.sealed().mount().unwrap();
         let sealed = Sealed::open(Reach::Programs, mount).unwrap();
         let mut again = Holding::open(PageSize::Huge, sealed).unwrap();
         *pool.account() = Account { total: 8, free: 0, reserved: 8, orphaned: 0, returns: 0 };

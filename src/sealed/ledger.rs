@@ -19,14 +19,17 @@
 
 use crate::error::{Error, Result};
 use crate::steps::{self, Step};
-use crate::sys::tmpfs;
-use crate::units::{Range, SUBPAGE_SIZE, Subpage};
+use crate::sys::{handle, tmpfs};
+use crate::units::{NodeId, Range, SUBPAGE_SIZE, Subpage};
 use rustix::fs::XattrFlags;
 use rustix::io::Errno;
 use slab::Slab;
 use std::collections::BTreeMap;
+use std::ffi::CStr;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::Arc;
 
 /// Version of [`Superblock`] and [`Record`]; a reader that does not know it refuses the object.
 const VERSION: u32 = 1;
@@ -34,6 +37,9 @@ const MAGIC: [u8; 8] = *b"hugetlb2";
 const SUPERBLOCK_BYTES: usize = 40;
 const RECORD_BYTES: usize = 32;
 const MOVING_BYTES: usize = 1 + SUBPAGE_SIZE as usize;
+
+/// The file's name.
+pub const LEDGER: &CStr = c"ledger";
 
 const SUPERBLOCK: &str = "trusted.superblock";
 /// What the memory errors are kept under: a subpage and a time each, in 64 bits.
@@ -135,7 +141,9 @@ fn number(bytes: &[u8]) -> u64 {
 /// The ledger's file, and what it says.
 #[derive(Debug)]
 pub struct Ledger {
-    file: File,
+    /// The file is opened when it is needed, from the data file that is on the same superblock: a descriptor less for each file.
+    data: Arc<File>,
+    id: NodeId,
     superblock: Superblock,
     records: BTreeMap<Subpage, Record>,
     /// Key `n` stands for block `n + 1`.
@@ -146,21 +154,23 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// A new ledger in a superblock that has one free block.
-    pub fn create(file: File) -> Result<Self> {
+    /// A new ledger in `file`, in a superblock that has one free block, and `data`.
+    pub fn create(data: Arc<File>, file: File) -> Result<Self> {
         tmpfs::allocate(&file, block(0))?;
-        let superblock = Superblock::default();
+        let (superblock, id) = (Superblock::default(), handle::of(&file, c"")?);
         let (records, slots, poisoned) = (BTreeMap::new(), Slab::new(), BTreeMap::new());
-        let ledger = Self { file, superblock, records, slots, poisoned };
+        let ledger = Self { data, id, superblock, records, slots, poisoned };
         ledger.write_superblock()?;
         Ok(ledger)
     }
 
-    /// Reads back what `create` and the other functions wrote.
+    /// Reads back what `create` and the other functions wrote, in the superblock that is mounted at `mount`.
     ///
     /// # Errors
     /// [`Error::Corrupt`] for a superblock or record that is damaged or of another version.
-    pub fn open(file: File) -> Result<Self> {
+    pub fn open(data: Arc<File>, mount: &OwnedFd) -> Result<Self> {
+        let id = handle::of(mount, LEDGER)?;
+        let file = open(&data, id)?;
         let superblock = read_superblock(&file)?;
         let mut records = BTreeMap::new();
         for slot in 1..=tmpfs::size(&file)? / SUBPAGE_SIZE + 1 {
@@ -172,7 +182,11 @@ impl Ledger {
             }
         }
         let slots = records.iter().map(|(subpage, record)| ((record.slot - 1) as usize, *subpage)).collect();
-        Ok(Self { file, superblock, records, slots, poisoned: BTreeMap::new() })
+        Ok(Self { data, id, superblock, records, slots, poisoned: BTreeMap::new() })
+    }
+
+    fn file(&self) -> Result<File> {
+        open(&self.data, self.id)
     }
 
     /// The object's superblock.
@@ -192,7 +206,7 @@ impl Ledger {
 
     fn write_superblock(&self) -> Result<()> {
         let bytes = self.superblock.encode();
-        Ok(rustix::fs::fsetxattr(&self.file, SUPERBLOCK, &bytes, XattrFlags::empty())?)
+        Ok(rustix::fs::fsetxattr(&self.file()?, SUPERBLOCK, &bytes, XattrFlags::empty())?)
     }
 
     /// The memory errors that the kernel keeps in the file, and when they were found.
@@ -234,7 +248,7 @@ impl Ledger {
         const ROOM: [usize; 2] = [256, 64 << 10]; // hardly any is longer; none is longer than XATTR_SIZE_MAX
         for room in ROOM {
             let mut value = vec![0; room];
-            match rustix::fs::fgetxattr(&self.file, kept_attribute(name), &mut value[..]) {
+            match rustix::fs::fgetxattr(&self.file()?, kept_attribute(name), &mut value[..]) {
                 Ok(length) => {
                     value.truncate(length);
                     return Ok(Some(value));
@@ -249,12 +263,12 @@ impl Ledger {
 
     /// Keeps a value under `name`.
     pub fn keep(&self, name: &str, value: &[u8]) -> Result<()> {
-        Ok(rustix::fs::fsetxattr(&self.file, kept_attribute(name), value, XattrFlags::empty())?)
+        Ok(rustix::fs::fsetxattr(&self.file()?, kept_attribute(name), value, XattrFlags::empty())?)
     }
 
     /// Removes what was kept under `name`.
     pub fn discard(&self, name: &str) -> Result<()> {
-        Ok(rustix::fs::fremovexattr(&self.file, kept_attribute(name))?)
+        Ok(rustix::fs::fremovexattr(&self.file()?, kept_attribute(name))?)
     }
 
     /// The quarantined subpages and their records, ascending.
@@ -270,7 +284,7 @@ impl Ledger {
         let record = Record { slot, time, checksum };
         self.begin_move(record, Direction::In, rescued.unwrap_or(&[0; SUBPAGE_SIZE as usize]))?;
         steps::done(Step::QuarantineKept);
-        rustix::fs::fsetxattr(&self.file, attribute(slot), &record.encode(subpage), XattrFlags::empty())?;
+        rustix::fs::fsetxattr(&self.file()?, attribute(slot), &record.encode(subpage), XattrFlags::empty())?;
         self.slots.insert(subpage);
         self.records.insert(subpage, record);
         Ok(record)
@@ -279,7 +293,7 @@ impl Ledger {
     /// Strikes the record of `subpage` out, whose block has been [`Ledger::release_block`]d or was never taken.
     pub fn forget(&mut self, subpage: Subpage) -> Result<()> {
         let record = self.records[&subpage];
-        remove(&self.file, &attribute(record.slot))?;
+        remove(&self.file()?, &attribute(record.slot))?;
         steps::done(Step::RepairForgotten);
         self.end_move(record)?;
         self.records.remove(&subpage);
@@ -293,18 +307,18 @@ impl Ledger {
         value[0] = direction as u8;
         value[1..].copy_from_slice(bytes);
         let name = moving_attribute(record.slot);
-        Ok(rustix::fs::fsetxattr(&self.file, name, &value, XattrFlags::empty())?)
+        Ok(rustix::fs::fsetxattr(&self.file()?, name, &value, XattrFlags::empty())?)
     }
 
     /// They have arrived.
     pub fn end_move(&self, record: Record) -> Result<()> {
-        remove(&self.file, &moving_attribute(record.slot))
+        remove(&self.file()?, &moving_attribute(record.slot))
     }
 
     /// The bytes that a daemon which died had on the move, and which way.
     pub fn moving(&self, record: Record) -> Result<Option<(Direction, Bytes)>> {
         let mut value = [0; MOVING_BYTES];
-        match rustix::fs::fgetxattr(&self.file, moving_attribute(record.slot), &mut value[..]) {
+        match rustix::fs::fgetxattr(&self.file()?, moving_attribute(record.slot), &mut value[..]) {
             Err(Errno::NODATA) => return Ok(None),
             other => other?,
         };
@@ -314,26 +328,26 @@ impl Ledger {
 
     /// Whether a record's block is there.
     pub fn has_block(&self, record: Record) -> Result<bool> {
-        Ok(tmpfs::resident(&self.file, block(record.slot))? > 0)
+        Ok(tmpfs::resident(&self.file()?, block(record.slot))? > 0)
     }
 
     /// Takes the superblock's free block for a record; [`Error::Full`] while there is none.
     pub fn take_block(&self, record: Record) -> Result<()> {
-        tmpfs::allocate(&self.file, block(record.slot))
+        tmpfs::allocate(&self.file()?, block(record.slot))
     }
 
     /// Gives a record's block up.
     pub fn release_block(&self, record: Record) -> Result<()> {
-        tmpfs::punch(&self.file, block(record.slot))
+        tmpfs::punch(&self.file()?, block(record.slot))
     }
 
     /// Stores what was rescued in the block that was taken for it; in another, where a memory error has hit that.
     pub fn store(&self, record: Record, rescued: &Bytes) -> Result<()> {
         let offset = record.slot * SUBPAGE_SIZE;
-        match tmpfs::write_at(&self.file, rescued, offset) {
+        match tmpfs::write_at(&self.file()?, rescued, offset) {
             Err(Error::Poisoned) => {
-                tmpfs::punch(&self.file, block(record.slot))?;
-                tmpfs::write_at(&self.file, rescued, offset).map(drop)
+                tmpfs::punch(&self.file()?, block(record.slot))?;
+                tmpfs::write_at(&self.file()?, rescued, offset).map(drop)
             }
             result => result.map(drop),
         }
@@ -345,7 +359,8 @@ impl Ledger {
     /// [`Error::NoData`] where nothing is known, or what was kept has itself been lost.
     pub fn rescued(&self, record: Record) -> Result<Bytes> {
         let mut bytes = [0; SUBPAGE_SIZE as usize];
-        let read = tmpfs::read_at(&self.file, &mut bytes, record.slot * SUBPAGE_SIZE).unwrap_or(0);
+        let read = self.file().and_then(|file| tmpfs::read_at(file, &mut bytes, record.slot * SUBPAGE_SIZE));
+        let read = read.unwrap_or(0);
         match record.checksum {
             Some(checksum) if read == bytes.len() && checksum == crc32fast::hash(&bytes) => Ok(bytes),
             Some(_) => {
@@ -360,8 +375,12 @@ impl Ledger {
 
     /// Blocks that the ledger holds, its superblock among them.
     pub fn blocks(&self) -> Result<u64> {
-        tmpfs::blocks_taken(&self.file)
+        tmpfs::blocks_taken(&self.file()?)
     }
+}
+
+fn open(data: &File, id: NodeId) -> Result<File> {
+    Ok(handle::open(data, id, libc::O_RDWR)?.into())
 }
 
 fn block(slot: u64) -> Range {

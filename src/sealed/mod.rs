@@ -31,18 +31,18 @@ mod ledger;
 mod recovery;
 
 pub use ledger::{Bytes, Record, Superblock, check_version};
-use ledger::{Direction, Ledger};
+use ledger::{Direction, LEDGER, Ledger};
 
 use crate::error::{Error, Result};
 use crate::steps::{self, Step};
 use crate::sys::mapping::Window;
-use crate::sys::tmpfs;
-use crate::units::{FOLIO_SIZE, Folio, Range, SUBPAGE_SIZE, SUBPAGES_PER_FOLIO, Subpage};
+use crate::sys::{handle, tmpfs};
+use crate::units::{FOLIO_SIZE, Folio, NodeId, Range, SUBPAGE_SIZE, SUBPAGES_PER_FOLIO, Subpage};
 use rustix::fs::{Mode, OFlags};
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
 use std::time::{Duration, Instant};
@@ -99,7 +99,10 @@ impl Content<'_> {
 /// A sealed file. Dropping it closes it; the memory is freed with the last user of the superblock.
 #[derive(Debug)]
 pub struct Sealed {
-    mount: OwnedFd,
+    /// The root directory of its superblock, by which that is reached from `data`: the one descriptor that is kept open.
+    root: NodeId,
+    /// The mount of its superblock, until that is attached to a path.
+    unattached: Option<OwnedFd>,
     data: Arc<File>,
     ledger: Ledger,
     reach: Reach,
@@ -118,18 +121,34 @@ impl Sealed {
     pub fn create(reach: Reach, node: Option<u32>) -> Result<Self> {
         let options = tmpfs::Options { blocks: Some(1), huge: true, inode32: false, node };
         let mount = tmpfs::create(&options)?;
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let create = |name| -> Result<File> {
+            let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
             Ok(rustix::fs::openat(&mount, name, flags, Mode::from_raw_mode(0o600))?.into())
         };
-        let ledger = Ledger::create(create("ledger")?)?;
-        let data = Arc::new(create("data")?);
-        Ok(Self { mount, data, ledger, reach, size: 0, folios: Vec::new(), folio_count: 0 })
+        let (first, data) = (create(LEDGER)?, Arc::new(create(c"data")?));
+        let ledger = Ledger::create(data.clone(), first)?;
+        let root = handle::of(&mount, c"")?;
+        let (folios, unattached) = (Vec::new(), Some(mount));
+        Ok(Self { root, unattached, data, ledger, reach, size: 0, folios, folio_count: 0 })
     }
 
-    /// The mount of its superblock.
-    pub fn mount(&self) -> impl AsFd + '_ {
-        &self.mount
+    /// Mounts its superblock at `path`, so that it is there for another process when this one is gone.
+    ///
+    /// # Errors
+    /// What move_mount(2) answers.
+    pub fn attach(&mut self, path: &str) -> Result<()> {
+        let mount = self.unattached.as_ref().expect("a superblock is attached once");
+        tmpfs::attach(mount, path)?;
+        self.unattached = None;
+        Ok(())
+    }
+
+    /// The root directory of its superblock.
+    ///
+    /// # Errors
+    /// What open_by_handle_at(2) answers.
+    pub fn mount(&self) -> Result<OwnedFd> {
+        handle::open(&self.data, self.root, libc::O_RDONLY | libc::O_DIRECTORY)
     }
 
     /// The file that programs map.
@@ -431,7 +450,7 @@ impl Sealed {
     }
 
     fn set_limit(&self) -> Result<()> {
-        tmpfs::set_limit(&self.mount, self.limit())
+        tmpfs::set_limit(self.mount()?, self.limit())
     }
 
     fn mark(&mut self, range: Range, has_memory: bool) {
@@ -840,7 +859,7 @@ impl Sealed {
     /// What the kernel answers.
     pub fn check(&self) -> Result<Vec<String>> {
         let mut wrong = Vec::new();
-        let blocks = tmpfs::blocks(&self.mount)?;
+        let blocks = tmpfs::blocks(&self.data)?;
         if blocks.free != 0 || blocks.limit != self.limit() {
             wrong.push(format!(
                 "S1: {} of {} blocks are free, and {} are meant to be taken",
@@ -890,7 +909,7 @@ impl Sealed {
     /// # Errors
     /// What fstatfs(2) answers.
     pub fn is_torn(&self) -> Result<bool> {
-        Ok(tmpfs::blocks(&self.mount)?.free > 0)
+        Ok(tmpfs::blocks(&self.data)?.free > 0)
     }
 
     /// Takes back what a program gave up. Returns whether there was any.
@@ -1042,7 +1061,7 @@ mod tests {
         sealed.repair(Subpage(511), Content::Zero).unwrap();
         sealed.quarantine(Subpage(100), TIME + 9).unwrap();
 
-        let mut again = Sealed::open(Reach::Programs, sealed.mount.try_clone().unwrap()).unwrap();
+        let mut again = Sealed::open(Reach::Programs, sealed.mount().unwrap()).unwrap();
         assert_eq!(again.holes(), sealed.holes());
         assert_eq!(again.superblock(), Superblock { reserved_pages: 7, alarm: true, undo_size: None });
         assert_eq!((again.size(), again.folio_count()), (sealed.size(), sealed.folio_count()));
@@ -1065,7 +1084,7 @@ mod tests {
             sealed.quarantine(subpage, TIME).unwrap();
         }
         assert_sealed(&sealed);
-        let mut again = Sealed::open(Reach::Programs, sealed.mount.try_clone().unwrap()).unwrap();
+        let mut again = Sealed::open(Reach::Programs, sealed.mount().unwrap()).unwrap();
         assert!(again.has_memory(Folio(0)));
         assert_sealed(&again);
         drop(sealed);

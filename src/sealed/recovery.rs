@@ -5,9 +5,8 @@
 
 use super::{Bytes, Direction, Ledger, Reach, Record, Sealed, poisoned_subpages};
 use crate::error::{Error, Result};
-use crate::sys;
 use crate::sys::mapping::Window;
-use crate::sys::tmpfs;
+use crate::sys::{self, handle, tmpfs};
 use crate::units::{FOLIO_SIZE, Range, Subpage};
 use rustix::fs::{Mode, OFlags};
 use std::fs::File;
@@ -24,16 +23,15 @@ impl Sealed {
     /// [`Error::Corrupt`] for a ledger that is damaged or of another version; [`Error::NoMemory`].
     pub fn open(reach: Reach, mount: OwnedFd) -> Result<Self> {
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
-        let open =
-            |name| -> Result<File> { Ok(rustix::fs::openat(&mount, name, flags, Mode::empty())?.into()) };
-        let ledger = Ledger::open(open("ledger")?)?;
-        let data = Arc::new(open("data")?);
-        let size = tmpfs::size(&data)?;
-        let mut sealed = Self { mount, data, ledger, reach, size, folios: Vec::new(), folio_count: 0 };
+        let data: Arc<File> = Arc::new(rustix::fs::openat(&mount, "data", flags, Mode::empty())?.into());
+        let ledger = Ledger::open(data.clone(), &mount)?;
+        let (size, root) = (tmpfs::size(&data)?, handle::of(&mount, c"")?);
+        let (folios, unattached) = (Vec::new(), None);
+        let mut sealed = Self { root, unattached, data, ledger, reach, size, folios, folio_count: 0 };
         sealed.find_memory()?;
         sealed.fit_reserve()?;
         sealed.finish_moves()?;
-        if tmpfs::blocks(&sealed.mount)?.limit != sealed.limit() {
+        if tmpfs::blocks(&sealed.data)?.limit != sealed.limit() {
             sealed.vacate(Range::new(0, 0))?; // a change of the superblock's is the dearest of all this
         }
         sealed.recall_poison()?;
@@ -168,7 +166,7 @@ mod tests {
     }
 
     fn open_again(sealed: Sealed) -> Sealed {
-        let again = Sealed::open(sealed.reach, sealed.mount.try_clone().unwrap()).unwrap();
+        let again = Sealed::open(sealed.reach, sealed.mount().unwrap()).unwrap();
         assert_eq!(again.check().unwrap(), Vec::<String>::new());
         again
     }
