@@ -101,6 +101,37 @@ fn a_native_descriptor_sees_every_store_write_and_resize() {
 }
 
 #[test]
+fn who_appends_shows_nothing_before_the_bytes_are_there() {
+    let pool = native(2);
+    let path = pool.join("file");
+    let (writer, stop) = (open_to_write_new(&path), AtomicBool::new(false));
+    writer.write_all_at(&[7; SUBPAGE as usize], 0).unwrap();
+    let reader = File::open(&path).unwrap();
+    std::thread::scope(|scope| {
+        let looking = scope.spawn(|| {
+            let mut bytes = vec![0xee; 2 * FOLIO as usize];
+            let mut looks = 0;
+            while !stop.load(Ordering::Relaxed) {
+                let read = reader.read_at(&mut bytes, 0).unwrap();
+                assert!(
+                    bytes[..read].iter().all(|byte| *byte == 7),
+                    "zeros in place of what is being written"
+                );
+                looks += 1;
+            }
+            looks
+        });
+        for at in (SUBPAGE..FOLIO).step_by(SUBPAGE as usize) {
+            writer.write_all_at(&[7; SUBPAGE as usize], at).unwrap();
+        }
+        stop.store(true, Ordering::Relaxed);
+        println!("{} looks", looking.join().expect("it has found nothing wrong"));
+    });
+    assert_eq!(fs::metadata(&path).unwrap().len(), FOLIO);
+    pool.check();
+}
+
+#[test]
 fn sendfile_by_a_native_descriptor_reads_what_was_stored_last() {
     let pool = native(4);
     let path = sevens(&pool, "file");

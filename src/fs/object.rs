@@ -188,6 +188,9 @@ impl Object {
     fn write_alone(&self, bytes: &[u8], range: Range, context: Context<'_>) -> Result<usize> {
         let mut holding = self.write_lock();
         mend(&mut holding)?;
+        if holding.can_append(range) {
+            return holding.sealed_mut().append(bytes, range.start);
+        }
         let end = writable_prefix(&holding, range, context.recovery_write)?;
         let range = Range::new(range.start, end);
         holding.grow(context.pool, range, range.end)?;

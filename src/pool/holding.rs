@@ -23,7 +23,7 @@ use super::Pool;
 use crate::error::{Error, Result};
 use crate::sealed::{Reach, Sealed};
 use crate::steps::{self, Step};
-use crate::units::{FOLIO_SIZE, Folio, Page, PageSize, Range};
+use crate::units::{FOLIO_SIZE, Folio, Page, PageSize, Range, Subpage};
 use std::collections::BTreeSet;
 
 /// Why soft holes forbid a resize (see S1).
@@ -166,6 +166,17 @@ impl Holding {
         range.end <= self.sealed.size()
             && (self.released.is_empty()
                 || self.page_size.pages_touching(range).all(|page| !self.released.contains(&page)))
+    }
+
+    /// Whether a write of `range` lengthens the file within memory that it has, and so moves none ([`Sealed::append`]).
+    pub fn can_append(&self, range: Range) -> bool {
+        let (size, folio) = (self.sealed.size(), Subpage::containing(self.sealed.size()).folio());
+        range.end > size
+            && range.end <= size.next_multiple_of(FOLIO_SIZE)
+            && self.sealed.has_memory(folio)
+            && self.sealed.holes().is_empty()
+            && self.sealed.lost_in(folio.range()).next().is_none()
+            && self.has_pages(Range::new(range.start.min(size), size))
     }
 
     /// The released pages that hold any byte of `range`. It is them that are looked through, as a range may be as long

@@ -377,6 +377,20 @@ impl Sealed {
         self.set_size(size)
     }
 
+    /// Writes at `offset`, up to behind the end of file but within the folio that holds the end and has memory. Nobody sees
+    /// the file longer before the bytes are there. Ends early where a memory error is in the way.
+    ///
+    /// # Errors
+    /// What pwrite(2) answers.
+    pub fn append(&mut self, bytes: &[u8], offset: u64) -> Result<usize> {
+        let end = offset + bytes.len() as u64;
+        assert!(end <= self.size.next_multiple_of(FOLIO_SIZE) && self.holes().is_empty());
+        self.grow_size(offset)?;
+        let written = tmpfs::write_at(&self.data, bytes, offset)?;
+        self.size = self.size.max(offset + written as u64);
+        Ok(written)
+    }
+
     /// A program that maps the folio with the end of file by a 2 MiB entry can write behind the end. Those bytes must
     /// not come to light when the file grows.
     fn zero_behind_end(&mut self, size: u64) -> Result<()> {
