@@ -20,6 +20,8 @@ pub struct Options {
     pub collapse: bool,
     /// A write that covers a quarantined subpage repairs it.
     pub recovery_write: bool,
+    /// What is punched stays the file's, and a touch fills it; or else it goes back to the pool.
+    pub keep_punched: bool,
     /// Where the daemon logs to; the system log where none is given.
     pub log: Option<String>,
 }
@@ -34,6 +36,7 @@ impl Default for Options {
             gid: 0,
             collapse: true,
             recovery_write: true,
+            keep_punched: false,
             log: None,
         }
     }
@@ -208,6 +211,15 @@ pub const TABLE: &[Row] = &[
         get: |options| Some(describe_switch(options.recovery_write)),
     },
     Row {
+        name: "punch",
+        value: "release|keep",
+        default: Some("release"),
+        help: "release: punched pages go back to the pool, to touch them is SIGBUS; keep: they stay the file's and are cleared at \
+            the next touch, but the machine has their memory until then: a touch may find none (OOM killer, SIGBUS)",
+        set: |options, text| parse_punch(text).map(|keep| options.keep_punched = keep),
+        get: |options| Some(if options.keep_punched { "keep" } else { "release" }.to_owned()),
+    },
+    Row {
         name: "log",
         value: "FILE",
         default: Some("the system log"),
@@ -237,6 +249,14 @@ fn parse_switch(text: &str) -> Result<bool, String> {
         "on" => Ok(true),
         "off" => Ok(false),
         _ => Err(format!("{text:?} is neither on nor off")),
+    }
+}
+
+fn parse_punch(text: &str) -> Result<bool, String> {
+    match text {
+        "release" => Ok(false),
+        "keep" => Ok(true),
+        _ => Err(format!("{text:?} is neither release nor keep")),
     }
 }
 
@@ -321,6 +341,9 @@ mod tests {
             ("uid", "root"),
             ("gid", "4294967295"),
             ("collapse", "yes"),
+            ("punch", "on"),
+            ("punch", ""),
+            ("punch", "Keep"),
             ("log", "relative"),
         ] {
             let why = set(name, value).expect_err(value);
@@ -345,7 +368,9 @@ mod tests {
     #[test]
     fn options_as_given_set_the_same_options() {
         let mut options = Options::default();
-        for (name, value) in [("size", "25%"), ("pagesize", "2M"), ("mode", "1777"), ("collapse", "off")] {
+        for (name, value) in
+            [("size", "25%"), ("pagesize", "2M"), ("mode", "1777"), ("collapse", "off"), ("punch", "keep")]
+        {
             options.set(name, Some(value)).unwrap();
         }
         let mut same = Options::default();

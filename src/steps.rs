@@ -50,6 +50,8 @@ steps! {
         ShrinkNoted = "the pages are given up", ShrinkDone = "those that were released are forgotten";
     "release": ReleaseAnnounced = "the size to come back to is noted", ReleaseMoved = "the memory is back in the reserve",
         ReleaseNoted = "the page is noted as released", ReleaseDone = "nothing is to be undone any more";
+    "punch": PunchNoted = "that there are gaps is noted", PunchDone = "the memory is given up";
+    "take back what was punched": UnpunchFilled = "the gaps have memory", UnpunchDone = "the note is gone";
     "quarantine": QuarantineKept = "the bytes are kept", QuarantineRecorded = "the subpage is described",
         QuarantinePunched = "it is punched", QuarantineTraded = "its block is the ledger's",
         QuarantineStored = "the bytes are in it", QuarantineDone = "the copy of the bytes is gone";

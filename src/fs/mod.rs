@@ -48,6 +48,7 @@ pub struct Fs {
     /// Objects of nodes that are gone, whose pages the machine had no memory to move yet.
     stranded: Mutex<Vec<Arc<Object>>>,
     recovery_write: bool,
+    keep_punched: bool,
     repaired: Option<Sender<Repaired>>,
     /// The kernel's count of memory errors when all files were last looked through; `None` where it has none.
     failures: Mutex<Option<u64>>,
@@ -113,6 +114,7 @@ impl Fs {
             objects: Mutex::default(),
             stranded: Mutex::default(),
             recovery_write: options.recovery_write,
+            keep_punched: options.keep_punched,
             repaired,
             failures,
             failures_in_pool,
@@ -317,7 +319,8 @@ impl Fs {
     /// Makes what [`Object`]s need to know.
     fn with_context<T>(&self, object: &Arc<Object>, run: impl FnOnce(Context<'_>) -> T) -> T {
         let repaired = |folio: Folio| self.report_repaired(object.clone(), folio.range());
-        run(Context { pool: &self.pool, recovery_write: self.recovery_write, repaired: &repaired })
+        let (recovery_write, keep_punched) = (self.recovery_write, self.keep_punched);
+        run(Context { pool: &self.pool, recovery_write, keep_punched, repaired: &repaired })
     }
 
     // ---- memory errors ------------------------------------------------------------------------------------------
