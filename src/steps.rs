@@ -35,7 +35,7 @@ macro_rules! steps {
 steps! {
     "create": CreatePlace = "the object has a place", CreateAttached = "its superblock is there",
         CreateNamed = "the file has its name";
-    "unlink": UnlinkOrphaned = "the file is linked among the orphans", UnlinkRemoved = "the name is gone";
+    "unlink": UnlinkOrphaned = "the file is linked among the orphans", UnlinkRemoved = "the name is gone or another's";
     "exchange": ExchangeWitnessed = "what it found is noted", ExchangeDone = "the names are exchanged";
     "allocate": AllocateAnnounced = "the size to come back to is noted", AllocateMoved = "the memory is there",
         AllocateTaken = "released pages are the file's again", AllocateDone = "the pages are the file's";
