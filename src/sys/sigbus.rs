@@ -305,6 +305,20 @@ pub enum Pin {
     Ring(OwnedFd),
 }
 
+impl Drop for Pin {
+    /// A ring that is closed gives its buffers up some time later; whoever drops this may rely on it.
+    fn drop(&mut self) {
+        const UNREGISTER_BUFFERS: libc::c_uint = 1;
+        let Self::Ring(ring) = self else { return };
+        let nothing = std::ptr::null::<libc::c_void>();
+        // SAFETY: the request takes no argument.
+        #[allow(unsafe_code)]
+        unsafe {
+            libc::syscall(libc::SYS_io_uring_register, ring.as_raw_fd(), UNREGISTER_BUFFERS, nothing, 0)
+        };
+    }
+}
+
 impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: the range was mapped by `new`, with whatever the handler put into it.
