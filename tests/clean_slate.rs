@@ -14,7 +14,7 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use support::{COLLAPSE, FOLIO, MAP, POISON, Pool, REPAIR, SUBPAGE, get, poison, set};
+use support::{COLLAPSE, FOLIO, MAP, POISON, Pool, REPAIR, SUBPAGE, get, hugetlb2, poison, run, set};
 
 /// What is left behind, and must never be seen.
 const STALE: u8 = 0xab;
@@ -460,6 +460,7 @@ fn what_was_punched_and_kept_is_nobody_elses_and_stays_in_the_account() {
     let size = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
     fallocate(&file, PUNCH, 0, 3 * FOLIO).unwrap();
     assert_eq!((pool.free_pages(), pool.counter("pages_used")), (1, 3));
+    assert_eq!(pool.counter("punched_bytes"), 3 * FOLIO);
     assert_eq!(std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap()), size);
     let other = open(&pool.join("other"));
     assert!(other.set_len(2 * FOLIO).is_err(), "a punched page is another file's");
@@ -468,6 +469,10 @@ fn what_was_punched_and_kept_is_nobody_elses_and_stays_in_the_account() {
     assert_eq!((pool.free_pages(), pool.counter("pages_used")), (0, 4));
     pool.check();
     assert!(has_gaps(&pool));
+    let status = run(hugetlb2().arg("status").arg(pool.path()));
+    assert!(status.contains("6144 KiB are the machine's until they are touched"), "{status}");
+    file.write_all_at(&[7], 0).unwrap();
+    assert!(pool.counter("punched_bytes") < 3 * FOLIO);
     drop((file, other));
     std::fs::remove_file(pool.join("file")).unwrap();
     open(&pool.join("other")).set_len(4 * FOLIO).unwrap();

@@ -507,6 +507,14 @@ impl Sealed {
         self.punched
     }
 
+    /// Bytes in gaps that were asked for: memory that is the machine's until it is touched.
+    ///
+    /// # Errors
+    /// What fstatfs(2) answers.
+    pub fn punched_bytes(&self) -> Result<u64> {
+        Ok(if self.punched { tmpfs::blocks(&self.mount)?.free * SUBPAGE_SIZE } else { 0 })
+    }
+
     /// The parts of `range` that have memory: what has none would get some from a touch, wherever a block is free.
     ///
     /// # Errors
@@ -1231,6 +1239,33 @@ mod tests {
         drop(pin);
         sealed.quarantine(Subpage(5), TIME).unwrap();
         assert_sealed(&sealed);
+    }
+
+    #[test]
+    fn gaps_are_left_to_who_touches_them_by_all_but_who_needs_the_blocks() {
+        let mut sealed = sealed(3 * FOLIO_SIZE - 5000);
+        let gaps = [Range::at(3 * SUBPAGE_SIZE, SUBPAGE_SIZE), Range::new(FOLIO_SIZE, sealed.size())];
+        gaps.iter().for_each(|gap| sealed.punch(*gap).unwrap());
+        let missing = SUBPAGE_SIZE + (sealed.size() - FOLIO_SIZE).next_multiple_of(SUBPAGE_SIZE);
+        let mut again = Sealed::open(Reach::Programs, sealed.mount.try_clone().unwrap()).unwrap();
+        for sealed in [&mut sealed, &mut again] {
+            assert!(!sealed.is_torn().unwrap());
+            assert_eq!(sealed.note_poison(TIME).unwrap(), []);
+            assert_eq!(sealed.huge_ranges(folios(3)).unwrap(), []);
+            assert!(sealed.folios().all(|folio| sealed.collapse(folio).is_err()));
+            assert_eq!(sealed.punched_bytes().unwrap(), missing);
+            assert_eq!((sealed.check().unwrap(), sealed.folio_count()), (vec![], 3));
+        }
+        drop(sealed);
+        let mapping = Mapping::new(again.data(), folios(3), Sharing::Shared, true).unwrap();
+        assert_eq!(mapping.load(3 * SUBPAGE_SIZE), Ok(0));
+        assert_eq!(again.punched_bytes().unwrap(), missing - SUBPAGE_SIZE);
+        assert!(again.reclaim_removed().unwrap());
+        assert!(!again.is_punched());
+        assert_sealed(&again);
+        assert_unchanged(&again, Range::new(4 * SUBPAGE_SIZE, FOLIO_SIZE));
+        again.quarantine(Subpage(3), TIME).unwrap();
+        assert_sealed(&again);
     }
 
     #[test]
