@@ -271,6 +271,12 @@ fn describe_pool(directory: &Path, counters: &attributes::Counters) -> String {
     row("in folios", format!("{huge} MiB were in 2 MiB folios when it was mounted"));
     let (objects, orphans) = (of("objects"), of("orphans"));
     row("files", format!("{objects} open or with contents, {orphans} unlinked and still in use"));
+    if of("punched_bytes") > 0 {
+        row(
+            "punched",
+            format!("{} KiB are the machine's until they are touched", of("punched_bytes") / 1024),
+        );
+    }
     row("quarantined", format!("{} subpages of 4 KiB", of("quarantined_soft")));
     row("daemon", format!("process {}, worker {}", of("daemon_pid"), of("worker_pid")));
     out

@@ -106,6 +106,7 @@ mod tests {
         let mut options = Options::default();
         options.set("size", Some("64M")).unwrap();
         options.set("pagesize", Some("2M")).unwrap();
+        options.set("punch", Some("keep")).unwrap();
         options.set("log", Some("/var/log/a pool=1")).unwrap();
         Handover { options, handshake: Handshake { request: vec![0, 255, 16], reply: vec![1] } }
     }

@@ -44,7 +44,8 @@
 //!
 //! # Invariants
 //!
-//! - **S1** ([`sealed`]) A sealed file has no free block, except inside a resize and for the microseconds of a quarantine or repair.
+//! - **S1** ([`sealed`]) A sealed file has no free block, except inside a resize, for the microseconds of a quarantine or repair, and,
+//!   where it has no soft holes, for what was punched to be filled by a touch.
 //! - **P1** ([`pool`]) Pages of files + pages that are reserved + free pages = the pool's size; and so in bytes of memory.
 //! - **P2** ([`fs`]) Every object belongs to a regular file of the index; a file without an object is empty.
 //! - **Q1** ([`sealed`]) A soft hole has exactly one record in the ledger, and the other way round.

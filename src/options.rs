@@ -22,6 +22,8 @@ pub struct Options {
     pub recovery_write: bool,
     /// Who reads for those that have a file open for reading only.
     pub io: Io,
+    /// What is punched stays the file's, and a touch fills it; or else it goes back to the pool.
+    pub keep_punched: bool,
     /// Where the daemon logs to; the system log where none is given.
     pub log: Option<String>,
 }
@@ -37,6 +39,7 @@ impl Default for Options {
             collapse: true,
             recovery_write: true,
             io: Io::Auto,
+            keep_punched: false,
             log: None,
         }
     }
@@ -247,6 +250,15 @@ pub const TABLE: &[Row] = &[
         get: |options| Some(options.io.name()),
     },
     Row {
+        name: "punch",
+        value: "release|keep",
+        default: Some("release"),
+        help: "release: punched pages go back to the pool, to touch them is SIGBUS; keep: they stay the file's and are cleared at \
+            the next touch, but the machine has their memory until then: a touch may find none (OOM killer, SIGBUS)",
+        set: |options, text| parse_punch(text).map(|keep| options.keep_punched = keep),
+        get: |options| Some(if options.keep_punched { "keep" } else { "release" }.to_owned()),
+    },
+    Row {
         name: "log",
         value: "FILE",
         default: Some("the system log"),
@@ -276,6 +288,14 @@ fn parse_switch(text: &str) -> Result<bool, String> {
         "on" => Ok(true),
         "off" => Ok(false),
         _ => Err(format!("{text:?} is neither on nor off")),
+    }
+}
+
+fn parse_punch(text: &str) -> Result<bool, String> {
+    match text {
+        "release" => Ok(false),
+        "keep" => Ok(true),
+        _ => Err(format!("{text:?} is neither release nor keep")),
     }
 }
 
@@ -361,6 +381,9 @@ mod tests {
             ("gid", "4294967295"),
             ("collapse", "yes"),
             ("io", "fast"),
+            ("punch", "on"),
+            ("punch", ""),
+            ("punch", "Keep"),
             ("log", "relative"),
         ] {
             let why = set(name, value).expect_err(value);
@@ -385,9 +408,14 @@ mod tests {
     #[test]
     fn options_as_given_set_the_same_options() {
         let mut options = Options::default();
-        for (name, value) in
-            [("size", "25%"), ("pagesize", "2M"), ("mode", "1777"), ("collapse", "off"), ("io", "native")]
-        {
+        for (name, value) in [
+            ("size", "25%"),
+            ("pagesize", "2M"),
+            ("mode", "1777"),
+            ("collapse", "off"),
+            ("io", "native"),
+            ("punch", "keep"),
+        ] {
             options.set(name, Some(value)).unwrap();
         }
         let mut same = Options::default();

@@ -36,7 +36,7 @@ steps! {
     "create": CreatePlace = "the object has a place", CreateAttached = "its superblock is there",
         CreateNamed = "the file has its name";
     "open natively": NativeNoted = "the descriptor is noted", NativeClosed = "it is struck out";
-    "unlink": UnlinkOrphaned = "the file is linked among the orphans", UnlinkRemoved = "the name is gone";
+    "unlink": UnlinkOrphaned = "the file is linked among the orphans", UnlinkRemoved = "the name is gone or another's";
     "exchange": ExchangeWitnessed = "what it found is noted", ExchangeDone = "the names are exchanged";
     "allocate": AllocateAnnounced = "the size to come back to is noted", AllocateMoved = "the memory is there",
         AllocateTaken = "released pages are the file's again", AllocateDone = "the pages are the file's";
@@ -51,6 +51,8 @@ steps! {
         ShrinkNoted = "the pages are given up", ShrinkDone = "those that were released are forgotten";
     "release": ReleaseAnnounced = "the size to come back to is noted", ReleaseMoved = "the memory is back in the reserve",
         ReleaseNoted = "the page is noted as released", ReleaseDone = "nothing is to be undone any more";
+    "punch": PunchNoted = "that there are gaps is noted", PunchDone = "the memory is given up";
+    "take back what was punched": UnpunchFilled = "the gaps have memory", UnpunchDone = "the note is gone";
     "quarantine": QuarantineKept = "the bytes are kept", QuarantineRecorded = "the subpage is described",
         QuarantinePunched = "it is punched", QuarantineTraded = "its block is the ledger's",
         QuarantineStored = "the bytes are in it", QuarantineDone = "the copy of the bytes is gone";

@@ -6,13 +6,15 @@
 mod support;
 
 use hugetlb2fs::sys::sigbus::{Mapping, Sharing};
-use hugetlb2fs::units::Range;
+use hugetlb2fs::sys::userfault::Userfault;
+use hugetlb2fs::units::{Range, Subpage};
 use rustix::fs::{FallocateFlags, fallocate};
+use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use support::{FOLIO, Pool, REPAIR, SUBPAGE, poison, set};
+use support::{COLLAPSE, FOLIO, MAP, POISON, Pool, REPAIR, SUBPAGE, get, hugetlb2, poison, run, set};
 
 /// What is left behind, and must never be seen.
 const STALE: u8 = 0xab;
@@ -381,5 +383,205 @@ fn collapsing_a_file_while_pages_are_punched_and_taken_shows_zeros() {
     });
     assert_eq!(found, None, "the looker has seen what others left");
     drop(mapping);
+    pool.check();
+}
+
+// ---- punched and kept -----------------------------------------------------------------------------------------------
+
+/// A pool of so many dirty pages in which punched pages stay the file's.
+fn keeping_pool(pages: u64) -> Pool {
+    dirty_the_machine();
+    let pool = Pool::mount(&format!("pagesize=2M,size={},punch=keep", pages * FOLIO));
+    dirty(&pool, pages);
+    pool
+}
+
+/// A file of three folios of [`STALE`], which are all the pool has.
+fn stale_file(pool: &Pool) -> File {
+    let file = open(&pool.join("file"));
+    file.write_all_at(&vec![STALE; 3 * FOLIO as usize], 0).unwrap();
+    file
+}
+
+/// Whether any of the file waits for a touch to give it memory.
+fn has_gaps(pool: &Pool) -> bool {
+    get(pool.join("file"), MAP).unwrap().contains(" punched -")
+}
+
+fn kill_worker(pool: &Pool) {
+    let worker = pool.counter("worker_pid");
+    kill_process(Pid::from_raw(worker as i32).unwrap(), Signal::KILL).unwrap();
+    assert_ne!(pool.counter("worker_pid"), worker);
+}
+
+#[test]
+fn what_was_punched_and_kept_is_zeros_and_no_sigbus_at_the_next_touch() {
+    let pool = keeping_pool(3);
+    for (offset, length) in [
+        (0, 1),
+        (100, SUBPAGE),
+        (SUBPAGE, SUBPAGE),
+        (0, FOLIO),
+        (FOLIO, FOLIO),
+        (5, 2 * FOLIO),
+        (FOLIO - 7, FOLIO + 14),
+        (2 * FOLIO + 77, i64::MAX as u64 - 2 * FOLIO - 77),
+        (0, 3 * FOLIO),
+    ] {
+        let what = format!("{offset:#x} {length:#x}");
+        let file = stale_file(&pool);
+        let mapping = mapped(&file, Range::new(0, 3 * FOLIO));
+        assert_eq!(mapping.walk(), []);
+        fallocate(&file, PUNCH, offset, length).unwrap();
+        let end = (offset + length).min(3 * FOLIO);
+        let mut expected = vec![STALE; 3 * FOLIO as usize];
+        expected[offset as usize..end as usize].fill(0);
+        let mut bytes = vec![1; expected.len()];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        assert!(bytes == expected, "read(2), punched {what}");
+        pool.check();
+        assert_eq!(has_gaps(&pool), end - offset > 1 && offset != 100, "{what}");
+        mapping.read(0, &mut bytes).expect("no SIGBUS");
+        assert!(bytes == expected, "mmap(2), punched {what}");
+        assert!(!has_gaps(&pool), "{what}");
+        mapping.store(offset, 5).unwrap();
+        file.read_exact_at(&mut bytes[..1], offset).unwrap();
+        assert_eq!(bytes[0], 5);
+        pool.check();
+        drop((mapping, file));
+        std::fs::remove_file(pool.join("file")).unwrap();
+    }
+}
+
+#[test]
+fn what_was_punched_and_kept_is_nobody_elses_and_stays_in_the_account() {
+    let pool = keeping_pool(4);
+    let file = stale_file(&pool);
+    let size = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
+    fallocate(&file, PUNCH, 0, 3 * FOLIO).unwrap();
+    assert_eq!((pool.free_pages(), pool.counter("pages_used")), (1, 3));
+    assert_eq!(pool.counter("punched_bytes"), 3 * FOLIO);
+    assert_eq!(std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap()), size);
+    let other = open(&pool.join("other"));
+    assert!(other.set_len(2 * FOLIO).is_err(), "a punched page is another file's");
+    other.set_len(FOLIO).unwrap();
+    kill_worker(&pool);
+    assert_eq!((pool.free_pages(), pool.counter("pages_used")), (0, 4));
+    pool.check();
+    assert!(has_gaps(&pool));
+    let status = run(hugetlb2().arg("status").arg(pool.path()));
+    assert!(status.contains("6144 KiB are the machine's until they are touched"), "{status}");
+    file.write_all_at(&[7], 0).unwrap();
+    assert!(pool.counter("punched_bytes") < 3 * FOLIO);
+    drop((file, other));
+    std::fs::remove_file(pool.join("file")).unwrap();
+    open(&pool.join("other")).set_len(4 * FOLIO).unwrap();
+    pool.check();
+    pool.unmount();
+}
+
+#[test]
+fn a_write_leaves_what_was_punched_and_kept_elsewhere_as_it_is() {
+    let pool = keeping_pool(3);
+    let file = stale_file(&pool);
+    fallocate(&file, PUNCH, SUBPAGE, FOLIO).unwrap();
+    file.write_all_at(&[7; 10], 3 * SUBPAGE).unwrap();
+    file.write_all_at(&[7; 10], 2 * FOLIO).unwrap();
+    let map = get(pool.join("file"), MAP).unwrap();
+    assert!(map.contains("0x4000 0x1fd000 punched -"), "{map}"); // what is before may share the kernel's unit of memory
+    let mut bytes = [1; SUBPAGE as usize];
+    file.read_exact_at(&mut bytes, 3 * SUBPAGE).unwrap();
+    assert!(bytes[..10] == [7; 10] && bytes[10..].iter().all(|byte| *byte == 0));
+    pool.check();
+}
+
+/// The bytes that userfaultfd puts into a subpage.
+fn content(subpage: Subpage) -> [u8; SUBPAGE as usize] {
+    std::array::from_fn(|at| (subpage.0 as usize * 31 + at) as u8 | 1)
+}
+
+/// Fills what is touched in `range`, and all the rest of it, until nothing of it is missing. A death and everything that looks at
+/// memory come in between.
+fn fill_all(pool: &Pool, mapping: &Mapping, range: Range) {
+    let fault = Userfault::new(mapping, range).unwrap();
+    let last = Subpage::containing(range.end - 1);
+    std::thread::scope(|scope| {
+        let toucher = scope.spawn(|| mapping.load(last.offset()));
+        assert_eq!(fault.next().unwrap(), last);
+        kill_worker(pool);
+        pool.check();
+        set(pool.join("file"), COLLAPSE, "all").unwrap();
+        assert!(has_gaps(pool));
+        fault.fill(last, &content(last)).unwrap();
+        assert_eq!(toucher.join().unwrap(), Ok(content(last)[0]));
+        kill_worker(pool);
+        for subpage in (range.start / SUBPAGE..last.0).map(Subpage) {
+            fault.fill(subpage, &content(subpage)).unwrap();
+        }
+    });
+}
+
+#[test]
+fn what_was_punched_and_kept_is_filled_by_userfaultfd_whoever_looks_and_dies_meanwhile() {
+    let pool = keeping_pool(3);
+    let file = stale_file(&pool);
+    let mapping = mapped(&file, Range::new(0, 3 * FOLIO));
+    for range in [Range::new(5 * SUBPAGE, 9 * SUBPAGE), Range::new(0, FOLIO), Range::new(FOLIO, 3 * FOLIO)] {
+        file.write_all_at(&vec![STALE; 3 * FOLIO as usize], 0).unwrap();
+        fallocate(&file, PUNCH, range.start, range.len()).unwrap();
+        fill_all(&pool, &mapping, range);
+        assert!(!has_gaps(&pool), "{range}");
+        let mut bytes = vec![0; range.len() as usize];
+        file.read_exact_at(&mut bytes, range.start).unwrap();
+        for (subpage, bytes) in (range.start / SUBPAGE..).map(Subpage).zip(bytes.chunks(SUBPAGE as usize)) {
+            assert!(*bytes == content(subpage), "{subpage:?} of {range}");
+        }
+        assert_eq!(pool.free_pages(), 0);
+        pool.check();
+    }
+}
+
+#[test]
+fn a_punched_and_kept_file_is_quarantined_grown_cut_and_allocated_as_any_other() {
+    let pool = keeping_pool(5);
+    let path = pool.join("file");
+    let file = stale_file(&pool);
+    let mapping = mapped(&file, Range::new(0, 3 * FOLIO));
+    let sevens = |range: Range| file.write_all_at(&vec![7; range.len() as usize], range.start).unwrap();
+    let punch = || {
+        fallocate(&file, PUNCH, FOLIO, FOLIO).unwrap();
+        assert!(has_gaps(&pool));
+        pool.check();
+    };
+    punch();
+    poison(&path, FOLIO + SUBPAGE, 1).unwrap(); // in the midst of what was punched
+    assert!(!has_gaps(&pool), "a free block could open the hole");
+    assert_eq!(mapping.walk().iter().map(|hit| hit.subpage.offset()).collect::<Vec<_>>(), [FOLIO + SUBPAGE]);
+    pool.check();
+    // Elsewhere than the hole, all stays shut.
+    sevens(Range::new(0, FOLIO));
+    fallocate(&file, PUNCH, 0, FOLIO).unwrap();
+    assert!(!has_gaps(&pool));
+    assert_eq!(first_seen(&mapping, Range::new(0, FOLIO)), None);
+    assert_eq!(mapping.walk().len(), 1);
+    // Over the hole, it is discarded with its record.
+    punch();
+    assert!(get(&path, POISON).is_err());
+    assert_eq!(mapping.load(FOLIO + SUBPAGE), Ok(0));
+    punch();
+    file.set_len(4 * FOLIO + 5).unwrap();
+    assert!(!has_gaps(&pool));
+    assert_eq!(pool.free_pages(), 0);
+    pool.check();
+    punch();
+    file.set_len(3 * FOLIO).unwrap();
+    assert!(!has_gaps(&pool));
+    assert_eq!(pool.free_pages(), 2);
+    pool.check();
+    punch();
+    fallocate(&file, FallocateFlags::empty(), 0, 3 * FOLIO).unwrap();
+    assert!(!has_gaps(&pool));
+    assert_eq!(first_seen(&mapping, Range::new(0, 2 * FOLIO)), None);
+    assert_eq!(mapping.load(2 * FOLIO), Ok(STALE));
     pool.check();
 }

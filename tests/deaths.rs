@@ -8,7 +8,9 @@ use std::fs::{self, File};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use support::{Dice, FOLIO, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, Toucher, get, poison, set};
+use support::{
+    Dice, FOLIO, MAP, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, Toucher, get, poison, set,
+};
 
 // ---- at random ------------------------------------------------------------------------------------------------------
 
@@ -213,11 +215,13 @@ fn three_hundred_random_deaths_fail_no_call_and_lose_no_byte() {
 
 const DIE: &str = "trusted.hugetlb2.die";
 /// Steps that there were when this was written. There may come more.
-const FEWEST_STEPS: usize = 52;
+const FEWEST_STEPS: usize = 56;
 
 /// A change that leads over steps, and what must hold when its call has returned, as if nothing had happened.
 struct Situation {
     name: &'static str,
+    /// What else the pool is mounted with.
+    options: &'static str,
     prepare: fn(&Pool),
     change: fn(&Pool),
     verify: fn(&Pool),
@@ -278,6 +282,7 @@ fn wait_for_free_pages(pool: &Pool, pages: u64) {
 const SITUATIONS: &[Situation] = &[
     Situation {
         name: "create",
+        options: "",
         prepare: |_| {},
         change: |pool| drop(File::create_new(file(pool)).unwrap()),
         verify: |pool| {
@@ -288,6 +293,7 @@ const SITUATIONS: &[Situation] = &[
     },
     Situation {
         name: "open to read natively",
+        options: "",
         prepare: sevens,
         change: |pool| {
             let reader = File::open(file(pool)).unwrap();
@@ -300,6 +306,7 @@ const SITUATIONS: &[Situation] = &[
     },
     Situation {
         name: "unlink",
+        options: "",
         prepare: sevens,
         change: |pool| {
             let kept = open(pool);
@@ -315,6 +322,7 @@ const SITUATIONS: &[Situation] = &[
     },
     Situation {
         name: "rename over a file",
+        options: "",
         prepare: |pool| {
             sevens(pool);
             fs::write(pool.join("other"), "other").unwrap();
@@ -328,6 +336,7 @@ const SITUATIONS: &[Situation] = &[
     },
     Situation {
         name: "rmdir and rename over a directory",
+        options: "",
         prepare: |pool| ["a", "b", "c"].iter().for_each(|name| fs::create_dir(pool.join(name)).unwrap()),
         change: |pool| {
             fs::remove_dir(pool.join("a")).unwrap();
@@ -337,6 +346,7 @@ const SITUATIONS: &[Situation] = &[
     },
     Situation {
         name: "exchange",
+        options: "",
         prepare: |pool| {
             sevens(pool);
             fs::create_dir(pool.join("other")).unwrap();
@@ -351,6 +361,7 @@ const SITUATIONS: &[Situation] = &[
     },
     Situation {
         name: "grow",
+        options: "",
         prepare: |pool| fs::write(file(pool), vec![7; 5000]).unwrap(),
         change: |pool| open(pool).set_len(5 * FOLIO + 17).unwrap(),
         verify: |pool| {
@@ -361,6 +372,7 @@ const SITUATIONS: &[Situation] = &[
     },
     Situation {
         name: "shrink",
+        options: "",
         prepare: sevens,
         change: |pool| open(pool).set_len(FOLIO + 5000).unwrap(),
         verify: |pool| {
@@ -372,6 +384,7 @@ const SITUATIONS: &[Situation] = &[
     },
     Situation {
         name: "shrink over a quarantine",
+        options: "",
         prepare: lose_one,
         change: |pool| open(pool).set_len(FOLIO).unwrap(),
         verify: |pool| {
@@ -382,10 +395,10 @@ const SITUATIONS: &[Situation] = &[
     },
     Situation {
         name: "punch",
+        options: "",
         prepare: lose_one,
         change: |pool| {
-            let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            fallocate(open(pool), punch, FOLIO, 2 * FOLIO).unwrap();
+            punch(pool, FOLIO, 2 * FOLIO);
         },
         verify: |pool| {
             assert_eq!((size_of(pool), pool.free_pages()), (3 * FOLIO, 7));
@@ -395,10 +408,10 @@ const SITUATIONS: &[Situation] = &[
     },
     Situation {
         name: "shrink before what was punched",
+        options: "",
         prepare: |pool| {
             sevens(pool);
-            let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            fallocate(open(pool), punch, FOLIO, 2 * FOLIO).unwrap();
+            punch(pool, FOLIO, 2 * FOLIO);
         },
         change: |pool| open(pool).set_len(5000).unwrap(),
         verify: |pool| {
@@ -408,10 +421,10 @@ const SITUATIONS: &[Situation] = &[
     },
     Situation {
         name: "fill what was punched",
+        options: "",
         prepare: |pool| {
             sevens(pool);
-            let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            fallocate(open(pool), punch, FOLIO, FOLIO).unwrap();
+            punch(pool, FOLIO, FOLIO);
         },
         change: |pool| fallocate(open(pool), FallocateFlags::empty(), 0, 3 * FOLIO).unwrap(),
         verify: |pool| {
@@ -422,18 +435,21 @@ const SITUATIONS: &[Situation] = &[
     },
     Situation {
         name: "quarantine",
+        options: "",
         prepare: sevens,
         change: |pool| poison(file(pool), FOLIO + SUBPAGE, SUBPAGE).unwrap(),
         verify: assert_one_lost,
     },
     Situation {
         name: "salvage",
+        options: "",
         prepare: lose_one,
         change: |pool| set(file(pool), REPAIR, "salvage all").unwrap(),
         verify: assert_nothing_lost,
     },
     Situation {
         name: "repair by a write",
+        options: "",
         prepare: lose_one,
         change: |pool| {
             let bytes = [7; SUBPAGE as usize];
@@ -442,22 +458,89 @@ const SITUATIONS: &[Situation] = &[
         verify: assert_nothing_lost,
     },
     Situation {
+        name: "punch and keep",
+        options: KEEP,
+        prepare: lose_one,
+        change: |pool| punch(pool, FOLIO, 2 * FOLIO - SUBPAGE),
+        verify: |pool| {
+            assert_eq!((size_of(pool), pool.free_pages()), (3 * FOLIO, 5));
+            let bytes = fs::read(file(pool)).unwrap();
+            let (before, rest) = bytes.split_at(FOLIO as usize);
+            let (punched, after) = rest.split_at((2 * FOLIO - SUBPAGE) as usize);
+            assert!(before.iter().chain(after).all(|byte| *byte == 7), "bytes are lost");
+            assert!(punched.iter().all(|byte| *byte == 0));
+            assert!(get(file(pool), MAP).unwrap().contains("0x200000 0x3ff000 punched -"));
+            assert_eq!(Toucher::mapping(&file(pool), 3 * FOLIO).walk(), []);
+        },
+    },
+    Situation {
+        name: "quarantine in what was punched and kept",
+        options: KEEP,
+        prepare: |pool| {
+            sevens(pool);
+            punch(pool, FOLIO, FOLIO);
+        },
+        change: |pool| poison(file(pool), FOLIO + SUBPAGE, SUBPAGE).unwrap(),
+        verify: |pool| {
+            assert!(!get(file(pool), MAP).unwrap().contains("punched"));
+            assert_eq!(Toucher::mapping(&file(pool), 3 * FOLIO).walk(), [FOLIO + SUBPAGE]);
+            set(file(pool), REPAIR, "salvage all").unwrap();
+            assert_sevens(pool, FOLIO);
+        },
+    },
+    Situation {
+        name: "shrink before what was punched and kept",
+        options: KEEP,
+        prepare: |pool| {
+            sevens(pool);
+            punch(pool, FOLIO, 2 * FOLIO);
+        },
+        change: |pool| open(pool).set_len(5000).unwrap(),
+        verify: |pool| {
+            assert_eq!((size_of(pool), pool.free_pages()), (5000, 7));
+            assert_sevens(pool, 5000);
+        },
+    },
+    Situation {
+        name: "unlink what was punched and kept",
+        options: KEEP,
+        prepare: |pool| {
+            sevens(pool);
+            punch(pool, 5 * SUBPAGE, 2 * FOLIO);
+        },
+        change: |pool| fs::remove_file(file(pool)).unwrap(),
+        verify: |pool| {
+            wait_for_free_pages(pool, 8);
+            fs::write(file(pool), vec![7; 8 * FOLIO as usize]).unwrap();
+        },
+    },
+    Situation {
         name: "enlarge the pool",
+        options: "",
         prepare: sevens,
         change: |pool| set(pool.path(), SIZE_OF_POOL, (12 * FOLIO).to_string()).unwrap(),
         verify: |pool| assert_eq!((pool.counter("pages_total"), pool.free_pages()), (12, 9)),
     },
     Situation {
         name: "reduce the pool",
+        options: "",
         prepare: sevens,
         change: |pool| set(pool.path(), SIZE_OF_POOL, (4 * FOLIO).to_string()).unwrap(),
         verify: |pool| assert_eq!((pool.counter("pages_total"), pool.free_pages()), (4, 1)),
     },
 ];
 
+/// What is punched stays the file's.
+const KEEP: &str = ",punch=keep";
+
+fn punch(pool: &Pool, offset: u64, length: u64) {
+    fallocate(open(pool), FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, length).unwrap();
+}
+
 /// Runs a situation with a worker that dies when `step` is done for the `nth` time. Returns whether it came to that.
 fn die_in(situation: &Situation, step: &str, nth: u64) -> bool {
-    let pool = Pool::mount(&format!("pagesize=2M,size={},io=native", 8 * FOLIO));
+    let options = format!("pagesize=2M,size={},io=native{}", 8 * FOLIO, situation.options);
+    let pool = Pool::mount(&options);
     (situation.prepare)(&pool);
     let worker = pool.counter("worker_pid");
     set(pool.path(), DIE, format!("{nth} {step}")).unwrap();

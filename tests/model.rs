@@ -251,6 +251,8 @@ struct Contents {
     /// Quarantined subpages.
     holes: BTreeMap<u64, Rescued>,
     names: u64,
+    /// What is punched stays its own (`punch=keep`), and is memory to all who look.
+    keeps: bool,
 }
 
 fn subpages(range: Range) -> std::ops::Range<u64> {
@@ -437,6 +439,10 @@ impl Contents {
     /// Whole pages go back to the pool, unless quarantined subpages elsewhere forbid it (EBUSY); the rest is zeroed.
     fn punch(&mut self, range: Range) -> Outcome {
         self.refuse_partial(range)?;
+        if self.keeps {
+            self.zero(range);
+            return Ok(());
+        }
         let whole = pages_up(range.start)..range.end / PAGE;
         let owned: Vec<u64> =
             (0..self.reserved).filter(|page| whole.contains(page) && !self.released.contains(page)).collect();
@@ -536,6 +542,8 @@ struct Model {
     names: [Option<u64>; NAMES],
     slots: [Option<u64>; SLOTS],
     mappings: [Option<u64>; MAPPINGS],
+    /// Its files keep what is punched.
+    keeps: bool,
 }
 
 impl Model {
@@ -584,7 +592,7 @@ impl Model {
         if self.names[name].is_some() {
             return Err(Errno::EXIST);
         }
-        self.files.insert(self.next, Contents { names: 1, ..Contents::default() });
+        self.files.insert(self.next, Contents { names: 1, keeps: self.keeps, ..Contents::default() });
         self.names[name] = Some(self.next);
         self.next += 1;
         Ok(())
@@ -1054,7 +1062,8 @@ fn compare_map(file: &File, model: &Contents) -> Verdict {
             false if model.holes.contains_key(&subpage) => "poisoned",
             false => "memory",
         };
-        let found = if state == "huge" || state == "small" { "memory" } else { &state };
+        let is_memory = state == "huge" || state == "small" || (model.keeps && state == "punched");
+        let found = if is_memory { "memory" } else { &state };
         for subpage in subpages(range) {
             agree(&format!("the map at {:#x}", subpage * SUBPAGE), &found, &wanted(subpage))?;
         }
@@ -1075,8 +1084,8 @@ fn place(op: &Op) -> Option<u64> {
     }
 }
 
-fn follow(world: &mut World<'_>, ops: &[Op]) -> Verdict {
-    let mut model = Model::default();
+fn follow(world: &mut World<'_>, ops: &[Op], keeps: bool) -> Verdict {
+    let mut model = Model { keeps, ..Model::default() };
     for (n, op) in ops.iter().enumerate() {
         if let Op::Load { mapping, offset } | Op::Store { mapping, offset, .. } = *op
             && !model.is_settled(mapping, offset)
@@ -1119,17 +1128,26 @@ fn clean(mut world: World<'_>) -> Verdict {
 }
 
 /// A pool and a toucher for many sequences; new ones after a sequence that failed, since it may have left anything.
-#[derive(Default)]
-struct Stage(Option<(Pool, Toucher)>);
+struct Stage {
+    props: Option<(Pool, Toucher)>,
+    /// The pool is mounted with `punch=keep`.
+    keeps: bool,
+}
 
 impl Stage {
+    fn set_up(&self) -> (Pool, Toucher) {
+        let punch = if self.keeps { "keep" } else { "release" };
+        let pool = Pool::mount(&format!("pagesize=2M,size={},punch={punch}", PAGES * FOLIO));
+        (pool, Toucher::start())
+    }
+
     fn play(&mut self, ops: &[Op]) -> Verdict {
-        let (pool, mut toucher) = self.0.take().unwrap_or_else(|| (Pool::small(PAGES), Toucher::start()));
+        let (pool, mut toucher) = self.props.take().unwrap_or_else(|| self.set_up());
         let mut world = World::new(&pool, &mut toucher);
-        let verdict = follow(&mut world, ops);
+        let verdict = follow(&mut world, ops, self.keeps);
         let verdict = verdict.and(clean(world));
         if verdict.is_ok() {
-            self.0 = Some((pool, toucher));
+            self.props = Some((pool, toucher));
         } else {
             eprintln!("{}", pool.log());
             drop(toucher);
@@ -1144,6 +1162,15 @@ fn number_from_environment(name: &str) -> Option<u64> {
 
 #[test]
 fn any_sequence_of_operations_does_what_the_model_says() {
+    play_all(false);
+}
+
+#[test]
+fn any_sequence_of_operations_does_what_the_model_says_where_punched_pages_are_kept() {
+    play_all(true);
+}
+
+fn play_all(keeps: bool) {
     const CASES: u32 = 200;
     let cases = number_from_environment("PROPTEST_CASES").map_or(CASES, |cases| cases as u32);
     let seed = number_from_environment("MODEL_SEED").unwrap_or_else(|| {
@@ -1153,7 +1180,7 @@ fn any_sequence_of_operations_does_what_the_model_says() {
     bytes[..8].copy_from_slice(&seed.to_le_bytes());
     let config = Config { cases, failure_persistence: None, max_shrink_iters: 2000, ..Config::default() };
     let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
-    let stage = RefCell::new(Stage::default());
+    let stage = RefCell::new(Stage { props: None, keeps });
     match runner.run(&sequence(), |ops| stage.borrow_mut().play(&ops)) {
         Ok(()) => {}
         Err(TestError::Fail(why, ops)) => {
@@ -1165,7 +1192,7 @@ fn any_sequence_of_operations_does_what_the_model_says() {
         }
         Err(TestError::Abort(why)) => panic!("{why}"),
     }
-    let last = stage.borrow_mut().0.take();
+    let last = stage.borrow_mut().props.take();
     if let Some((pool, toucher)) = last {
         drop(toucher);
         pool.check();

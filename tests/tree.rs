@@ -7,6 +7,7 @@ use rustix::fs::{
     Timestamps, UTIME_NOW, UTIME_OMIT, Uid, XattrFlags, makedev, mkdirat, mknodat, renameat_with,
 };
 use rustix::io::Errno;
+use rustix::mount::{FsPickFlags, fsconfig_reconfigure, fsconfig_set_string, fspick};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fmt::Debug;
@@ -21,6 +22,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 use support::{FOLIO, Pool, get, run, set};
 
 const NOBODY: u32 = 65534;
@@ -1282,4 +1284,49 @@ fn statfs_counts_pages_and_inodes() {
     let after = stat();
     assert_eq!((after.f_blocks, after.f_bfree, after.f_bavail), (4, 3, 3));
     assert_eq!((after.f_files, after.f_ffree), (before.f_files, before.f_ffree - 1));
+}
+
+/// Lets the daemon's tree have `more` inodes than it has.
+fn leave_room_for(pool: &Pool, more: u64) {
+    let now = rustix::fs::statvfs(pool.path()).unwrap();
+    let tree = format!("/proc/{}/root/index", pool.daemon().pid);
+    let mount = fspick(CWD, &tree, FsPickFlags::FSPICK_CLOEXEC).unwrap();
+    fsconfig_set_string(mount.as_fd(), "nr_inodes", (now.f_files - now.f_ffree + more).to_string()).unwrap();
+    fsconfig_reconfigure(mount.as_fd()).unwrap();
+}
+
+#[test]
+fn a_full_tree_refuses_new_names_and_lets_go_of_old_ones() {
+    let pool = Pool::small(2);
+    let path = |name: &str| pool.join(name);
+    fs::write(path("kept"), [7; 5000]).unwrap();
+    fs::hard_link(path("kept"), path("link")).unwrap();
+    fs::create_dir(path("directory")).unwrap();
+    symlink("kept", path("symlink")).unwrap();
+    leave_room_for(&pool, 2);
+    fs::write(path("one"), "").unwrap();
+    fs::write(path("two"), "").unwrap();
+    assert_eq!(errno(File::create_new(path("three"))), Errno::NOSPC);
+    assert_eq!(errno(fs::hard_link(path("one"), path("three"))), Errno::NOSPC);
+    let kept = File::open(path("kept")).unwrap();
+    for name in ["kept", "link", "symlink", "one", "two"] {
+        fs::remove_file(path(name)).unwrap();
+        assert_eq!(errno(fs::symlink_metadata(path(name))), Errno::NOENT, "{name}");
+    }
+    fs::remove_dir(path("directory")).unwrap();
+    let mut bytes = [0; 5000];
+    kept.read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!((bytes, kept.metadata().unwrap().nlink()), ([7; 5000], 0));
+    drop(kept);
+    let patience = Instant::now() + Duration::from_secs(10);
+    while pool.counter("orphans") > 0 {
+        assert!(Instant::now() < patience, "{:?}", pool.counters());
+        std::thread::yield_now(); // the kernel forgets a file after unlink(2) has returned
+    }
+    for number in 0..6 {
+        fs::write(path(&number.to_string()), "").unwrap();
+    }
+    assert_eq!(errno(File::create_new(path("seven"))), Errno::NOSPC);
+    pool.check();
+    pool.unmount();
 }

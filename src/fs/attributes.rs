@@ -155,6 +155,8 @@ impl Fs {
         let objects = self.all_objects();
         let counts = objects.iter().map(|object| object.quarantined_counts());
         let (soft, hw) = counts.fold((0, 0), |sum, counts| (sum.0 + counts.0, sum.1 + counts.1));
+        let punched = objects.iter().map(|object| object.read_lock().sealed().punched_bytes());
+        let punched = punched.sum::<Result<u64>>()?;
         let mut text = String::new();
         let mut line = |name: &str, value: u64| {
             let _ = writeln!(text, "{name} {value}");
@@ -171,6 +173,7 @@ impl Fs {
         }
         line("objects", objects.len() as u64);
         line("orphans", self.index.orphan_count() as u64);
+        line("punched_bytes", punched);
         line("quarantined_soft", soft);
         line("quarantined_hw", hw);
         line("opened_natively", objects.iter().map(|object| object.natives() as u64).sum());

@@ -58,6 +58,7 @@ pub struct Fs {
     /// Who opens a file for reading only reads it without us.
     native: bool,
     closings: Closings,
+    keep_punched: bool,
     repaired: Option<Sender<Repaired>>,
     /// The kernel's count of memory errors when all files were last looked through; `None` where it has none.
     failures: Mutex<Option<u64>>,
@@ -125,6 +126,7 @@ impl Fs {
             recovery_write: options.recovery_write,
             native: reads_natively(options.io),
             closings: Closings::default(),
+            keep_punched: options.keep_punched,
             repaired,
             failures,
             failures_in_pool,
@@ -349,7 +351,8 @@ impl Fs {
     /// Makes what [`Object`]s need to know.
     fn with_context<T>(&self, object: &Arc<Object>, run: impl FnOnce(Context<'_>) -> T) -> T {
         let repaired = |folio: Folio| self.report_repaired(object.clone(), folio.range());
-        run(Context { pool: &self.pool, recovery_write: self.recovery_write, repaired: &repaired })
+        let (recovery_write, keep_punched) = (self.recovery_write, self.keep_punched);
+        run(Context { pool: &self.pool, recovery_write, keep_punched, repaired: &repaired })
     }
 
     // ---- memory errors ------------------------------------------------------------------------------------------

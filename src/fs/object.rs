@@ -44,6 +44,8 @@ pub struct Context<'a> {
     pub pool: &'a Pool,
     /// A write that covers a quarantined subpage repairs it.
     pub recovery_write: bool,
+    /// Pages that are punched stay the file's.
+    pub keep_punched: bool,
     /// Is told of folios that have become whole again.
     pub repaired: &'a (dyn Fn(Folio) + Sync),
 }
@@ -55,7 +57,7 @@ pub enum Allocation {
     Extend,
     /// FALLOC_FL_KEEP_SIZE: memory for the range.
     KeepSize,
-    /// FALLOC_FL_PUNCH_HOLE: whole pages back to the pool, the rest zeroed.
+    /// FALLOC_FL_PUNCH_HOLE: whole pages back to the pool, the rest zeroed; or all of it a gap ([`Context::keep_punched`]).
     Punch,
     /// FALLOC_FL_ZERO_RANGE: zeros, and the file at least that long.
     Zero,
@@ -74,6 +76,8 @@ pub enum State {
     Poisoned,
     /// Not: its pages were given back.
     Released,
+    /// Not: punched, and a touch fills it.
+    Punched,
 }
 
 impl State {
@@ -84,6 +88,7 @@ impl State {
             Self::Small => "small",
             Self::Poisoned => "poisoned",
             Self::Released => "released",
+            Self::Punched => "punched",
         }
     }
 }
@@ -187,7 +192,11 @@ impl Object {
 
     fn write_alone(&self, bytes: &[u8], range: Range, context: Context<'_>) -> Result<usize> {
         let mut holding = self.write_lock();
-        mend(&mut holding)?;
+        if holding.has_pages(range) || holding.can_append(range) {
+            mend_but_gaps(&mut holding)?
+        } else {
+            mend(&mut holding)?
+        }
         if holding.can_append(range) {
             return holding.sealed_mut().append(bytes, range.start);
         }
@@ -238,6 +247,9 @@ impl Object {
             _ => checked_range(offset, length)?,
         };
         let mut holding = self.write_lock();
+        if what == Allocation::Punch && context.keep_punched {
+            return self.punch_and_keep(&mut holding, range, context);
+        }
         mend(&mut holding)?;
         let pool = context.pool;
         match what {
@@ -264,16 +276,32 @@ impl Object {
         self.zero(holding, range, context) // and not what was released
     }
 
+    /// The pages stay the file's, and a touch fills the gaps. Where there are soft holes elsewhere, which a free block would open, all is
+    /// zeroed in place.
+    fn punch_and_keep(&self, holding: &mut Holding, range: Range, context: Context<'_>) -> Result<()> {
+        mend_but_gaps(holding)?;
+        refuse_partial_holes(holding, range)?;
+        self.repair_lost(holding, range, context)?;
+        if holding.sealed().holes().is_empty() && holding.released().is_empty() {
+            holding.sealed_mut().punch(range)
+        } else {
+            self.zero(holding, range, context)
+        }
+    }
+
+    /// Puts zeros in place of what is quarantined in `range`.
+    fn repair_lost(&self, holding: &mut Holding, range: Range, context: Context<'_>) -> Result<()> {
+        let holes: Vec<Subpage> = holding.sealed().lost_in(range).collect();
+        holes.into_iter().try_for_each(|hole| self.repair_one(holding, hole, Content::Zero, context))
+    }
+
     /// Zeroes what has memory of `range`; quarantined subpages that it covers are repaired, for what they held is
     /// discarded. [`Error::Poisoned`] where one is covered in part; nothing is zeroed then.
     fn zero(&self, holding: &mut Holding, range: Range, context: Context<'_>) -> Result<()> {
         const ZEROS: &[u8] = &[0; 256 << 10];
         refuse_partial_holes(holding, range)?;
         let range = range.intersect(Range::new(0, holding.sealed().size()));
-        let holes: Vec<Subpage> = holding.sealed().lost_in(range).collect();
-        for hole in holes {
-            self.repair_one(holding, hole, Content::Zero, context)?;
-        }
+        self.repair_lost(holding, range, context)?;
         for page in
             context.pool.page_size().pages_touching(range).filter(|page| !holding.released().contains(page))
         {
@@ -531,7 +559,7 @@ impl Object {
     pub fn repair(&self, value: &[u8], resumed: bool, context: Context<'_>) -> Result<()> {
         let mut holding = self.write_lock();
         let requests = quarantine::parse_repair(value, holding.sealed().size())?;
-        mend(&mut holding)?;
+        mend_but_gaps(&mut holding)?;
         for (verb, range) in requests.iter().filter(|_| !resumed) {
             check_repairable(&holding, *verb, *range)?;
         }
@@ -574,7 +602,7 @@ impl Object {
     }
 
     /// Puts huge mappings back as a value of the collapse attribute asks for. Parts that cannot be huge, for a quarantined
-    /// subpage or because they were released, are left alone.
+    /// subpage or because they were released or punched, are left alone.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a value that does not parse; [`Error::Again`] or [`Error::NoMemory`] where the kernel could
@@ -601,8 +629,10 @@ impl Object {
     pub fn collapse_folio(&self, folio: Folio) -> Result<()> {
         let holding = self.read_lock();
         let sealed = holding.sealed();
-        let is_whole = sealed.has_memory(folio) && sealed.lost_in(folio.range()).next().is_none();
-        if is_whole { self.collapse_one(sealed, folio) } else { Ok(()) }
+        match sealed.has_memory(folio).then(|| self.collapse_one(sealed, folio)) {
+            None | Some(Err(Error::Busy(_))) => Ok(()),
+            Some(result) => result,
+        }
     }
 
     fn collapse_one(&self, sealed: &Sealed, folio: Folio) -> Result<()> {
@@ -634,9 +664,15 @@ impl Object {
                 } else if huge.iter().any(|huge| huge.covers(folio.range())) {
                     extents.push(range, State::Huge, node);
                 } else {
-                    let quarantined = |subpage: &Subpage| sealed.is_lost(*subpage);
+                    let present = sealed.present(range)?;
+                    let is_present =
+                        |subpage: Subpage| present.iter().any(|part| part.covers(subpage.range()));
                     for subpage in subpages(range) {
-                        let state = if quarantined(&subpage) { State::Poisoned } else { State::Small };
+                        let (state, node) = match sealed.is_lost(subpage) {
+                            true => (State::Poisoned, node),
+                            false if is_present(subpage) => (State::Small, node),
+                            false => (State::Punched, None),
+                        };
                         extents.push(subpage.range(), state, node);
                     }
                 }
@@ -693,9 +729,14 @@ fn quarantined(sealed: &Sealed) -> Vec<Quarantined> {
     quarantine::coalesce(all.into_iter())
 }
 
-/// Before an operation that needs S1: take back what a program punched with madvise(2).
+/// Before an operation that needs S1: take back what a program punched, with madvise(2) or on request.
 fn mend(holding: &mut Holding) -> Result<()> {
     holding.sealed_mut().reclaim_removed().map(drop)
+}
+
+/// Before one that needs S1 only for the sake of soft holes. Where there are gaps on request, there are none.
+fn mend_but_gaps(holding: &mut Holding) -> Result<()> {
+    if holding.sealed().is_punched() { Ok(()) } else { mend(holding) }
 }
 
 fn subpages(range: Range) -> impl Iterator<Item = Subpage> {
@@ -771,7 +812,11 @@ fn quarantinable(holding: &Holding, value: &[u8]) -> Result<Vec<Range>> {
 
 fn injectable(holding: &Holding, value: &[u8]) -> Result<Subpage> {
     let subpage = quarantine::parse_inject(value, holding.sealed().size())?;
-    if !holding.sealed().has_memory(subpage.folio()) || holding.sealed().is_lost(subpage) {
+    let sealed = holding.sealed();
+    if sealed.is_lost(subpage)
+        || !sealed.has_memory(subpage.folio())
+        || sealed.present(subpage.range())?.is_empty()
+    {
         return Err(Error::invalid(format!("{:#x} has no memory, or is quarantined", subpage.offset())));
     }
     Ok(subpage)

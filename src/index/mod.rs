@@ -10,9 +10,9 @@
 //! with them. A [`NodeId`] is the file handle of an inode, so this module keeps no table from id to inode, and no count of
 //! the kernel's references: whether the kernel still knows a node is the kernel's to say (see [`Index::erase`]).
 //!
-//! **Unlinking.** The last name of an inode goes in two steps: the inode is linked into `.orphans`, then the name is
-//! removed. Between the two it has one link too many; [`Index::reopen`] takes that back. A directory cannot be linked: it is moved
-//! there, in one step.
+//! **Unlinking.** An inode is moved into `.orphans` with its last name, in one step that takes no memory: where there is none
+//! left, removing is what helps. Only a file that another is renamed over goes in two, so that its name is never missing: the inode is
+//! linked into `.orphans`, then replaced. Between the two it has one link too many; [`Index::reopen`] takes that back.
 //!
 //! **Locks.** `unlinking` is held from looking at a link count to having acted on it; `orphaned` for one look-up. Neither
 //! while calling out of this module.
@@ -331,10 +331,30 @@ impl Index {
         let directory = self.path(parent)?;
         let name = c_name(name)?;
         let _unlinking = self.unlinking();
-        let orphan = self.orphan_if_last(&directory, &name)?;
-        let removed = rustix::fs::unlinkat(&directory, &*name, AtFlags::empty());
+        let id = self.id_of(&directory, &name)?;
+        let orphan = self.is_last_name(&self.path(id)?)?.then_some(id);
+        match orphan {
+            Some(id) => self.move_away(&directory, &name, id)?,
+            None => {
+                rustix::fs::unlinkat(&directory, &*name, AtFlags::empty())?;
+                steps::done(Step::UnlinkRemoved);
+            }
+        }
+        Ok(orphan)
+    }
+
+    /// Whether the node has one name only, and is not a directory.
+    fn is_last_name(&self, node: &OwnedFd) -> Result<bool> {
+        let attributes = from_statx_of(node)?;
+        Ok(attributes.links == 1 && attributes.kind != Kind::Directory)
+    }
+
+    /// Makes an orphan of `id`, whose last name this is.
+    fn move_away(&self, directory: &OwnedFd, name: &CStr, id: NodeId) -> Result<()> {
+        rustix::fs::renameat(directory, name, &self.orphans, orphan_name(id))?;
         steps::done(Step::UnlinkRemoved);
-        self.settle(orphan, removed)
+        self.orphaned().insert(id);
+        Ok(())
     }
 
     /// Removes an empty directory: moves it away, so that who has it open or for a working directory keeps it. Nothing can be put into
@@ -352,9 +372,7 @@ impl Index {
     fn move_directory_away(&self, parent: &OwnedFd, name: &CStr) -> Result<NodeId> {
         let id = self.id_of(parent, name)?;
         refuse_non_empty(&self.open(id, OFlags::RDONLY | OFlags::DIRECTORY)?)?;
-        rustix::fs::renameat(parent, name, &self.orphans, orphan_name(id))?;
-        steps::done(Step::UnlinkRemoved);
-        self.orphaned().insert(id);
+        self.move_away(parent, name, id)?;
         Ok(id)
     }
 
@@ -411,12 +429,11 @@ impl Index {
         Ok(None)
     }
 
-    /// Links what `name` stands for into `.orphans`, if that is its only name.
+    /// Links what `name` stands for into `.orphans`, if that is its only name, before something else takes the name.
     fn orphan_if_last(&self, directory: &OwnedFd, name: &CStr) -> Result<Option<NodeId>> {
         let id = self.id_of(directory, name)?;
         let node = self.path(id)?;
-        let attributes = from_statx_of(&node)?;
-        if attributes.links > 1 || attributes.kind == Kind::Directory {
+        if !self.is_last_name(&node)? {
             return Ok(None);
         }
         rustix::fs::linkat(&node, c"", &self.orphans, orphan_name(id), AtFlags::EMPTY_PATH)?;

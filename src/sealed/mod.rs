@@ -8,8 +8,8 @@
 //!   +--------------------------+---------+     +----+----+----+
 //! ```
 //!
-//! > **S1.** A sealed file has no free block, except inside a resize and for the microseconds of a quarantine or
-//! > repair.
+//! > **S1.** A sealed file has no free block, except inside a resize, for the microseconds of a quarantine or repair, and
+//! > for gaps (see below), which a file with soft holes does not have.
 //!
 //! From S1 follows that *a hole in `data` cannot be filled by anyone*: a fault there finds no block and becomes SIGBUS
 //! in every process that maps the file, a write becomes ENOSPC. This module is the only one that changes how
@@ -26,6 +26,12 @@
 //! nothing), but a program that calls MADV_COLLAPSE on such a folio gets it mapped with its former user's bytes, even
 //! beyond the end of file (Linux 6.18, `collapse_pte_mapped_thp` does not look at the uptodate flag). fallocate is
 //! for memory that no program can map ([`Reach::Private`]), and for parts of a folio, which MADV_COLLAPSE leaves alone.
+//!
+//! **Gaps.** A file without soft holes has nothing that S1 would have to keep shut. There, memory can be punched out and its blocks
+//! left free ([`Sealed::punch`]): a touch fills the gap with cleared memory, and so do a write and userfaultfd(2). A note with the
+//! file says that this was asked for, and that no folio changes hands meanwhile; whoever opens the file leaves the gaps as they
+//! are, because a gap that came to have memory would look to userfaultfd as if it had been filled. For the same reason nothing that only
+//! looks at memory touches a gap ([`Sealed::present`]). [`Sealed::reclaim_removed`] ends it, before anything that needs S1.
 
 mod ledger;
 mod recovery;
@@ -42,6 +48,7 @@ use rustix::fs::{Mode, OFlags};
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::RangeInclusive;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
@@ -64,6 +71,9 @@ const TRADE_PATIENCE: Duration = Duration::from_millis(100);
 const PINNED: &str = "the folio is pinned (vmsplice, io_uring, VFIO or the like) and cannot be split";
 const UNWINNABLE: &str = "the subpage is pinned (vmsplice, io_uring, VFIO or the like), or touched faster than it can be \
     taken away";
+
+/// Whether the file has gaps on purpose, as what is kept with it.
+const PUNCHED: &str = "punched";
 
 /// Holes that were filled while a block was free, found and shut again, since the daemon started.
 pub static STRAYS_SHUT: AtomicU64 = AtomicU64::new(0);
@@ -111,6 +121,8 @@ pub struct Sealed {
     folios: Vec<bool>,
     /// How many of them do.
     folio_count: u64,
+    /// It may have gaps that were asked for; there are no soft holes then.
+    punched: bool,
 }
 
 impl Sealed {
@@ -129,7 +141,8 @@ impl Sealed {
         let ledger = Ledger::create(data.clone(), first)?;
         let root = handle::of(&mount, c"")?;
         let (folios, unattached) = (Vec::new(), Some(mount));
-        Ok(Self { root, unattached, data, ledger, reach, size: 0, folios, folio_count: 0 })
+        let (size, folio_count, punched) = (0, 0, false);
+        Ok(Self { root, unattached, data, ledger, reach, size, folios, folio_count, punched })
     }
 
     /// Mounts its superblock at `path`, so that it is there for another process when this one is gone.
@@ -484,6 +497,85 @@ impl Sealed {
         self.folios.truncate(used);
     }
 
+    // ---- gaps ---------------------------------------------------------------------------------------------------
+
+    /// Gives the memory of `range` to the machine and lets whoever touches it have other, cleared memory there. In the account of
+    /// folios nothing changes. Subpages that the range covers in part are zeroed, if they have memory.
+    ///
+    /// The file must not have soft holes: the blocks that come free would fill them.
+    ///
+    /// # Errors
+    /// What the kernel answers; [`Error::Poisoned`] for a memory error in a subpage that is covered in part.
+    pub fn punch(&mut self, range: Range) -> Result<()> {
+        assert!(self.holes().is_empty(), "a free block would open a hole");
+        let range = range.intersect(Range::new(0, self.size));
+        let end = if range.end == self.size { self.size.next_multiple_of(SUBPAGE_SIZE) } else { range.end };
+        let start = range.start.next_multiple_of(SUBPAGE_SIZE);
+        let whole = Range::new(start, end / SUBPAGE_SIZE * SUBPAGE_SIZE);
+        self.zero_present(Range::new(range.start, start).intersect(range))?;
+        self.zero_present(Range::new(whole.end.max(range.start), range.end))?;
+        if whole.is_empty() {
+            return Ok(());
+        }
+        if !self.punched {
+            self.keep(PUNCHED, &[])?;
+            self.punched = true;
+            steps::done(Step::PunchNoted);
+        }
+        tmpfs::punch(&self.data, whole)?;
+        steps::done(Step::PunchDone);
+        Ok(())
+    }
+
+    /// Zeroes a part of a subpage, unless it has no memory and reads as zeros anyway.
+    fn zero_present(&self, range: Range) -> Result<()> {
+        const ZEROS: Bytes = [0; SUBPAGE_SIZE as usize];
+        if range.is_empty() || tmpfs::resident(&self.data, range)? == 0 {
+            return Ok(());
+        }
+        tmpfs::write_at(&self.data, &ZEROS[..range.len() as usize], range.start).map(drop)
+    }
+
+    /// Whether there may be gaps that were asked for.
+    pub fn is_punched(&self) -> bool {
+        self.punched
+    }
+
+    /// Bytes in gaps that were asked for: memory that is the machine's until it is touched.
+    ///
+    /// # Errors
+    /// What fstatfs(2) answers.
+    pub fn punched_bytes(&self) -> Result<u64> {
+        Ok(if self.punched { tmpfs::blocks(&self.data)?.free * SUBPAGE_SIZE } else { 0 })
+    }
+
+    /// The parts of `range` that have memory: what has none would get some from a touch, wherever a block is free.
+    ///
+    /// # Errors
+    /// What cachestat(2) answers.
+    pub fn present(&self, range: Range) -> Result<Vec<Range>> {
+        let subpages = range.subpages_out();
+        match tmpfs::resident(&self.data, range)? {
+            0 => Ok(Vec::new()),
+            all if all == subpages.len() / SUBPAGE_SIZE => Ok(vec![range]),
+            _ => {
+                let has_memory =
+                    |subpage: &Range| tmpfs::resident(&self.data, *subpage).map(|count| count > 0);
+                let mut present = Vec::new();
+                for subpage in subpages.steps(SUBPAGE_SIZE) {
+                    if has_memory(&subpage)? {
+                        present.push(subpage);
+                    }
+                }
+                Ok(present)
+            }
+        }
+    }
+
+    fn is_present(&self, folio: Folio) -> Result<bool> {
+        Ok(tmpfs::resident(&self.data, folio.range())? == SUBPAGES_PER_FOLIO)
+    }
+
     // ---- quarantine and repair ----------------------------------------------------------------------------------
 
     /// Takes `subpage` out of the file: from when this returns, touching it is SIGBUS and nothing fills it.
@@ -681,12 +773,8 @@ impl Sealed {
         for part in range.steps(WINDOW) {
             let window = Window::new(&self.data, part)?;
             for folio in part.folios().filter(|folio| self.has_memory(*folio)) {
-                let range = folio.range().intersect(part);
-                match window.populate(range) {
-                    Ok(()) => {}
-                    // A hole may hide an error behind it.
-                    Err(Error::Poisoned | Error::NoData) => found.extend(poisoned_subpages(&window, range)?),
-                    Err(error) => return Err(error),
+                for range in self.present(folio.range().intersect(part))? {
+                    found.extend(poisoned_subpages(&window, range)?);
                 }
             }
         }
@@ -819,6 +907,9 @@ impl Sealed {
         if self.lost_in(folio.range()).next().is_some() {
             return Err(Error::Busy("a quarantined subpage keeps this part from being one huge page"));
         }
+        if !self.is_present(folio)? {
+            return Err(Error::Busy("what was punched keeps this part from being one huge page"));
+        }
         Window::new(&self.data, folio.range())?.collapse(folio)
     }
 
@@ -829,6 +920,9 @@ impl Sealed {
     pub fn huge_ranges(&self, range: Range) -> Result<Vec<Range>> {
         let window = Window::new(&self.data, range)?;
         for folio in range.folios() {
+            if !self.is_present(folio)? {
+                continue;
+            }
             match window.populate(Range::at(folio.range().start, 1).subpages_out()) {
                 Ok(()) | Err(Error::NoData | Error::Poisoned) => {}
                 Err(error) => return Err(error),
@@ -840,7 +934,8 @@ impl Sealed {
     /// The NUMA node that the memory of `folio` is on, as far as the kernel tells.
     pub fn node_of(&self, folio: Folio) -> Option<u32> {
         let window = Window::new(&self.data, folio.range()).ok()?;
-        folio.range().steps(SUBPAGE_SIZE).find_map(|subpage| {
+        let present = self.present(folio.range()).ok()?;
+        present.into_iter().flat_map(|range| range.steps(SUBPAGE_SIZE)).find_map(|subpage| {
             window.populate(subpage).ok()?;
             window.node_of(subpage.start)
         })
@@ -874,7 +969,7 @@ impl Sealed {
     pub fn check(&self) -> Result<Vec<String>> {
         let mut wrong = Vec::new();
         let blocks = tmpfs::blocks(&self.data)?;
-        if blocks.free != 0 || blocks.limit != self.limit() {
+        if (blocks.free != 0 && !self.punched) || blocks.limit != self.limit() {
             wrong.push(format!(
                 "S1: {} of {} blocks are free, and {} are meant to be taken",
                 blocks.free,
@@ -888,13 +983,14 @@ impl Sealed {
         for folio in (0..self.folios.len() as u64).map(Folio) {
             let holes = self.holes_in(folio.range()).count() as u64;
             let meant = if self.has_memory(folio) { SUBPAGES_PER_FOLIO - holes } else { 0 };
-            let resident = self.settled(folio.range(), meant)?;
-            if resident != meant {
+            let least = if self.punched { 0 } else { meant };
+            let resident = self.settled(folio.range(), least..=meant)?;
+            if !(least..=meant).contains(&resident) {
                 wrong.push(format!("Q1: folio {} has {resident} subpages, and {meant} are meant", folio.0));
             }
         }
         for subpage in self.holes().keys() {
-            if self.settled(subpage.range(), 0)? != 0 {
+            if self.settled(subpage.range(), 0..=0)? != 0 {
                 wrong.push(format!("Q1: the quarantined subpage at {:#x} has memory", subpage.offset()));
             }
         }
@@ -905,12 +1001,12 @@ impl Sealed {
         Ok(wrong)
     }
 
-    /// How many subpages of `range` have memory; looked at until that is `meant`, or often enough. A touch of a hole, as it
+    /// How many subpages of `range` have memory; looked at until that is as `meant`, or often enough. A touch of a hole, as it
     /// fails, has its page in the file for an instant before it asks for a block (mm/shmem.c, shmem_alloc_and_add_folio).
-    fn settled(&self, range: Range, meant: u64) -> Result<u64> {
+    fn settled(&self, range: Range, meant: RangeInclusive<u64>) -> Result<u64> {
         let mut resident = tmpfs::resident(&self.data, range)?;
         for _ in 0..TRIES {
-            if resident == meant {
+            if meant.contains(&resident) {
                 break;
             }
             resident = tmpfs::resident(&self.data, range)?;
@@ -923,17 +1019,29 @@ impl Sealed {
     /// # Errors
     /// What fstatfs(2) answers.
     pub fn is_torn(&self) -> Result<bool> {
+        Ok(!self.punched && self.has_free_blocks()?)
+    }
+
+    fn has_free_blocks(&self) -> Result<bool> {
         Ok(tmpfs::blocks(&self.data)?.free > 0)
     }
 
-    /// Takes back what a program gave up. Returns whether there was any.
+    /// Takes back what a program gave up, and what was punched. Returns whether there was any.
     ///
     /// # Errors
     /// [`Error::NoMemory`].
     pub fn reclaim_removed(&mut self) -> Result<bool> {
-        if !self.is_torn()? {
-            return Ok(false);
+        let reclaimed = self.has_free_blocks()? && self.fill_gaps()?;
+        if self.punched {
+            steps::done(Step::UnpunchFilled);
+            self.discard(PUNCHED)?;
+            self.punched = false;
+            steps::done(Step::UnpunchDone);
         }
+        Ok(reclaimed)
+    }
+
+    fn fill_gaps(&mut self) -> Result<bool> {
         self.shut_strays()?;
         let torn: Vec<Folio> = self
             .folios()
@@ -962,8 +1070,14 @@ impl Sealed {
     }
 }
 
+/// Those of `range`, all of which has memory.
 fn poisoned_subpages(window: &Window, range: Range) -> Result<Vec<Subpage>> {
     let mut found = Vec::new();
+    match window.populate(range) {
+        Ok(()) => return Ok(found),
+        Err(Error::Poisoned | Error::NoData) => {} // some of them, or punched in the meantime
+        Err(error) => return Err(error),
+    }
     for subpage in range.steps(SUBPAGE_SIZE) {
         match window.populate(subpage) {
             Err(Error::Poisoned) => found.push(Subpage::containing(subpage.start)),
@@ -1159,6 +1273,33 @@ mod tests {
         drop(pin);
         sealed.quarantine(Subpage(5), TIME).unwrap();
         assert_sealed(&sealed);
+    }
+
+    #[test]
+    fn gaps_are_left_to_who_touches_them_by_all_but_who_needs_the_blocks() {
+        let mut sealed = sealed(3 * FOLIO_SIZE - 5000);
+        let gaps = [Range::at(3 * SUBPAGE_SIZE, SUBPAGE_SIZE), Range::new(FOLIO_SIZE, sealed.size())];
+        gaps.iter().for_each(|gap| sealed.punch(*gap).unwrap());
+        let missing = SUBPAGE_SIZE + (sealed.size() - FOLIO_SIZE).next_multiple_of(SUBPAGE_SIZE);
+        let mut again = Sealed::open(Reach::Programs, sealed.mount().unwrap()).unwrap();
+        for sealed in [&mut sealed, &mut again] {
+            assert!(!sealed.is_torn().unwrap());
+            assert_eq!(sealed.note_poison(TIME).unwrap(), []);
+            assert_eq!(sealed.huge_ranges(folios(3)).unwrap(), []);
+            assert!(sealed.folios().all(|folio| sealed.collapse(folio).is_err()));
+            assert_eq!(sealed.punched_bytes().unwrap(), missing);
+            assert_eq!((sealed.check().unwrap(), sealed.folio_count()), (vec![], 3));
+        }
+        drop(sealed);
+        let mapping = Mapping::new(again.data(), folios(3), Sharing::Shared, true).unwrap();
+        assert_eq!(mapping.load(3 * SUBPAGE_SIZE), Ok(0));
+        assert_eq!(again.punched_bytes().unwrap(), missing - SUBPAGE_SIZE);
+        assert!(again.reclaim_removed().unwrap());
+        assert!(!again.is_punched());
+        assert_sealed(&again);
+        assert_unchanged(&again, Range::new(4 * SUBPAGE_SIZE, FOLIO_SIZE));
+        again.quarantine(Subpage(3), TIME).unwrap();
+        assert_sealed(&again);
     }
 
     #[test]

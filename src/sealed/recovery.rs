@@ -3,7 +3,7 @@
 //! What was under way is told from what is there. Nothing below takes a byte that is known for lost, and what has arrived is
 //! not written again: a program may have changed it since.
 
-use super::{Bytes, Direction, Ledger, Reach, Record, Sealed, poisoned_subpages};
+use super::{Bytes, Direction, Ledger, PUNCHED, Reach, Record, Sealed, poisoned_subpages};
 use crate::error::{Error, Result};
 use crate::sys::mapping::Window;
 use crate::sys::{self, handle, tmpfs};
@@ -16,7 +16,8 @@ use std::sync::Arc;
 impl Sealed {
     /// Opens what [`Sealed::create`] made by the mount of its superblock, finishes or undoes what was under way, and restores S1.
     ///
-    /// Folios in which there is nothing at all have no memory afterwards; whether they should is for the owner to know. So is how
+    /// Folios in which there is nothing at all have no memory afterwards, unless the file was punched, whose gaps are left as they
+    /// are; whether they should have is for the owner to know. So is how
     /// to come back to a size that was noted ([`super::Superblock::undo_size`]), as memory moves for that.
     ///
     /// # Errors
@@ -26,8 +27,9 @@ impl Sealed {
         let data: Arc<File> = Arc::new(rustix::fs::openat(&mount, "data", flags, Mode::empty())?.into());
         let ledger = Ledger::open(data.clone(), &mount)?;
         let (size, root) = (tmpfs::size(&data)?, handle::of(&mount, c"")?);
-        let (folios, unattached) = (Vec::new(), None);
-        let mut sealed = Self { root, unattached, data, ledger, reach, size, folios, folio_count: 0 };
+        let (folios, folio_count, unattached) = (Vec::new(), 0, None);
+        let punched = ledger.kept(PUNCHED)?.is_some();
+        let mut sealed = Self { root, unattached, data, ledger, reach, size, folios, folio_count, punched };
         sealed.find_memory()?;
         sealed.fit_reserve()?;
         sealed.finish_moves()?;
@@ -35,7 +37,9 @@ impl Sealed {
             sealed.vacate(Range::new(0, 0))?; // a change of the superblock's is the dearest of all this
         }
         sealed.recall_poison()?;
-        sealed.reclaim_around_poison()?;
+        if !sealed.punched {
+            sealed.reclaim_around_poison()?;
+        }
         Ok(sealed)
     }
 
@@ -59,6 +63,7 @@ impl Sealed {
         let noted: Vec<Subpage> = self.poisoned().keys().copied().collect();
         for subpage in noted {
             let is_there = self.has_memory(subpage.folio())
+                && !self.present(subpage.range())?.is_empty()
                 && !poisoned_subpages(&Window::new(&self.data, subpage.range())?, subpage.range())?
                     .is_empty();
             if !is_there {
@@ -68,11 +73,11 @@ impl Sealed {
         Ok(())
     }
 
-    /// A folio has memory if there is any in it, or a soft hole.
+    /// A folio has memory if there is any in it, or a soft hole; or a gap, as all there is without memory is one then.
     fn find_memory(&mut self) -> Result<()> {
         for folio in Range::new(0, self.size).folios() {
             let has_holes = self.holes_in(folio.range()).next().is_some();
-            if has_holes || tmpfs::resident(&self.data, folio.range())? > 0 {
+            if self.punched || has_holes || tmpfs::resident(&self.data, folio.range())? > 0 {
                 self.mark(folio.range(), true);
             }
         }

@@ -10,6 +10,7 @@ pub mod namespace;
 pub mod process;
 pub mod sigbus;
 pub mod tmpfs;
+pub mod userfault;
 
 use crate::error::Error;
 use rustix::io::Errno;

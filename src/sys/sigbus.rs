@@ -135,7 +135,12 @@ impl Mapping {
         self.base as usize
     }
 
-    fn pointer(&self, offset: u64) -> *mut u8 {
+    /// The offset in the file of what is mapped at `address`.
+    pub(super) fn offset_of(&self, address: u64) -> u64 {
+        address - self.base as u64 + self.offset
+    }
+
+    pub(super) fn pointer(&self, offset: u64) -> *mut u8 {
         let at = (offset - self.offset) as usize;
         assert!(at < self.length, "offset {offset:#x} is not mapped");
         self.base.wrapping_add(at)
@@ -287,8 +292,7 @@ impl Mapping {
 
     fn latest_hit(&self) -> Hit {
         let (address, code) = LATEST.get();
-        let offset = address as u64 - self.base as u64 + self.offset;
-        Hit { subpage: Subpage::containing(offset), code }
+        Hit { subpage: Subpage::containing(self.offset_of(address as u64)), code }
     }
 }
 
@@ -299,6 +303,20 @@ pub enum Pin {
     Pipe(std::io::PipeReader, std::io::PipeWriter),
     /// As a buffer of an io_uring.
     Ring(OwnedFd),
+}
+
+impl Drop for Pin {
+    /// A ring that is closed gives its buffers up some time later; whoever drops this may rely on it.
+    fn drop(&mut self) {
+        const UNREGISTER_BUFFERS: libc::c_uint = 1;
+        let Self::Ring(ring) = self else { return };
+        let nothing = std::ptr::null::<libc::c_void>();
+        // SAFETY: the request takes no argument.
+        #[allow(unsafe_code)]
+        unsafe {
+            libc::syscall(libc::SYS_io_uring_register, ring.as_raw_fd(), UNREGISTER_BUFFERS, nothing, 0)
+        };
+    }
 }
 
 impl Drop for Mapping {

@@ -2,7 +2,8 @@
 
 use crate::boot::{Boot, Report, Verdict};
 use crate::cases::Machine;
-use crate::support::{FOLIO, Pool, REPAIR, SUBPAGE, poison, set};
+use crate::support::{COLLAPSE, FOLIO, MAP, Pool, REPAIR, SUBPAGE, get, poison, set};
+use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::TcpListener;
@@ -30,12 +31,19 @@ pub const TESTS: &[(&str, fn())] = &[
         "a_virtual_machine_that_cannot_move_by_postcopy_stays_where_it_is",
         a_virtual_machine_that_cannot_move_by_postcopy_stays_where_it_is,
     ),
+    (
+        "a_virtual_machine_moves_by_postcopy_where_punched_pages_are_kept",
+        a_virtual_machine_moves_by_postcopy_where_punched_pages_are_kept,
+    ),
 ];
 
 const MEBIBYTES: u64 = 512;
 const MACHINE: Machine = Machine { memory: MEBIBYTES, nodes: 1, command_line: "" };
 /// What it does to show that it is well: it makes a memory error of its own, among other things.
 const WORK: &str = "this_kernel_has_real_memory_errors";
+
+/// What it does to show that its memory is as it was: it leaves some in the first run.
+const REMEMBER: &str = "memory_holds_what_was_left_in_it";
 
 const SIGBUS: i32 = 7;
 
@@ -70,7 +78,16 @@ impl Vm {
 
     /// Asserts that the machine does its work.
     fn works(&mut self) {
-        let report = self.boot.run(WORK);
+        self.does(WORK);
+    }
+
+    /// Asserts that the machine's memory is as it was the first time.
+    fn remembers(&mut self) {
+        self.does(REMEMBER);
+    }
+
+    fn does(&mut self, what: &str) {
+        let report = self.boot.run(what);
         assert!(matches!(report.verdict, Verdict::Passed), "{}", describe(&report));
     }
 
@@ -93,10 +110,14 @@ impl Vm {
 
     /// Waits until the machine has left for where it was told to.
     fn wait_until_gone(&self) -> String {
+        self.wait_until_migration_is("completed")
+    }
+
+    fn wait_until_migration_is(&self, stage: &str) -> String {
         let patience = Instant::now() + Duration::from_secs(120);
         loop {
             let status = self.tell("info migrate");
-            if status.contains("Migration status: completed") {
+            if status.contains(&format!("Migration status: {stage}")) {
                 return status;
             }
             assert!(!status.contains("Migration status: failed"), "{status}");
@@ -251,7 +272,7 @@ fn a_virtual_machine_moves_to_another_process() {
 }
 
 /// For postcopy (userfaultfd), QEMU punches all of the target's memory, to have it filled by faults. Pages that are punched go
-/// back to the pool here, and a fault cannot ask the pool: SIGBUS ends the target before the source has left.
+/// back to the pool by default, and a fault cannot ask the pool: SIGBUS ends the target before the source has left.
 fn a_virtual_machine_that_cannot_move_by_postcopy_stays_where_it_is() {
     let (pool, work) = (pool(2), tempfile::tempdir().unwrap());
     let (memory, other) = (pool.join("vm0"), pool.join("vm1"));
@@ -266,6 +287,47 @@ fn a_virtual_machine_that_cannot_move_by_postcopy_stays_where_it_is() {
     pool.check();
     vm.boot.shut_down();
     drop(target);
+    fs::remove_file(memory).unwrap();
+    fs::remove_file(other).unwrap();
+    pool.unmount();
+}
+
+/// The machine runs at the target, and what it touches comes from the source at that moment, whoever looks at the memory meanwhile
+/// and though the worker dies.
+fn a_virtual_machine_moves_by_postcopy_where_punched_pages_are_kept() {
+    let work = tempfile::tempdir().unwrap();
+    let pool = Pool::mount(&format!("pagesize=2M,size={}M,punch=keep", 2 * MEBIBYTES));
+    let (memory, other) = (pool.join("vm0"), pool.join("vm1"));
+    let mut vm = Vm::start(&memory, work.path());
+    vm.remembers();
+    let to = format!("tcp:127.0.0.1:{}", free_port());
+    let mut target = Vm::spawn(&other, work.path(), Some(&to));
+    target.tell("migrate_set_capability postcopy-ram on");
+    vm.tell("migrate_set_capability postcopy-ram on");
+    vm.tell("migrate_set_parameter max-bandwidth 8M"); // so that there is something left for postcopy
+    vm.tell("migrate_set_parameter max-postcopy-bandwidth 16M");
+    vm.tell(&format!("migrate -d {to}"));
+    vm.tell("migrate_start_postcopy");
+    vm.wait_until_migration_is("postcopy-active");
+    let worker = Pid::from_raw(pool.counter("worker_pid") as i32).unwrap();
+    assert!(get(&other, MAP).unwrap().contains(" punched -"), "nothing is missing any more");
+    kill_process(worker, Signal::KILL).unwrap();
+    pool.check();
+    set(&other, COLLAPSE, "all").unwrap();
+    vm.wait_until_migration_is("postcopy-active");
+    target.remembers();
+    let status = vm.wait_until_gone();
+    drop(vm);
+    target.remembers();
+    let requests = status.lines().find(|line| line.contains("postcopy request count"));
+    println!("postcopy   {}", requests.expect("QEMU counts them"));
+    assert_eq!(pool.free_pages(), 0, "the pages are the files' all along");
+    pool.check();
+    set(&other, COLLAPSE, "all").unwrap();
+    let map = get(&other, MAP).unwrap();
+    assert!(map.lines().all(|line| line.contains(" huge ")), "{map}");
+    target.works();
+    target.boot.shut_down();
     fs::remove_file(memory).unwrap();
     fs::remove_file(other).unwrap();
     pool.unmount();

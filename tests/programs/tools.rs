@@ -12,6 +12,7 @@ tests!(
     ordinary_tools_do_what_they_do_elsewhere,
     copies_carry_times_owners_and_attributes,
     copies_that_step_over_holes_carry_quarantines_and_lose_nothing_else,
+    rsync_carries_a_quarantine_onto_a_copy_that_it_need_not_read,
     tools_that_cannot_read_a_quarantined_subpage_say_so,
     somebody_without_permission_is_refused_and_with_permission_is_not,
     tools_that_look_under_the_surface_say_something_sensible,
@@ -116,6 +117,33 @@ fn copies_that_step_over_holes_carry_quarantines_and_lose_nothing_else() {
     }
     println!("cp --sparse=always and tar -S carry quarantines");
     assert!(get(&file, POISON).is_ok());
+    to.check();
+    from.unmount();
+    to.unmount();
+}
+
+/// rsync compares sizes and times, and reads where they differ. The rescue comes before it, without attributes.
+fn rsync_carries_a_quarantine_onto_a_copy_that_it_need_not_read() {
+    let (from, to) = (Pool::small(8), Pool::small(8));
+    let (file, copy) = (quarantined(&from), to.join("file"));
+    set(&file, "user.color", "green").unwrap();
+    let rescue = ["--sparse=always", "--preserve=mode,ownership,timestamps"];
+    said(Command::new("cp").args(rescue).arg(&file).arg(&copy));
+    assert!(get(&copy, POISON).is_err() && get(&copy, "user.color").is_err());
+    for run in ["carries them", "finds them there"] {
+        let text = said(Command::new("rsync").args(["-aX", "--stats"]).arg(&file).arg(&copy));
+        assert!(text.contains("Number of regular files transferred: 0\n"), "{text}");
+        assert!(get(&copy, POISON).unwrap().starts_with("0x3000 0x1000 soft "), "{run}");
+        assert_eq!(get(&copy, "user.color").unwrap(), "green", "{run}");
+        let times = [&file, &copy].map(|path| fs::metadata(path).unwrap().modified().unwrap());
+        assert_eq!(times[0], times[1], "{run}");
+    }
+    set(&copy, REPAIR, "zero all").unwrap();
+    assert_only_the_fourth_subpage_is_lost(&copy);
+    println!(
+        "rsync -aX after cp --sparse=always --preserve=mode,ownership,timestamps carries the quarantine"
+    );
+    from.check();
     to.check();
     from.unmount();
     to.unmount();

@@ -3,7 +3,7 @@
 use super::cases;
 use super::hw::{INJECT, inject, listed};
 use crate::support::{
-    COLLAPSE, FOLIO, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, Toucher, get, poison, set,
+    COLLAPSE, FOLIO, MAP, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, Toucher, get, poison, set,
 };
 use hugetlb2fs::sys::sigbus::{Mapping, Sharing};
 use hugetlb2fs::units::Range;
@@ -22,6 +22,7 @@ cases! {
         an_error_in_the_ledger_loses_what_was_kept_and_opens_no_hole,
         an_error_in_a_pinned_folio_is_contained_as_the_kernel_can,
         an_error_beside_memory_that_a_program_removed_stays_alone,
+        errors_beside_what_was_punched_and_kept_fill_none_of_it_and_are_repaired,
         errors_that_come_while_a_file_is_resized_are_kept_or_discarded_with_their_place,
         errors_that_come_while_others_are_repaired_are_repaired_in_their_turn,
         every_request_survives_memory_errors_under_it,
@@ -195,6 +196,40 @@ fn an_error_beside_memory_that_a_program_removed_stays_alone() {
     assert!(toucher.walk().is_empty());
     pool.check();
     drop((toucher, file));
+    pool.unmount();
+}
+
+/// Whether errors are looked for, found again by another worker, repaired, or punched: what is missing stays so.
+fn errors_beside_what_was_punched_and_kept_fill_none_of_it_and_are_repaired() {
+    const GAP: u64 = BAD + 8 * SUBPAGE;
+    let pool = Pool::mount(&format!("pagesize=2M,size={},punch=keep", 4 * FOLIO));
+    let path = sevens(&pool);
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    let keep = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    let is_missing = |range: &str| get(&path, MAP).unwrap().contains(&format!("{range} punched -"));
+    let mut victim = Toucher::mapping(&path, SIZE);
+    assert!(victim.walk().is_empty());
+    fallocate(&file, keep, 0, FOLIO).unwrap();
+    fallocate(&file, keep, GAP, 4 * SUBPAGE).unwrap();
+    let all_missing = || is_missing("0x0 0x200000") && is_missing("0x20d000 0x4000");
+    assert_eq!(victim.ask(&format!("advise {BAD} {SUBPAGE} {}", libc::MADV_HWPOISON)), "ok");
+    inject(&path, BAD + SUBPAGE);
+    assert_eq!(listed(&path), [format!("{BAD:#x} 0x2000 hw")]);
+    assert!(all_missing(), "{}", get(&path, MAP).unwrap());
+    kill_worker(&pool);
+    assert_eq!(listed(&path), [format!("{BAD:#x} 0x2000 hw")]);
+    pool.check();
+    set(&path, REPAIR, format!("zero {BAD} 1")).unwrap();
+    set(&path, COLLAPSE, "all").unwrap();
+    fallocate(&file, keep, BAD + SUBPAGE, SUBPAGE).unwrap();
+    assert_eq!(listed(&path), [""; 0]);
+    assert!(all_missing() && is_missing("0x206000 0x1000"), "{}", get(&path, MAP).unwrap());
+    let mut toucher = Toucher::mapping(&path, SIZE); // the other keeps the kernel's mark of the errors
+    assert_eq!((toucher.load(BAD), toucher.load(BAD + SUBPAGE)), (Some(0), Some(0)));
+    assert_eq!((toucher.load(GAP), toucher.load(BAD + 2 * SUBPAGE)), (Some(0), Some(7)));
+    assert!(toucher.walk().is_empty());
+    pool.check();
+    drop((toucher, victim, file));
     pool.unmount();
 }
 

@@ -1,6 +1,7 @@
 //! What the lab's kernel can do, without a pool.
 
 use super::{Case, Machine};
+use crate::support::Dice;
 use memmap2::{Advice, MmapOptions};
 use std::fs;
 
@@ -10,6 +11,12 @@ pub const CASES: &[Case] = &[
         machine: Machine::SMALL,
         ends_kernel: None,
         run: this_kernel_has_real_memory_errors,
+    },
+    Case {
+        name: "memory_holds_what_was_left_in_it",
+        machine: Machine::SMALL,
+        ends_kernel: None,
+        run: memory_holds_what_was_left_in_it,
     },
     Case {
         name: "a_kernel_that_ends_is_noticed_with_its_last_words",
@@ -51,6 +58,20 @@ fn this_kernel_has_real_memory_errors() {
     memory.advise_range(Advice::HwPoison, 0, 4096).expect("MADV_HWPOISON");
     assert_eq!(memory_failures(0), before + 1);
     assert_eq!(memory[4096], 7);
+}
+
+/// For a machine that moves: the first time this leaves something, and every time it looks whether it is there.
+fn memory_holds_what_was_left_in_it() {
+    const LEFT: &str = "/tmp/left";
+    const WORDS: u64 = (32 << 20) / 8;
+    let mut dice = Dice(WORDS);
+    let bytes: Vec<u8> = (0..WORDS).flat_map(|_| dice.roll().to_le_bytes()).collect();
+    if !fs::exists(LEFT).expect("a look") {
+        fs::write(LEFT, &bytes).expect("room");
+    }
+    let found = fs::read(LEFT).expect("it is there");
+    let wrong = found.chunks(4096).zip(bytes.chunks(4096)).filter(|(found, left)| found != left).count();
+    assert_eq!((found.len(), wrong), (bytes.len(), 0), "bytes, and pages that are not as they were left");
 }
 
 fn a_kernel_that_ends_is_noticed_with_its_last_words() {
