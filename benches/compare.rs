@@ -165,12 +165,12 @@ impl Machine {
     }
 }
 
-/// Measures each side in turn, round by round.
+/// Measures each side in turn, round by round; each round begins with the next of them.
 fn in_turn<T>(rounds: usize, sides: &[(&str, T)], mut measure: impl FnMut(&T) -> f64) -> Vec<Samples> {
     let mut samples: Vec<Samples> = sides.iter().map(|(name, _)| ((*name).to_owned(), Vec::new())).collect();
-    for _ in 0..rounds {
-        for ((_, side), (_, times)) in sides.iter().zip(&mut samples) {
-            times.push(measure(side));
+    for round in 0..rounds {
+        for n in (round..round + sides.len()).map(|n| n % sides.len()) {
+            samples[n].1.push(measure(&sides[n].1));
         }
     }
     samples

@@ -36,7 +36,7 @@ struct Many {
 
 /// Fills in the rows of this module.
 pub fn measure(plan: &Plan, table: &mut Table) {
-    let counts: &[u64] = if plan.short { &[10, 300] } else { &[10, 1000, 10_000] };
+    let counts: &[u64] = if plan.short { &[10, 300] } else { &[10, 1000, 6000, 10_000] };
     let mut mounts = Vec::new();
     for files in counts {
         match Many::mount(plan, *files) {

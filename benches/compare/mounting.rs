@@ -6,28 +6,31 @@ use super::{Plan, Table, microseconds, milliseconds};
 
 /// Fills in the rows of this module.
 pub fn measure(plan: &Plan, table: &mut Table) {
-    mount_and_unmount(plan, table);
+    mount_and_unmount(plan, 2, table);
+    if !plan.short {
+        let (gib, why) = size(plan);
+        if let Some(why) = why {
+            table.skip("mount and umount of 16 GiB", &format!("{why}; of {gib} GiB instead"));
+        }
+        mount_and_unmount(plan, gib, table);
+    }
     growing_by_a_page(plan, table);
 }
 
 /// Most that can be taken here in one piece, with the reason where that is not all that was wanted.
 fn size(plan: &Plan) -> (u64, Option<String>) {
     let mut why = None;
-    for gib in [16, 8, 4, 2] {
+    for gib in [16, 8] {
         match plan.afford_beside(gib * GIB, (gib + 2) * GIB) {
             Ok(()) => return (gib, why),
             Err(reason) => why = why.or(Some(reason)),
         }
     }
-    (1, why)
+    (4, why)
 }
 
 /// Ours until umount(2) has returned and the daemon has ended; hugetlbfs with what is written to nr_hugepages.
-fn mount_and_unmount(plan: &Plan, table: &mut Table) {
-    let (gib, why) = size(plan);
-    if let Some(why) = why {
-        table.skip("mount and umount of 16 GiB", &format!("{why}; of {gib} GiB instead"));
-    }
+fn mount_and_unmount(plan: &Plan, gib: u64, table: &mut Table) {
     let mut kinds: Vec<(Kind, Vec<f64>, Vec<f64>)> =
         [Kind::Ours, Kind::Gigantic, Kind::Huge].map(|kind| (kind, Vec::new(), Vec::new())).into();
     let rounds = plan.at_most(5);

@@ -38,7 +38,7 @@ fn beside_quarantine(plan: &Plan, table: &mut Table) {
     [&whole, &hurt].iter().for_each(|mapping| lay_out(mapping, &lines, &order));
     let mut samples = SamplesOfStates::default();
     let path = side.mount_point.join("hurt");
-    for _ in 0..plan.at_most(5) {
+    for _ in 0..plan.rounds() {
         let mut look = |state: String, mapping: &Mapping| {
             samples.add(state, nanoseconds_each(steps, || chase(mapping, steps)));
         };

@@ -16,16 +16,16 @@ const FIGURES: f64 = 190.0;
 const LINE: f64 = 22.0;
 const HEAD: f64 = 88.0;
 
-/// Colours of a page that is light, and of one that is dark.
+/// Colours for a page that is light, and for one that is dark. Not all that draw SVG know variables.
 const STYLE: &str = "
-    svg { --page: #ffffff; --text: #1f2328; --faint: #59636e; --grid: #d1d9e0; --less: #1a7f37; --more: #bc4c00 }
+    text { font: 13px system-ui, sans-serif; fill: #1f2328 }
+    .title { font-size: 17px; font-weight: 600 } .end { text-anchor: end } .middle { text-anchor: middle }
+    .page { fill: #ffffff } .faint { fill: #59636e } .less { fill: #1a7f37 } .more { fill: #bc4c00 }
+    line { stroke: #d1d9e0 } line.one { stroke: #1f2328 }
     @media (prefers-color-scheme: dark) {
-      svg { --page: #0d1117; --text: #e6edf3; --faint: #9198a1; --grid: #3d444d; --less: #3fb950; --more: #f0883e }
+      text { fill: #e6edf3 } .page { fill: #0d1117 } .faint { fill: #9198a1 }
+      .less { fill: #3fb950 } .more { fill: #f0883e } line { stroke: #3d444d } line.one { stroke: #e6edf3 }
     }
-    text { font: 13px system-ui, sans-serif; fill: var(--text) }
-    .faint { fill: var(--faint) } .title { font-size: 17px; font-weight: 600 } .end { text-anchor: end }
-    .middle { text-anchor: middle } .less { fill: var(--less) } .more { fill: var(--more) }
-    line { stroke: var(--grid) } .one { stroke: var(--text) }
 ";
 
 /// A bar.
@@ -47,7 +47,7 @@ pub fn picture(table: &Table, machine: &Machine) -> String {
         r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {}" role="img"><style>{STYLE}</style>"#,
         bottom + 16.0
     );
-    let _ = writeln!(svg, r#"<rect width="100%" height="100%" fill="var(--page)"/>"#);
+    let _ = writeln!(svg, r#"<rect class="page" width="100%" height="100%"/>"#);
     text(&mut svg, (16.0, 28.0), "title", "hugetlb2: time, as a multiple of the other's");
     let where_and_when = format!("{}, {}, {}", machine.hardware, machine.kernel, machine.date);
     text(&mut svg, (16.0, 48.0), "faint", &where_and_when);
