@@ -4,6 +4,7 @@
 //! read by one that may only read, which the kernel can serve by itself where the option `io=native` is known.
 
 use super::sides::{Kind, Side};
+use super::table::Samples;
 use super::{Plan, Table, in_turn, microseconds};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -64,17 +65,33 @@ pub fn measure(plan: &Plan, table: &mut Table) {
     for side in plan.mount_all(&[Kind::TmpfsHuge, Kind::TmpfsSmall], 2 * FILE, "system calls", table) {
         subjects.push((side.name, Subject::with_names(plan, side)));
     }
-    OTHERS.iter().for_each(|call| row(call, plan, &subjects, table));
+    for (what, samples) in OTHERS.iter().map(|call| samples(call, plan, &subjects)) {
+        table.compare(what, "us", samples);
+    }
     match read_only(plan) {
         Ok(subject) => subjects.push(subject),
         Err(why) => table.skip("calls of a descriptor that only reads", &why),
     }
-    READING.iter().for_each(|call| row(call, plan, &subjects, table));
+    for (what, mut samples) in READING.iter().map(|call| samples(call, plan, &subjects)) {
+        table.compare(what, "us", samples.clone());
+        if subjects.last().is_some_and(|(name, _)| is_read_only(name)) {
+            samples.rotate_right(1); // it comes first, as ours
+            samples.retain(|(name, _)| name != Kind::Ours.name());
+            table.compare(&format!("{what}, read-only descriptor"), "us", samples);
+        }
+    }
 }
 
-fn row((what, count, call): &Call, plan: &Plan, subjects: &[(&str, Subject)], table: &mut Table) {
-    let each = |on: &Subject| microseconds(|| call(on)) / count(on) as f64;
-    table.compare(what, "us", in_turn(plan.rounds(), subjects, each));
+fn samples(call: &Call, plan: &Plan, subjects: &[(&str, Subject)]) -> (&'static str, Vec<Samples>) {
+    let (what, count, all) = *call;
+    let each = |on: &Subject| microseconds(|| all(on)) / count(on) as f64;
+    (what, in_turn(plan.rounds(), subjects, each))
+}
+
+const READ_ONLY: [&str; 2] = ["hugetlb2 read-only descriptor", "hugetlb2 read-only, io=native"];
+
+fn is_read_only(name: &str) -> bool {
+    READ_ONLY.contains(&name)
 }
 
 fn read_only(plan: &Plan) -> Result<(&'static str, Subject), String> {
@@ -82,8 +99,7 @@ fn read_only(plan: &Plan) -> Result<(&'static str, Subject), String> {
     let options = if native { "pagesize=2M,io=native" } else { "pagesize=2M" };
     let mut subject = Subject::new(plan, Side::ours(plan, 2 * FILE, options)?);
     subject.file = File::open(subject.path("file")).expect("open");
-    let name = if native { "hugetlb2 read-only, io=native" } else { "hugetlb2 read-only descriptor" };
-    Ok((name, subject))
+    Ok((READ_ONLY[usize::from(native)], subject))
 }
 
 /// Whether ours has the option `io=`.
