@@ -5,6 +5,7 @@
 //! - `--short` takes few rounds of little memory, under 40 seconds in all; so does a run by `cargo test`;
 //! - `--json` prints one JSON object;
 //! - `--svg FILE` writes a picture of the ratios, too;
+//! - names of parts, such as `allocation`, measure these only;
 //! - `--memory GIB` takes no more than that for hugetlbfs and ours together, and skips or shortens what needs more.
 //!
 //! Sides are measured in turn, round by round; what is printed is the median over the rounds and the ratio of the medians.
@@ -43,6 +44,20 @@ use std::process::Command;
 use std::time::Instant;
 use table::{Samples, Table};
 
+/// Rows that go together: their name, and what fills them in.
+type Part = (&'static str, fn(&Plan, &mut Table));
+
+const PARTS: &[Part] = &[
+    ("access", access::measure),
+    ("quarantine", quarantine::measure),
+    ("allocation", allocation::measure),
+    ("mounting", mounting::measure),
+    ("calls", calls::measure),
+    ("growth", growth::measure),
+    ("takeover", takeover::measure),
+    ("memory", memory::measure),
+];
+
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     let has = |name: &str| arguments.iter().any(|argument| argument == name);
@@ -56,22 +71,12 @@ fn main() {
     let mut table = Table::new(has("--json"));
     table.note(&format!("{}, {}, {}", machine.hardware, machine.kernel, machine.date));
     table.note(&format!("medians of {} rounds, or as many as a row says", plan.rounds()));
-    measure(&plan, &mut table);
+    let chosen = PARTS.iter().any(|(name, _)| has(name));
+    PARTS.iter().filter(|(name, _)| has(name) || !chosen).for_each(|(_, measure)| measure(&plan, &mut table));
     table.finish(&machine);
     if let Some(file) = value("--svg") {
         fs::write(file, svg::picture(&table, &machine)).expect("a file to write to");
     }
-}
-
-fn measure(plan: &Plan, table: &mut Table) {
-    access::measure(plan, table);
-    quarantine::measure(plan, table);
-    allocation::measure(plan, table);
-    mounting::measure(plan, table);
-    calls::measure(plan, table);
-    growth::measure(plan, table);
-    takeover::measure(plan, table);
-    memory::measure(plan, table);
 }
 
 /// How much is to be done.

@@ -6,10 +6,12 @@ use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use std::fs::{self, File};
 use std::path::PathBuf;
 
-/// Descriptors that the worker has for a file.
-const DESCRIPTORS: u64 = 3;
+/// Descriptors that a worker may need besides those that it has for files.
+const OTHER_DESCRIPTORS: u64 = 1000;
 /// Calls in a sample.
 const CALLS: u64 = 64;
+/// As many files as every mount has.
+const FEW: u64 = 10;
 const POOL: u64 = 64 << 20;
 
 /// One kind of call, done [`CALLS`] times.
@@ -74,15 +76,20 @@ fn joined(rounds: Vec<Vec<super::Samples>>) -> Vec<super::Samples> {
 impl Many {
     fn mount(plan: &Plan, files: u64) -> Result<Self, String> {
         let many = Self { side: Side::ours(plan, POOL, "pagesize=2M,collapse=off")?, files };
-        let (wanted, limit) = (files * DESCRIPTORS + 1000, many.side.descriptor_limit());
+        let before = many.side.descriptors();
+        many.create(0..FEW);
+        let wanted = files * (many.side.descriptors() - before) / FEW + OTHER_DESCRIPTORS;
+        let limit = many.side.descriptor_limit();
         if limit < wanted {
             return Err(format!("the daemon may have {limit} descriptors (RLIMIT_NOFILE), not {wanted}"));
         }
-        for n in 0..files {
-            File::create(many.path(&n.to_string())).expect("create");
-        }
+        many.create(FEW..files);
         many.side.file("quarantined").set_len(POOL).expect("ftruncate");
         Ok(many)
+    }
+
+    fn create(&self, numbers: std::ops::Range<u64>) {
+        numbers.for_each(|n| drop(File::create(self.path(&n.to_string())).expect("create")));
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -98,9 +105,9 @@ fn new_ones(many: &Many) -> impl Iterator<Item = PathBuf> + '_ {
     (0..CALLS).map(|n| many.path(&format!("new{n}")))
 }
 
-/// All over those that there are.
+/// A few of those that there are, from all over them: how many there are is to make the difference, not how many are used.
 fn old_ones(many: &Many) -> impl Iterator<Item = PathBuf> + '_ {
-    (0..CALLS).map(|n| many.path(&(n * 7919 % many.files).to_string()))
+    (0..CALLS).map(|n| many.path(&(n % FEW * (many.files / FEW)).to_string()))
 }
 
 fn stat(path: &PathBuf) {

@@ -241,6 +241,12 @@ impl Side {
         pid.and_then(Pid::from_raw).expect("a process id")
     }
 
+    /// Of ours: how many descriptors the worker has.
+    pub fn descriptors(&self) -> u64 {
+        let directory = format!("/proc/{}/fd", self.process("worker_pid"));
+        fs::read_dir(directory).expect("descriptors").count() as u64
+    }
+
     /// Of ours: how many descriptors the worker may have.
     pub fn descriptor_limit(&self) -> u64 {
         let limits =
