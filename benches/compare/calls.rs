@@ -1,81 +1,157 @@
-//! What system calls cost: read(2) and write(2), open, stat, a long directory.
+//! What system calls cost: read(2) and write(2), open, stat, create, a long directory.
+//!
+//! Ours has two mounts. In the first, files are read and written by a descriptor that may do both. In the second they are
+//! read by one that may only read, which the kernel can serve by itself where the option `io=native` is known.
 
-use super::{Side, Table, microseconds};
+use super::sides::{Kind, Side};
+use super::table::Samples;
+use super::{Plan, Table, in_turn, microseconds};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 const FILE: u64 = 128 << 20;
 const SMALL: usize = 4 << 10;
 const LARGE: usize = 1 << 20;
-/// Calls in one sample of what is done to one block of 4 KiB or to one name.
-const CALLS: u64 = 2000;
-const NAMES: usize = 10_000;
 
-/// One kind of call, done so often.
-type Call = (&'static str, u64, fn(&Side, &File));
+/// What is called upon, in one filesystem.
+struct Subject {
+    /// Before its filesystem, which ends when nothing in it is open any more.
+    file: File,
+    side: Side,
+    /// Calls in one sample of what is done to one block of 4 KiB or to one name.
+    calls: u64,
+    /// In a directory.
+    names: u64,
+}
 
-const CALLS_TABLE: &[Call] = &[
-    ("read of 4 KiB, random", CALLS, |_, file| read_randomly(file)),
-    ("write of 4 KiB, random", CALLS, |_, file| write_randomly(file)),
-    ("read of 1 MiB, sequential", FILE / LARGE as u64, |_, file| read_all(file, 0, FILE)),
-    ("read of 1 MiB, sequential, 2 threads", FILE / LARGE as u64, |_, file| in_halves(file, read_all)),
-    ("write of 1 MiB, sequential", FILE / LARGE as u64, |_, file| write_all(file, 0, FILE)),
-    ("write of 1 MiB, sequential, 2 threads", FILE / LARGE as u64, |_, file| in_halves(file, write_all)),
-    ("open and close", CALLS, |side, _| repeat(|| drop(File::open(side.mount_point.join("file"))))),
-    ("stat", CALLS, |side, _| repeat(|| drop(fs::metadata(side.mount_point.join("file"))))),
-    ("readdir of 10,000 names", 1, |side, _| count_names(&side.mount_point.join("names"))),
+/// One kind of call, how many of them it is, and all of them.
+type Call = (&'static str, fn(&Subject) -> u64, fn(&Subject));
+
+/// Those that a descriptor can do which only reads.
+const READING: &[Call] = &[
+    ("read of 4 KiB, random", |on| on.calls, read_randomly),
+    ("read of 1 MiB, sequential", blocks, |on| read_all(&on.file, 0, FILE)),
+    ("read of 1 MiB, sequential, 2 threads", blocks, |on| in_halves(&on.file, read_all)),
+    ("open for reading and close", |on| on.calls, |on| on.repeat(|| drop(File::open(on.path("file"))))),
 ];
 
+const OTHERS: &[Call] = &[
+    ("write of 4 KiB, random", |on| on.calls, write_randomly),
+    ("write of 1 MiB, sequential", blocks, |on| write_all(&on.file, 0, FILE)),
+    ("write of 1 MiB, sequential, 2 threads", blocks, |on| in_halves(&on.file, write_all)),
+    ("stat", |on| on.calls, |on| on.repeat(|| drop(fs::metadata(on.path("file"))))),
+    (
+        "create and unlink of an empty file",
+        |on| on.calls,
+        |on| on.repeat(|| create_and_unlink(&on.path("empty"))),
+    ),
+    ("readdir, a name", |on| on.names, count_names),
+];
+
+fn blocks(_: &Subject) -> u64 {
+    FILE / LARGE as u64
+}
+
 /// Fills in the rows of this module.
-pub fn measure(base: &Path, rounds: usize, table: &mut Table) {
-    let sides = [
-        Side::ours(base, "size=256M,pagesize=2M"),
-        Side::tmpfs(base, "tmpfs 4K", "never", 2 * FILE),
-        Side::tmpfs(base, "tmpfs huge", "always", 2 * FILE),
-    ];
-    let files: Vec<File> = sides.iter().map(prepare).collect();
-    for (what, count, call) in CALLS_TABLE {
-        let mut samples: Vec<_> = sides.iter().map(|side| (side.name, Vec::new())).collect();
-        for _ in 0..rounds {
-            for (n, (side, file)) in sides.iter().zip(&files).enumerate() {
-                samples[n].1.push(microseconds(|| call(side, file)) / *count as f64);
-            }
+pub fn measure(plan: &Plan, table: &mut Table) {
+    let mut subjects: Vec<(&str, Subject)> = Vec::new();
+    match Side::ours(plan, 2 * FILE, "pagesize=2M") {
+        Ok(side) => subjects.push((side.name, Subject::with_names(plan, side))),
+        Err(why) => return table.skip("system calls", &why),
+    }
+    for side in plan.mount_all(&[Kind::TmpfsHuge, Kind::TmpfsSmall], 2 * FILE, "system calls", table) {
+        subjects.push((side.name, Subject::with_names(plan, side)));
+    }
+    for (what, samples) in OTHERS.iter().map(|call| samples(call, plan, &subjects)) {
+        table.compare(what, "us", samples);
+    }
+    match read_only(plan) {
+        Ok(subject) => subjects.push(subject),
+        Err(why) => table.skip("calls of a descriptor that only reads", &why),
+    }
+    for (what, mut samples) in READING.iter().map(|call| samples(call, plan, &subjects)) {
+        table.compare(what, "us", samples.clone());
+        if subjects.last().is_some_and(|(name, _)| is_read_only(name)) {
+            samples.rotate_right(1); // it comes first, as ours
+            samples.retain(|(name, _)| name != Kind::Ours.name());
+            table.compare(&format!("{what}, read-only descriptor"), "us", samples);
         }
-        table.row(what, "us", &mut samples);
     }
 }
 
-/// A file all of whose memory has been touched, and a directory with many names of one file.
-fn prepare(side: &Side) -> File {
-    let file = side.file("file");
-    file.set_len(FILE).expect("ftruncate");
-    write_all(&file, 0, FILE);
-    let names = side.mount_point.join("names");
-    fs::create_dir(&names).expect("mkdir");
-    for n in 0..NAMES {
-        fs::hard_link(side.mount_point.join("file"), names.join(n.to_string())).expect("link");
+fn samples(call: &Call, plan: &Plan, subjects: &[(&str, Subject)]) -> (&'static str, Vec<Samples>) {
+    let (what, count, all) = *call;
+    let each = |on: &Subject| microseconds(|| all(on)) / count(on) as f64;
+    (what, in_turn(plan.rounds(), subjects, each))
+}
+
+const READ_ONLY: [&str; 2] = ["hugetlb2 read-only descriptor", "hugetlb2 read-only, io=native"];
+
+fn is_read_only(name: &str) -> bool {
+    READ_ONLY.contains(&name)
+}
+
+fn read_only(plan: &Plan) -> Result<(&'static str, Subject), String> {
+    let native = knows_native();
+    let options = if native { "pagesize=2M,io=native" } else { "pagesize=2M" };
+    let mut subject = Subject::new(plan, Side::ours(plan, 2 * FILE, options)?);
+    subject.file = File::open(subject.path("file")).expect("open");
+    Ok((READ_ONLY[usize::from(native)], subject))
+}
+
+/// Whether ours has the option `io=`.
+fn knows_native() -> bool {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hugetlb2"));
+    let help = command.arg0("mount.hugetlb2").arg("--help").output().expect("mount.hugetlb2");
+    String::from_utf8_lossy(&help.stdout).lines().any(|line| line.trim_start().starts_with("io="))
+}
+
+impl Subject {
+    /// With a file all of whose memory has been touched.
+    fn new(plan: &Plan, side: Side) -> Self {
+        let file = side.file("file");
+        file.set_len(FILE).expect("ftruncate");
+        write_all(&file, 0, FILE);
+        let (calls, names) = if plan.short { (200, 1000) } else { (2000, 10_000) };
+        Self { file, side, calls, names }
     }
-    file
+
+    /// With a directory besides that has many names of that file.
+    fn with_names(plan: &Plan, side: Side) -> Self {
+        let subject = Self::new(plan, side);
+        let names = subject.path("names");
+        fs::create_dir(&names).expect("mkdir");
+        for n in 0..subject.names {
+            fs::hard_link(subject.path("file"), names.join(n.to_string())).expect("link");
+        }
+        subject
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.side.mount_point.join(name)
+    }
+
+    fn repeat(&self, call: impl Fn()) {
+        (0..self.calls).for_each(|_| call());
+    }
+
+    /// Offsets of blocks, the same ones for every side.
+    fn places(&self) -> impl Iterator<Item = u64> {
+        const STRIDE: u64 = 20_011; // a prime, so that no block comes twice
+        (0..self.calls).map(|n| n * STRIDE % (FILE / SMALL as u64) * SMALL as u64)
+    }
 }
 
-fn repeat(call: impl Fn()) {
-    (0..CALLS).for_each(|_| call());
-}
-
-/// Offsets of blocks, the same ones for every side.
-fn places() -> impl Iterator<Item = u64> {
-    const STRIDE: u64 = 20_011; // a prime, so that no block comes twice
-    (0..CALLS).map(|n| n * STRIDE % (FILE / SMALL as u64) * SMALL as u64)
-}
-
-fn read_randomly(file: &File) {
+fn read_randomly(on: &Subject) {
     let mut buffer = [0; SMALL];
-    places().for_each(|at| file.read_exact_at(&mut buffer, at).expect("read"));
+    on.places().for_each(|at| on.file.read_exact_at(&mut buffer, at).expect("read"));
 }
 
-fn write_randomly(file: &File) {
-    places().for_each(|at| file.write_all_at(&[1; SMALL], at).expect("write"));
+fn write_randomly(on: &Subject) {
+    on.places().for_each(|at| on.file.write_all_at(&[1; SMALL], at).expect("write"));
 }
 
 fn read_all(file: &File, from: u64, to: u64) {
@@ -95,6 +171,11 @@ fn in_halves(file: &File, run: fn(&File, u64, u64)) {
     });
 }
 
-fn count_names(directory: &Path) {
-    assert_eq!(fs::read_dir(directory).expect("readdir").count(), NAMES);
+fn create_and_unlink(path: &Path) {
+    File::create(path).expect("create");
+    fs::remove_file(path).expect("unlink");
+}
+
+fn count_names(on: &Subject) {
+    assert_eq!(fs::read_dir(on.path("names")).expect("readdir").count() as u64, on.names);
 }

@@ -1,0 +1,285 @@
+//! The filesystems that are compared, each mounted for as long as it is measured, and what they take from the machine.
+//!
+//! Whatever ends the program, the mounts are gone and the huge pages given back: a [`Side`] does so when it is dropped, also
+//! by a panic; [`undo_on_signals`] does it for all of them that there are.
+
+use super::Plan;
+use hugetlb2fs::sys::memory_available;
+use hugetlb2fs::sys::sigbus::{Mapping, Sharing};
+use hugetlb2fs::units::Range;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+pub const GIB: u64 = 1 << 30;
+
+/// What is left to the machine when a side has taken its memory.
+const MARGIN: u64 = 2 * GIB;
+
+/// One of the filesystems.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Ours, with pages of 1 GiB.
+    Ours,
+    /// hugetlbfs with pages of 1 GiB.
+    Gigantic,
+    /// hugetlbfs with pages of 2 MiB.
+    Huge,
+    /// tmpfs with `huge=always`.
+    TmpfsHuge,
+    /// tmpfs with pages of 4 KiB.
+    TmpfsSmall,
+}
+
+impl Kind {
+    /// All of them, ours first.
+    pub const ALL: [Self; 5] = [Self::Ours, Self::Gigantic, Self::Huge, Self::TmpfsHuge, Self::TmpfsSmall];
+
+    /// As it is called in a row.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ours => "hugetlb2",
+            Self::Gigantic => "hugetlbfs 1G",
+            Self::Huge => "hugetlbfs 2M",
+            Self::TmpfsHuge => "tmpfs huge",
+            Self::TmpfsSmall => "tmpfs 4K",
+        }
+    }
+
+    /// Mounts one with `bytes` of memory; where that cannot be, says why.
+    pub fn mount(self, plan: &Plan, bytes: u64) -> Result<Side, String> {
+        match self {
+            Self::Ours => Side::ours(plan, bytes, ""),
+            Self::Gigantic => Side::hugetlbfs(plan, bytes, &GIGANTIC),
+            Self::Huge => Side::hugetlbfs(plan, bytes, &HUGE),
+            Self::TmpfsHuge => Side::tmpfs(plan, bytes, "always"),
+            Self::TmpfsSmall => Side::tmpfs(plan, bytes, "never"),
+        }
+    }
+}
+
+/// A size of hugetlbfs's pages.
+struct HugePages {
+    bytes: u64,
+    option: &'static str,
+    count: &'static str,
+}
+
+const GIGANTIC: HugePages = HugePages {
+    bytes: GIB,
+    option: "pagesize=1G",
+    count: "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages",
+};
+
+const HUGE: HugePages = HugePages {
+    bytes: 2 << 20,
+    option: "pagesize=2M",
+    count: "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages",
+};
+
+impl HugePages {
+    fn count(&self) -> Option<u64> {
+        fs::read_to_string(self.count).ok()?.trim().parse().ok()
+    }
+
+    /// Has so many more of them, all or none.
+    fn reserve(&'static self, pages: u64) -> Result<(), String> {
+        let none = || format!("the machine has no huge pages with {}", self.option);
+        let before = self.count().ok_or_else(none)?;
+        fs::write(self.count, (before + pages).to_string()).map_err(|_| none())?;
+        let got = self.count().unwrap_or(before).saturating_sub(before);
+        if got == pages {
+            return Ok(());
+        }
+        self.give_back(got);
+        Err(format!("the machine has {got} of {pages} pages with {} in one piece", self.option))
+    }
+
+    fn give_back(&self, pages: u64) {
+        let left = self.count().unwrap_or(0).saturating_sub(pages);
+        if let Err(error) = fs::write(self.count, left.to_string()) {
+            eprintln!("{pages} pages with {} could not be given back: {error}", self.option);
+        }
+    }
+}
+
+/// What is to be undone in the end.
+struct Taken {
+    mount_point: PathBuf,
+    /// Of hugetlbfs and of ours.
+    bytes: u64,
+    pages: Option<(&'static HugePages, u64)>,
+}
+
+impl Taken {
+    fn undo(&self) {
+        let _ = unmount(&self.mount_point, UnmountFlags::DETACH); // one that was not mounted yet is not now
+        let _ = fs::remove_dir(&self.mount_point);
+        if let Some((kind, pages)) = self.pages {
+            kind.give_back(pages);
+        }
+    }
+}
+
+/// Locked while something is taken or undone, so that a signal finds it done.
+static TAKEN: Mutex<Vec<Taken>> = Mutex::new(Vec::new());
+
+fn taken() -> MutexGuard<'static, Vec<Taken>> {
+    TAKEN.lock().unwrap_or_else(PoisonError::into_inner) // a panic is a reason to undo things
+}
+
+/// Has everything undone when somebody ends the program.
+pub fn undo_on_signals(base: &Path) {
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).expect("handlers for signals");
+    let base = base.to_owned();
+    std::thread::spawn(move || {
+        let Some(signal) = signals.forever().next() else { return };
+        let all = taken();
+        all.iter().rev().for_each(Taken::undo);
+        let _ = fs::remove_dir(base);
+        std::process::exit(128 + signal);
+    });
+}
+
+/// A filesystem that is mounted for the length of a measurement.
+pub struct Side {
+    /// As it is called in a row.
+    pub name: &'static str,
+    /// Where.
+    pub mount_point: PathBuf,
+    /// Of ours, to wait for its end.
+    daemon: Option<OwnedFd>,
+}
+
+impl Side {
+    /// Ours with more options than its size.
+    pub fn ours(plan: &Plan, bytes: u64, options: &str) -> Result<Self, String> {
+        let mut side = Self::prepare(plan, Kind::Ours.name(), bytes, None, |mount_point| {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_hugetlb2"));
+            command.arg0("mount.hugetlb2").arg("bench").arg(mount_point);
+            let output = command.arg("-o").arg(format!("size={bytes},{options}")).output();
+            let output = output.map_err(|error| format!("mount.hugetlb2: {error}"))?;
+            // One that fails is no reason to skip a row: it is what is measured here.
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            Ok(())
+        })?;
+        side.daemon = Some(pidfd_open(side.process("daemon_pid"), PidfdFlags::empty()).expect("it runs"));
+        Ok(side)
+    }
+
+    fn hugetlbfs(plan: &Plan, bytes: u64, kind: &'static HugePages) -> Result<Self, String> {
+        let name = if kind.bytes == GIB { Kind::Gigantic.name() } else { Kind::Huge.name() };
+        let pages = bytes.div_ceil(kind.bytes);
+        Self::prepare(plan, name, bytes, Some((kind, pages)), |mount_point| {
+            mount_at(mount_point, "hugetlbfs", kind.option)
+        })
+    }
+
+    fn tmpfs(plan: &Plan, bytes: u64, huge: &str) -> Result<Self, String> {
+        let name = if huge == "always" { Kind::TmpfsHuge.name() } else { Kind::TmpfsSmall.name() };
+        if memory_available().unwrap_or(0) < bytes + MARGIN {
+            return Err("the machine has too little memory left".to_owned());
+        }
+        Self::prepare(plan, name, 0, None, |mount_point| {
+            mount_at(mount_point, "tmpfs", &format!("size={bytes},huge={huge}"))
+        })
+    }
+
+    fn prepare(
+        plan: &Plan,
+        name: &'static str,
+        bytes: u64,
+        pages: Option<(&'static HugePages, u64)>,
+        mount: impl FnOnce(&Path) -> Result<(), String>,
+    ) -> Result<Self, String> {
+        // In this order: the lock is gone when a side is dropped, by a panic too, as that locks again.
+        let side = Self { name, mount_point: plan.new_directory(name), daemon: None };
+        let mut all = taken();
+        plan.afford(all.iter().map(|taken| taken.bytes).sum::<u64>() + bytes)?;
+        if memory_available().unwrap_or(0) < bytes + MARGIN {
+            return Err("the machine has too little memory left".to_owned());
+        }
+        if let Some((kind, pages)) = pages {
+            kind.reserve(pages)?;
+        }
+        all.push(Taken { mount_point: side.mount_point.clone(), bytes, pages });
+        let mounted = mount(&side.mount_point);
+        drop(all);
+        mounted.map(|()| side)
+    }
+
+    /// A file in it that can be read and written.
+    pub fn file(&self, name: &str) -> File {
+        let path = self.mount_point.join(name);
+        File::options().read(true).write(true).create(true).truncate(false).open(path).expect("a file")
+    }
+
+    /// A file of `bytes`, all of it mapped.
+    pub fn mapped(&self, name: &str, bytes: u64) -> Mapping {
+        let file = self.file(name);
+        file.set_len(bytes).expect("ftruncate");
+        map(&file, bytes)
+    }
+
+    /// Of ours: the process that a counter of the pool names.
+    pub fn process(&self, counter: &str) -> Pid {
+        let mut counters = vec![0; 4096];
+        let length = rustix::fs::getxattr(&self.mount_point, "user.hugetlb2.pool", &mut counters[..])
+            .expect("the pool attribute");
+        let counters = String::from_utf8_lossy(&counters[..length]);
+        let prefix = format!("{counter} ");
+        let pid = counters.lines().find_map(|line| line.strip_prefix(&prefix)?.parse().ok());
+        pid.and_then(Pid::from_raw).expect("a process id")
+    }
+
+    /// Of ours: how many descriptors the worker has.
+    pub fn descriptors(&self) -> u64 {
+        let directory = format!("/proc/{}/fd", self.process("worker_pid"));
+        fs::read_dir(directory).expect("descriptors").count() as u64
+    }
+
+    /// Of ours: how many descriptors the worker may have.
+    pub fn descriptor_limit(&self) -> u64 {
+        let limits =
+            fs::read_to_string(format!("/proc/{}/limits", self.process("worker_pid"))).expect("limits");
+        let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"));
+        let word = line.and_then(|line| line.split_ascii_whitespace().next()).expect("a limit");
+        word.parse().unwrap_or(u64::MAX) // unlimited
+    }
+}
+
+impl Drop for Side {
+    fn drop(&mut self) {
+        let mut all = taken();
+        if let Some(at) = all.iter().position(|taken| taken.mount_point == self.mount_point) {
+            all.remove(at).undo();
+        }
+        if let Some(daemon) = &self.daemon {
+            let patience = Timespec { tv_sec: 30, tv_nsec: 0 };
+            let ended = poll(&mut [PollFd::new(daemon, PollFlags::IN)], Some(&patience)); // then its memory is free
+            if ended != Ok(1) {
+                eprintln!("the daemon of {} has not ended", self.mount_point.display());
+            }
+        }
+    }
+}
+
+/// Maps the first `bytes` of a file, to be read and written.
+pub fn map(file: &File, bytes: u64) -> Mapping {
+    Mapping::new(file, Range::new(0, bytes), Sharing::Shared, true).expect("mmap")
+}
+
+fn mount_at(mount_point: &Path, kind: &str, options: &str) -> Result<(), String> {
+    let options = CString::new(options).expect("no NUL");
+    mount("bench", mount_point, kind, MountFlags::empty(), Some(options.as_c_str()))
+        .map_err(|errno| format!("mounting {kind}: {errno}"))
+}
