@@ -201,6 +201,7 @@ fn an_error_beside_memory_that_a_program_removed_stays_alone() {
 
 /// Whether errors are looked for, found again by another worker, repaired, or punched: what is missing stays so.
 fn errors_beside_what_was_punched_and_kept_fill_none_of_it_and_are_repaired() {
+    const OTHER: u64 = BAD + 2 * SUBPAGE;
     const GAP: u64 = BAD + 8 * SUBPAGE;
     let pool = Pool::mount(&format!("pagesize=2M,size={},punch=keep", 4 * FOLIO));
     let path = sevens(&pool);
@@ -213,20 +214,21 @@ fn errors_beside_what_was_punched_and_kept_fill_none_of_it_and_are_repaired() {
     fallocate(&file, keep, GAP, 4 * SUBPAGE).unwrap();
     let all_missing = || is_missing("0x0 0x200000") && is_missing("0x20d000 0x4000");
     assert_eq!(victim.ask(&format!("advise {BAD} {SUBPAGE} {}", libc::MADV_HWPOISON)), "ok");
-    inject(&path, BAD + SUBPAGE);
-    assert_eq!(listed(&path), [format!("{BAD:#x} 0x2000 hw")]);
+    inject(&path, OTHER);
+    let both = [BAD, OTHER].map(|offset| format!("{offset:#x} 0x1000 hw"));
+    assert_eq!(listed(&path), both);
     assert!(all_missing(), "{}", get(&path, MAP).unwrap());
     kill_worker(&pool);
-    assert_eq!(listed(&path), [format!("{BAD:#x} 0x2000 hw")]);
+    assert_eq!(listed(&path), both);
     pool.check();
     set(&path, REPAIR, format!("zero {BAD} 1")).unwrap();
     set(&path, COLLAPSE, "all").unwrap();
-    fallocate(&file, keep, BAD + SUBPAGE, SUBPAGE).unwrap();
+    fallocate(&file, keep, OTHER, SUBPAGE).unwrap();
     assert_eq!(listed(&path), [""; 0]);
-    assert!(all_missing() && is_missing("0x206000 0x1000"), "{}", get(&path, MAP).unwrap());
+    assert!(all_missing() && is_missing("0x207000 0x1000"), "{}", get(&path, MAP).unwrap());
     let mut toucher = Toucher::mapping(&path, SIZE); // the other keeps the kernel's mark of the errors
-    assert_eq!((toucher.load(BAD), toucher.load(BAD + SUBPAGE)), (Some(0), Some(0)));
-    assert_eq!((toucher.load(GAP), toucher.load(BAD + 2 * SUBPAGE)), (Some(0), Some(7)));
+    assert_eq!((toucher.load(BAD), toucher.load(OTHER)), (Some(0), Some(0)));
+    assert_eq!((toucher.load(GAP), toucher.load(BAD + SUBPAGE)), (Some(0), Some(7)));
     assert!(toucher.walk().is_empty());
     pool.check();
     drop((toucher, victim, file));
