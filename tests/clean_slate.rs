@@ -415,6 +415,22 @@ fn kill_worker(pool: &Pool) {
 }
 
 #[test]
+fn a_large_read_of_what_was_punched_and_kept_is_zeros_and_gives_it_no_memory() {
+    let pool = keeping_pool(3);
+    let file = stale_file(&pool);
+    fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, FOLIO, FOLIO).unwrap();
+    let before = get(pool.join("file"), MAP).unwrap();
+    let mut bytes = vec![1; 3 * FOLIO as usize];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    assert!(bytes[FOLIO as usize..2 * FOLIO as usize].iter().all(|byte| *byte == 0));
+    let rest = bytes[..FOLIO as usize].iter().chain(&bytes[2 * FOLIO as usize..]);
+    assert!(rest.into_iter().all(|byte| *byte == STALE));
+    assert_eq!(get(pool.join("file"), MAP).unwrap(), before);
+    assert!(has_gaps(&pool));
+    pool.check();
+}
+
+#[test]
 fn what_was_punched_and_kept_is_zeros_and_no_sigbus_at_the_next_touch() {
     let pool = keeping_pool(3);
     for (offset, length) in [

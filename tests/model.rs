@@ -120,6 +120,11 @@ fn short() -> impl Strategy<Value = u64> {
     ]
 }
 
+/// More than 64 KiB is delivered in another way than less.
+fn readable() -> impl Strategy<Value = u64> {
+    prop_oneof![3 => short(), 2 => (60u64 << 10)..2 * PAGE]
+}
+
 fn size() -> impl Strategy<Value = u64> {
     prop_oneof![20 => offset(), 1 => Just(ABSURD), 1 => Just(9 * PAGE)]
 }
@@ -165,7 +170,8 @@ fn contents() -> impl Strategy<Value = Op> {
         10 => (via(), offset(), short(), byte())
             .prop_map(|(via, offset, length, byte)| Op::Write { via, offset, length, byte }),
         2 => (via(), short(), byte()).prop_map(|(via, length, byte)| Op::Append { via, length, byte }),
-        4 => (via(), offset(), short()).prop_map(|(via, offset, length)| Op::Read { via, offset, length }),
+        5 => (via(), offset(), readable())
+            .prop_map(|(via, offset, length)| Op::Read { via, offset, length }),
         6 => (via(), size()).prop_map(|(via, size)| Op::Truncate { via, size }),
         8 => (via(), fallocate(), offset(), length())
             .prop_map(|(via, what, offset, length)| Op::Fallocate { via, what, offset, length }),

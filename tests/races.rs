@@ -369,3 +369,36 @@ fn a_failed_quarantine_of_a_pinned_folio_leaves_the_holes_of_others_shut() {
     }
     pool.check();
 }
+
+/// Large reads are delivered from where the file is mapped, by a kernel that would find zeros in a hole.
+#[test]
+fn large_reads_beside_quarantines_and_resizes_end_before_what_is_lost() {
+    const ROUNDS: u64 = 300;
+    const PLACE: u64 = FOLIO + 100 * SUBPAGE;
+    let pool = Pool::small(4);
+    let file = filled(&pool, 2 * FOLIO, 7);
+    let (stop, shortened) = (AtomicBool::new(false), Mutex::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let (reader, mut bytes) = (open(&file), vec![0; 1 << 20]);
+                while !stop.load(Ordering::Relaxed) {
+                    let read = reader.read_at(&mut bytes, FOLIO).unwrap();
+                    assert!(bytes[..read].iter().all(|byte| *byte == 7), "zeros in place of what is lost");
+                    let lost = read as u64 == PLACE - FOLIO;
+                    assert!(lost || read == bytes.len(), "{read} bytes");
+                    *shortened.lock().unwrap() += u64::from(lost);
+                }
+            });
+        }
+        let writer = open(&file);
+        for round in 0..ROUNDS {
+            poison(&file, PLACE, 1).unwrap();
+            set(&file, REPAIR, "salvage all").unwrap();
+            writer.set_len(if round % 2 == 0 { 4 * FOLIO } else { 2 * FOLIO }).unwrap();
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    println!("{} reads ended at the quarantine", shortened.into_inner().unwrap());
+    pool.check();
+}

@@ -10,6 +10,7 @@ use crate::pool::{Holding, Pool};
 use crate::quarantine::{self, Kind, Quarantined, Repair};
 use crate::sealed::{Bytes, Content, Sealed};
 use crate::steps::{self, Step};
+use crate::sys::mapping::View;
 use crate::sys::{self, tmpfs};
 use crate::units::{FOLIO_SIZE, Folio, NodeId, Range, STAT_BLOCK, SUBPAGE_SIZE, Subpage};
 use std::collections::BTreeMap;
@@ -33,6 +34,7 @@ pub struct Object {
     collapsing: Mutex<()>,
     natives: Natives,
     modified: Modified,
+    view: Mutex<Option<Arc<View>>>,
     /// Who waits for the quarantine to grow, by the kernel's handle.
     wakers: Mutex<BTreeMap<u64, Waker>>,
 }
@@ -109,8 +111,8 @@ impl Object {
     pub fn new(node: NodeId, holding: Holding) -> Self {
         let data = holding.sealed().data().clone();
         let (holding, collapsing, wakers) = (RwLock::new(holding), Mutex::default(), Mutex::default());
-        let (natives, modified) = (Natives::default(), Modified::default());
-        Self { node, data, holding, collapsing, natives, modified, wakers }
+        let (natives, modified, view) = (Natives::default(), Modified::default(), Mutex::default());
+        Self { node, data, holding, collapsing, natives, modified, view, wakers }
     }
 
     /// Whose contents these are.
@@ -167,6 +169,38 @@ impl Object {
         }
         let good = good_prefix(&holding, range)?;
         tmpfs::read_at(&self.data, &mut buffer[..good as usize], offset)
+    }
+
+    /// What [`Object::read`] would read of up to `length` bytes, without a copy; nothing where a copy is better: for little, around what
+    /// is lost, and where a touch would take memory.
+    ///
+    /// # Errors
+    /// What mmap(2) and fstatfs(2) answer.
+    pub fn view(&self, offset: u64, length: u64) -> Result<Option<Viewed<'_>>> {
+        const LEAST: u64 = 64 << 10; // to copy less costs less than to walk the page tables
+        let holding = self.read_lock();
+        let sealed = holding.sealed();
+        let range = Range::new(offset, offset.saturating_add(length).min(sealed.size()).max(offset));
+        let is_whole =
+            range.len() >= LEAST && holding.has_pages(range) && sealed.lost_in(range).next().is_none();
+        if !is_whole || sealed.has_free_blocks()? {
+            return Ok(None);
+        }
+        let view = self.view_up_to(range.end)?;
+        Ok(view.populate(range).is_ok().then(|| Viewed { _unchanged: holding, view, range }))
+    }
+
+    fn view_up_to(&self, end: u64) -> Result<Arc<View>> {
+        const GRAIN: u64 = 1 << 30; // a file that grows is not mapped anew each time
+        let mut view = self.view.lock().expect("no panic while a file is mapped");
+        match &*view {
+            Some(view) if view.length() >= end => Ok(view.clone()),
+            _ => {
+                let longer = Arc::new(View::new(&self.data, end.next_multiple_of(GRAIN))?);
+                *view = Some(longer.clone());
+                Ok(longer)
+            }
+        }
     }
 
     /// Writes at `offset`, lengthening the file where that is behind its end. Ends before the first subpage that is
@@ -702,6 +736,20 @@ impl Object {
     /// [`Error::NoMemory`] where the machine has none for a step; to be called again.
     pub fn empty(&self, pool: &Pool) -> Result<()> {
         self.write_lock().empty(pool)
+    }
+}
+
+/// A part of a file, none of which is lost, and which stays so as long as this is held.
+pub struct Viewed<'a> {
+    _unchanged: RwLockReadGuard<'a, Holding>,
+    view: Arc<View>,
+    range: Range,
+}
+
+impl Viewed<'_> {
+    /// As for [`View::bytes`].
+    pub fn bytes(&self) -> &[u8] {
+        self.view.bytes(self.range)
     }
 }
 

@@ -1022,7 +1022,11 @@ impl Sealed {
         Ok(!self.punched && self.has_free_blocks()?)
     }
 
-    fn has_free_blocks(&self) -> Result<bool> {
+    /// Whether a touch could take memory: of something that was given up, on request or not.
+    ///
+    /// # Errors
+    /// What fstatfs(2) answers.
+    pub fn has_free_blocks(&self) -> Result<bool> {
         Ok(tmpfs::blocks(&self.data)?.free > 0)
     }
 

@@ -1,8 +1,8 @@
-//! The daemon's own short-lived mappings of a file, never read or written through.
+//! The daemon's own mappings of a file, never read or written through by its instructions.
 //!
-//! They exist for what only madvise(2) and the page tables can do or tell: put a huge mapping back, find out how
-//! memory is mapped and on which node it lies. File bytes go through pread(2) and pwrite(2), where a memory error
-//! is an errno and not a signal.
+//! Short-lived ones ([`Window`]) are for what only madvise(2) and the page tables can do or tell: put a huge mapping back, find
+//! out how memory is mapped and on which node it lies. One that lasts ([`View`]) is where the kernel copies from when it
+//! delivers what was read. File bytes go through system calls alone, where a memory error is an errno and not a signal.
 
 use super::{meaning, sigbus};
 use crate::error::{Error, Result};
@@ -45,13 +45,7 @@ impl Window {
     /// [`Error::Poisoned`] where the kernel holds a poisoned page, [`Error::NoData`] where a hole cannot be filled.
     pub fn populate(&self, range: Range) -> Result<()> {
         let (start, length) = self.position(range);
-        self.map.advise_range(Advice::PopulateRead, start, length).map_err(
-            |error| match Errno::from_io_error(&error) {
-                Some(Errno::FAULT) => Error::NoData,
-                Some(errno) => meaning(errno),
-                None => error.into(),
-            },
-        )
+        populate(&self.map, start, length)
     }
 
     /// Faults `range` in for writing (MADV_POPULATE_WRITE, Linux 5.14), so that it has memory, cleared before anybody
@@ -171,6 +165,53 @@ impl Window {
             )
         };
         (result == 0).then(|| u32::try_from(status).ok()).flatten()
+    }
+}
+
+fn populate(map: &MmapRaw, start: usize, length: usize) -> Result<()> {
+    let populated = map.advise_range(Advice::PopulateRead, start, length);
+    populated.map_err(|error| match Errno::from_io_error(&error) {
+        Some(Errno::FAULT) => Error::NoData,
+        Some(errno) => meaning(errno),
+        None => error.into(),
+    })
+}
+
+/// A mapping of a file from its start on, for as long as the file is read; it may be longer than the file.
+#[derive(Debug)]
+pub struct View(MmapRaw);
+
+impl View {
+    /// Maps `length` bytes. Takes no memory and touches none.
+    ///
+    /// # Errors
+    /// What mmap(2) answers.
+    pub fn new(file: &File, length: u64) -> Result<Self> {
+        Ok(Self(MmapOptions::new().len(length as usize).map_raw_read_only(file)?))
+    }
+
+    /// How long it is.
+    pub fn length(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    /// Faults `range` in, which has to be done before each use: what was mapped may have been taken out since.
+    ///
+    /// # Errors
+    /// As for [`Window::populate`].
+    pub fn populate(&self, range: Range) -> Result<()> {
+        populate(&self.0, range.start as usize, range.len() as usize)
+    }
+
+    /// The bytes of `range`, to be named to a system call, which may answer EFAULT for them. They are other programs' to change
+    /// and the kernel's to take away: no instruction of ours may read them.
+    pub fn bytes(&self, range: Range) -> &[u8] {
+        assert!(range.end <= self.length(), "{range} is outside of the view");
+        // SAFETY: the range lies in a mapping that lives as long as the slice. See above for what must not be done with it.
+        #[allow(unsafe_code)]
+        unsafe {
+            std::slice::from_raw_parts(self.0.as_ptr().add(range.start as usize), range.len() as usize)
+        }
     }
 }
 

@@ -32,7 +32,8 @@ cases! {
         an_error_behind_the_end_does_not_keep_a_file_from_growing,
         a_write_that_meets_an_unknown_error_succeeds,
         a_request_that_meets_an_unknown_error_knows_of_it,
-        the_kernel_itself_reads_up_to_an_error_and_never_through_it;
+        the_kernel_itself_reads_up_to_an_error_and_never_through_it,
+        a_large_read_ends_before_an_error_that_nobody_knew_of;
 }
 
 pub const INJECT: &str = "trusted.hugetlb2.inject";
@@ -563,5 +564,26 @@ pub fn the_kernel_itself_reads_up_to_an_error_and_never_through_it() {
     assert_eq!(read(&mediated, 0, SUBPAGE), Err(Errno::IO));
     assert_eq!(std::io::Seek::stream_position(&mut copy).unwrap(), 0);
     set(&path, REPAIR, "salvage all").unwrap();
+    assert_whole(&pool, &path, SIZE);
+}
+
+/// Large reads are delivered from where the daemon has the file mapped, and that mapping is there already.
+pub fn a_large_read_ends_before_an_error_that_nobody_knew_of() {
+    let pool = pool();
+    let (path, file) = sevens(&pool, SIZE);
+    let worker = pool.counter("worker_pid");
+    let mut toucher = Toucher::mapping(&path, SIZE);
+    for offset in [BAD, BAD + 100 * SUBPAGE, BAD + 400 * SUBPAGE] {
+        let from = offset - 5 * SUBPAGE;
+        assert_eq!(read(&file, from, FOLIO / 8), Ok(vec![7; (FOLIO / 8) as usize]));
+        strike(&mut toucher, offset);
+        assert_eq!(read(&file, from, FOLIO / 8), Ok(vec![7; (5 * SUBPAGE) as usize]));
+        assert_eq!(read(&file, offset, FOLIO / 8), Err(Errno::IO));
+        assert_eq!(read(&file, offset + SUBPAGE, FOLIO / 8), Ok(vec![7; (FOLIO / 8) as usize]));
+    }
+    assert_eq!(listed(&path).len(), 3);
+    assert_eq!(pool.counter("worker_pid"), worker, "the daemon has not died of it");
+    set(&path, REPAIR, "zero all").unwrap();
+    drop(toucher);
     assert_whole(&pool, &path, SIZE);
 }
