@@ -9,6 +9,7 @@ use hugetlb2fs::sys::sigbus::{Mapping, Sharing};
 use hugetlb2fs::sys::userfault::Userfault;
 use hugetlb2fs::units::{Range, Subpage};
 use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -570,8 +571,13 @@ fn a_punched_and_kept_file_is_quarantined_grown_cut_and_allocated_as_any_other()
         pool.check();
     };
     punch();
+    let before = get(&path, MAP).unwrap();
+    assert_eq!(poison(&path, 0, 1), Err(Errno::BUSY), "who fills the gaps would find zeros in them");
+    assert_eq!(get(&path, MAP).unwrap(), before);
+    assert!(pool.log().contains("fallocate(2) it first"), "{}", pool.log());
+    fallocate(&file, FallocateFlags::KEEP_SIZE, 0, 3 * FOLIO).unwrap();
+    assert!(!has_gaps(&pool));
     poison(&path, FOLIO + SUBPAGE, 1).unwrap(); // in the midst of what was punched
-    assert!(!has_gaps(&pool), "a free block could open the hole");
     assert_eq!(mapping.walk().iter().map(|hit| hit.subpage.offset()).collect::<Vec<_>>(), [FOLIO + SUBPAGE]);
     pool.check();
     // Elsewhere than the hole, all stays shut.

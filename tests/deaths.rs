@@ -474,13 +474,16 @@ const SITUATIONS: &[Situation] = &[
         },
     },
     Situation {
-        name: "quarantine in what was punched and kept",
+        name: "allocate what was punched and kept",
         options: KEEP,
         prepare: |pool| {
             sevens(pool);
             punch(pool, FOLIO, FOLIO);
         },
-        change: |pool| poison(file(pool), FOLIO + SUBPAGE, SUBPAGE).unwrap(),
+        change: |pool| {
+            fallocate(open(pool), FallocateFlags::KEEP_SIZE, 0, 3 * FOLIO).unwrap();
+            poison(file(pool), FOLIO + SUBPAGE, SUBPAGE).unwrap();
+        },
         verify: |pool| {
             assert!(!get(file(pool), MAP).unwrap().contains("punched"));
             assert_eq!(Toucher::mapping(&file(pool), 3 * FOLIO).walk(), [FOLIO + SUBPAGE]);

@@ -828,7 +828,7 @@ impl<'a> World<'a> {
             Op::Seek { via, offset, data } => {
                 answer(self.with(via, |file| seek(file, offset, data)), Answer::Count)
             }
-            Op::Poison { via, offset, length } => done(self.set(via, POISON, &format!("{offset} {length}"))),
+            Op::Poison { via, offset, length } => done(self.poison(via, &format!("{offset} {length}"))),
             Op::Repair { via, verb, range } => {
                 let verb = match verb {
                     Verb::Zero => "zero",
@@ -883,6 +883,21 @@ impl<'a> World<'a> {
 
     fn set(&self, via: Via, name: &str, value: &str) -> Outcome {
         self.with(via, |file| rustix::fs::fsetxattr(file, name, value.as_bytes(), XattrFlags::empty()))
+    }
+
+    /// What was punched and kept has to be filled first, and which of it a touch has filled is not in the model.
+    fn poison(&self, via: Via, value: &str) -> Outcome {
+        match self.set(via, POISON, value) {
+            Err(Errno::BUSY) => {
+                self.with(via, |file| {
+                    let (map, size) = (crate::value(file, MAP), rustix::fs::fstat(file)?.st_size as u64);
+                    assert!(map.contains(" punched -"), "{map}");
+                    rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, 0, size)
+                })?;
+                self.set(via, POISON, value)
+            }
+            outcome => outcome,
+        }
     }
 
     fn rename(&self, from: usize, to: usize, flags: RenameFlags) -> Outcome {

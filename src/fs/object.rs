@@ -22,6 +22,10 @@ const BACKING: &str = "backing";
 const POLLERS: &str = "pollers";
 const NATIVES: &str = "natives";
 
+/// Why gaps forbid a soft quarantine. A free block would open the hole; and who counts on its touches filling them must not find zeros.
+const GAPS_FORBID: Error =
+    Error::Busy("the file has punched memory that waits for a touch; fallocate(2) it first");
+
 /// Runs once, when the quarantine of a file has grown.
 pub type Waker = Box<dyn FnOnce() + Send>;
 
@@ -535,8 +539,8 @@ impl Object {
     ///
     /// # Errors
     /// [`Error::Invalid`] for a value that does not parse or a range without memory; [`Error::OpenNatively`] where
-    /// descriptors are noted that read natively, and nothing is done; [`Error::Busy`] for a pinned folio, and those before
-    /// it in the value are quarantined by then.
+    /// descriptors are noted that read natively, or [`Error::Busy`] where there are gaps to be filled by touches, and nothing
+    /// is done; [`Error::Busy`] for a pinned folio, and those before it in the value are quarantined by then.
     pub fn quarantine(&self, value: &[u8]) -> Result<()> {
         let is_done = {
             let holding = self.read_lock();
@@ -551,6 +555,9 @@ impl Object {
             return Err(Error::OpenNatively);
         }
         let ranges = quarantinable(&holding, value)?;
+        if holding.sealed().punched_bytes()? > 0 {
+            return Err(GAPS_FORBID);
+        }
         mend(&mut holding)?;
         let time = sys::unix_time();
         let before = holding.sealed().holes().len(); // soft ones: that is what is added here
