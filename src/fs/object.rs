@@ -16,11 +16,17 @@ use crate::units::{FOLIO_SIZE, Folio, NodeId, Range, STAT_BLOCK, SUBPAGE_SIZE, S
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Duration;
 
 /// What is kept with a file, by name.
 const BACKING: &str = "backing";
 const POLLERS: &str = "pollers";
 const NATIVES: &str = "natives";
+
+/// How often what the kernel cannot put together at the moment is tried, and how long its pages are left to who holds them in between:
+/// memory compaction, say.
+const COLLAPSE_TRIES: u32 = 10;
+const COLLAPSE_NAP: Duration = Duration::from_millis(1);
 
 /// Why gaps forbid a soft quarantine. A free block would open the hole; and who counts on its touches filling them must not find zeros.
 const GAPS_FORBID: Error =
@@ -652,15 +658,23 @@ impl Object {
         let holding = self.read_lock();
         let sealed = holding.sealed();
         let ranges = quarantine::parse_collapse(value, sealed.size())?;
-        let mut result = Ok(());
-        for folio in ranges.iter().flat_map(|range| range.folios()).filter(|folio| sealed.has_memory(*folio))
-        {
-            match self.collapse_one(sealed, folio) {
-                Ok(()) | Err(Error::Busy(_)) => {}
-                Err(error) => result = Err(error),
+        let folios = ranges.iter().flat_map(|range| range.folios());
+        let mut left: Vec<Folio> = folios.filter(|folio| sealed.has_memory(*folio)).collect();
+        for _ in 0..COLLAPSE_TRIES {
+            let mut result = Ok(());
+            left.retain(|folio| match self.collapse_one(sealed, *folio) {
+                Ok(()) | Err(Error::Busy(_)) => false,
+                Err(error) => {
+                    result = Err(error);
+                    true
+                }
+            });
+            match result {
+                Err(Error::Again) => std::thread::sleep(COLLAPSE_NAP),
+                result => return result,
             }
         }
-        result
+        Err(Error::Again)
     }
 
     /// Puts one folio back into one piece, as far as it has memory and nothing of it is lost.
