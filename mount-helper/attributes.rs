@@ -16,6 +16,7 @@ pub const INJECT: &str = "trusted.hugetlb2.inject";
 /// How a file is mapped.
 pub const MAP: &str = "user.hugetlb2.map";
 const POOL: &str = "user.hugetlb2.pool";
+const OPTIONS: &str = "user.hugetlb2.options";
 const SIZE: &str = "trusted.hugetlb2.size";
 /// What does not hold.
 pub const CHECK: &str = "trusted.hugetlb2.check";
@@ -67,6 +68,16 @@ impl Counters {
         let found = known.into_iter().find(|size| Some(size.bytes()) == self.get("page_size"));
         found.ok_or_else(|| "the pool has a page size that this version does not know".to_owned())
     }
+}
+
+/// Reads the options in force, but for the size, of the pool that is mounted on `directory`: names and values.
+///
+/// # Errors
+/// A sentence.
+pub fn options(directory: &Path) -> Result<Vec<(String, String)>, String> {
+    let text = read(directory, OPTIONS).map_err(|errno| errno.to_string())?.unwrap_or_default();
+    let pair = |line: &str| line.split_once(' ').map(|(name, value)| (name.to_owned(), value.to_owned()));
+    Ok(text.lines().filter_map(pair).collect())
 }
 
 /// Reads the counters of the pool that is mounted on `directory`.

@@ -247,9 +247,15 @@ fn status(directories: &[PathBuf], json: bool) -> Done {
             let mut pool = Map::new();
             pool.insert("mount_point".into(), json!(directory.to_string_lossy()));
             pool.extend(counters.iter().map(|(name, value)| (name.to_owned(), json!(value))));
+            let options = attributes::options(&directory)
+                .unwrap_or_default()
+                .into_iter()
+                .map(|(name, value)| (name, json!(value)));
+            pool.insert("options".into(), Value::Object(options.collect()));
             pools.push(Value::Object(pool));
         } else {
-            print(describe_pool(&directory, &counters).trim_end())?;
+            let options = attributes::options(&directory).unwrap_or_default();
+            print(describe_pool(&directory, &counters, &options).trim_end())?;
         }
     }
     if json {
@@ -258,7 +264,7 @@ fn status(directories: &[PathBuf], json: bool) -> Done {
     Ok(ExitCode::SUCCESS)
 }
 
-fn describe_pool(directory: &Path, counters: &attributes::Counters) -> String {
+fn describe_pool(directory: &Path, counters: &attributes::Counters, options: &[(String, String)]) -> String {
     const MIB: u64 = 1 << 20;
     let of = |name: &str| counters.get(name).unwrap_or(0);
     let mut out = format!("{}\n", directory.display());
@@ -277,8 +283,12 @@ fn describe_pool(directory: &Path, counters: &attributes::Counters) -> String {
             format!("{} KiB are the machine's until they are touched", of("punched_bytes") / 1024),
         );
     }
-    row("quarantined", format!("{} subpages of 4 KiB", of("quarantined_soft")));
+    let (soft, hw) = (of("quarantined_soft"), of("quarantined_hw"));
+    let by_errors = if hw > 0 { format!(", {hw} of them for memory errors") } else { String::new() };
+    row("quarantined", format!("{} subpages of 4 KiB{by_errors}", soft + hw));
     row("daemon", format!("process {}, worker {}", of("daemon_pid"), of("worker_pid")));
+    let options: Vec<String> = options.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    row("options", options.join(","));
     out
 }
 

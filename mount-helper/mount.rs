@@ -129,9 +129,8 @@ fn remount(directory: &Path, requested: &Requested, fake: bool) -> Result<(), Fa
     let failed = |why: String| Failure::Mount(format!("{}: {why}", directory.display()));
     let pool = attributes::pool(directory).map_err(failed)?;
     let asked = |name: &str| requested.given.iter().any(|given| given == name);
-    if asked("pagesize") && pool.get("page_size") != Some(requested.pool.page_size.bytes()) {
-        return Err(Failure::Usage("the page size of a mounted pool cannot be changed".into()));
-    }
+    let in_force = attributes::options(directory).map_err(failed)?;
+    refuse_changes(requested, &in_force).map_err(Failure::Usage)?;
     if fake {
         return Ok(());
     }
@@ -154,6 +153,21 @@ fn remount(directory: &Path, requested: &Requested, fake: bool) -> Result<(), Fa
         })?;
     }
     set_flags(requested.flags)
+}
+
+/// What stands in fstab comes along with a remount; what differs from what is in force would be ignored if it were not refused.
+fn refuse_changes(requested: &Requested, in_force: &[(String, String)]) -> Result<(), String> {
+    let is_asked = |name: &str| name != "size" && requested.given.iter().any(|given| given == name);
+    for (name, value) in requested.pool.given().filter(|(name, _)| is_asked(name)) {
+        let now = in_force.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str());
+        if now != Some(&value) {
+            let now = now.unwrap_or("none");
+            return Err(format!(
+                "option {name}: {now} is in force, and stays so as long as the pool is mounted"
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn is_read_only(directory: &Path) -> bool {

@@ -57,7 +57,9 @@ fn status_shows_the_counters_of_a_pool() {
         lines[5],
         format!("  daemon        process {}, worker {}", pool.daemon().pid, pool.counter("worker_pid"))
     );
-    assert_eq!(lines.len(), 6);
+    let options = lines[6].strip_prefix("  options       pagesize=2M,mode=755,uid=0,gid=0,").unwrap();
+    assert!(options.starts_with("collapse=on,recovery_write=on,io=auto,punch=release,log=/"), "{options}");
+    assert_eq!(lines.len(), 7);
 }
 
 #[test]
@@ -69,7 +71,8 @@ fn status_in_json_has_every_counter_as_a_number() {
     for (name, value) in pool.counters() {
         assert_eq!(found[&name], json!(value), "{name}");
     }
-    assert_eq!(found.len(), pool.counters().len() + 1);
+    assert_eq!(found["options"]["pagesize"], "2M");
+    assert_eq!(found.len(), pool.counters().len() + 2);
     assert_eq!(value.as_array().unwrap().len(), 1);
 }
 

@@ -825,7 +825,7 @@ fn a_remount_resizes_up_and_down() {
         namespace.assert_check_finds_nothing(&place);
     }
     assert!(std::fs::read(&file).unwrap() == vec![7; 3 * FOLIO as usize]);
-    run(&mut namespace.remount(&place, "pagesize=2M,size=8M,mode=700"));
+    run(&mut namespace.remount(&place, "pagesize=2M,size=8M,mode=755,io=auto,punch=release"));
     assert_eq!(namespace.pages(&place), 4, "what else stands in fstab may come along");
 }
 
@@ -843,8 +843,16 @@ fn a_remount_that_cannot_be_changes_nothing_and_says_why() {
         ("size=1M", USAGE, "less than one page of 2M"),
         ("size=1Q", USAGE, "option size: \"1Q\" is not a size"),
         ("size", USAGE, "option size needs a value"),
-        ("pagesize=1G", USAGE, "the page size of a mounted pool cannot be changed"),
-        ("size=32M,pagesize=1G", USAGE, "the page size of a mounted pool cannot be changed"),
+        (
+            "pagesize=1G",
+            USAGE,
+            "option pagesize: 2M is in force, and stays so as long as the pool is mounted",
+        ),
+        ("size=32M,pagesize=1G", USAGE, "option pagesize: 2M is in force"),
+        ("size=32M,mode=700", USAGE, "option mode: 755 is in force"),
+        ("io=native", USAGE, "option io: auto is in force"),
+        ("size=32M,punch=keep", USAGE, "option punch: release is in force"),
+        ("log=/var/log/other", USAGE, "option log: "),
         ("size=32M,frobnicate", USAGE, "unknown option \"frobnicate\""),
     ] {
         let (found, error) = status_and_error(&mut namespace.remount(&place, options));

@@ -40,6 +40,7 @@ enum Protocol {
     Collapse,
     Map,
     Pool,
+    Options,
     Inject,
     Size,
     Check,
@@ -62,6 +63,7 @@ const TABLE: &[(&str, Protocol, On)] = &[
     ("user.hugetlb2.map", Protocol::Map, On::File),
     ("trusted.hugetlb2.inject", Protocol::Inject, On::File),
     ("user.hugetlb2.pool", Protocol::Pool, On::Root),
+    ("user.hugetlb2.options", Protocol::Options, On::Root),
     ("trusted.hugetlb2.size", Protocol::Size, On::Root),
     ("trusted.hugetlb2.check", Protocol::Check, On::Root),
     #[cfg(debug_assertions)]
@@ -115,6 +117,7 @@ impl Fs {
     fn root_attribute(&self, attribute: Protocol) -> Result<String> {
         match attribute {
             Protocol::Pool => self.pool_text(),
+            Protocol::Options => Ok(self.options.clone()),
             Protocol::Size => Ok(format!("{}\n", self.pool.balance().total * self.pool.page_size().bytes())),
             Protocol::Check => Ok(self.check()?.iter().fold(String::new(), |text, what| text + what + "\n")),
             #[cfg(debug_assertions)]

@@ -54,6 +54,8 @@ pub struct Fs {
     objects: Mutex<HashMap<NodeId, Arc<Object>>>,
     /// Objects of nodes that are gone, whose pages the machine had no memory to move yet.
     stranded: Mutex<Vec<Arc<Object>>>,
+    /// The options in force, as the attribute has them.
+    options: String,
     recovery_write: bool,
     /// Who opens a file for reading only reads it without us.
     native: bool,
@@ -123,6 +125,7 @@ impl Fs {
             pool,
             objects: Mutex::default(),
             stranded: Mutex::default(),
+            options: in_force(options),
             recovery_write: options.recovery_write,
             native: reads_natively(options.io),
             closings: Closings::default(),
@@ -556,6 +559,12 @@ impl Fs {
         wrong.extend(self.pool.check(pages, bytes)?);
         Ok(wrong)
     }
+}
+
+/// What was mounted with, `<name> <value>` a line; but for the size, which may have been changed since.
+fn in_force(options: &Options) -> String {
+    let lasting = options.given().filter(|(name, _)| *name != "size");
+    lasting.fold(String::new(), |text, (name, value)| text + name + " " + &value + "\n")
 }
 
 fn reads_natively(io: Io) -> bool {
