@@ -241,10 +241,11 @@ fn kill_children(parent: u64) -> usize {
 
 #[test]
 fn workers_that_die_again_and_again_end_in_refusal_and_a_hangup_signal_in_service() {
-    let pool = Pool::small(8);
+    let pool = Pool::mount(&format!("pagesize=2M,size={},io=native", 8 * FOLIO));
     let path = sevens(&pool);
     let mut mapper = Toucher::mapping(&path, SIZE);
-    let file = File::open(&path).unwrap();
+    let (native, file) =
+        (File::open(&path).unwrap(), File::options().append(true).read(true).open(&path).unwrap());
     let supervisor = pool.daemon().pid;
     // What the next worker reads first is of a version that it does not know.
     let handover = format!("/proc/{supervisor}/root/index/handover");
@@ -257,11 +258,14 @@ fn workers_that_die_again_and_again_end_in_refusal_and_a_hangup_signal_in_servic
     assert!(pool.log().contains("version 2, and this program knows 1"), "{}", pool.log());
     assert_eq!(mapper.ask(&format!("differ 0 {SIZE} 7")), "count 0", "mappings stay");
     assert!(mapper.store(3, 7));
+    drop(native); // of which the next worker is told
     fs::write(&handover, text).unwrap();
     kill_process(Pid::from_raw(supervisor).unwrap(), Signal::HUP).unwrap();
     while file.read_at(&mut [0], 0).is_err() {
         std::thread::yield_now(); // the signal is on its way
     }
+    poison(&path, 0, 1).unwrap();
+    assert_eq!(pool.counter("opened_natively"), 0);
     pool.check();
     drop((mapper, file));
     pool.unmount();

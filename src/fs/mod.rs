@@ -425,7 +425,8 @@ impl Fs {
         loop {
             let seen = self.closings.count();
             match self.pool.patiently(&mut request) {
-                Err(Error::OpenNatively) if self.closings.wait(seen, deadline) => {}
+                Err(Error::OpenNatively)
+                    if Instant::now() < deadline && self.closings.wait(seen, deadline) => {}
                 result => return result,
             }
         }

@@ -3,8 +3,9 @@
 //!
 //! The kernel's clock for times of files stands still for some milliseconds (CLOCK_REALTIME_COARSE, clock_gettime(2)). What was
 //! done once at one of its readings need not be done again at the same, unless somebody has changed the inode's mode, owner, times or
-//! attributes since. The kernel has a file's inode locked for any of those and for every change of its contents, so that no two of them
-//! are under way at once (fs/fuse/file.c, fs/attr.c, fs/xattr.c).
+//! attributes since. The kernel has a file's inode locked for any of those, and shares the lock between writes within the file only: what
+//! is noted here by one of them is not undone by a change of the inode under way at once (fs/fuse/file.c, fs/attr.c, fs/xattr.c;
+//! FUSE_ASYNC_DIO, with which a write could outlive the lock, is not asked for).
 
 use crate::error::Result;
 use rustix::time::{ClockId, clock_gettime};

@@ -4,6 +4,13 @@
 //! file or natives, never both; the file's lock is what makes the two exclude each other ([`super::Object`]). A descriptor is known by the
 //! number of the request that opened it, which is the same when the request is sent again, and which the kernel names when
 //! the descriptor is closed: noting it twice, or striking it out twice, is noting it once.
+//!
+//! A note can outlive its descriptor, and then forbid quarantines until the file is gone: where the worker that wrote it died before it
+//! answered, and nobody asked again, as whoever had asked was killed in that instant, or was refused by a supervisor that has
+//! no worker. It errs on the safe side.
+//!
+//! The repair of a *real* memory error is another matter: between the page that the kernel had poisoned and the healthy one there is
+//! a hole for some microseconds, which is zeros to a native. Whoever asked for the repair has given the bytes up, or has others.
 
 use crate::error::Result;
 use std::collections::BTreeSet;

@@ -23,10 +23,10 @@ const BACKING: &str = "backing";
 const POLLERS: &str = "pollers";
 const NATIVES: &str = "natives";
 
-/// How often what the kernel cannot put together at the moment is tried, and how long its pages are left to who holds them in between:
-/// memory compaction, say.
-const COLLAPSE_TRIES: u32 = 10;
-const COLLAPSE_NAP: Duration = Duration::from_millis(1);
+/// How often what the kernel cannot put together at the moment is tried in vain, and how long its pages are left to who holds them in
+/// between: memory compaction, say.
+const COLLAPSE_TRIES: u32 = 3;
+const COLLAPSE_NAP: Duration = Duration::from_millis(3);
 
 /// Why gaps forbid a soft quarantine. A free block would open the hole; and who counts on its touches filling them must not find zeros.
 const GAPS_FORBID: Error =
@@ -196,21 +196,23 @@ impl Object {
         if !is_whole || sealed.has_free_blocks()? {
             return Ok(None);
         }
-        let view = self.view_up_to(range.end)?;
-        Ok(view.populate(range).is_ok().then(|| Viewed { _unchanged: holding, view, range }))
+        let view = self.view_up_to(range.end)?.filter(|view| view.populate(range).is_ok());
+        Ok(view.map(|view| Viewed { _unchanged: holding, view, range }))
     }
 
-    fn view_up_to(&self, end: u64) -> Result<Arc<View>> {
+    /// The file's view, longer than before where that is too short; none where there are too many of all files.
+    fn view_up_to(&self, end: u64) -> Result<Option<Arc<View>>> {
         const GRAIN: u64 = 1 << 30; // a file that grows is not mapped anew each time
+        const MOST: usize = 4096; // of the 65,530 mappings that a process may have (vm.max_map_count)
         let mut view = self.view.lock().expect("no panic while a file is mapped");
-        match &*view {
-            Some(view) if view.length() >= end => Ok(view.clone()),
-            _ => {
-                let longer = Arc::new(View::new(&self.data, end.next_multiple_of(GRAIN))?);
-                *view = Some(longer.clone());
-                Ok(longer)
+        if view.as_ref().is_none_or(|view| view.length() < end) {
+            *view = None;
+            if View::count() >= MOST {
+                return Ok(None);
             }
+            *view = Some(Arc::new(View::new(&self.data, end.next_multiple_of(GRAIN))?));
         }
+        Ok(view.clone())
     }
 
     /// Writes at `offset`, lengthening the file where that is behind its end. Ends before the first subpage that is
@@ -242,7 +244,10 @@ impl Object {
             mend(&mut holding)?
         }
         if holding.can_append(range) {
-            return holding.sealed_mut().append(bytes, range.start);
+            match holding.sealed_mut().append(bytes, range.start) {
+                Err(Error::Poisoned) | Ok(0) => mend(&mut holding)?, // an error that nobody knew of: around it, as below
+                result => return result,
+            }
         }
         let end = writable_prefix(&holding, range, context.recovery_write)?;
         let range = Range::new(range.start, end);
@@ -655,26 +660,25 @@ impl Object {
     /// [`Error::Invalid`] for a value that does not parse; [`Error::Again`] or [`Error::NoMemory`] where the kernel could
     /// not, after having tried all.
     pub fn collapse(&self, value: &[u8]) -> Result<()> {
-        let holding = self.read_lock();
-        let sealed = holding.sealed();
-        let ranges = quarantine::parse_collapse(value, sealed.size())?;
-        let folios = ranges.iter().flat_map(|range| range.folios());
-        let mut left: Vec<Folio> = folios.filter(|folio| sealed.has_memory(*folio)).collect();
-        for _ in 0..COLLAPSE_TRIES {
-            let mut result = Ok(());
-            left.retain(|folio| match self.collapse_one(sealed, *folio) {
-                Ok(()) | Err(Error::Busy(_)) => false,
+        let ranges = quarantine::parse_collapse(value, self.read_lock().sealed().size())?;
+        let mut left: Vec<Folio> = ranges.iter().flat_map(|range| range.folios()).collect();
+        let (mut failure, mut fruitless) = (Ok(()), 0);
+        while !left.is_empty() && fruitless < COLLAPSE_TRIES {
+            let before = left.len();
+            left.retain(|folio| match self.collapse_folio(*folio) {
+                Ok(()) => false,
+                Err(Error::Again) => true,
                 Err(error) => {
-                    result = Err(error);
-                    true
+                    failure = Err(error);
+                    false
                 }
             });
-            match result {
-                Err(Error::Again) => std::thread::sleep(COLLAPSE_NAP),
-                result => return result,
+            if left.len() == before {
+                fruitless += 1;
+                std::thread::sleep(COLLAPSE_NAP);
             }
         }
-        Err(Error::Again)
+        if left.is_empty() { failure } else { Err(Error::Again) }
     }
 
     /// Puts one folio back into one piece, as far as it has memory and nothing of it is lost.

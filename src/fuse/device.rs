@@ -17,6 +17,7 @@ const OUT_HEADER: usize = 16;
 const FORGET: u32 = 2;
 const BATCH_FORGET: u32 = 42;
 const INTERRUPT: u32 = 36;
+const RELEASE: u32 = 18;
 
 /// `struct fuse_out_header`, and what belongs to it.
 fn message<const N: usize>(error: i32, unique: u64, body: [u64; N]) -> Vec<u8> {
@@ -61,6 +62,8 @@ pub const AGAIN: u64 = 1 << 63;
 
 /// Reads one request and answers it with EIO. Returns false when the filesystem has been unmounted.
 ///
+/// That a descriptor is closed is left to the next worker to be told of again: nobody waits for an answer.
+///
 /// # Errors
 /// What reading the device answers.
 pub fn refuse_one(device: impl AsFd, buffer: &mut [u8]) -> Result<bool> {
@@ -72,7 +75,7 @@ pub fn refuse_one(device: impl AsFd, buffer: &mut [u8]) -> Result<bool> {
         Err(errno) => return Err(errno.into()),
     };
     let Some((opcode, unique)) = head(&buffer[..length]) else { return Ok(true) };
-    if !matches!(opcode, FORGET | BATCH_FORGET | INTERRUPT) {
+    if !matches!(opcode, FORGET | BATCH_FORGET | INTERRUPT | RELEASE) {
         let refusal = message(-Errno::IO.raw_os_error(), unique, []);
         let _ = rustix::io::write(device, &refusal); // whoever asked has gone away
     }

@@ -177,9 +177,18 @@ impl Adapter {
         request: impl Fn(&Fs) -> Result<T> + Send + 'static,
     ) {
         match request(&self.fs) {
-            Err(Error::Returning | Error::OpenNatively) => {}
-            result => return encode(reply, result),
+            Err(Error::Returning) => self.answer_patiently(reply, encode, request),
+            result => encode(reply, result),
         }
+    }
+
+    /// Answers from a thread of its own, when what the request waits for has come, or will not.
+    fn answer_patiently<T: 'static, R: Send + 'static>(
+        &self,
+        reply: R,
+        encode: fn(R, Result<T>),
+        request: impl Fn(&Fs) -> Result<T> + Send + 'static,
+    ) {
         let fs = self.fs.clone();
         let patient = move || encode(reply, fs.patiently(|| request(&fs)));
         if let Err(error) = std::thread::Builder::new().name("patient".into()).spawn(patient) {
@@ -594,7 +603,7 @@ impl Filesystem for Adapter {
         match self.fs.write(node_id(ino), data, offset, unprivileged) {
             Err(Error::Returning) => {
                 let bytes = data.to_vec();
-                self.answer(reply, reply_write, move |fs| {
+                self.answer_patiently(reply, reply_write, move |fs| {
                     fs.write(node_id(ino), &bytes, offset, unprivileged)
                 });
             }
@@ -679,7 +688,7 @@ impl Filesystem for Adapter {
         match self.fs.set_attribute(node, name, (value, flags), by, ticket) {
             Err(Error::OpenNatively) => {
                 let (name, value) = (name.to_owned(), value.to_vec());
-                self.answer(reply, reply_empty, move |fs| {
+                self.answer_patiently(reply, reply_empty, move |fs| {
                     fs.set_attribute(node, &name, (&value, flags), by, ticket)
                 });
             }

@@ -175,7 +175,7 @@ impl Holding {
             && range.end <= size.next_multiple_of(FOLIO_SIZE)
             && self.sealed.has_memory(folio)
             && self.sealed.holes().is_empty()
-            && self.sealed.lost_in(folio.range()).next().is_none()
+            && self.sealed.lost_in(Range::new(range.start.min(size), folio.range().end)).next().is_none()
             && self.has_pages(Range::new(range.start.min(size), size))
     }
 

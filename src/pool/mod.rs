@@ -35,16 +35,13 @@ pub use recovery::RESERVES;
 use crate::error::{Error, Result};
 use crate::sealed::{Reach, Sealed};
 use crate::steps::{self, Step};
-use crate::sys;
+use crate::sys::{self, MARGIN, refuse_more_than_available};
 use crate::units::{FOLIO_SIZE, PageSize, Range};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// Most memory that a move takes from the machine before it gives as much back.
 pub const STEP: u64 = 64 << 20;
-
-/// What is left to the rest of the machine: taking its last memory would not fail but wake the OOM killer.
-const MARGIN: u64 = 64 << 20;
 
 /// How long to wait for one more page of the files that were unlinked and whose last user may be gone: the kernel tells
 /// of that (FORGET) by itself, but not before unlink(2) returns. In naps, as time also passes while the machine is too
@@ -505,11 +502,6 @@ impl Reserve {
         }
         Ok(())
     }
-}
-
-/// [`Error::NoMemory`] where the machine cannot give `bytes` now and keep its margin.
-fn refuse_more_than_available(bytes: u64) -> Result<()> {
-    if sys::memory_available()? < bytes.saturating_add(MARGIN) { Err(Error::NoMemory) } else { Ok(()) }
 }
 
 /// How much a move may take from the machine before it gives as much back.

@@ -185,7 +185,8 @@ impl Ledger {
         Ok(Self { data, id, superblock, records, slots, poisoned: BTreeMap::new() })
     }
 
-    fn file(&self) -> Result<File> {
+    /// Opens the file.
+    pub fn file(&self) -> Result<File> {
         open(&self.data, self.id)
     }
 
@@ -331,9 +332,9 @@ impl Ledger {
         Ok(tmpfs::resident(&self.file()?, block(record.slot))? > 0)
     }
 
-    /// Takes the superblock's free block for a record; [`Error::Full`] while there is none.
-    pub fn take_block(&self, record: Record) -> Result<()> {
-        tmpfs::allocate(&self.file()?, block(record.slot))
+    /// Takes the superblock's free block for a record in the ledger's `file`; [`Error::Full`] while there is none.
+    pub fn take_block(file: &File, record: Record) -> Result<()> {
+        tmpfs::allocate(file, block(record.slot))
     }
 
     /// Gives a record's block up.

@@ -29,9 +29,10 @@
 //!
 //! **Gaps.** A file without soft holes has nothing that S1 would have to keep shut. There, memory can be punched out and its blocks
 //! left free ([`Sealed::punch`]): a touch fills the gap with cleared memory, and so do a write and userfaultfd(2). A note with the
-//! file says that this was asked for, and that no folio changes hands meanwhile; whoever opens the file leaves the gaps as they
-//! are, because a gap that came to have memory would look to userfaultfd as if it had been filled. For the same reason nothing that only
-//! looks at memory touches a gap ([`Sealed::present`]). [`Sealed::reclaim_removed`] ends it, before anything that needs S1.
+//! file says that this was asked for; no folio changes hands meanwhile, but when the file is dismantled. Whoever opens the file leaves the
+//! gaps as they are, because a gap that came to have memory would look to userfaultfd as if it had been filled. For the same reason
+//! nothing that only looks at memory touches a gap ([`Sealed::present`]). [`Sealed::reclaim_removed`] ends it, before anything
+//! that needs S1.
 
 mod ledger;
 mod recovery;
@@ -42,7 +43,7 @@ use ledger::{Direction, LEDGER, Ledger};
 use crate::error::{Error, Result};
 use crate::steps::{self, Step};
 use crate::sys::mapping::Window;
-use crate::sys::{handle, tmpfs};
+use crate::sys::{self, handle, tmpfs};
 use crate::units::{FOLIO_SIZE, Folio, NodeId, Range, SUBPAGE_SIZE, SUBPAGES_PER_FOLIO, Subpage};
 use rustix::fs::{Mode, OFlags};
 use std::cell::Cell;
@@ -622,8 +623,9 @@ impl Sealed {
     fn trade_to_ledger(&self, subpage: Subpage, record: Record) -> Result<()> {
         let punched = Cell::new(false);
         let whole = Cell::new(0);
+        let ledger = self.ledger.file()?; // opened before anything spins for its block
         self.trade(
-            |sealed| sealed.ledger.take_block(record),
+            |_| Ledger::take_block(&ledger, record),
             // What stood in the way the last time first: nothing comes between the punch and the taking.
             |sealed| {
                 if punched.replace(true) {
@@ -1047,6 +1049,7 @@ impl Sealed {
 
     fn fill_gaps(&mut self) -> Result<bool> {
         self.shut_strays()?;
+        sys::refuse_more_than_available(tmpfs::blocks(&self.data)?.free * SUBPAGE_SIZE)?;
         let torn: Vec<Folio> = self
             .folios()
             .filter(|folio| {
@@ -1246,7 +1249,7 @@ mod tests {
         assert_eq!(sealed.shut_strays().unwrap(), 1);
         assert!(STRAYS_SHUT.load(Ordering::Relaxed) > before, "it is counted");
         assert_eq!(tmpfs::resident(&sealed.data, Subpage(5).range()).unwrap(), 0);
-        sealed.ledger.take_block(record).unwrap();
+        Ledger::take_block(&sealed.ledger.file().unwrap(), record).unwrap();
         assert!(mapping.load(Subpage(5).offset()).is_err());
         assert_sealed(&sealed);
     }

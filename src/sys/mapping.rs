@@ -11,6 +11,7 @@ use memmap2::{Advice, MmapOptions, MmapRaw};
 use rustix::io::Errno;
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// A mapping of a folio-aligned part of a file.
 pub struct Window {
@@ -181,13 +182,29 @@ fn populate(map: &MmapRaw, start: usize, length: usize) -> Result<()> {
 #[derive(Debug)]
 pub struct View(MmapRaw);
 
+/// Those that there are.
+static VIEWS: AtomicUsize = AtomicUsize::new(0);
+
+impl Drop for View {
+    fn drop(&mut self) {
+        VIEWS.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl View {
     /// Maps `length` bytes. Takes no memory and touches none.
     ///
     /// # Errors
     /// What mmap(2) answers.
     pub fn new(file: &File, length: u64) -> Result<Self> {
-        Ok(Self(MmapOptions::new().len(length as usize).map_raw_read_only(file)?))
+        let map = MmapOptions::new().len(length as usize).map_raw_read_only(file)?;
+        VIEWS.fetch_add(1, Ordering::Relaxed);
+        Ok(Self(map))
+    }
+
+    /// How many there are in this process.
+    pub fn count() -> usize {
+        VIEWS.load(Ordering::Relaxed)
     }
 
     /// How long it is.
@@ -203,8 +220,9 @@ impl View {
         populate(&self.0, range.start as usize, range.len() as usize)
     }
 
-    /// The bytes of `range`, to be named to a system call, which may answer EFAULT for them. They are other programs' to change
-    /// and the kernel's to take away: no instruction of ours may read them.
+    /// The bytes of `range`, to be named to a system call. They are other programs' to change and the kernel's to take away: no
+    /// instruction of ours may read them. The call may answer EFAULT for them, and a read of FUSE ends with EIO then; that takes a
+    /// memory error, or the end of this process, in the microseconds since they were faulted in.
     pub fn bytes(&self, range: Range) -> &[u8] {
         assert!(range.end <= self.length(), "{range} is outside of the view");
         // SAFETY: the range lies in a mapping that lives as long as the slice. See above for what must not be done with it.

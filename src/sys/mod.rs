@@ -79,6 +79,17 @@ pub fn unix_time() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
+/// What is left to the machine when memory is taken from it.
+pub const MARGIN: u64 = 64 << 20;
+
+/// [`Error::NoMemory`] where the machine cannot give `bytes` now and keep its margin: to take them would be the end of other processes.
+///
+/// # Errors
+/// And where /proc is not mounted.
+pub fn refuse_more_than_available(bytes: u64) -> Result<(), Error> {
+    if memory_available()? < bytes.saturating_add(MARGIN) { Err(Error::NoMemory) } else { Ok(()) }
+}
+
 /// What the kernel could give without swapping (MemAvailable, proc(5)), in bytes.
 ///
 /// # Errors

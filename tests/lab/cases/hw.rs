@@ -33,7 +33,8 @@ cases! {
         a_write_that_meets_an_unknown_error_succeeds,
         a_request_that_meets_an_unknown_error_knows_of_it,
         the_kernel_itself_reads_up_to_an_error_and_never_through_it,
-        a_large_read_ends_before_an_error_that_nobody_knew_of;
+        a_large_read_ends_before_an_error_that_nobody_knew_of,
+        a_write_that_lengthens_a_file_repairs_what_it_covers_known_or_not;
 }
 
 pub const INJECT: &str = "trusted.hugetlb2.inject";
@@ -586,4 +587,31 @@ pub fn a_large_read_ends_before_an_error_that_nobody_knew_of() {
     set(&path, REPAIR, "zero all").unwrap();
     drop(toucher);
     assert_whole(&pool, &path, SIZE);
+}
+
+pub fn a_write_that_lengthens_a_file_repairs_what_it_covers_known_or_not() {
+    const LAST: u64 = FOLIO - SUBPAGE;
+    let bytes = [8; 2 * SUBPAGE as usize];
+    for known in [true, false] {
+        let pool = pool();
+        let (path, file) = sevens(&pool, FOLIO + 1000);
+        let mut toucher = Toucher::mapping(&path, 2 * FOLIO);
+        strike(&mut toucher, LAST); // in another folio than the end
+        if known {
+            assert_eq!(listed(&path), hw(&[LAST]));
+        }
+        file.write_all_at(&bytes, LAST).unwrap();
+        assert_holds(&file, LAST, FOLIO + SUBPAGE, 8);
+        // Behind the end, where nothing has been lost.
+        strike(&mut toucher, FOLIO + SUBPAGE);
+        if known {
+            assert_eq!(listed(&path), hw(&[]));
+        }
+        file.write_all_at(&bytes, FOLIO + SUBPAGE).unwrap();
+        assert_holds(&file, LAST, FOLIO + 3 * SUBPAGE, 8);
+        assert_holds(&file, 0, LAST, 7);
+        drop(toucher);
+        pool.check();
+        assert_eq!(listed(&path), hw(&[]));
+    }
 }
