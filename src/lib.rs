@@ -34,6 +34,13 @@
 //! pages the reserves'; what the kernel still refers to is the kernel's to say. A node id is the file handle of the inode in the
 //! index. What is in the daemon's tables can be read off these again, and is, by every worker but the first.
 //!
+//! # Who reads and writes
+//!
+//! mmap(2) never comes here. write(2) always does, as it may need pages. read(2) does for a descriptor that can write, too; one for
+//! reading only can have the kernel read the sealed file itself, as fast as tmpfs (option `io=`). To such a reader a soft hole would be
+//! zeros, so a file has either soft holes or such readers ([`fs::Fs::open_natively`]). Of what does come here, large reads are
+//! delivered from where the file is mapped in the worker, without a copy ([`fs::Object::view`]).
+//!
 //! # A death
 //!
 //! When a worker dies, the kernel keeps every request that it has not answered, and mappings are none of its business anyway. The

@@ -49,7 +49,7 @@ pub fn wake_poller(device: impl AsFd, handle: u64) {
 }
 
 /// Has the kernel send again what a former reader of the device has read and not answered (Linux 6.9). Those requests come with
-/// [`AGAIN`] in their number.
+/// `AGAIN` in their number.
 ///
 /// # Errors
 /// EINVAL on an older kernel.

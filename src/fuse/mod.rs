@@ -2,10 +2,10 @@
 //!
 //! Every regular file is opened `PASSTHROUGH`: mmap(2) goes to the object's `data` without us (Linux 6.9). All opens of a file
 //! name the same backing id, which lives as long as the file does. `DIRECT_IO` besides has reads and writes come here
-//! ([`Opened`]); without it, as a descriptor for reading only can have it, reads go to `data` too.
+//! (`Opened`); without it, as a descriptor for reading only can have it, reads go to `data` too.
 //!
 //! Names, attributes and absence change through this kernel only, so it may keep names and attributes for good; it
-//! drops them itself where a request changes them (fs/fuse/dir.c), with the one exception that [`validity`] makes.
+//! drops them itself where a request changes them (fs/fuse/dir.c), with the one exception that `validity` makes.
 //!
 //! A worker may die at any instruction, and another takes over ([`Connection::take_over`]): an open file and an open directory are
 //! nothing here but their node, and the one number that the kernel knows a file's memory by is kept with the file.
