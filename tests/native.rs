@@ -335,7 +335,7 @@ impl History {
 
 #[test]
 fn no_order_of_opens_injections_reads_and_repairs_shows_what_is_not_there() {
-    const THREADS: u64 = 12;
+    const THREADS: u64 = 48; // nearly all of which wait for a refusal, most of the time
     let orders = (ACTS.len() as u64).pow(LENGTH);
     let pool = native(2 * THREADS);
     let next = AtomicU64::new(0);

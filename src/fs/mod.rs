@@ -37,8 +37,9 @@ use std::time::{Duration, Instant};
 /// Where the objects' superblocks are mounted in the daemon's namespace.
 pub const OBJECTS: &str = "/objects";
 
-/// How long a descriptor that reads natively is waited for to turn out closed: some thousand times what the kernel takes to tell of it.
-const CLOSING_PATIENCE: Duration = Duration::from_millis(100);
+/// How long a descriptor that reads natively is waited for to turn out closed: some thousand times what it takes the kernel to tell of it,
+/// as that may be on a busy machine.
+const CLOSING_PATIENCE: Duration = Duration::from_millis(300);
 
 /// What the kernel's counts of memory errors that have been seen are kept under.
 const FAILURES: &str = "failures";
