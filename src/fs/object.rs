@@ -8,7 +8,7 @@ use super::native::Natives;
 use crate::error::{Error, Result};
 use crate::pool::{Holding, Pool};
 use crate::quarantine::{self, Kind, Quarantined, Repair};
-use crate::sealed::{Bytes, Content, Sealed};
+use crate::sealed::{Bytes, Content, Notes, Sealed};
 use crate::steps::{self, Step};
 use crate::sys::mapping::View;
 use crate::sys::{self, tmpfs};
@@ -39,6 +39,8 @@ pub type Waker = Box<dyn FnOnce() + Send>;
 pub struct Object {
     node: NodeId,
     data: Arc<File>,
+    /// What is kept with the file, for the next worker.
+    notes: Notes,
     holding: RwLock<Holding>,
     /// Held while a folio is collapsed: two at once would hold its pages against each other, and both fail.
     collapsing: Mutex<()>,
@@ -119,10 +121,10 @@ pub struct Extent {
 impl Object {
     /// Of `node`, with what `holding` has.
     pub fn new(node: NodeId, holding: Holding) -> Self {
-        let data = holding.sealed().data().clone();
+        let (data, notes) = (holding.sealed().data().clone(), holding.sealed().notes().clone());
         let (holding, collapsing, wakers) = (RwLock::new(holding), Mutex::default(), Mutex::default());
         let (natives, modified, view) = (Natives::default(), Modified::default(), Mutex::default());
-        Self { node, data, holding, collapsing, natives, modified, view, wakers }
+        Self { node, data, notes, holding, collapsing, natives, modified, view, wakers }
     }
 
     /// Whose contents these are.
@@ -469,7 +471,7 @@ impl Object {
         }
         if wakers.insert(key, waker).is_none() {
             let keys: Vec<u8> = wakers.keys().flat_map(|key| key.to_le_bytes()).collect();
-            self.read_lock().sealed().keep(POLLERS, &keys)?;
+            self.notes.keep(POLLERS, &keys)?;
         }
         Ok(())
     }
@@ -479,11 +481,10 @@ impl Object {
     /// # Errors
     /// What getxattr(2) and removexattr(2) answer.
     pub fn wake_noted_pollers(&self, wake: impl Fn(u64)) -> Result<()> {
-        let holding = self.read_lock();
-        let Some(keys) = holding.sealed().kept(POLLERS)? else { return Ok(()) };
+        let Some(keys) = self.notes.kept(POLLERS)? else { return Ok(()) };
         let (keys, _) = keys.as_chunks::<8>();
         keys.iter().for_each(|key| wake(u64::from_le_bytes(*key)));
-        holding.sealed().discard(POLLERS)
+        self.notes.discard(POLLERS)
     }
 
     /// The number that the kernel knows `data` by (FUSE_DEV_IOC_BACKING_OPEN). It is kept with the file: all who open it must
@@ -492,7 +493,7 @@ impl Object {
     /// # Errors
     /// What getxattr(2) answers.
     pub fn backing(&self) -> Result<Option<u32>> {
-        let kept = self.read_lock().sealed().kept(BACKING)?;
+        let kept = self.notes.kept(BACKING)?;
         Ok(kept.and_then(|bytes| Some(u32::from_le_bytes(bytes.try_into().ok()?))))
     }
 
@@ -501,30 +502,30 @@ impl Object {
     /// # Errors
     /// What setxattr(2) answers.
     pub fn set_backing(&self, number: u32) -> Result<()> {
-        self.read_lock().sealed().keep(BACKING, &number.to_le_bytes())
+        self.notes.keep(BACKING, &number.to_le_bytes())
     }
 
     /// Notes `descriptor` as one by which the kernel reads `data` without us: what is a hole there would be zeros to it. So it
     /// answers no for a file with soft holes; and as long as one is noted, none is made ([`Object::quarantine`]). The notes are kept
-    /// with the file, for the next worker.
+    /// with the file, for the next worker. It answers no, too, where somebody has the file alone, to lengthen it perhaps: who opens it
+    /// is not to wait for that.
     ///
     /// # Errors
     /// What setxattr(2) answers: nothing is noted then.
     pub fn open_natively(&self, descriptor: u64) -> Result<bool> {
-        let holding = self.read_lock();
+        let Ok(holding) = self.holding.try_read() else { return Ok(false) };
         if !holding.sealed().holes().is_empty() {
             return Ok(false);
         }
-        let noted = self.natives.add(descriptor, |noted| holding.sealed().keep(NATIVES, noted));
+        let noted = self.natives.add(descriptor, |noted| self.notes.keep(NATIVES, noted));
         steps::done(Step::NativeNoted);
         noted
     }
 
     /// That descriptor is closed; one that is not noted is no matter.
     pub fn close_natively(&self, descriptor: u64) {
-        let holding = self.read_lock();
-        if let Err(error) = self.natives.remove(descriptor, |noted| holding.sealed().keep(NATIVES, noted)) {
-            log::warn!("file {}: the next worker will take a closed descriptor for open: {error}", self.node);
+        if let Err(error) = self.natives.remove(descriptor, |noted| self.notes.keep(NATIVES, noted)) {
+            log::warn!("file {}: the next worker may take a closed descriptor for open: {error}", self.node);
         }
         steps::done(Step::NativeClosed);
     }
@@ -539,7 +540,7 @@ impl Object {
     /// # Errors
     /// What getxattr(2) answers.
     pub fn recall_natives(&self) -> Result<()> {
-        if let Some(noted) = self.read_lock().sealed().kept(NATIVES)? {
+        if let Some(noted) = self.notes.kept(NATIVES)? {
             self.natives.recall(&noted);
         }
         Ok(())

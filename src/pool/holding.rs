@@ -59,7 +59,7 @@ impl Holding {
     /// # Errors
     /// What setxattr(2) answers.
     pub fn open(page_size: PageSize, sealed: Sealed) -> Result<Self> {
-        let released = sealed.kept(RELEASED)?.map(|ranges| decode(&ranges)).unwrap_or_default();
+        let released = sealed.notes().kept(RELEASED)?.map(|ranges| decode(&ranges)).unwrap_or_default();
         let mut holding = Self { sealed, page_size, released: BTreeSet::new(), orphaned: false };
         // One with memory was being made the file's again; one behind those that are reserved was given up.
         let has_memory =
@@ -119,9 +119,9 @@ impl Holding {
         if ranges.len() > MOST_RANGES * 8 {
             return Err(Error::Busy("the file would have more separate holes than can be noted"));
         }
-        match self.sealed.kept(RELEASED)? {
+        match self.sealed.notes().kept(RELEASED)? {
             None if ranges.is_empty() => Ok(()),
-            _ => self.sealed.keep(RELEASED, &ranges),
+            _ => self.sealed.notes().keep(RELEASED, &ranges),
         }
     }
 

@@ -138,12 +138,64 @@ fn number(bytes: &[u8]) -> u64 {
     bytes.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte))
 }
 
-/// The ledger's file, and what it says.
-#[derive(Debug)]
-pub struct Ledger {
-    /// The file is opened when it is needed, from the data file that is on the same superblock: a descriptor less for each file.
+/// The ledger's file, and what is kept there for the owner of the sealed file, under names. It needs none of the locks that the rest
+/// of a ledger does.
+///
+/// The file is opened when it is needed, from the data file that is on the same superblock: a descriptor less for each file.
+#[derive(Clone, Debug)]
+pub struct Notes {
     data: Arc<File>,
     id: NodeId,
+}
+
+impl Notes {
+    /// Opens the file.
+    pub fn file(&self) -> Result<File> {
+        open(&self.data, self.id)
+    }
+
+    /// What was kept under `name`.
+    ///
+    /// # Errors
+    /// What getxattr(2) answers.
+    pub fn kept(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        const ROOM: [usize; 2] = [256, 64 << 10]; // hardly any is longer; none is longer than XATTR_SIZE_MAX
+        for room in ROOM {
+            let mut value = vec![0; room];
+            match rustix::fs::fgetxattr(&self.file()?, kept_attribute(name), &mut value[..]) {
+                Ok(length) => {
+                    value.truncate(length);
+                    return Ok(Some(value));
+                }
+                Err(Errno::RANGE) => {}
+                Err(Errno::NODATA) => return Ok(None),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Err(Errno::RANGE.into())
+    }
+
+    /// Keeps a few bytes under `name`, for as long as there is the file.
+    ///
+    /// # Errors
+    /// What setxattr(2) answers.
+    pub fn keep(&self, name: &str, value: &[u8]) -> Result<()> {
+        Ok(rustix::fs::fsetxattr(&self.file()?, kept_attribute(name), value, XattrFlags::empty())?)
+    }
+
+    /// Removes what was kept under `name`.
+    ///
+    /// # Errors
+    /// What removexattr(2) answers.
+    pub fn discard(&self, name: &str) -> Result<()> {
+        Ok(rustix::fs::fremovexattr(&self.file()?, kept_attribute(name))?)
+    }
+}
+
+/// The ledger, and what it says.
+#[derive(Debug)]
+pub struct Ledger {
+    notes: Notes,
     superblock: Superblock,
     records: BTreeMap<Subpage, Record>,
     /// Key `n` stands for block `n + 1`.
@@ -159,7 +211,7 @@ impl Ledger {
         tmpfs::allocate(&file, block(0))?;
         let (superblock, id) = (Superblock::default(), handle::of(&file, c"")?);
         let (records, slots, poisoned) = (BTreeMap::new(), Slab::new(), BTreeMap::new());
-        let ledger = Self { data, id, superblock, records, slots, poisoned };
+        let ledger = Self { notes: Notes { data, id }, superblock, records, slots, poisoned };
         ledger.write_superblock()?;
         Ok(ledger)
     }
@@ -182,12 +234,12 @@ impl Ledger {
             }
         }
         let slots = records.iter().map(|(subpage, record)| ((record.slot - 1) as usize, *subpage)).collect();
-        Ok(Self { data, id, superblock, records, slots, poisoned: BTreeMap::new() })
+        Ok(Self { notes: Notes { data, id }, superblock, records, slots, poisoned: BTreeMap::new() })
     }
 
-    /// Opens the file.
-    pub fn file(&self) -> Result<File> {
-        open(&self.data, self.id)
+    /// Its file, and what is kept there.
+    pub fn notes(&self) -> &Notes {
+        &self.notes
     }
 
     /// The object's superblock.
@@ -207,7 +259,7 @@ impl Ledger {
 
     fn write_superblock(&self) -> Result<()> {
         let bytes = self.superblock.encode();
-        Ok(rustix::fs::fsetxattr(&self.file()?, SUPERBLOCK, &bytes, XattrFlags::empty())?)
+        Ok(rustix::fs::fsetxattr(&self.notes.file()?, SUPERBLOCK, &bytes, XattrFlags::empty())?)
     }
 
     /// The memory errors that the kernel keeps in the file, and when they were found.
@@ -231,45 +283,17 @@ impl Ledger {
         const MOST: usize = (64 << 10) / 16; // XATTR_SIZE_MAX
         let pairs = self.poisoned.iter().take(MOST).flat_map(|(subpage, time)| [subpage.0, *time]);
         let bytes: Vec<u8> = pairs.flat_map(u64::to_le_bytes).collect();
-        self.keep(POISONED, &bytes)
+        self.notes.keep(POISONED, &bytes)
     }
 
     /// The memory errors that another process has noted, in place of ours.
     pub fn read_poisoned(&mut self) -> Result<()> {
-        let bytes = self.kept(POISONED)?.unwrap_or_default();
+        let bytes = self.notes.kept(POISONED)?.unwrap_or_default();
         let (words, _) = bytes.as_chunks::<8>();
         let (pairs, _) = words.as_chunks::<2>();
         let pairs = pairs.iter().map(|pair| pair.map(u64::from_le_bytes));
         self.poisoned = pairs.map(|[subpage, time]| (Subpage(subpage), time)).collect();
         Ok(())
-    }
-
-    /// What was kept under `name`.
-    pub fn kept(&self, name: &str) -> Result<Option<Vec<u8>>> {
-        const ROOM: [usize; 2] = [256, 64 << 10]; // hardly any is longer; none is longer than XATTR_SIZE_MAX
-        for room in ROOM {
-            let mut value = vec![0; room];
-            match rustix::fs::fgetxattr(&self.file()?, kept_attribute(name), &mut value[..]) {
-                Ok(length) => {
-                    value.truncate(length);
-                    return Ok(Some(value));
-                }
-                Err(Errno::RANGE) => {}
-                Err(Errno::NODATA) => return Ok(None),
-                Err(errno) => return Err(errno.into()),
-            }
-        }
-        Err(Errno::RANGE.into())
-    }
-
-    /// Keeps a value under `name`.
-    pub fn keep(&self, name: &str, value: &[u8]) -> Result<()> {
-        Ok(rustix::fs::fsetxattr(&self.file()?, kept_attribute(name), value, XattrFlags::empty())?)
-    }
-
-    /// Removes what was kept under `name`.
-    pub fn discard(&self, name: &str) -> Result<()> {
-        Ok(rustix::fs::fremovexattr(&self.file()?, kept_attribute(name))?)
     }
 
     /// The quarantined subpages and their records, ascending.
@@ -285,7 +309,12 @@ impl Ledger {
         let record = Record { slot, time, checksum };
         self.begin_move(record, Direction::In, rescued.unwrap_or(&[0; SUBPAGE_SIZE as usize]))?;
         steps::done(Step::QuarantineKept);
-        rustix::fs::fsetxattr(&self.file()?, attribute(slot), &record.encode(subpage), XattrFlags::empty())?;
+        rustix::fs::fsetxattr(
+            &self.notes.file()?,
+            attribute(slot),
+            &record.encode(subpage),
+            XattrFlags::empty(),
+        )?;
         self.slots.insert(subpage);
         self.records.insert(subpage, record);
         Ok(record)
@@ -294,7 +323,7 @@ impl Ledger {
     /// Strikes the record of `subpage` out, whose block has been [`Ledger::release_block`]d or was never taken.
     pub fn forget(&mut self, subpage: Subpage) -> Result<()> {
         let record = self.records[&subpage];
-        remove(&self.file()?, &attribute(record.slot))?;
+        remove(&self.notes.file()?, &attribute(record.slot))?;
         steps::done(Step::RepairForgotten);
         self.end_move(record)?;
         self.records.remove(&subpage);
@@ -308,18 +337,18 @@ impl Ledger {
         value[0] = direction as u8;
         value[1..].copy_from_slice(bytes);
         let name = moving_attribute(record.slot);
-        Ok(rustix::fs::fsetxattr(&self.file()?, name, &value, XattrFlags::empty())?)
+        Ok(rustix::fs::fsetxattr(&self.notes.file()?, name, &value, XattrFlags::empty())?)
     }
 
     /// They have arrived.
     pub fn end_move(&self, record: Record) -> Result<()> {
-        remove(&self.file()?, &moving_attribute(record.slot))
+        remove(&self.notes.file()?, &moving_attribute(record.slot))
     }
 
     /// The bytes that a daemon which died had on the move, and which way.
     pub fn moving(&self, record: Record) -> Result<Option<(Direction, Bytes)>> {
         let mut value = [0; MOVING_BYTES];
-        match rustix::fs::fgetxattr(&self.file()?, moving_attribute(record.slot), &mut value[..]) {
+        match rustix::fs::fgetxattr(&self.notes.file()?, moving_attribute(record.slot), &mut value[..]) {
             Err(Errno::NODATA) => return Ok(None),
             other => other?,
         };
@@ -329,7 +358,7 @@ impl Ledger {
 
     /// Whether a record's block is there.
     pub fn has_block(&self, record: Record) -> Result<bool> {
-        Ok(tmpfs::resident(&self.file()?, block(record.slot))? > 0)
+        Ok(tmpfs::resident(&self.notes.file()?, block(record.slot))? > 0)
     }
 
     /// Takes the superblock's free block for a record in the ledger's `file`; [`Error::Full`] while there is none.
@@ -339,16 +368,16 @@ impl Ledger {
 
     /// Gives a record's block up.
     pub fn release_block(&self, record: Record) -> Result<()> {
-        tmpfs::punch(&self.file()?, block(record.slot))
+        tmpfs::punch(&self.notes.file()?, block(record.slot))
     }
 
     /// Stores what was rescued in the block that was taken for it; in another, where a memory error has hit that.
     pub fn store(&self, record: Record, rescued: &Bytes) -> Result<()> {
         let offset = record.slot * SUBPAGE_SIZE;
-        match tmpfs::write_at(&self.file()?, rescued, offset) {
+        match tmpfs::write_at(&self.notes.file()?, rescued, offset) {
             Err(Error::Poisoned) => {
-                tmpfs::punch(&self.file()?, block(record.slot))?;
-                tmpfs::write_at(&self.file()?, rescued, offset).map(drop)
+                tmpfs::punch(&self.notes.file()?, block(record.slot))?;
+                tmpfs::write_at(&self.notes.file()?, rescued, offset).map(drop)
             }
             result => result.map(drop),
         }
@@ -360,7 +389,8 @@ impl Ledger {
     /// [`Error::NoData`] where nothing is known, or what was kept has itself been lost.
     pub fn rescued(&self, record: Record) -> Result<Bytes> {
         let mut bytes = [0; SUBPAGE_SIZE as usize];
-        let read = self.file().and_then(|file| tmpfs::read_at(file, &mut bytes, record.slot * SUBPAGE_SIZE));
+        let read =
+            self.notes.file().and_then(|file| tmpfs::read_at(file, &mut bytes, record.slot * SUBPAGE_SIZE));
         let read = read.unwrap_or(0);
         match record.checksum {
             Some(checksum) if read == bytes.len() && checksum == crc32fast::hash(&bytes) => Ok(bytes),
@@ -376,7 +406,7 @@ impl Ledger {
 
     /// Blocks that the ledger holds, its superblock among them.
     pub fn blocks(&self) -> Result<u64> {
-        tmpfs::blocks_taken(&self.file()?)
+        tmpfs::blocks_taken(&self.notes.file()?)
     }
 }
 

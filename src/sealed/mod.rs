@@ -37,7 +37,7 @@
 mod ledger;
 mod recovery;
 
-pub use ledger::{Bytes, Record, Superblock, check_version};
+pub use ledger::{Bytes, Notes, Record, Superblock, check_version};
 use ledger::{Direction, LEDGER, Ledger};
 
 use crate::error::{Error, Result};
@@ -188,28 +188,9 @@ impl Sealed {
         self.ledger.update(change)
     }
 
-    /// What was kept with the file under `name`.
-    ///
-    /// # Errors
-    /// What getxattr(2) answers.
-    pub fn kept(&self, name: &str) -> Result<Option<Vec<u8>>> {
-        self.ledger.kept(name)
-    }
-
-    /// Keeps a few bytes with the file for its owner, for as long as there is the file.
-    ///
-    /// # Errors
-    /// What setxattr(2) answers.
-    pub fn keep(&self, name: &str, value: &[u8]) -> Result<()> {
-        self.ledger.keep(name, value)
-    }
-
-    /// Removes what was kept under `name`.
-    ///
-    /// # Errors
-    /// What removexattr(2) answers.
-    pub fn discard(&self, name: &str) -> Result<()> {
-        self.ledger.discard(name)
+    /// What is kept with the file for its owner.
+    pub fn notes(&self) -> &Notes {
+        self.ledger.notes()
     }
 
     /// The soft holes, ascending.
@@ -519,7 +500,7 @@ impl Sealed {
             return Ok(());
         }
         if !self.punched {
-            self.keep(PUNCHED, &[])?;
+            self.notes().keep(PUNCHED, &[])?;
             self.punched = true;
             steps::done(Step::PunchNoted);
         }
@@ -623,7 +604,7 @@ impl Sealed {
     fn trade_to_ledger(&self, subpage: Subpage, record: Record) -> Result<()> {
         let punched = Cell::new(false);
         let whole = Cell::new(0);
-        let ledger = self.ledger.file()?; // opened before anything spins for its block
+        let ledger = self.notes().file()?; // opened before anything spins for its block
         self.trade(
             |_| Ledger::take_block(&ledger, record),
             // What stood in the way the last time first: nothing comes between the punch and the taking.
@@ -1040,7 +1021,7 @@ impl Sealed {
         let reclaimed = self.has_free_blocks()? && self.fill_gaps()?;
         if self.punched {
             steps::done(Step::UnpunchFilled);
-            self.discard(PUNCHED)?;
+            self.notes().discard(PUNCHED)?;
             self.punched = false;
             steps::done(Step::UnpunchDone);
         }
@@ -1249,7 +1230,7 @@ mod tests {
         assert_eq!(sealed.shut_strays().unwrap(), 1);
         assert!(STRAYS_SHUT.load(Ordering::Relaxed) > before, "it is counted");
         assert_eq!(tmpfs::resident(&sealed.data, Subpage(5).range()).unwrap(), 0);
-        Ledger::take_block(&sealed.ledger.file().unwrap(), record).unwrap();
+        Ledger::take_block(&sealed.notes().file().unwrap(), record).unwrap();
         assert!(mapping.load(Subpage(5).offset()).is_err());
         assert_sealed(&sealed);
     }

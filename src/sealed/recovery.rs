@@ -28,7 +28,7 @@ impl Sealed {
         let ledger = Ledger::open(data.clone(), &mount)?;
         let (size, root) = (tmpfs::size(&data)?, handle::of(&mount, c"")?);
         let (folios, folio_count, unattached) = (Vec::new(), 0, None);
-        let punched = ledger.kept(PUNCHED)?.is_some();
+        let punched = ledger.notes().kept(PUNCHED)?.is_some();
         let mut sealed = Self { root, unattached, data, ledger, reach, size, folios, folio_count, punched };
         sealed.find_memory()?;
         sealed.fit_reserve()?;
