@@ -10,6 +10,9 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
+#[global_allocator]
+static ALLOCATOR: sys::allocator::Present = sys::allocator::Present;
+
 fn command() -> Command {
     let table = TABLE.iter().map(|row| {
         let default = row.default.map_or("required".to_owned(), |value| format!("default: {value}"));

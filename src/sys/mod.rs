@@ -3,6 +3,7 @@
 //! Descriptors are owned types, an errno becomes the thing it means ([`Error::Full`], [`Error::Busy`]) where the
 //! call is made, and calls that rustix offers are wrapped only where there is such a meaning to give.
 
+pub mod allocator;
 pub mod handle;
 pub mod identity;
 pub mod mapping;
