@@ -2,16 +2,14 @@
 
 mod support;
 
-use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::Signal;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use support::{FOLIO, GIB, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, poison, set};
+use support::{FOLIO, GIB, POISON, Pool, REPAIR, SUBPAGE, Toucher, Worker, get, kill_worker, poison, set};
 
 /// The subpage that comes and goes.
 const PLACE: u64 = FOLIO + 3 * SUBPAGE;
@@ -39,31 +37,18 @@ fn read_subpage(file: &File, at: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The worker that serves now.
-fn worker(pool: &Pool) -> OwnedFd {
-    let pid = Pid::from_raw(pool.counter("worker_pid") as i32).expect("a process id");
-    pidfd_open(pid, PidfdFlags::empty()).expect("it runs")
-}
-
-/// Returns when it is dead.
-fn kill_worker(pool: &Pool) {
-    let worker = worker(pool);
-    pidfd_send_signal(&worker, Signal::KILL).expect("it runs");
-    assert_eq!(poll(&mut [PollFd::new(&worker, PollFlags::IN)], None), Ok(1));
-}
-
 #[test]
 fn who_opens_for_reading_only_reads_without_the_daemon() {
     let pool = native(4);
     let path = sevens(&pool, "file");
     let file = File::open(&path).unwrap();
     assert_eq!(pool.counter("opened_natively"), 1);
-    let worker = worker(&pool);
-    pidfd_send_signal(&worker, Signal::STOP).unwrap();
+    let worker = Worker::of(&pool);
+    worker.stop();
     let bytes = read_subpage(&file, PLACE).unwrap();
     let mut all = io::Cursor::new(Vec::new());
     io::copy(&mut &file, &mut all).unwrap();
-    pidfd_send_signal(&worker, Signal::CONT).unwrap();
+    worker.signal(Signal::CONT);
     assert_eq!(bytes, [7; SUBPAGE as usize]);
     assert_eq!(all.into_inner(), vec![7; 2 * FOLIO as usize]);
 }

@@ -4,63 +4,16 @@ mod support;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, XattrFlags, flock};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::{Duration, Instant};
 use support::{
-    FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, hugetlb2, poison, run, set, status_and_error,
+    FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, Worker, get, hugetlb2, kill_worker, poison, run, set,
+    status_and_error,
 };
 
 const SIZE: u64 = 2 * FOLIO;
-
-// ---- ending a worker ------------------------------------------------------------------------------------------------
-
-/// A worker, to end it for certain: the number of a process may be another's a moment later.
-struct Worker {
-    pid: i32,
-    process: OwnedFd,
-}
-
-impl Worker {
-    /// The one that serves now.
-    fn of(pool: &Pool) -> Self {
-        let pid = pool.counter("worker_pid") as i32;
-        let process =
-            pidfd_open(Pid::from_raw(pid).expect("a process id"), PidfdFlags::empty()).expect("it runs");
-        Self { pid, process }
-    }
-
-    fn signal(&self, signal: Signal) {
-        pidfd_send_signal(&self.process, signal).expect("it runs");
-    }
-
-    /// Returns when each of its threads stands still.
-    fn stop(&self) {
-        self.signal(Signal::STOP);
-        let is_stopped = |task: fs::DirEntry| {
-            let stat = fs::read_to_string(task.path().join("stat")).expect("it is there");
-            stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
-        };
-        let tasks = || fs::read_dir(format!("/proc/{}/task", self.pid)).expect("it runs").map(Result::unwrap);
-        while !tasks().all(is_stopped) {
-            std::thread::yield_now(); // only its parent could wait for that
-        }
-    }
-
-    /// Returns when it is dead.
-    fn kill(self) {
-        self.signal(Signal::KILL);
-        let ended = poll(&mut [PollFd::new(&self.process, PollFlags::IN)], None);
-        assert_eq!(ended, Ok(1));
-    }
-}
-
-/// Kills the worker; the next call waits for the next one.
-fn kill_worker(pool: &Pool) {
-    Worker::of(pool).kill();
-}
 
 fn sevens(pool: &Pool) -> std::path::PathBuf {
     let path = pool.join("file");

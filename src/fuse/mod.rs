@@ -167,9 +167,7 @@ impl Adapter {
         Ok((backing, if native { Opened::Native(ticket.number) } else { Opened::Mediated }))
     }
 
-    /// Answers now, or from a thread of its own where that takes what the kernel has yet to tell us: FORGET, which brings the pages of
-    /// files that are going away, or RELEASE of a descriptor. That needs one of our threads, and as many requests as we have
-    /// may wait for it.
+    /// Answers now, or patiently where there are no pages but those of files that are going away.
     fn answer<T: 'static, R: Send + 'static>(
         &self,
         reply: R,
@@ -182,7 +180,8 @@ impl Adapter {
         }
     }
 
-    /// Answers from a thread of its own, when what the request waits for has come, or will not.
+    /// Answers from a thread of its own, as that takes what the kernel has yet to tell us: FORGET, which brings the pages of files that
+    /// are going away, or RELEASE of a descriptor. That needs one of our threads, and as many requests as we have may wait for it.
     fn answer_patiently<T: 'static, R: Send + 'static>(
         &self,
         reply: R,

@@ -4,7 +4,7 @@
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::mount::{UnmountFlags, unmount};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
@@ -312,6 +312,54 @@ impl Daemon {
         let fd = pidfd_open(Pid::from_raw(pid).expect("a process id"), PidfdFlags::empty()).expect("it runs");
         Self { pid, fd }
     }
+}
+
+// ---- ending a worker ------------------------------------------------------------------------------------------------
+
+/// A worker, to end it for certain: the number of a process may be another's a moment later.
+pub struct Worker {
+    pub pid: i32,
+    pub process: OwnedFd,
+}
+
+impl Worker {
+    /// The one that serves now.
+    pub fn of(pool: &Pool) -> Self {
+        let pid = pool.counter("worker_pid") as i32;
+        let process =
+            pidfd_open(Pid::from_raw(pid).expect("a process id"), PidfdFlags::empty()).expect("it runs");
+        Self { pid, process }
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        pidfd_send_signal(&self.process, signal).expect("it runs");
+    }
+
+    /// Returns when each of its threads stands still.
+    pub fn stop(&self) {
+        self.signal(Signal::STOP);
+        let is_stopped = |task: std::fs::DirEntry| {
+            let stat = std::fs::read_to_string(task.path().join("stat")).expect("it is there");
+            stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
+        };
+        let tasks =
+            || std::fs::read_dir(format!("/proc/{}/task", self.pid)).expect("it runs").map(Result::unwrap);
+        while !tasks().all(is_stopped) {
+            std::thread::yield_now(); // only its parent could wait for that
+        }
+    }
+
+    /// Returns when it is dead.
+    pub fn kill(self) {
+        self.signal(Signal::KILL);
+        let ended = poll(&mut [PollFd::new(&self.process, PollFlags::IN)], None);
+        assert_eq!(ended, Ok(1));
+    }
+}
+
+/// Kills the worker; the next call waits for the next one.
+pub fn kill_worker(pool: &Pool) {
+    Worker::of(pool).kill();
 }
 
 // ---- chance ----------------------------------------------------------------------------------------------------------

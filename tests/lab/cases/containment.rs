@@ -3,14 +3,14 @@
 use super::cases;
 use super::hw::{INJECT, inject, listed};
 use crate::support::{
-    COLLAPSE, FOLIO, MAP, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, Toucher, get, poison, set,
+    COLLAPSE, FOLIO, MAP, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, Toucher, get, kill_worker,
+    poison, set,
 };
 use hugetlb2fs::sys::sigbus::{Mapping, Sharing};
 use hugetlb2fs::units::Range;
-use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -73,13 +73,6 @@ fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
         assert!(Instant::now() < patience, "{what}");
         std::thread::yield_now();
     }
-}
-
-fn kill_worker(pool: &Pool) {
-    let pid = Pid::from_raw(pool.counter("worker_pid") as i32).unwrap();
-    let process = pidfd_open(pid, PidfdFlags::empty()).unwrap();
-    kill_process(pid, Signal::KILL).unwrap();
-    poll(&mut [PollFd::new(&process, PollFlags::IN)], None).unwrap();
 }
 
 // ---- where no program's bytes are -----------------------------------------------------------------------------------
