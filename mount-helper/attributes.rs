@@ -88,7 +88,10 @@ pub fn pool(directory: &Path) -> Result<Counters, String> {
     let text = match read(directory, POOL) {
         Ok(Some(text)) => text,
         Ok(None) | Err(Errno::OPNOTSUPP) => return Err("no hugetlb2 pool is mounted there".to_owned()),
-        Err(Errno::NOTCONN) => return Err("gone: Transport endpoint is not connected; unmount it".to_owned()),
+        // The second: it has died while we asked.
+        Err(Errno::NOTCONN | Errno::CONNABORTED) => {
+            return Err("gone: Transport endpoint is not connected; unmount it".to_owned());
+        }
         Err(errno) => return Err(errno.to_string()),
     };
     let row = |line: &str| {

@@ -243,18 +243,15 @@ fn status(directories: &[PathBuf], json: bool) -> Done {
             }
             Err(why) => return Err(format!("{}: {why}", directory.display())),
         };
+        let options = attributes::options(&directory).unwrap_or_default(); // perhaps unmounted since
         if json {
             let mut pool = Map::new();
             pool.insert("mount_point".into(), json!(directory.to_string_lossy()));
             pool.extend(counters.iter().map(|(name, value)| (name.to_owned(), json!(value))));
-            let options = attributes::options(&directory)
-                .unwrap_or_default()
-                .into_iter()
-                .map(|(name, value)| (name, json!(value)));
+            let options = options.into_iter().map(|(name, value)| (name, json!(value)));
             pool.insert("options".into(), Value::Object(options.collect()));
             pools.push(Value::Object(pool));
         } else {
-            let options = attributes::options(&directory).unwrap_or_default();
             print(describe_pool(&directory, &counters, &options).trim_end())?;
         }
     }
