@@ -26,6 +26,9 @@ pub enum Error {
     /// A transient refusal of the kernel (madvise(2), MADV_COLLAPSE).
     #[error("the kernel cannot do this right now")]
     Again,
+    /// The program that asked was killed meanwhile.
+    #[error("the caller was killed")]
+    Interrupted,
     /// A request that makes no sense, with what would.
     #[error("{0}")]
     Invalid(String),
@@ -67,6 +70,7 @@ impl Error {
             // Not EAGAIN: setxattr(2), by which collapsing is asked for, would make EOPNOTSUPP of it (fs/xattr.c,
             // __vfs_setxattr_noperm).
             Self::Busy(_) | Self::Again | Self::OpenNatively => Errno::BUSY,
+            Self::Interrupted => Errno::INTR,
             Self::Invalid(_) => Errno::INVAL,
             Self::NoData => Errno::NODATA,
             Self::Unsupported => Errno::OPNOTSUPP,

@@ -229,7 +229,7 @@ impl Fs {
             Protocol::Poison => object.quarantine(value),
             Protocol::Repair => {
                 let resumed = self.was_due(ticket, object.is_repairable(value))?;
-                self.repair(&object, value, resumed)
+                self.repair(&object, value, resumed, ticket)
             }
             Protocol::Collapse => object.collapse(value),
             Protocol::Inject => {
@@ -248,9 +248,9 @@ impl Fs {
     }
 
     /// A program whose SIGBUS tells it of a memory error asks for repair at once, before the patrol has come by.
-    fn repair(&self, object: &Arc<Object>, value: &[u8], resumed: bool) -> Result<()> {
+    fn repair(&self, object: &Arc<Object>, value: &[u8], resumed: bool, ticket: Ticket) -> Result<()> {
         self.look_for_poison();
-        let repair = || self.with_context(object, |context| object.repair(value, resumed, context));
+        let repair = || self.with_context(object, ticket, |context| object.repair(value, resumed, context));
         match repair() {
             // The kernel counts an error only after programs can have met it.
             Err(Error::NoData) if object.look_for_poison()? > 0 => repair(),

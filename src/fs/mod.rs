@@ -11,11 +11,13 @@ mod attributes;
 mod modified;
 mod native;
 mod object;
+mod pace;
 mod recovery;
 mod requests;
 
 pub use attributes::Reading;
 pub use object::{Allocation, Context, Extent, Object, State, Waker};
+pub use pace::Pace;
 pub use requests::Ticket;
 
 use crate::error::{Error, Result};
@@ -85,8 +87,6 @@ pub struct Changes {
     pub accessed: Time,
     /// Last modification.
     pub modified: Time,
-    /// The caller is without CAP_FSETID; set-id bits are dropped when the contents change.
-    pub unprivileged: bool,
 }
 
 /// What statfs(2) tells.
@@ -179,11 +179,12 @@ impl Fs {
     ///
     /// # Errors
     /// What truncate(2), chmod(2), chown(2) and utimens(2) answer.
-    pub fn change(&self, node: NodeId, changes: &Changes) -> Result<Attributes> {
+    pub fn change(&self, node: NodeId, changes: &Changes, ticket: Ticket) -> Result<Attributes> {
         if let Some(size) = changes.size {
             let object = self.object(node)?;
-            self.heeding_poison(|| object.truncate(size, &self.pool))?;
-            self.contents_changed(&object, changes.unprivileged)?;
+            let truncate = || self.with_context(&object, ticket, |context| object.truncate(size, context));
+            self.heeding_poison(truncate)?;
+            self.contents_changed(&object, ticket.unprivileged)?;
         }
         self.inode_changed(node, || self.change_inode(node, changes))?;
         self.attributes(node)
@@ -353,10 +354,11 @@ impl Fs {
     }
 
     /// Makes what [`Object`]s need to know.
-    fn with_context<T>(&self, object: &Arc<Object>, run: impl FnOnce(Context<'_>) -> T) -> T {
+    fn with_context<T>(&self, object: &Arc<Object>, ticket: Ticket, run: impl FnOnce(Context<'_>) -> T) -> T {
         let repaired = |folio: Folio| self.report_repaired(object.clone(), folio.range());
         let (recovery_write, keep_punched) = (self.recovery_write, self.keep_punched);
-        run(Context { pool: &self.pool, recovery_write, keep_punched, repaired: &repaired })
+        let pace = &Pace::of(ticket.thread);
+        run(Context { pool: &self.pool, recovery_write, keep_punched, repaired: &repaired, pace })
     }
 
     // ---- memory errors ------------------------------------------------------------------------------------------
@@ -459,15 +461,15 @@ impl Fs {
         self.heeding_poison(|| object.read(buffer, offset))
     }
 
-    /// pwrite(2), by somebody `unprivileged`, without CAP_FSETID, or not.
+    /// pwrite(2).
     ///
     /// # Errors
     /// ENOSPC, EIO, EBUSY, EFBIG.
-    pub fn write(&self, node: NodeId, bytes: &[u8], offset: u64, unprivileged: bool) -> Result<usize> {
+    pub fn write(&self, node: NodeId, bytes: &[u8], offset: u64, ticket: Ticket) -> Result<usize> {
         let object = self.object(node)?;
-        let write = || self.with_context(&object, |context| object.write(bytes, offset, context));
+        let write = || self.with_context(&object, ticket, |context| object.write(bytes, offset, context));
         let written = self.heeding_poison(write)?;
-        self.contents_changed(&object, unprivileged)?;
+        self.contents_changed(&object, ticket.unprivileged)?;
         Ok(written)
     }
 
@@ -480,26 +482,19 @@ impl Fs {
         node: NodeId,
         what: Allocation,
         (offset, length): (u64, u64),
-        unprivileged: bool,
+        ticket: Ticket,
     ) -> Result<()> {
         let object = self.object(node)?;
-        let allocate =
-            || self.with_context(&object, |context| object.allocate(what, offset, length, context));
-        self.heeding_poison(allocate)?;
-        self.contents_changed(&object, unprivileged)
+        let allocate = |context: Context<'_>| object.allocate(what, offset, length, context);
+        self.heeding_poison(|| self.with_context(&object, ticket, allocate))?;
+        self.contents_changed(&object, ticket.unprivileged)
     }
 
     /// copy_file_range(2): up to `length` bytes, perhaps fewer.
     ///
     /// # Errors
     /// What reading and writing answer, where nothing could be copied.
-    pub fn copy(
-        &self,
-        from: (NodeId, u64),
-        to: (NodeId, u64),
-        length: u64,
-        unprivileged: bool,
-    ) -> Result<usize> {
+    pub fn copy(&self, from: (NodeId, u64), to: (NodeId, u64), length: u64, ticket: Ticket) -> Result<usize> {
         const PIECE: usize = 1 << 20;
         const MOST: usize = 256 << 20; // so that one request does not keep a thread for seconds
         let length = usize::try_from(length).unwrap_or(MOST).min(MOST);
@@ -510,7 +505,7 @@ impl Fs {
             let piece =
                 self.read(from.0, &mut buffer[..wanted], from.1 + done as u64).and_then(|read| match read {
                     0 => Ok((0, 0)),
-                    read => Ok((read, self.write(to.0, &buffer[..read], to.1 + done as u64, unprivileged)?)),
+                    read => Ok((read, self.write(to.0, &buffer[..read], to.1 + done as u64, ticket)?)),
                 });
             match piece {
                 Ok((read, written)) => {

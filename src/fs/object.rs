@@ -2,9 +2,13 @@
 //!
 //! **Locks**, in order. One reader-writer lock a file: what only moves bytes shares it, what changes sizes, pages or the
 //! quarantine has it alone. One for collapsing, held for a folio. Programs that map the file need neither.
+//!
+//! A change that takes long is done in pieces. Between two of them it gives way ([`Pace`]): those who wait for the file's lock get
+//! the lock first. So each piece leaves the file as another request may find it.
 
 use super::modified::Modified;
 use super::native::Natives;
+use super::pace::Pace;
 use crate::error::{Error, Result};
 use crate::pool::{Holding, Pool};
 use crate::quarantine::{self, Kind, Quarantined, Repair};
@@ -13,9 +17,10 @@ use crate::steps::{self, Step};
 use crate::sys::mapping::View;
 use crate::sys::{self, tmpfs};
 use crate::units::{FOLIO_SIZE, Folio, NodeId, Range, STAT_BLOCK, SUBPAGE_SIZE, Subpage};
+use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 /// What is kept with a file, by name.
@@ -62,6 +67,8 @@ pub struct Context<'a> {
     pub keep_punched: bool,
     /// Is told of folios that have become whole again.
     pub repaired: &'a (dyn Fn(Folio) + Sync),
+    /// Is asked between two pieces of a long change.
+    pub pace: &'a Pace,
 }
 
 /// What fallocate(2) is asked for.
@@ -144,11 +151,11 @@ impl Object {
 
     /// Shares the lock.
     pub fn read_lock(&self) -> RwLockReadGuard<'_, Holding> {
-        self.holding.read().expect("no panic while a file is resized")
+        self.holding.read()
     }
 
     fn write_lock(&self) -> RwLockWriteGuard<'_, Holding> {
-        self.holding.write().expect("no panic while a file is resized")
+        self.holding.write()
     }
 
     /// Size in bytes, and memory in units of 512 bytes: whole pages, as the pool counts them. A file with quarantined
@@ -277,7 +284,8 @@ impl Object {
     ///
     /// # Errors
     /// [`Error::Full`] with nothing changed; [`Error::Busy`] where soft holes forbid it.
-    pub fn truncate(&self, size: u64, pool: &Pool) -> Result<()> {
+    pub fn truncate(&self, size: u64, context: Context<'_>) -> Result<()> {
+        let pool = context.pool;
         checked_range(0, size)?;
         let mut holding = self.write_lock();
         mend(&mut holding)?;
@@ -513,7 +521,7 @@ impl Object {
     /// # Errors
     /// What setxattr(2) answers: nothing is noted then.
     pub fn open_natively(&self, descriptor: u64) -> Result<bool> {
-        let Ok(holding) = self.holding.try_read() else { return Ok(false) };
+        let Some(holding) = self.holding.try_read() else { return Ok(false) };
         if !holding.sealed().holes().is_empty() {
             return Ok(false);
         }

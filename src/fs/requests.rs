@@ -26,6 +26,10 @@ pub struct Ticket {
     pub number: u64,
     /// It was asked before, of a worker that died without an answer.
     pub again: bool,
+    /// The thread that asks and waits for the answer; 0 where that cannot be seen from here, in another pid namespace.
+    pub thread: u32,
+    /// That thread is without CAP_FSETID: set-id bits are dropped when it changes contents.
+    pub unprivileged: bool,
 }
 
 /// What a request found at first.

@@ -85,15 +85,10 @@ fn caller(request: &Request, umask: u32) -> Caller {
     Caller { uid: request.uid(), gid: request.gid(), umask }
 }
 
-/// Whether the caller is without CAP_FSETID, as far as can be known: only for a write does the kernel say it.
-fn is_unprivileged(request: &Request) -> bool {
-    request.uid() != 0
-}
-
-/// Which request it is.
+/// Which request it is. Only for a write does the kernel say whether the caller has CAP_FSETID; otherwise root is taken to have it.
 fn ticket(request: &Request) -> Ticket {
-    let number = request.unique().0;
-    Ticket { number: number & !device::AGAIN, again: number & device::AGAIN != 0 }
+    let (number, again) = (request.unique().0 & !device::AGAIN, request.unique().0 & device::AGAIN != 0);
+    Ticket { number, again, thread: request.pid(), unprivileged: request.uid() != 0 }
 }
 
 /// What can make a backing id for the kernel, or know one again: a reply to open(2).
@@ -427,9 +422,9 @@ impl Filesystem for Adapter {
             size,
             accessed: time(atime),
             modified: time(mtime),
-            unprivileged: is_unprivileged(request),
         };
-        self.answer(reply, reply_attr, move |fs| fs.change(node_id(ino), &changes));
+        let ticket = ticket(request);
+        self.answer(reply, reply_attr, move |fs| fs.change(node_id(ino), &changes, ticket));
     }
 
     fn readlink(&self, _request: &Request, ino: INodeNo, reply: ReplyData) {
@@ -588,7 +583,7 @@ impl Filesystem for Adapter {
 
     fn write(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -599,11 +594,12 @@ impl Filesystem for Adapter {
         reply: ReplyWrite,
     ) {
         let unprivileged = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
-        match self.fs.write(node_id(ino), data, offset, unprivileged) {
+        let ticket = Ticket { unprivileged, ..ticket(request) };
+        match self.fs.write(node_id(ino), data, offset, ticket) {
             Err(Error::Returning) => {
                 let bytes = data.to_vec();
                 self.answer_patiently(reply, reply_write, move |fs| {
-                    fs.write(node_id(ino), &bytes, offset, unprivileged)
+                    fs.write(node_id(ino), &bytes, offset, ticket)
                 });
             }
             result => reply_write(reply, result),
@@ -755,9 +751,9 @@ impl Filesystem for Adapter {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        let unprivileged = is_unprivileged(request);
+        let ticket = ticket(request);
         self.answer(reply, reply_empty, move |fs| {
-            allocation(mode).and_then(|what| fs.allocate(node_id(ino), what, (offset, length), unprivileged))
+            allocation(mode).and_then(|what| fs.allocate(node_id(ino), what, (offset, length), ticket))
         });
     }
 
@@ -796,8 +792,8 @@ impl Filesystem for Adapter {
         reply: ReplyWrite,
     ) {
         let (from, to) = ((node_id(ino_in), offset_in), (node_id(ino_out), offset_out));
-        let unprivileged = is_unprivileged(request);
-        self.answer(reply, reply_write, move |fs| fs.copy(from, to, len, unprivileged));
+        let ticket = ticket(request);
+        self.answer(reply, reply_write, move |fs| fs.copy(from, to, len, ticket));
     }
 }
 

@@ -72,6 +72,16 @@ pub fn wait_for_end(child: Pid) -> Result<()> {
     }
 }
 
+/// Whether the thread with this id has been killed and has yet to notice: SIGKILL is pending for the thread itself. The kernel makes
+/// that of every signal that ends a process, for each of its threads (kernel/signal.c, complete_signal). A thread that cannot be seen
+/// has not been killed, as far as is known.
+pub fn is_killed(thread: u32) -> bool {
+    const SIGKILL: u64 = 1 << (libc::SIGKILL - 1);
+    let status = std::fs::read_to_string(format!("/proc/{thread}/status")).unwrap_or_default();
+    let pending = status.lines().find_map(|line| line.strip_prefix("SigPnd:"));
+    pending.and_then(|set| u64::from_str_radix(set.trim(), 16).ok()).is_some_and(|set| set & SIGKILL != 0)
+}
+
 /// `target` comes to stand for what `source` does.
 ///
 /// # Errors
