@@ -252,6 +252,7 @@ impl Object {
         } else {
             mend(&mut holding)?
         }
+        let size = holding.sealed().size();
         if holding.can_append(range) {
             match holding.sealed_mut().append(bytes, range.start) {
                 Err(Error::Poisoned) | Ok(0) => mend(&mut holding)?, // an error that nobody knew of: around it, as below
@@ -261,21 +262,45 @@ impl Object {
         let end = writable_prefix(&holding, range, context.recovery_write)?;
         let range = Range::new(range.start, end);
         holding.grow(context.pool, range, range.end)?;
+        let (written, ended) = self.write_and_repair(&mut holding, bytes, range, context);
+        if ended.is_err() && holding.sealed().size() > size {
+            holding.shrink(context.pool, size.max(range.start + written))?; // the file ends where the write did
+        }
+        match (written, ended) {
+            (0, Err(error)) => Err(error),
+            _ => Ok(written as usize),
+        }
+    }
+
+    /// Writes `range`, which has memory, and repairs what is quarantined in it. Returns how many bytes from the
+    /// start of `range` on the file has, and the error that kept it from having the next one.
+    fn write_and_repair(
+        &self,
+        holding: &mut Holding,
+        bytes: &[u8],
+        range: Range,
+        context: Context<'_>,
+    ) -> (u64, Result<()>) {
         let mut done = range.start;
         let holes: Vec<Subpage> = holding.sealed().lost_in(range).collect();
         for hole in holes.iter().copied().map(Some).chain([None]) {
             let until = hole.map_or(range.end, Subpage::offset);
             let piece = &bytes[(done - range.start) as usize..(until - range.start) as usize];
-            done += tmpfs::write_at(&self.data, piece, done)? as u64;
-            let Some(hole) = hole else { break };
+            let (written, ended) = tmpfs::write_prefix(&self.data, piece, done);
+            done += written as u64;
+            let Some(hole) = hole.filter(|_| ended.is_ok()) else {
+                return (done - range.start, ended);
+            };
             let start = (hole.offset() - range.start) as usize;
             let mut content: Bytes = [0; SUBPAGE_SIZE as usize];
             let given = &bytes[start..bytes.len().min(start + content.len())];
             content[..given.len()].copy_from_slice(given);
-            self.repair_one(&mut holding, hole, Content::Bytes(&content), context)?;
+            if let Err(error) = self.repair_one(holding, hole, Content::Bytes(&content), context) {
+                return (done - range.start, Err(error));
+            }
             done = hole.range().end.min(range.end);
         }
-        Ok((done - range.start) as usize)
+        (done - range.start, Ok(()))
     }
 
     // ---- sizes and pages ----------------------------------------------------------------------------------------
@@ -366,7 +391,7 @@ impl Object {
         {
             let piece = context.pool.page_size().range(page).intersect(range);
             for step in piece.steps(ZEROS.len() as u64) {
-                tmpfs::write_at(&self.data, &ZEROS[..step.len() as usize], step.start)?;
+                tmpfs::write_all_at(&self.data, &ZEROS[..step.len() as usize], step.start)?;
             }
         }
         Ok(())
@@ -915,3 +940,6 @@ fn check_repairable(holding: &Holding, verb: Repair, range: Range) -> Result<()>
         Repair::Salvage => Err(Error::NoData),
     }
 }
+
+#[cfg(test)]
+mod tests;

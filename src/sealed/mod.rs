@@ -515,7 +515,7 @@ impl Sealed {
         if range.is_empty() || tmpfs::resident(&self.data, range)? == 0 {
             return Ok(());
         }
-        tmpfs::write_at(&self.data, &ZEROS[..range.len() as usize], range.start).map(drop)
+        tmpfs::write_all_at(&self.data, &ZEROS[..range.len() as usize], range.start)
     }
 
     /// Whether there may be gaps that were asked for.

@@ -168,17 +168,32 @@ pub fn read_at(file: impl AsFd, buffer: &mut [u8], offset: u64) -> Result<usize>
 /// # Errors
 /// [`Error::Full`] where the first byte falls on a hole that no free block can fill.
 pub fn write_at(file: impl AsFd, bytes: &[u8], offset: u64) -> Result<usize> {
+    match write_prefix(file, bytes, offset) {
+        (0, Err(error)) => Err(error),
+        (done, _) => Ok(done),
+    }
+}
+
+/// Writes all of `bytes` at `offset`.
+///
+/// # Errors
+/// The error that ended the write, as for [`write_at`]; the bytes before it are written.
+pub fn write_all_at(file: impl AsFd, bytes: &[u8], offset: u64) -> Result<()> {
+    write_prefix(file, bytes, offset).1
+}
+
+/// How much of `bytes` was written, and the error that ended the write, if one did.
+pub fn write_prefix(file: impl AsFd, bytes: &[u8], offset: u64) -> (usize, Result<()>) {
     let file = file.as_fd();
     let mut done = 0;
     while done < bytes.len() {
         match uninterrupted(|| rustix::io::pwrite(file, &bytes[done..], offset + done as u64)) {
-            Ok(0) => break,
-            Ok(n) => done += n,
-            Err(_) if done > 0 => break,
-            Err(errno) => return Err(meaning(errno)),
+            Ok(0) => return (done, Err(Error::Os(Errno::IO))), // pwrite(2) names no case of this
+            Ok(written) => done += written,
+            Err(errno) => return (done, Err(meaning(errno))),
         }
     }
-    Ok(done)
+    (done, Ok(()))
 }
 
 /// Blocks (4 KiB) that one file has taken (fstat(2)).

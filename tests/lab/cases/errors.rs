@@ -23,7 +23,8 @@ cases! {
         a_real_error_costs_its_subpage_only,
         quarantine_and_repair_heal_a_real_error,
         a_repair_heals_a_real_error_that_nobody_has_looked_for,
-        a_file_with_a_real_error_gives_healthy_pages_back;
+        a_file_with_a_real_error_gives_healthy_pages_back,
+        a_write_over_errors_returns_its_true_prefix;
 }
 
 /// Where the error is: in the second of two folios.
@@ -215,5 +216,35 @@ fn a_file_with_a_real_error_gives_healthy_pages_back() {
     assert_eq!(toucher.huge(), 4);
     pool.check();
     drop(toucher);
+    pool.unmount();
+}
+
+/// Over an error that nobody knows of yet, and a known one behind it.
+fn a_write_over_errors_returns_its_true_prefix() {
+    const LENGTH: u64 = 1 << 20;
+    let (unknown, known) = (25 * SUBPAGE, LENGTH / 2);
+    let pool = Pool::mount("pagesize=2M,size=8M,collapse=off");
+    let path = pool.join("file");
+    std::fs::write(&path, vec![7; SIZE as usize]).unwrap();
+    let mut toucher = Toucher::mapping(&path, SIZE);
+    assert_eq!(toucher.walk(), []);
+    let poison_at = |toucher: &mut Toucher, offset: u64| {
+        assert_eq!(toucher.ask(&format!("advise {offset} {SUBPAGE} {}", libc::MADV_HWPOISON)), "ok");
+    };
+    poison_at(&mut toucher, known);
+    assert_eq!(crate::support::get(&path, POISON).unwrap().lines().count(), 1, "it is known now");
+    poison_at(&mut toucher, unknown);
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    let written = file.write_at(&vec![2; LENGTH as usize], 0).unwrap() as u64;
+    println!("pwrite of {LENGTH}: {written}");
+    for subpage in Range::new(0, written).steps(SUBPAGE) {
+        let mut byte = [0];
+        assert_eq!(errno(file.read_at(&mut byte, subpage.start)), Ok(1), "{subpage}");
+        assert_eq!(byte, [2], "{subpage} was said to be written");
+    }
+    file.write_all_at(&vec![2; (LENGTH - written) as usize], written).unwrap();
+    assert_eq!(toucher.count(&format!("differ 0 {LENGTH} 2")), 0);
+    pool.check();
+    drop((toucher, file));
     pool.unmount();
 }
