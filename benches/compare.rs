@@ -20,6 +20,9 @@ mod allocation;
 mod calls;
 #[path = "compare/growth.rs"]
 mod growth;
+#[path = "../tests/support/limits.rs"]
+#[allow(dead_code, missing_docs)]
+mod limits;
 #[path = "compare/memory.rs"]
 mod memory;
 #[path = "compare/mounting.rs"]

@@ -5,7 +5,7 @@ mod support;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use support::{FOLIO, Pool, SUBPAGE, Toucher, get, hugetlb2, poison, run, status_and_error, text};
+use support::{FOLIO, Pool, SUBPAGE, Toucher, get, hugetlb2, limits, poison, run, status_and_error, text};
 
 fn output(arguments: &[&str], path: &Path, rest: &[&str]) -> String {
     run(hugetlb2().args(arguments).arg(path).args(rest))
@@ -20,7 +20,9 @@ fn assert_refused(arguments: &[&str], path: &Path, rest: &[&str], word: &str) {
     let (status, error) = status_and_error(hugetlb2().args(arguments).arg(path).args(rest));
     assert_eq!(status, 1, "{arguments:?} {rest:?}: {error}");
     assert!(error.starts_with("hugetlb2: ") && error.contains(word), "{arguments:?} {rest:?}: {error}");
-    let json = hugetlb2().arg("--json").args(arguments).arg(path).args(rest).output().unwrap();
+    let mut json = hugetlb2();
+    json.arg("--json").args(arguments).arg(path).args(rest);
+    let json = limits::output(limits::PROGRAM, &mut json).unwrap();
     assert_eq!(json.status.code(), Some(1));
     let value: Value = serde_json::from_slice(&json.stdout).expect("it is JSON");
     let said = value["error"].as_str().expect("a sentence");
@@ -84,8 +86,8 @@ fn status_without_a_directory_finds_all_pools_and_those_of_strange_names() {
     let strange = place.path().join("a b\\c");
     std::fs::create_dir(&strange).unwrap();
     run(Command::new("mount").arg("--bind").arg(odd.path()).arg(&strange));
-    let all = hugetlb2().args(["--json", "status"]).output().unwrap();
-    let said = hugetlb2().arg("status").output().unwrap();
+    let all = limits::output(limits::PROGRAM, hugetlb2().args(["--json", "status"])).unwrap();
+    let said = limits::output(limits::PROGRAM, hugetlb2().arg("status")).unwrap();
     run(Command::new("umount").args(["-i", "-l"]).arg(&strange));
     assert!(all.status.success() && said.status.success(), "{}{}", text(&all.stderr), text(&said.stderr));
     let said = text(&said.stdout);
@@ -288,10 +290,12 @@ fn a_reader_that_goes_away_is_no_error_and_a_full_disk_is_one() {
     let (_pool, file) = pool_with_file();
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
-    let gone = hugetlb2().arg("map").arg(&file).stdout(writer).stderr(Stdio::piped()).output().unwrap();
+    let gone = hugetlb2().arg("map").arg(&file).stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
+    let gone = limits::collect(limits::PROGRAM, "hugetlb2 map", gone).unwrap();
     assert!(gone.status.success() && gone.stderr.is_empty(), "{}", text(&gone.stderr));
     let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
-    let full = hugetlb2().arg("map").arg(&file).stdout(full).stderr(Stdio::piped()).output().unwrap();
+    let full = hugetlb2().arg("map").arg(&file).stdout(full).stderr(Stdio::piped()).spawn().unwrap();
+    let full = limits::collect(limits::PROGRAM, "hugetlb2 map", full).unwrap();
     assert_eq!(full.status.code(), Some(1));
     assert!(
         text(&full.stderr).contains("standard output: No space left on device"),

@@ -9,18 +9,15 @@ use hugetlb2fs::sys::sigbus::{Mapping, Sharing};
 use hugetlb2fs::units::Range;
 use rustix::fs::{AtFlags, CWD, FallocateFlags, OFlags, RenameFlags, SeekFrom, XattrFlags};
 use rustix::io::Errno;
-use rustix::mount::{UnmountFlags, unmount};
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
-use std::time::{Duration, Instant};
 use support::{
-    CHECK, COLLAPSE, Dice, FOLIO, POISON, POOL, Pool, REPAIR, SIZE, SUBPAGE, Toucher, get, poison, set,
+    CHECK, COLLAPSE, Dice, FOLIO, POISON, POOL, Pool, REPAIR, SIZE, SUBPAGE, Toucher, get, limits, poison,
+    set,
 };
 
 const PAGE: u64 = FOLIO;
@@ -28,48 +25,9 @@ const THREADS: u64 = 8;
 
 // ---- means ----------------------------------------------------------------------------------------------------------
 
-/// Ends the process, with what each thread was doing, where a test does not end in time: a thread that hangs in the
-/// kernel cannot be joined.
-struct Watchdog {
-    doing: Arc<Mutex<BTreeMap<u64, String>>>,
-    _alive: Sender<()>,
-}
-
-impl Watchdog {
-    fn watching(pool: &Pool) -> Self {
-        const DEADLINE: Duration = Duration::from_secs(120);
-        let (alive, ended) = channel();
-        let doing = Arc::<Mutex<BTreeMap<u64, String>>>::default();
-        let (seen, mount_point) = (doing.clone(), pool.path());
-        thread::spawn(move || Self::watch(&ended, DEADLINE, &seen, &mount_point));
-        Self { doing, _alive: alive }
-    }
-
-    fn watch(
-        ended: &Receiver<()>,
-        deadline: Duration,
-        doing: &Mutex<BTreeMap<u64, String>>,
-        mount_point: &Path,
-    ) {
-        if ended.recv_timeout(deadline) == Err(RecvTimeoutError::Timeout) {
-            eprintln!("{} hangs; its threads were at {:#?}", mount_point.display(), doing.lock());
-            let _ = unmount(mount_point, UnmountFlags::DETACH);
-            std::process::abort();
-        }
-    }
-
-    fn note(&self, thread: u64, what: impl Into<String>) {
-        self.doing.lock().expect("nobody panics with it").insert(thread, what.into());
-    }
-}
-
 /// Waits until all pages are free: those of the last files come back when the kernel has let go of them.
 fn all_pages_come_back(pool: &Pool, pages: u64) {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while pool.free_pages() != pages {
-        assert!(Instant::now() < deadline, "pages are lost: {:?}", pool.counters());
-        thread::yield_now();
-    }
+    pool.wait_for_free_pages(pages);
     assert_eq!(pool.counter("pages_used"), 0);
     assert_eq!(pool.counter("pages_reserved"), 0);
     assert_eq!(pool.counter("quarantined_soft"), 0);
@@ -311,21 +269,20 @@ fn eight_threads_that_do_everything_to_four_files_lose_nothing() {
     const PAGES: u64 = 8;
     const ROUNDS: u64 = 400;
     let pool = Pool::small(PAGES);
-    let watchdog = Watchdog::watching(&pool);
     thread::scope(|scope| {
         for number in 0..THREADS {
-            let (pool, watchdog) = (&pool, &watchdog);
+            let pool = &pool;
             scope.spawn(move || {
                 let mut worker = Worker { pool, number, dice: Dice(number), toucher: Toucher::start() };
                 for round in 0..ROUNDS {
                     let (chore, legal) = worker.choose();
-                    watchdog.note(number, format!("round {round}: {chore:?}"));
+                    limits::note(format!("round {round}: {chore:?}"));
                     if let Err(errno) = worker.run(chore) {
                         let legal = errno == Errno::NOENT || legal.contains(&errno);
                         assert!(legal, "thread {number}, round {round}: {chore:?} failed: {errno}");
                     }
                 }
-                watchdog.note(number, "end");
+                limits::note("end");
             });
         }
     });
@@ -334,7 +291,6 @@ fn eight_threads_that_do_everything_to_four_files_lose_nothing() {
         std::fs::remove_file(entry.unwrap().path()).unwrap();
     }
     all_pages_come_back(&pool, PAGES);
-    drop(watchdog);
     pool.unmount();
 }
 
@@ -345,13 +301,12 @@ fn eight_threads_that_do_everything_to_four_files_lose_nothing() {
 fn the_page_of_a_removed_file_is_there_for_the_next_one() {
     const ROUNDS: u64 = 150;
     let pool = Pool::small(THREADS);
-    let watchdog = Watchdog::watching(&pool);
     thread::scope(|scope| {
         for number in 0..THREADS {
-            let (pool, watchdog) = (&pool, &watchdog);
+            let pool = &pool;
             scope.spawn(move || {
                 for round in 0..ROUNDS {
-                    watchdog.note(number, format!("round {round}"));
+                    limits::note(format!("round {round}"));
                     let path = pool.join(format!("{number}-{round}"));
                     let file = made(&path);
                     if round % 2 == 0 {
@@ -375,7 +330,6 @@ fn the_page_of_a_removed_file_is_there_for_the_next_one() {
     assert_eq!(pool.counter("objects"), 0);
     assert_eq!(pool.counter("orphans"), 0);
     assert_eq!(pool.counter("pages_orphaned"), 0);
-    drop(watchdog);
     pool.unmount();
 }
 
@@ -386,20 +340,19 @@ fn files_that_compete_for_the_last_pages_never_have_more_than_the_pool() {
     const PAGES: u64 = 8;
     const ROUNDS: u64 = 300;
     let pool = Pool::small(PAGES);
-    let watchdog = Watchdog::watching(&pool);
     // What all threads know that they have: counted after growing, and no longer before shrinking.
     let had = AtomicU64::new(0);
     let refusals = AtomicU64::new(0);
     thread::scope(|scope| {
         for number in 0..THREADS {
-            let (pool, watchdog, had, refusals) = (&pool, &watchdog, &had, &refusals);
+            let (pool, had, refusals) = (&pool, &had, &refusals);
             scope.spawn(move || {
                 let mut dice = Dice(100 + number);
                 let file = made(&pool.join(format!("file{number}")));
                 let mut pages = 0;
                 for round in 0..ROUNDS {
                     let wanted = dice.below(4);
-                    watchdog.note(number, format!("round {round}: from {pages} to {wanted}"));
+                    limits::note(format!("round {round}: from {pages} to {wanted}"));
                     had.fetch_sub(pages - pages.min(wanted), Ordering::SeqCst);
                     match rustix::fs::ftruncate(&file, wanted * PAGE) {
                         Ok(()) => {
@@ -435,7 +388,6 @@ fn files_that_compete_for_the_last_pages_never_have_more_than_the_pool() {
         std::fs::remove_file(pool.join(format!("file{number}"))).unwrap();
     }
     all_pages_come_back(&pool, PAGES);
-    drop(watchdog);
     pool.unmount();
 }
 
@@ -456,18 +408,17 @@ fn two_processes_that_write_disjoint_parts_of_a_file_both_find_all_of_it() {
     const STRIPE: u64 = 10_000; // so that two stripes share a subpage, and a page
     const STRIPES: u64 = 4 * PAGE / STRIPE;
     let pool = Pool::small(4);
-    let watchdog = Watchdog::watching(&pool);
     let path = pool.join("file");
     made(&path);
     let start = Barrier::new(2);
     thread::scope(|scope| {
         for parity in 0..2 {
-            let (path, start, watchdog) = (&path, &start, &watchdog);
+            let (path, start) = (&path, &start);
             scope.spawn(move || {
                 let mut toucher = Toucher::start();
                 start.wait();
                 for stripe in (parity..STRIPES).step_by(2) {
-                    watchdog.note(parity, format!("stripe {stripe}"));
+                    limits::note(format!("stripe {stripe}"));
                     let line =
                         format!("{} {} {STRIPE} {}", path.display(), stripe * STRIPE, stripe % 250 + 1);
                     assert_eq!(toucher.ask(&format!("pwrite {line}")), format!("count {STRIPE}"));
@@ -495,7 +446,6 @@ fn two_processes_that_write_disjoint_parts_of_a_file_both_find_all_of_it() {
     pool.check();
     std::fs::remove_file(&path).unwrap();
     all_pages_come_back(&pool, 4);
-    drop(watchdog);
     pool.unmount();
 }
 
@@ -515,10 +465,9 @@ fn a_pool_resized_in_use_accounts_for_every_page_at_every_look() {
     const WORKERS: u64 = 3;
     const MOST: u64 = 2; // pages that a worker has
     let pool = Pool::small(PAGES);
-    let watchdog = Watchdog::watching(&pool);
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
-        let (pool, done, watchdog) = (&pool, &done, &watchdog);
+        let (pool, done) = (&pool, &done);
         for number in 0..WORKERS {
             scope.spawn(move || {
                 let mut dice = Dice(200 + number);
@@ -543,8 +492,7 @@ fn a_pool_resized_in_use_accounts_for_every_page_at_every_look() {
             }
             looks
         });
-        let resized =
-            thread::Builder::new().spawn_scoped(scope, move || resize_at_random(pool, watchdog, RESIZES));
+        let resized = thread::Builder::new().spawn_scoped(scope, move || resize_at_random(pool, RESIZES));
         let resized = resized.expect("a thread").join();
         done.store(true, Ordering::Relaxed);
         assert!(watcher.join().expect("every look was right") > 0);
@@ -558,18 +506,17 @@ fn a_pool_resized_in_use_accounts_for_every_page_at_every_look() {
     set(pool.path(), SIZE, format!("{}", PAGES * PAGE)).unwrap();
     assert!(get(pool.path(), POOL).unwrap().contains(&format!("pages_total {PAGES}\n")));
     all_pages_come_back(&pool, PAGES);
-    drop(watchdog);
     pool.unmount();
 }
 
 /// Returns how often the pool grew and shrank; only the latter may be refused, with EBUSY, and changes nothing then.
-fn resize_at_random(pool: &Pool, watchdog: &Watchdog, count: u64) -> (u64, u64) {
+fn resize_at_random(pool: &Pool, count: u64) -> (u64, u64) {
     let mut dice = Dice(300);
     let (mut grown, mut shrunk) = (0, 0);
     for round in 0..count {
         let before = pool.counter("pages_total");
         let wanted = 1 + dice.below(12);
-        watchdog.note(99, format!("resize {round}: from {before} to {wanted}"));
+        limits::note(format!("resize {round}: from {before} to {wanted}"));
         match set(pool.path(), SIZE, format!("{}", wanted * PAGE)) {
             Ok(()) => {
                 assert_eq!(pool.counter("pages_total"), wanted);

@@ -202,11 +202,7 @@ fn three_hundred_random_deaths_fail_no_call_and_lose_no_byte() {
     });
     println!("stall: median {:?}, worst {:?}", stalls[stalls.len() / 2], stalls[stalls.len() - 1]);
     assert!(stalls[stalls.len() - 1] < Duration::from_secs(1), "a call hung");
-    let patience = Instant::now() + Duration::from_secs(10);
-    while pool.free_pages() < 40 {
-        assert!(Instant::now() < patience, "pages are lost: {:?}", pool.counters());
-        std::thread::yield_now(); // the kernel forgets a file after unlink(2) has returned
-    }
+    pool.wait_for_free_pages(40);
     pool.check();
     pool.unmount();
 }
@@ -270,15 +266,6 @@ fn assert_nothing_lost(pool: &Pool) {
     assert_sevens(pool, 3 * FOLIO);
 }
 
-/// The kernel forgets a file after unlink(2) has returned.
-fn wait_for_free_pages(pool: &Pool, pages: u64) {
-    let patience = Instant::now() + Duration::from_secs(10);
-    while pool.free_pages() != pages {
-        assert!(Instant::now() < patience, "{} and not {pages} pages are free", pool.free_pages());
-        std::thread::yield_now();
-    }
-}
-
 const SITUATIONS: &[Situation] = &[
     Situation {
         name: "create",
@@ -317,7 +304,7 @@ const SITUATIONS: &[Situation] = &[
         },
         verify: |pool| {
             assert!(!file(pool).exists());
-            wait_for_free_pages(pool, 8);
+            pool.wait_for_free_pages(8);
         },
     },
     Situation {
@@ -331,7 +318,7 @@ const SITUATIONS: &[Situation] = &[
         verify: |pool| {
             assert!(!file(pool).exists());
             assert_eq!(fs::read(pool.join("other")).unwrap(), vec![7; 3 * FOLIO as usize]);
-            wait_for_free_pages(pool, 5);
+            pool.wait_for_free_pages(5);
         },
     },
     Situation {
@@ -513,7 +500,7 @@ const SITUATIONS: &[Situation] = &[
         },
         change: |pool| fs::remove_file(file(pool)).unwrap(),
         verify: |pool| {
-            wait_for_free_pages(pool, 8);
+            pool.wait_for_free_pages(8);
             fs::write(file(pool), vec![7; 8 * FOLIO as usize]).unwrap();
         },
     },

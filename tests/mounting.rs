@@ -12,9 +12,10 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use support::limits::{self, Waiting};
 use support::{
-    CHECK, Daemon, FOLIO, Pool, SIZE, Toucher, counters, get, hugetlb2, mount_hugetlb2, run, set,
+    CHECK, Daemon, FOLIO, Pool, SIZE, Toucher, counters, end, get, hugetlb2, mount_hugetlb2, run, set,
     status_and_error, text, umount_hugetlb2,
 };
 
@@ -30,17 +31,21 @@ const FAILED: i32 = 32;
 // ---- where tests mount ----------------------------------------------------------------------------------------------
 
 /// A directory with a mount point and a log that no other test has, which says whose daemon a process is.
-struct Place(tempfile::TempDir);
+struct Place {
+    directory: tempfile::TempDir,
+    _limit: Waiting,
+}
 
 impl Place {
     fn new() -> Self {
-        let place = Self(tempfile::tempdir().expect("a directory for the test"));
-        std::fs::create_dir(place.mount_point()).expect("a mount point");
-        place
+        let directory = tempfile::tempdir().expect("a directory for the test");
+        let mount_point = directory.path().join("mnt");
+        std::fs::create_dir(&mount_point).expect("a mount point");
+        Self { directory, _limit: limits::test(&mount_point, None) }
     }
 
     fn join(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
+        self.directory.path().join(name)
     }
 
     fn mount_point(&self) -> PathBuf {
@@ -317,7 +322,9 @@ impl Namespace {
             .spawn()
             .expect("unshare(1)");
         let mut line = String::new();
-        BufReader::new(init.stdout.take().expect("a pipe")).read_line(&mut line).expect("it speaks");
+        let mut output = BufReader::new(init.stdout.take().expect("a pipe"));
+        limits::readable(limits::ANSWER, "the shell in a mount namespace", output.get_ref());
+        output.read_line(&mut line).expect("it speaks");
         let namespace = Self { init };
         assert_eq!(line, "ready\n");
         namespace
@@ -346,8 +353,7 @@ impl Namespace {
 
 impl Drop for Namespace {
     fn drop(&mut self) {
-        let _ = self.init.kill();
-        let _ = self.init.wait();
+        end(&mut self.init, "the shell in a mount namespace");
     }
 }
 
@@ -526,6 +532,7 @@ impl Standing {
         helper.env("HUGETLB2_LOG", "off,hugetlb2fs::pool=debug").stdout(Stdio::null()).stderr(Stdio::piped());
         let helper = helper.spawn().expect("the helper");
         // To read the log would make room for more, but inotify(7) tells of the line.
+        limits::readable(limits::ANSWER, "a line in the log", &written);
         let event = written.read(&mut [0; 64]).expect("it logs that it has taken a step");
         assert_eq!(event, size_of::<[u32; 4]>());
         let daemons = place.daemons();
@@ -534,10 +541,15 @@ impl Standing {
     }
 }
 
+impl Standing {
+    fn ending(&mut self) -> ExitStatus {
+        limits::exit(limits::ANSWER, "the helper", &mut self.helper)
+    }
+}
+
 impl Drop for Standing {
     fn drop(&mut self) {
-        let _ = self.helper.kill();
-        let _ = self.helper.wait();
+        end(&mut self.helper, "the helper");
     }
 }
 
@@ -546,7 +558,7 @@ fn an_interrupt_while_the_pool_fills_gives_everything_back() {
     for interrupt in [Signal::INT, Signal::TERM, Signal::HUP] {
         let mut standing = Standing::start();
         signal(standing.helper.id() as i32, interrupt);
-        let status = standing.helper.wait().unwrap();
+        let status = standing.ending();
         assert_eq!(status.code(), Some(INTERRUPTED), "{interrupt:?}: {status}");
         assert!(standing.daemon.ends_within(0), "the daemon runs on");
         let mut error = String::new();
@@ -560,7 +572,7 @@ fn an_interrupt_while_the_pool_fills_gives_everything_back() {
 fn a_daemon_whose_helper_was_killed_ends_by_itself() {
     let mut standing = Standing::start();
     signal(standing.helper.id() as i32, Signal::KILL);
-    standing.helper.wait().unwrap();
+    standing.ending();
     // The pipe is without a reader now, and the daemon goes on to where it tells the helper of its progress.
     standing.log = File::open("/dev/null").unwrap();
     standing.daemon.wait();
@@ -571,7 +583,7 @@ fn a_daemon_whose_helper_was_killed_ends_by_itself() {
 fn a_daemon_that_is_killed_while_it_fills_fails_the_mount() {
     let mut standing = Standing::start();
     signal(standing.daemon.pid, Signal::KILL);
-    assert_eq!(standing.helper.wait().unwrap().code(), Some(SYSTEM));
+    assert_eq!(standing.ending().code(), Some(SYSTEM));
     standing.place.assert_nothing_is_left();
 }
 
@@ -609,13 +621,19 @@ fn verbose_says_who_serves() {
 fn words_that_nobody_reads_change_nothing() {
     let place = Place::new();
     let full = || Stdio::from(File::options().write(true).open("/dev/full").unwrap());
-    assert_eq!(place.mount("size=1Q").stderr(full()).status().unwrap().code(), Some(USAGE));
-    assert_eq!(place.mount(SMALL).arg("-v").stderr(full()).status().unwrap().code(), Some(0));
+    assert_eq!(status(place.mount("size=1Q").stderr(full())), Some(USAGE));
+    assert_eq!(status(place.mount(SMALL).arg("-v").stderr(full())), Some(0));
     assert!(place.mount_info().is_some());
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
-    let status = umount_hugetlb2().arg(place.join("missing")).stderr(writer).status().unwrap();
-    assert_eq!(status.code(), Some(FAILED));
+    let status = status(umount_hugetlb2().arg(place.join("missing")).stderr(writer));
+    assert_eq!(status, Some(FAILED));
+}
+
+/// The exit status of a program whose standard error is not a pipe of ours.
+fn status(command: &mut Command) -> Option<i32> {
+    let mut child = command.spawn().expect("the helper");
+    limits::exit(limits::PROGRAM, "the helper", &mut child).code()
 }
 
 // ---- namespaces -----------------------------------------------------------------------------------------------------
@@ -643,7 +661,7 @@ fn a_pool_can_be_mounted_in_another_mount_namespace() {
 #[test]
 fn a_mount_point_that_the_other_namespace_lacks_is_refused() {
     let (place, namespace) = (Place::new(), Namespace::new());
-    run(namespace.command("mount").args(["-t", "tmpfs", "none"]).arg(place.0.path()));
+    run(namespace.command("mount").args(["-t", "tmpfs", "none"]).arg(place.directory.path()));
     place.assert_refused(
         place.mount(SMALL).args(["-N", &namespace.pid()]),
         FAILED,
@@ -943,7 +961,7 @@ fn a_size_that_cannot_be_is_refused_and_changes_nothing() {
 #[test]
 fn only_root_sees_and_sets_the_size() {
     let place = Place::new();
-    std::fs::set_permissions(place.0.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    std::fs::set_permissions(place.directory.path(), PermissionsExt::from_mode(0o755)).unwrap();
     run(&mut place.mount(&format!("{SMALL},mode=777")));
     let as_nobody = |program: &str, arguments: &[&str]| {
         let mut command = Command::new("setpriv");

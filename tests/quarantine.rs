@@ -11,10 +11,10 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 use support::{
-    CHECK, COLLAPSE, FOLIO, GIB, MAP, POISON, POOL, Pool, REPAIR, SUBPAGE, Toucher, get, poison, run, set,
-    status_and_error,
+    CHECK, COLLAPSE, FOLIO, GIB, MAP, POISON, POOL, Pool, REPAIR, SUBPAGE, Toucher, get, limits, poison, run,
+    set, status_and_error,
 };
 
 /// A byte that tells its offset from its neighbours in the same and in other subpages.
@@ -94,12 +94,8 @@ fn assert_intact_but(file: &Path, size: u64, lost: &[u64]) {
 }
 
 /// Waits for what the daemon does without being asked.
-fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let patience = Instant::now() + Duration::from_secs(10);
-    while !holds() {
-        assert!(Instant::now() < patience, "never: {what}");
-        std::thread::yield_now();
-    }
+fn eventually(what: &str, holds: impl FnMut() -> bool) {
+    limits::until(limits::ANSWER, what, holds);
 }
 
 // ---- quarantining ---------------------------------------------------------------------------------------------------
@@ -947,7 +943,7 @@ fn while_waiting<T: Send>(wait: impl FnOnce() -> T + Send, act: impl FnOnce()) -
             sender.send(rustix::thread::gettid().as_raw_nonzero().get()).unwrap();
             wait()
         });
-        wait_until_it_waits(receiver.recv().unwrap());
+        wait_until_it_waits(receiver.recv_timeout(limits::ANSWER).expect("the other thread runs"));
         act();
         waiter.join().unwrap()
     })

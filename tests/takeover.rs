@@ -9,8 +9,8 @@ use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::{Duration, Instant};
 use support::{
-    FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, Worker, get, hugetlb2, kill_worker, poison, run, set,
-    status_and_error,
+    FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, Worker, get, hugetlb2, kill_worker, limits, poison, run,
+    set, status_and_error,
 };
 
 const SIZE: u64 = 2 * FOLIO;
@@ -26,6 +26,11 @@ fn is_alarmed(file: &File, seconds: i64) -> bool {
     let mut fds = [PollFd::new(file, PollFlags::PRI)];
     poll(&mut fds, Some(&timeout)).unwrap();
     fds[0].revents() == PollFlags::PRI
+}
+
+/// Waits until a worker serves again after a hangup signal, which is on its way to the supervisor.
+fn wait_for_service(serves: impl FnMut() -> bool) {
+    limits::until(limits::ANSWER, "a worker that serves after a hangup signal", serves);
 }
 
 // ---- what survives --------------------------------------------------------------------------------------------------
@@ -83,11 +88,7 @@ fn what_is_open_mapped_locked_and_unlinked_survives_twenty_takeovers() {
     assert_eq!(mapper.ask(&format!("differ 0 {SIZE} 7")), "count 0");
     drop((orphan, gone));
     kill_worker(&pool);
-    let patience = Instant::now() + Duration::from_secs(10);
-    while pool.counter("orphans") > 0 {
-        assert!(Instant::now() < patience, "the unlinked file does not go");
-        std::thread::yield_now(); // the kernel forgets it after its last user is gone
-    }
+    pool.wait_for_orphans();
     assert_eq!(pool.free_pages(), 6);
     pool.check();
     drop((mapper, file));
@@ -147,11 +148,7 @@ fn an_unlinked_file_whose_last_user_goes_while_no_worker_is_there_gives_its_page
     worker.stop();
     drop(file);
     worker.kill();
-    let patience = Instant::now() + Duration::from_secs(10);
-    while pool.free_pages() < 8 {
-        assert!(Instant::now() < patience, "the pages do not come back");
-        std::thread::yield_now();
-    }
+    pool.wait_for_free_pages(8);
     pool.check();
     pool.unmount();
 }
@@ -214,9 +211,7 @@ fn workers_that_die_again_and_again_end_in_refusal_and_a_hangup_signal_in_servic
     drop(native); // of which the next worker is told
     fs::write(&handover, text).unwrap();
     kill_process(Pid::from_raw(supervisor).unwrap(), Signal::HUP).unwrap();
-    while file.read_at(&mut [0], 0).is_err() {
-        std::thread::yield_now(); // the signal is on its way
-    }
+    wait_for_service(|| file.read_at(&mut [0], 0).is_ok());
     poison(&path, 0, 1).unwrap();
     assert_eq!(pool.counter("opened_natively"), 0);
     pool.check();
@@ -243,11 +238,7 @@ fn a_worker_that_cannot_read_a_file_leaves_all_of_them_in_place() {
     assert!(pool.log().contains("an object's superblock"), "{}", pool.log());
     set(&superblock[..length]);
     kill_process(Pid::from_raw(supervisor).unwrap(), Signal::HUP).unwrap();
-    let patience = Instant::now() + Duration::from_secs(10);
-    while file.read_at(&mut [0], 0).is_err() {
-        assert!(Instant::now() < patience, "nobody serves again: {}", pool.log());
-        std::thread::yield_now(); // the signal is on its way
-    }
+    wait_for_service(|| file.read_at(&mut [0], 0).is_ok());
     assert!(fs::read(&path).unwrap().iter().all(|byte| *byte == 7));
     pool.check();
     drop(file);
@@ -261,9 +252,7 @@ fn a_request_that_workers_die_of_is_refused_in_the_end() {
     assert_eq!(set(pool.path(), "trusted.hugetlb2.die", "now"), Err(rustix::io::Errno::IO));
     assert!(pool.log().contains("every request is refused"), "{}", pool.log());
     kill_process(Pid::from_raw(pool.daemon().pid).unwrap(), Signal::HUP).unwrap();
-    while fs::read(&path).is_err() {
-        std::thread::yield_now(); // the signal is on its way
-    }
+    wait_for_service(|| fs::read(&path).is_ok());
     pool.check();
     pool.unmount();
 }
@@ -296,7 +285,7 @@ fn without_a_supervisor_mappings_stay_valid_and_calls_fail() {
     let worker = Worker::of(&pool);
     kill_process(Pid::from_raw(pool.daemon().pid).unwrap(), Signal::KILL).unwrap();
     pool.daemon().wait();
-    poll(&mut [PollFd::new(&worker.process, PollFlags::IN)], None).unwrap();
+    worker.wait();
     assert_eq!(file.read_at(&mut [0], 0).unwrap_err().raw_os_error(), Some(107), "ENOTCONN");
     assert_eq!(mapper.ask(&format!("differ 0 {SIZE} 7")), "count 0");
     assert!(mapper.store(1, 2));
@@ -311,8 +300,7 @@ fn a_stopped_daemon_ends_with_its_worker() {
         let worker = Worker::of(&pool);
         kill_process(Pid::from_raw(pool.daemon().pid).unwrap(), signal).unwrap();
         pool.daemon().wait();
-        let mut fds = [PollFd::new(&worker.process, PollFlags::IN)];
-        assert_eq!(poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(1), "it has ended before");
+        assert!(worker.has_ended(), "the supervisor ends last");
     }
 }
 

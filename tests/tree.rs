@@ -22,7 +22,6 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
 use support::{FOLIO, Pool, get, run, set};
 
 const NOBODY: u32 = 65534;
@@ -1318,11 +1317,7 @@ fn a_full_tree_refuses_new_names_and_lets_go_of_old_ones() {
     kept.read_exact_at(&mut bytes, 0).unwrap();
     assert_eq!((bytes, kept.metadata().unwrap().nlink()), ([7; 5000], 0));
     drop(kept);
-    let patience = Instant::now() + Duration::from_secs(10);
-    while pool.counter("orphans") > 0 {
-        assert!(Instant::now() < patience, "{:?}", pool.counters());
-        std::thread::yield_now(); // the kernel forgets a file after unlink(2) has returned
-    }
+    pool.wait_for_orphans();
     for number in 0..6 {
         fs::write(path(&number.to_string()), "").unwrap();
     }

@@ -3,6 +3,7 @@
 //! Ours has two mounts. In the first, files are read and written by a descriptor that may do both. In the second they are
 //! read by one that may only read, which the kernel can serve by itself where the option `io=native` is known.
 
+use super::limits;
 use super::sides::{Kind, Side};
 use super::table::Samples;
 use super::{Plan, Table, in_turn, microseconds};
@@ -105,7 +106,8 @@ fn read_only(plan: &Plan) -> Result<(&'static str, Subject), String> {
 /// Whether ours has the option `io=`.
 fn knows_native() -> bool {
     let mut command = Command::new(env!("CARGO_BIN_EXE_hugetlb2"));
-    let help = command.arg0("mount.hugetlb2").arg("--help").output().expect("mount.hugetlb2");
+    command.arg0("mount.hugetlb2").arg("--help");
+    let help = limits::output(limits::PROGRAM, &mut command).expect("mount.hugetlb2");
     String::from_utf8_lossy(&help.stdout).lines().any(|line| line.trim_start().starts_with("io="))
 }
 

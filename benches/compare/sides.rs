@@ -4,10 +4,10 @@
 //! by a panic; [`undo_on_signals`] does it for all of them that there are.
 
 use super::Plan;
+use super::limits::{self, Remedy, Waiting};
 use hugetlb2fs::sys::memory_available;
 use hugetlb2fs::sys::sigbus::{Mapping, Sharing};
 use hugetlb2fs::units::Range;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -19,11 +19,15 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 pub const GIB: u64 = 1 << 30;
 
 /// What is left to the machine when a side has taken its memory.
 const MARGIN: u64 = 2 * GIB;
+
+/// The measurements with one side take some minutes together.
+const MEASUREMENT: Duration = Duration::from_secs(1800);
 
 /// One of the filesystems.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -158,6 +162,7 @@ pub struct Side {
     pub mount_point: PathBuf,
     /// Of ours, to wait for its end.
     daemon: Option<OwnedFd>,
+    _limit: Waiting,
 }
 
 impl Side {
@@ -166,7 +171,8 @@ impl Side {
         let mut side = Self::prepare(plan, Kind::Ours.name(), bytes, None, |mount_point| {
             let mut command = Command::new(env!("CARGO_BIN_EXE_hugetlb2"));
             command.arg0("mount.hugetlb2").arg("bench").arg(mount_point);
-            let output = command.arg("-o").arg(format!("size={bytes},{options}")).output();
+            command.arg("-o").arg(format!("size={bytes},{options}"));
+            let output = limits::output(limits::PROGRAM, &mut command);
             let output = output.map_err(|error| format!("mount.hugetlb2: {error}"))?;
             // One that fails is no reason to skip a row: it is what is measured here.
             assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -202,7 +208,10 @@ impl Side {
         mount: impl FnOnce(&Path) -> Result<(), String>,
     ) -> Result<Self, String> {
         // In this order: the lock is gone when a side is dropped, by a panic too, as that locks again.
-        let side = Self { name, mount_point: plan.new_directory(name), daemon: None };
+        let mount_point = plan.new_directory(name);
+        let remedy = Remedy::Disconnect { mount_point: mount_point.clone(), supervisor: None };
+        let limit = limits::begin(MEASUREMENT, format!("the measurement in {name}"), remedy);
+        let side = Self { name, mount_point, daemon: None, _limit: limit };
         let mut all = taken();
         plan.afford(all.iter().map(|taken| taken.bytes).sum::<u64>() + bytes)?;
         if memory_available().unwrap_or(0) < bytes + MARGIN {
@@ -264,9 +273,8 @@ impl Drop for Side {
             all.remove(at).undo();
         }
         if let Some(daemon) = &self.daemon {
-            let patience = Timespec { tv_sec: 30, tv_nsec: 0 };
-            let ended = poll(&mut [PollFd::new(daemon, PollFlags::IN)], Some(&patience)); // then its memory is free
-            if ended != Ok(1) {
+            // Its memory is free when it has ended.
+            if !limits::is_readable(limits::ANSWER, daemon) {
                 eprintln!("the daemon of {} has not ended", self.mount_point.display());
             }
         }

@@ -2,6 +2,7 @@
 
 use crate::cases::Machine;
 use crate::image::{Image, directory};
+use crate::support::{end, limits};
 use libtest_mimic::{Completion, Failed};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -93,7 +94,7 @@ impl Boot {
 
     /// Waits until QEMU has ended, and returns how.
     pub fn wait_for_end(&mut self) -> std::process::ExitStatus {
-        self.qemu.wait().expect("it is a child")
+        limits::exit(CASE_DEADLINE, "QEMU", &mut self.qemu)
     }
 
     fn next_line(&self, deadline: Instant) -> Result<String, RecvTimeoutError> {
@@ -153,8 +154,7 @@ impl Boot {
 
 impl Drop for Boot {
     fn drop(&mut self) {
-        let _ = self.qemu.kill();
-        let _ = self.qemu.wait();
+        end(&mut self.qemu, "QEMU");
     }
 }
 

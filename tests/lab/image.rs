@@ -1,16 +1,21 @@
 //! What a machine boots: Debian's kernel, and an initramfs of static programs.
 
+use crate::support::limits;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 /// Test programs of the host that the machine runs, too.
 pub const SUITES: &[&str] = &["quarantine"];
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// The compiler needs some minutes on a busy machine.
+const BUILD: Duration = Duration::from_secs(1800);
 
 /// Paths of both.
 #[derive(Clone)]
@@ -101,7 +106,8 @@ fn cargo(package: &Path, arguments: &[&str]) -> Command {
 /// Runs a compiler and returns its output; an error has what it printed.
 fn run(command: &mut Command) -> Result<String, String> {
     let program = command.get_program().to_string_lossy().into_owned();
-    let output = command.output().map_err(|error| format!("{program} cannot be started: {error}"))?;
+    let output =
+        limits::output(BUILD, command).map_err(|error| format!("{program} cannot be started: {error}"))?;
     if output.status.success() {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     } else {

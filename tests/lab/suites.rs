@@ -2,6 +2,7 @@
 
 use crate::cases::Machine;
 use crate::image::{Image, SUITES};
+use crate::support::limits;
 use libtest_mimic::Failed;
 use std::process::Command;
 
@@ -28,7 +29,8 @@ pub fn tests() -> Result<Vec<String>, Failed> {
     let image = Image::get()?;
     let mut names = Vec::new();
     for (suite, program) in SUITES.iter().zip(&image.suites) {
-        let listed = Command::new(program).args(["--list", "--format", "terse"]).output()?;
+        let listed =
+            limits::output(limits::PROGRAM, Command::new(program).args(["--list", "--format", "terse"]))?;
         let text = String::from_utf8_lossy(&listed.stdout).into_owned();
         let of_suite: Vec<String> = text
             .lines()

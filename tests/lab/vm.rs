@@ -2,7 +2,7 @@
 
 use crate::boot::{Boot, Report, Verdict};
 use crate::cases::Machine;
-use crate::support::{COLLAPSE, FOLIO, MAP, Pool, REPAIR, SUBPAGE, get, poison, set};
+use crate::support::{COLLAPSE, FOLIO, MAP, Pool, REPAIR, SUBPAGE, get, limits, poison, set};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -93,14 +93,13 @@ impl Vm {
 
     /// Says something to QEMU's monitor, and returns its answer.
     fn tell(&self, command: &str) -> String {
-        let patience = Instant::now() + Duration::from_secs(30);
-        let mut monitor = loop {
-            match UnixStream::connect(&self.monitor) {
-                Ok(monitor) => break monitor,
-                Err(error) => assert!(Instant::now() < patience, "QEMU's monitor: {error}"),
-            }
-            std::thread::yield_now(); // QEMU makes it as it starts
-        };
+        let mut connected = None;
+        limits::until(limits::ANSWER, "QEMU's monitor, which it makes as it starts", || {
+            connected = UnixStream::connect(&self.monitor).ok();
+            connected.is_some()
+        });
+        let mut monitor = connected.expect("it listens");
+        monitor.set_read_timeout(Some(limits::ANSWER)).expect("a limit for each answer");
         read_to_prompt(&mut monitor);
         writeln!(monitor, "{command}").unwrap();
         let answer = read_to_prompt(&mut monitor);

@@ -1,12 +1,12 @@
 //! Programs that keep their data here and map it.
 
-use crate::support::Pool;
+use crate::support::{Pool, end, limits};
 use crate::{at_length, said, tests};
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 tests!(memcached_finds_its_items_after_a_restart, sqlite_keeps_a_database_whole_that_it_maps);
 
@@ -30,28 +30,27 @@ impl Memcached {
     }
 
     fn connect(&self) -> BufReader<TcpStream> {
-        let patience = Instant::now() + Duration::from_secs(20);
-        loop {
-            match TcpStream::connect(("127.0.0.1", self.port)) {
-                Ok(stream) => return BufReader::new(stream),
-                Err(error) => assert!(Instant::now() < patience, "memcached does not listen: {error}"),
-            }
-            std::thread::yield_now();
-        }
+        let mut connected = None;
+        limits::until(limits::ANSWER, "memcached to listen", || {
+            connected = TcpStream::connect(("127.0.0.1", self.port)).ok();
+            connected.is_some()
+        });
+        let stream = connected.expect("it listens");
+        stream.set_read_timeout(Some(limits::ANSWER)).expect("a limit for each answer");
+        BufReader::new(stream)
     }
 
     /// Ends it so that it leaves its items to the next (its documentation on restartable cache).
     fn stop(mut self) {
         let pid = rustix::process::Pid::from_raw(self.child.id() as i32).unwrap();
         rustix::process::kill_process(pid, rustix::process::Signal::USR1).unwrap();
-        assert!(self.child.wait().unwrap().success());
+        assert!(limits::exit(limits::ANSWER, "memcached", &mut self.child).success());
     }
 }
 
 impl Drop for Memcached {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        end(&mut self.child, "memcached");
     }
 }
 

@@ -19,6 +19,8 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Output};
+use std::time::Duration;
+use support::limits;
 
 /// A test: its name, and what panics where it does not hold.
 pub type Test = (&'static str, fn());
@@ -31,6 +33,7 @@ macro_rules! tests {
 use tests;
 
 fn main() -> ExitCode {
+    limits::allow(900 * at_length(6));
     let all =
         [posix::TESTS, fsx::TESTS, stress::TESTS, fio::TESTS, jvm::TESTS, databases::TESTS, tools::TESTS];
     let trial = |(name, run): &Test| {
@@ -83,7 +86,8 @@ impl Drop for Tmpfs {
 
 /// Runs a program to its end, and returns all that it printed.
 pub fn outcome(command: &mut Command) -> (Output, String) {
-    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let limit = Duration::from_secs(600 * at_length(6));
+    let output = limits::output(limit, command).unwrap_or_else(|error| panic!("{command:?}: {error}"));
     let text = support::text(&output.stdout) + &support::text(&output.stderr);
     (output, text)
 }

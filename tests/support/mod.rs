@@ -2,7 +2,9 @@
 //! that have files mapped.
 #![allow(dead_code, missing_docs)]
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+pub mod limits;
+
+use limits::{Remedy, Waiting};
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::collections::BTreeMap;
@@ -11,6 +13,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Output, Stdio};
+use std::time::Duration;
 
 pub const SUBPAGE: u64 = 4096;
 pub const FOLIO: u64 = 2 << 20;
@@ -51,7 +54,7 @@ pub fn umount_hugetlb2() -> Command {
 
 /// Runs to the end and returns what was printed; panics unless it exits with 0.
 pub fn run(command: &mut Command) -> String {
-    let output = command.output().expect("the program can be started");
+    let output = limits::output(limits::PROGRAM, command).expect("the program can be started");
     assert!(
         output.status.success(),
         "{command:?}: {}\n{}{}",
@@ -68,7 +71,8 @@ pub fn text(bytes: &[u8]) -> String {
 
 /// Runs to the end and returns exit status and standard error.
 pub fn status_and_error(command: &mut Command) -> (i32, String) {
-    let Output { status, stderr, .. } = command.output().expect("the program can be started");
+    let output = limits::output(limits::PROGRAM, command).expect("the program can be started");
+    let Output { status, stderr, .. } = output;
     (status.code().expect("it is not ended by a signal"), text(&stderr))
 }
 
@@ -76,6 +80,7 @@ pub fn status_and_error(command: &mut Command) -> (i32, String) {
 pub struct Pool {
     directory: tempfile::TempDir,
     daemon: Option<Daemon>,
+    limit: Waiting,
 }
 
 impl Pool {
@@ -100,8 +105,8 @@ impl Pool {
             .arg(&mount_point)
             .arg("-o")
             .arg(format!("{options},log={}", log.display())));
-        let mut pool = Self { directory, daemon: None };
-        pool.daemon = Some(Daemon::of(&mount_point));
+        let mut pool = Self { directory, daemon: None, limit: limits::test(&mount_point, None) };
+        pool.note_new_daemon();
         pool
     }
 
@@ -142,7 +147,20 @@ impl Pool {
 
     /// Another daemon has taken over.
     pub fn note_new_daemon(&mut self) {
-        self.daemon = Some(Daemon::of(&self.path()));
+        let daemon = Daemon::of(&self.path());
+        let supervisor = Some(daemon.fd.try_clone().expect("a descriptor"));
+        self.limit.amend(Remedy::Disconnect { mount_point: self.path(), supervisor });
+        self.daemon = Some(daemon);
+    }
+
+    /// Waits until so many pages are free: the kernel forgets a file some time after its last user is gone.
+    pub fn wait_for_free_pages(&self, pages: u64) {
+        limits::until(limits::ANSWER, &format!("{pages} free pages"), || self.free_pages() == pages);
+    }
+
+    /// The same for files without a name: waits until none is there.
+    pub fn wait_for_orphans(&self) {
+        limits::until(limits::ANSWER, "the last file without a name", || self.counter("orphans") == 0);
     }
 
     /// Unmounts now, and returns when the daemon has ended and its memory is free.
@@ -181,14 +199,13 @@ impl Daemon {
         Self { pid, fd }
     }
 
-    /// Waits for its end; that it takes more than ten seconds is an error.
+    /// Waits for its end.
     pub fn wait(&self) {
-        assert!(self.ends_within(10), "the daemon {} does not end", self.pid);
+        limits::readable(limits::ANSWER, &format!("the end of the daemon {}", self.pid), &self.fd);
     }
 
-    pub fn ends_within(&self, seconds: i64) -> bool {
-        let timeout = Timespec { tv_sec: seconds, tv_nsec: 0 };
-        poll(&mut [PollFd::new(&self.fd, PollFlags::IN)], Some(&timeout)).expect("poll works") == 1
+    pub fn ends_within(&self, seconds: u64) -> bool {
+        limits::is_readable(Duration::from_secs(seconds), &self.fd)
     }
 }
 
@@ -223,6 +240,7 @@ pub fn poison(path: impl AsRef<Path>, offset: u64, length: u64) -> rustix::io::R
 /// Another process that maps a file and touches it; see `mount-helper/touch.rs` for the language.
 pub struct Toucher {
     child: Child,
+    process: OwnedFd,
     input: ChildStdin,
     output: BufReader<ChildStdout>,
 }
@@ -237,7 +255,7 @@ impl Toucher {
             .expect("the program can be started");
         let input = child.stdin.take().expect("a pipe");
         let output = BufReader::new(child.stdout.take().expect("a pipe"));
-        Self { child, input, output }
+        Self { process: limits::process(&child), child, input, output }
     }
 
     /// One that maps all of `file`, which has `length` bytes, shared and writable.
@@ -252,10 +270,25 @@ impl Toucher {
     }
 
     pub fn ask(&mut self, line: &str) -> String {
-        writeln!(self.input, "{line}").expect("it listens");
+        self.ask_within(limits::ANSWER, line)
+    }
+
+    /// Returns the answer, which is empty if the process has ended.
+    pub fn ask_within(&mut self, limit: Duration, line: &str) -> String {
+        let what = format!("the answer of process {} to {line:?}", self.child.id());
+        let process = self.process.try_clone().expect("a descriptor");
+        let waiting = limits::begin(limit, what, Remedy::Kill(process));
         let mut answer = String::new();
-        self.output.read_line(&mut answer).expect("it answers");
+        let asked = writeln!(self.input, "{line}");
+        let answered = asked.and_then(|()| self.output.read_line(&mut answer));
+        drop(waiting);
+        answered.expect("it answers");
         answer.trim_end().to_owned()
+    }
+
+    /// Stops the process where it is.
+    pub fn freeze(&self) {
+        pidfd_send_signal(&self.process, Signal::STOP).expect("it runs");
     }
 
     /// The byte at `offset`, or `None` for SIGBUS.
@@ -299,9 +332,14 @@ impl Toucher {
 
 impl Drop for Toucher {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        end(&mut self.child, "a process that maps a file");
     }
+}
+
+/// Kills a child and waits for its end.
+pub fn end(child: &mut Child, what: &str) {
+    let _ = child.kill(); // one that has ended by itself is waited for all the same
+    limits::exit(limits::ANSWER, what, child);
 }
 
 // ---- mounting -------------------------------------------------------------------------------------------------------
@@ -344,16 +382,23 @@ impl Worker {
         };
         let tasks =
             || std::fs::read_dir(format!("/proc/{}/task", self.pid)).expect("it runs").map(Result::unwrap);
-        while !tasks().all(is_stopped) {
-            std::thread::yield_now(); // only its parent could wait for that
-        }
+        let what = format!("the stop of worker {}", self.pid);
+        limits::until(limits::ANSWER, &what, || tasks().all(is_stopped)); // only its parent could wait for that
     }
 
     /// Returns when it is dead.
     pub fn kill(self) {
         self.signal(Signal::KILL);
-        let ended = poll(&mut [PollFd::new(&self.process, PollFlags::IN)], None);
-        assert_eq!(ended, Ok(1));
+        self.wait();
+    }
+
+    /// Returns when it is dead.
+    pub fn wait(&self) {
+        limits::readable(limits::ANSWER, &format!("the end of worker {}", self.pid), &self.process);
+    }
+
+    pub fn has_ended(&self) -> bool {
+        limits::is_readable(Duration::ZERO, &self.process)
     }
 }
 

@@ -4,7 +4,7 @@ use super::cases;
 use super::hw::{INJECT, inject, listed};
 use crate::support::{
     COLLAPSE, FOLIO, MAP, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, Toucher, get, kill_worker,
-    poison, set,
+    limits, poison, set,
 };
 use hugetlb2fs::sys::sigbus::{Mapping, Sharing};
 use hugetlb2fs::units::Range;
@@ -14,7 +14,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 cases! {
     SMALL:
@@ -67,12 +67,8 @@ fn try_to_strike(path: &Path, offset: u64) -> hugetlb2fs::error::Result<()> {
     mapping.advise_range(Range::at(offset, SUBPAGE), libc::MADV_HWPOISON)
 }
 
-fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
-    let patience = Instant::now() + Duration::from_secs(20);
-    while !holds() {
-        assert!(Instant::now() < patience, "{what}");
-        std::thread::yield_now();
-    }
+fn wait_until(what: &str, holds: impl FnMut() -> bool) {
+    limits::until(limits::ANSWER, what, holds);
 }
 
 // ---- where no program's bytes are -----------------------------------------------------------------------------------

@@ -206,9 +206,7 @@ fn a_file_with_a_real_error_gives_healthy_pages_back() {
     let (pool, path, toucher) = suffering_pool();
     std::fs::remove_file(&path).unwrap();
     drop(toucher);
-    while pool.free_pages() < 4 {
-        std::thread::yield_now(); // the kernel forgets the file after its last mapping is gone
-    }
+    pool.wait_for_free_pages(4);
     pool.check();
     std::fs::write(&path, vec![8; 4 * FOLIO as usize]).unwrap();
     let mut toucher = Toucher::mapping(&path, 4 * FOLIO);

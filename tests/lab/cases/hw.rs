@@ -12,7 +12,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 cases! {
     SMALL:
@@ -111,15 +111,6 @@ fn corrupted() -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap();
     let line = text.lines().find_map(|line| line.strip_prefix("HardwareCorrupted:")).expect("it is counted");
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
-}
-
-/// The kernel forgets a file after its last user is gone.
-fn wait_for_free_pages(pool: &Pool, pages: u64) {
-    let patience = Instant::now() + Duration::from_secs(10);
-    while pool.free_pages() < pages {
-        assert!(Instant::now() < patience, "{} of {pages} pages are back", pool.free_pages());
-        std::thread::yield_now();
-    }
 }
 
 /// Asserts that nothing is left of an error: all of the file can be read, mapped, and mapped huge.
@@ -367,7 +358,7 @@ fn unlinking_a_file_with_errors_gives_all_its_pages_back() {
     assert_eq!(listed(&path).len(), 4);
     drop(file);
     std::fs::remove_file(&path).unwrap();
-    wait_for_free_pages(&pool, 4);
+    pool.wait_for_free_pages(4);
     assert_eq!(pool.counter("quarantined_hw"), 0);
     pool.check();
     let (path, file) = sevens(&pool, 4 * FOLIO);
@@ -458,7 +449,7 @@ fn an_error_in_an_unlinked_file_is_found_and_repaired() {
     assert_eq!(toucher.ask("walk"), format!("hits 0:{BUS_MCEERR_AR}"), "while it is only mapped");
     pool.check();
     drop(toucher);
-    wait_for_free_pages(&pool, 4);
+    pool.wait_for_free_pages(4);
     assert_eq!(pool.counter("quarantined_hw"), 0);
     pool.check();
     let (path, file) = sevens(&pool, 4 * FOLIO);

@@ -66,9 +66,7 @@ fn a_pool_takes_evenly_from_two_nodes_and_files_give_back() {
     assert_eq!(toucher.huge(), 5);
     drop(toucher);
     std::fs::remove_file(&file).unwrap();
-    while pool.free_pages() < 16 {
-        std::thread::yield_now(); // the kernel forgets the file after unlink(2) has returned
-    }
+    pool.wait_for_free_pages(16);
     assert_eq!(reserves(), [8 * FOLIO; 2], "memory goes back to the node that it is on");
     pool.check();
     pool.unmount();

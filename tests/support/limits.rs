@@ -1,0 +1,287 @@
+//! Limits: no test waits without end, and a limit that passes says what the test waited for.
+//!
+//! A wait is in a table from its beginning to its end. A thread, the watchdog, sleeps until the nearest limit. When
+//! a limit passes, the watchdog writes what was waited for to standard error and applies the wait's [`Remedy`]:
+//!
+//! ```text
+//!   a wait for         the watchdog                           then
+//!   a process          kills the process                      the wait ends, and the test panics with its name
+//!   calls to a mount   disconnects the mount                  the calls fail, and the test panics
+//!   anything else      ends this program: it lists all waits and what each thread does, disconnects all mounts
+//!                      that are waited for, kills all processes that are waited for, and calls abort(3)
+//! ```
+//!
+//! A wait that goes on for [`GRACE`] after its remedy ends the program, too. So does SIGTERM, by which timeout(1) ends
+//! a test program (`tests/run`). A thread that waits for the answer to a FUSE request cannot be killed
+//! (fs/fuse/dev.c, request_wait_answer), so a program that only died would stay.
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::mount::{UnmountFlags, unmount};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use signal_hook::consts::SIGTERM;
+use signal_hook::iterator::Signals;
+use std::collections::BTreeMap;
+use std::fmt::{Display, Formatter, Write as _};
+use std::io::Write as _;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, Once, PoisonError};
+use std::time::{Duration, Instant};
+
+/// A program that takes longer hangs: the slowest of our own takes some seconds on an idle machine.
+pub const PROGRAM: Duration = Duration::from_secs(180);
+
+/// The same for an answer of a process, for the end of a process that was killed, and for what the kernel or
+/// the worker does by itself.
+pub const ANSWER: Duration = Duration::from_secs(60);
+
+/// A remedy takes effect within this time.
+pub const GRACE: Duration = Duration::from_secs(10);
+
+/// What the watchdog does to have a wait end.
+pub enum Remedy {
+    /// Ends this program: nothing less helps.
+    End,
+    /// Kills the process that a pidfd names.
+    Kill(OwnedFd),
+    /// Has every call to a mount fail (umount2(2), MNT_FORCE), takes the mount away, and kills its supervisor.
+    Disconnect { mount_point: PathBuf, supervisor: Option<OwnedFd> },
+}
+
+impl Remedy {
+    fn apply(&self) {
+        match self {
+            Self::End => (),
+            Self::Kill(process) => kill(process),
+            Self::Disconnect { mount_point, supervisor } => {
+                let _ = unmount(mount_point, UnmountFlags::FORCE); // EBUSY while calls return
+                let _ = unmount(mount_point, UnmountFlags::DETACH); // EINVAL where nothing is mounted any more
+                supervisor.iter().for_each(kill);
+            }
+        }
+    }
+}
+
+/// ESRCH is what is wanted: the process has ended.
+fn kill(process: &OwnedFd) {
+    let _ = pidfd_send_signal(process, Signal::KILL);
+}
+
+// ---- the table ------------------------------------------------------------------------------------------------------
+
+struct Wait {
+    what: String,
+    limit: Duration,
+    /// When the watchdog acts next.
+    until: Instant,
+    remedy: Remedy,
+    /// The remedy has been applied.
+    overdue: bool,
+}
+
+impl Display for Wait {
+    fn fmt(&self, formatter: &mut Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "limit of {:?} for {}", self.limit, self.what)
+    }
+}
+
+struct Table {
+    waits: BTreeMap<u64, Wait>,
+    next: u64,
+    /// What threads of this process have noted, by thread id.
+    notes: BTreeMap<i32, String>,
+}
+
+static TABLE: Mutex<Table> = Mutex::new(Table { waits: BTreeMap::new(), next: 0, notes: BTreeMap::new() });
+static CHANGED: Condvar = Condvar::new();
+
+fn table() -> MutexGuard<'static, Table> {
+    TABLE.lock().unwrap_or_else(PoisonError::into_inner) // each change to it is one call
+}
+
+/// A wait that has begun. Its end is its drop, which panics where the limit has passed.
+pub struct Waiting(u64);
+
+/// Begins a wait for `what`.
+pub fn begin(limit: Duration, what: impl Into<String>, remedy: Remedy) -> Waiting {
+    let mut table = table();
+    if table.next == 0 {
+        std::thread::spawn(watch);
+    }
+    let number = table.next;
+    table.next += 1;
+    let wait = Wait { what: what.into(), limit, until: Instant::now() + limit, remedy, overdue: false };
+    table.waits.insert(number, wait);
+    CHANGED.notify_all();
+    Waiting(number)
+}
+
+impl Waiting {
+    /// Replaces the remedy: the one who is waited for is another now.
+    pub fn amend(&self, remedy: Remedy) {
+        table().waits.get_mut(&self.0).expect("it has not ended").remedy = remedy;
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        let wait = table().waits.remove(&self.0).expect("it has not ended");
+        assert!(!wait.overdue || std::thread::panicking(), "{wait} has passed");
+    }
+}
+
+/// Says what this thread does, for the list that the watchdog prints when it ends the program.
+pub fn note(what: impl Into<String>) {
+    table().notes.insert(rustix::thread::gettid().as_raw_nonzero().get(), what.into());
+}
+
+// ---- the watchdog ---------------------------------------------------------------------------------------------------
+
+fn watch() {
+    let mut table = table();
+    loop {
+        let now = Instant::now();
+        table = match table.waits.values().map(|wait| wait.until).min() {
+            None => CHANGED.wait(table).unwrap_or_else(PoisonError::into_inner),
+            Some(next) if next > now => {
+                let woken = CHANGED.wait_timeout(table, next - now);
+                woken.unwrap_or_else(PoisonError::into_inner).0
+            }
+            Some(_) => {
+                table.act(now);
+                table
+            }
+        };
+    }
+}
+
+impl Table {
+    /// Acts on the waits whose time has come.
+    fn act(&mut self, now: Instant) {
+        for wait in self.waits.values_mut().filter(|wait| wait.until <= now) {
+            if wait.overdue || matches!(wait.remedy, Remedy::End) {
+                let why = format!("{wait}");
+                return give_up(self, &why);
+            }
+            say(&format!("{wait} has passed\n"));
+            wait.overdue = true;
+            wait.until = now + GRACE;
+            wait.remedy.apply();
+        }
+    }
+}
+
+/// Ends this program, and what it waits for.
+fn give_up(table: &Table, why: &str) {
+    let mut list = format!("{why} ends this program, which waits for\n");
+    for wait in table.waits.values() {
+        let _ = writeln!(list, "  {} (limit {:?})", wait.what, wait.limit);
+    }
+    say(&(list + &threads(&table.notes)));
+    table.waits.values().for_each(|wait| wait.remedy.apply());
+    std::process::abort();
+}
+
+/// What each thread of this process does: its name, its note, and where in the kernel it is (proc(5)).
+fn threads(notes: &BTreeMap<i32, String>) -> String {
+    let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().filter_map(Result::ok);
+    let describe = |task: std::fs::DirEntry| {
+        let read = |name: &str| std::fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        let id: Option<i32> = task.file_name().to_str().and_then(|id| id.parse().ok());
+        let note = id.and_then(|id| notes.get(&id)).map(String::as_str).unwrap_or_default();
+        let stack = read("stack"); // empty where this process may not look
+        let stack: Vec<&str> = stack.lines().filter_map(|line| line.split(' ').nth(1)).take(5).collect();
+        format!("  thread {} {note} {}\n", read("comm").trim_end(), stack.join(" < "))
+    };
+    tasks.map(describe).collect()
+}
+
+/// To standard error itself: what eprintln! writes is a test's output, which is shown when that test has ended.
+fn say(text: &str) {
+    let _ = std::io::stderr().write_all(text.as_bytes());
+}
+
+// ---- waits ----------------------------------------------------------------------------------------------------------
+
+/// Waits in `wait` for `what`; ends this program when the limit passes.
+pub fn within<T>(limit: Duration, what: &str, wait: impl FnOnce() -> T) -> T {
+    let _waiting = begin(limit, what, Remedy::End);
+    wait()
+}
+
+/// Looks again and again until `holds` returns true, where nothing but to look tells of it.
+pub fn until(limit: Duration, what: &str, mut holds: impl FnMut() -> bool) {
+    let end = Instant::now() + limit;
+    while !holds() {
+        assert!(Instant::now() < end, "limit of {limit:?} for {what} has passed");
+        std::thread::yield_now();
+    }
+}
+
+/// Waits until poll(2) reports POLLIN of `file`: a pidfd whose process has ended, a pipe with something to read.
+pub fn readable(limit: Duration, what: &str, file: impl AsFd) {
+    assert!(is_readable(limit, file), "limit of {limit:?} for {what} has passed");
+}
+
+pub fn is_readable(limit: Duration, file: impl AsFd) -> bool {
+    let timeout = Timespec::try_from(limit).expect("a limit in seconds");
+    poll(&mut [PollFd::new(&file, PollFlags::IN)], Some(&timeout)).expect("poll works") == 1
+}
+
+/// Runs a program to its end, without input, and returns what it printed. A program that is not started is an error.
+pub fn output(limit: Duration, command: &mut Command) -> std::io::Result<Output> {
+    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    collect(limit, &format!("{command:?}"), child)
+}
+
+/// Waits for the end of a child, and returns what it wrote to its pipes.
+pub fn collect(limit: Duration, what: &str, child: Child) -> std::io::Result<Output> {
+    let _waiting = begin(limit, format!("the end of {what}"), Remedy::Kill(process(&child)));
+    child.wait_with_output()
+}
+
+/// Waits for the end of a child.
+pub fn exit(limit: Duration, what: &str, child: &mut Child) -> ExitStatus {
+    if let Some(status) = child.try_wait().expect("it is a child") {
+        return status; // to have been waited for before is no error
+    }
+    let _waiting = begin(limit, format!("the end of {what}"), Remedy::Kill(process(child)));
+    child.wait().expect("it is a child")
+}
+
+/// A pidfd of a child that has not been waited for.
+pub fn process(child: &Child) -> OwnedFd {
+    let pid = Pid::from_raw(child.id() as i32).expect("a process id");
+    pidfd_open(pid, PidfdFlags::empty()).expect("it has not been waited for")
+}
+
+// ---- the limit of a test --------------------------------------------------------------------------------------------
+
+static TEST: AtomicU64 = AtomicU64::new(300);
+
+/// Gives each test of this program so many seconds instead of 300.
+pub fn allow(seconds: u64) {
+    TEST.store(seconds, Ordering::Relaxed);
+}
+
+/// Has SIGTERM end this program as a limit that passes does.
+fn listen() {
+    let mut signals = Signals::new([SIGTERM]).expect("a handler for SIGTERM");
+    std::thread::spawn(move || {
+        signals.forever().next();
+        give_up(&table(), "SIGTERM");
+    });
+}
+
+/// Begins the time of a test, which uses a mount: calls to the mount have no limit of their own.
+pub fn test(mount_point: &Path, supervisor: Option<OwnedFd>) -> Waiting {
+    static LISTENING: Once = Once::new();
+    LISTENING.call_once(listen);
+    let thread = std::thread::current();
+    let name = thread.name().unwrap_or("a test");
+    let what = format!("the end of {name}, which uses {}", mount_point.display());
+    let limit = Duration::from_secs(TEST.load(Ordering::Relaxed));
+    begin(limit, what, Remedy::Disconnect { mount_point: mount_point.to_owned(), supervisor })
+}
