@@ -84,16 +84,21 @@ mod armed {
     /// A step is done.
     pub fn done(step: Step) {
         if ARMED.load(Ordering::SeqCst) == step as u32 && LEFT.fetch_sub(1, Ordering::SeqCst) == 1 {
-            let _ = kill_process(getpid(), Signal::KILL);
-            loop {
-                std::thread::park(); // nothing more is to be done
-            }
+            die()
+        }
+    }
+
+    /// The process dies as by the OOM killer.
+    pub fn die() -> ! {
+        let _ = kill_process(getpid(), Signal::KILL);
+        loop {
+            std::thread::park(); // nothing more is to be done
         }
     }
 }
 
 #[cfg(debug_assertions)]
-pub use armed::{arm, done};
+pub use armed::{arm, die, done};
 
 /// A step is done.
 #[cfg(not(debug_assertions))]

@@ -7,11 +7,18 @@
 //!                  killed, ended |    | fork: at once where it had been of use, else after a pause
 //!                                v    |
 //!                             [between] -- RESTARTS in a row that were of no use ---> [refusing]
-//!                                     ^                                                  | SIGHUP, or an upgrade
-//!                                     +--------------------------------------------------+
+//!                                  ^  ^                                                |  | SIGHUP, or an upgrade
+//!                                  |  +------------------------------------------------+  |
+//!                                  |      after a pause: one worker, then refusing again  |
+//!                                  +------------------------------------------------------+
 //! ```
 //!
 //! SIGHUP replaces the worker in every state, also one that hangs.
+//!
+//! A worker that serves and dies of one request again and again does not end in *refusing*: the next worker answers that one
+//! request with EIO and serves all others (the module `fuse`). *Refusing* is for workers that cannot start. What they lack may
+//! come back, so the supervisor ends each refusal after a pause and starts one worker. When that worker cannot start
+//! either, the supervisor refuses again, twice as long, up to [`LONGEST_REFUSAL`].
 //!
 //! In every state the namespace, and so all memory, is kept, every mapping is valid, and the kernel keeps what is asked. When
 //! *refusing*, a process that knows nothing of files answers every request with EIO. SIGTERM and SIGINT end the worker, then the
@@ -37,6 +44,9 @@ const SERVICE: Duration = Duration::from_secs(1);
 /// The pause after the first of them; each further one is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// The time that requests are refused before the supervisor starts a worker again; each further refusal is twice as long.
+const FIRST_REFUSAL: Duration = Duration::from_secs(1);
+const LONGEST_REFUSAL: Duration = Duration::from_secs(30);
 
 /// Given to a worker, and said by it when it serves.
 pub struct Announcement(PipeWriter);
@@ -93,8 +103,10 @@ struct Restarts {
 
 #[derive(Debug, PartialEq, Eq)]
 enum Next {
+    /// A worker that serves, after a pause.
     Serve(Duration),
-    Refuse,
+    /// A worker that refuses, for so long.
+    Refuse(Duration),
 }
 
 impl Restarts {
@@ -103,16 +115,21 @@ impl Restarts {
             self.fruitless = 0;
             return Next::Serve(Duration::ZERO);
         }
-        self.fruitless += 1;
-        if self.fruitless >= RESTARTS {
-            return Next::Refuse;
+        self.fruitless = self.fruitless.saturating_add(1);
+        if let Some(refusals) = self.fruitless.checked_sub(RESTARTS) {
+            return Next::Refuse(doubled(FIRST_REFUSAL, refusals).min(LONGEST_REFUSAL));
         }
-        Next::Serve(FIRST_PAUSE.saturating_mul(1 << (self.fruitless - 1)).min(LONGEST_PAUSE))
+        Next::Serve(doubled(FIRST_PAUSE, self.fruitless - 1).min(LONGEST_PAUSE))
     }
 
     fn forgive(&mut self) {
         self.fruitless = 0;
     }
+}
+
+/// `time`, doubled so many times.
+fn doubled(time: Duration, times: u32) -> Duration {
+    time.saturating_mul(1u32.checked_shl(times).unwrap_or(u32::MAX))
 }
 
 /// A child, until it ends.
@@ -127,6 +144,8 @@ enum Event {
     Ended(WaitStatus),
     Stop,
     TryAgain,
+    /// The worker has run for as long as it was to.
+    TimeIsUp,
 }
 
 /// Keeps workers running; `work` is what each does, in a process of its own, and the status that it ends with. `control` goes to the
@@ -159,7 +178,11 @@ pub fn supervise(
                 continue;
             }
         };
-        match wait(signals, &worker)? {
+        let limit = match next {
+            Next::Serve(_) => None,
+            Next::Refuse(limit) => Some(limit),
+        };
+        match wait(signals, &worker, limit)? {
             Event::Ended(status) if status.exit_status() == Some(0) => return Ok(End::Unmounted),
             Event::Ended(status) => {
                 let had_served = worker.has_served();
@@ -181,8 +204,13 @@ pub fn supervise(
                 if mounting && !worker.has_served() {
                     return Ok(End::NeverServed);
                 }
-                mounting = false;
+                (mounting, after) = (false, None);
                 restarts.forgive();
+                next = Next::Serve(Duration::ZERO);
+            }
+            Event::TimeIsUp => {
+                worker.kill()?;
+                after = None;
                 next = Next::Serve(Duration::ZERO);
             }
         }
@@ -207,20 +235,24 @@ fn start(
                 Next::Serve(_) => {
                     Role::Serve { announcement: Announcement(announcement), control, mounting, after }
                 }
-                Next::Refuse => Role::Refuse,
+                Next::Refuse(_) => Role::Refuse,
             };
             std::process::exit(if ready.is_ok() { work(role) } else { 1 })
         }
     }
 }
 
-/// Waits until the worker has ended or somebody wants something.
-fn wait(signals: Signals, worker: &Worker) -> Result<Event> {
+/// Waits until the worker has ended, the supervisor is sent a signal, or the worker has run for `limit`.
+fn wait(signals: Signals, worker: &Worker, limit: Option<Duration>) -> Result<Event> {
     loop {
         if let Some(status) = process::ended(worker.pid)? {
             return Ok(Event::Ended(status));
         }
-        match signals.wait(None)? {
+        let left = limit.map(|limit| limit.saturating_sub(worker.started.elapsed()));
+        if left == Some(Duration::ZERO) {
+            return Ok(Event::TimeIsUp);
+        }
+        match signals.wait(left)? {
             Some(Signal::TERM | Signal::INT) => return Ok(Event::Stop),
             Some(Signal::HUP) => return Ok(Event::TryAgain),
             _ => {}
@@ -270,9 +302,22 @@ mod tests {
             assert!(pause > last || pause == LONGEST_PAUSE);
             last = pause;
         }
-        assert_eq!(restarts.after_death(false), Next::Refuse);
-        assert_eq!(restarts.after_death(false), Next::Refuse);
+        assert_eq!(restarts.after_death(false), Next::Refuse(FIRST_REFUSAL));
         restarts.forgive();
+        assert_eq!(restarts.after_death(false), Next::Serve(FIRST_PAUSE));
+    }
+
+    #[test]
+    fn a_worker_is_tried_after_each_refusal_and_refusals_grow_to_a_limit() {
+        let mut restarts = Restarts { fruitless: RESTARTS - 1 };
+        let mut last = Duration::ZERO;
+        for _ in 0..100 {
+            let Next::Refuse(limit) = restarts.after_death(false) else { panic!("served in between") };
+            assert!(limit == 2 * last || limit == FIRST_REFUSAL || limit == LONGEST_REFUSAL);
+            last = limit;
+        }
+        assert_eq!(last, LONGEST_REFUSAL);
+        assert_eq!(restarts.after_death(true), Next::Serve(Duration::ZERO));
         assert_eq!(restarts.after_death(false), Next::Serve(FIRST_PAUSE));
     }
 

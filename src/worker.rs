@@ -92,8 +92,9 @@ pub fn run(options: &Options, device: &OwnedFd, role: Role) -> i32 {
 /// Answers everything with EIO until it is unmounted, killed, or replaced.
 fn refuse(device: &OwnedFd) -> Result<(), String> {
     log::error!(
-        "one worker after the other has ended before it was of use: every request is refused (EIO) from now on. Mappings \
-         and all memory stay as they are. SIGHUP to process {} tries again, `hugetlb2 upgrade` tries another version",
+        "one worker after the other has ended before it was of use: every request is refused (EIO) for now. Mappings and \
+         all memory stay as they are. Within half a minute a worker is started again; SIGHUP to process {} starts one at \
+         once, `hugetlb2 upgrade` one of another version",
         rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get())
     );
     // One of those that nobody has answered may be what they died of.

@@ -245,15 +245,68 @@ fn a_worker_that_cannot_read_a_file_leaves_all_of_them_in_place() {
     pool.unmount();
 }
 
+/// Asks for what the worker dies of: by a panic, or by SIGKILL as from the OOM killer.
+fn ask_for_death(pool: &Pool, how: &str) -> rustix::io::Result<()> {
+    set(pool.path(), "trusted.hugetlb2.die", how)
+}
+
 #[test]
 fn a_request_that_workers_die_of_is_refused_in_the_end() {
+    for how in ["now", "killed"] {
+        let pool = Pool::small(8);
+        let path = sevens(&pool);
+        let before = pool.counter("worker_pid");
+        assert_eq!(ask_for_death(&pool, how), Err(rustix::io::Errno::IO));
+        assert_eq!(fs::read(&path).unwrap(), vec![7; SIZE as usize], "it alone is refused");
+        assert_ne!(pool.counter("worker_pid"), before);
+        let log = pool.log();
+        assert_eq!(log.matches("this one takes over").count(), 5, "{log}");
+        assert!(log.contains("it is refused (EIO)") && !log.contains("every request is refused"), "{log}");
+        pool.check();
+        pool.unmount();
+    }
+}
+
+#[test]
+fn what_is_asked_beside_a_deadly_request_succeeds() {
+    let pool = Pool::small(16);
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for thread in 0..6 {
+            let (stop, pool) = (&stop, &pool);
+            scope.spawn(move || {
+                let path = pool.join(format!("file-{thread}"));
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    fs::write(&path, vec![thread; SIZE as usize]).unwrap();
+                    assert_eq!(fs::read(&path).unwrap(), vec![thread; SIZE as usize]);
+                    fs::remove_file(&path).unwrap();
+                }
+            });
+        }
+        let answers: Vec<_> = (0..3).map(|_| ask_for_death(&pool, "killed")).collect();
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(answers, [Err(rustix::io::Errno::IO); 3]);
+    });
+    assert!(!pool.log().contains("every request is refused"), "{}", pool.log());
+    pool.check();
+    pool.unmount();
+}
+
+#[test]
+fn a_refusal_ends_by_itself_when_its_cause_is_gone() {
     let pool = Pool::small(8);
     let path = sevens(&pool);
-    assert_eq!(set(pool.path(), "trusted.hugetlb2.die", "now"), Err(rustix::io::Errno::IO));
+    let file = File::open(&path).unwrap();
+    let handover = format!("/proc/{}/root/index/handover", pool.daemon().pid);
+    let text = fs::read_to_string(&handover).unwrap();
+    fs::write(&handover, text.replacen("handover 1", "handover 2", 1)).unwrap();
+    kill_worker(&pool);
+    assert_eq!(file.read_at(&mut [0], 0).unwrap_err().raw_os_error(), Some(5), "EIO");
     assert!(pool.log().contains("every request is refused"), "{}", pool.log());
-    kill_process(Pid::from_raw(pool.daemon().pid).unwrap(), Signal::HUP).unwrap();
-    wait_for_service(|| fs::read(&path).is_ok());
+    fs::write(&handover, text).unwrap();
+    wait_for_service(|| file.read_at(&mut [0], 0).is_ok());
     pool.check();
+    drop(file);
     pool.unmount();
 }
 

@@ -6,7 +6,7 @@ use crate::index::Kind;
 use crate::options::Size;
 use crate::sealed::STRAYS_SHUT;
 #[cfg(debug_assertions)]
-use crate::steps::Step;
+use crate::steps::{self, Step};
 use crate::sys;
 use crate::sys::identity::Member;
 use crate::units::NodeId;
@@ -81,11 +81,15 @@ fn is_ours(name: &OsStr) -> bool {
     PREFIXES.iter().any(|prefix| name.as_bytes().starts_with(prefix))
 }
 
-/// `<n> <step>`: the worker dies when the step is done for the n-th time. `now`: it dies of this very request.
+/// `<n> <step>`: the worker dies when the step is done for the n-th time. `now`: it panics at this very request. `killed`:
+/// it is killed at this very request, as by the OOM killer.
 #[cfg(debug_assertions)]
 fn arm(value: &[u8]) -> Result<()> {
     let text = std::str::from_utf8(value).unwrap_or_default();
     assert_ne!(text, "now", "a request that the worker dies of");
+    if text == "killed" {
+        steps::die()
+    }
     let armed = text.split_once(' ').and_then(|(nth, name)| {
         Some((nth.parse().ok()?, *Step::ALL.iter().find(|step| step.name() == name)?))
     });

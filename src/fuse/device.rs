@@ -76,10 +76,14 @@ pub fn refuse_one(device: impl AsFd, buffer: &mut [u8]) -> Result<bool> {
     };
     let Some((opcode, unique)) = head(&buffer[..length]) else { return Ok(true) };
     if !matches!(opcode, FORGET | BATCH_FORGET | INTERRUPT | RELEASE) {
-        let refusal = message(-Errno::IO.raw_os_error(), unique, []);
-        let _ = rustix::io::write(device, &refusal); // whoever asked has gone away
+        refuse(device, unique);
     }
     Ok(true)
+}
+
+/// Answers a request that was read with EIO. Returns false where the kernel waits for no such answer (any more).
+pub fn refuse(device: impl AsFd, unique: u64) -> bool {
+    rustix::io::write(device, &message(-Errno::IO.raw_os_error(), unique, [])).is_ok()
 }
 
 /// Operation and number of a request (`struct fuse_in_header`).

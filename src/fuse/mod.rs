@@ -10,6 +10,7 @@
 //! A worker may die at any instruction, and another takes over ([`Connection::take_over`]): an open file and an open directory are
 //! nothing here but their node, and the one number that the kernel knows a file's memory by is kept with the file.
 
+mod attempts;
 mod device;
 mod encode;
 mod session;
@@ -23,6 +24,7 @@ use crate::index::{Attributes, Kind, New, Time};
 use crate::sys;
 use crate::sys::identity::{Caller, Member};
 use crate::units::NodeId;
+use attempts::{Attempts, Turn};
 use encode::{errno, file_attr, file_type};
 use fuser::{
     BackingId, BsdFileFlags, CopyFileRangeFlags, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
@@ -68,6 +70,7 @@ struct Adapter {
     /// What is said to the kernel without having been asked.
     device: OwnedFd,
     backings: Mutex<HashMap<NodeId, Arc<BackingId>>>,
+    attempts: Arc<Attempts>,
 }
 
 /// What is missing in what the kernel offers; `None` if nothing is.
@@ -119,9 +122,14 @@ registrar!(ReplyOpen);
 registrar!(ReplyCreate);
 
 impl Adapter {
-    fn new(fs: Arc<Fs>, device: &OwnedFd) -> Result<Self, String> {
+    fn new(fs: Arc<Fs>, device: &OwnedFd, attempts: Arc<Attempts>) -> Result<Self, String> {
         let device = device.try_clone().map_err(|error| format!("dup: {error}"))?;
-        Ok(Self { fs, device, backings: Mutex::default() })
+        Ok(Self { fs, device, backings: Mutex::default(), attempts })
+    }
+
+    /// A request is going to be carried out; see [`Attempts::begin`].
+    fn begin(&self, request: &Request) -> Option<Turn> {
+        self.attempts.begin(request.unique().0)
     }
 
     fn backings(&self) -> MutexGuard<'_, HashMap<NodeId, Arc<BackingId>>> {
@@ -385,7 +393,8 @@ impl Filesystem for Adapter {
         agree(config)
     }
 
-    fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+    fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let _turn = self.begin(request);
         reply_entry(reply, self.fs.lookup(node_id(parent), name));
     }
 
@@ -393,7 +402,8 @@ impl Filesystem for Adapter {
         self.forget_one(node_id(ino));
     }
 
-    fn getattr(&self, _request: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+    fn getattr(&self, request: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        let _turn = self.begin(request);
         reply_attr(reply, self.fs.attributes(node_id(ino)));
     }
 
@@ -415,6 +425,7 @@ impl Filesystem for Adapter {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
+        let _turn = self.begin(request);
         let changes = Changes {
             mode: mode.map(|mode| mode & 0o7777),
             uid,
@@ -427,7 +438,8 @@ impl Filesystem for Adapter {
         self.answer(reply, reply_attr, move |fs| fs.change(node_id(ino), &changes, ticket));
     }
 
-    fn readlink(&self, _request: &Request, ino: INodeNo, reply: ReplyData) {
+    fn readlink(&self, request: &Request, ino: INodeNo, reply: ReplyData) {
+        let _turn = self.begin(request);
         match self.fs.read_link(node_id(ino)) {
             Ok(target) => reply.data(target.as_bytes()),
             Err(error) => reply.error(errno(&error)),
@@ -444,6 +456,7 @@ impl Filesystem for Adapter {
         rdev: u32,
         reply: ReplyEntry,
     ) {
+        let _turn = self.begin(request);
         let new = New::Node(mode, u64::from(rdev));
         reply_entry(reply, self.fs.make(node_id(parent), name, new, caller(request, umask), ticket(request)));
     }
@@ -457,19 +470,23 @@ impl Filesystem for Adapter {
         umask: u32,
         reply: ReplyEntry,
     ) {
+        let _turn = self.begin(request);
         let new = New::Directory(mode);
         reply_entry(reply, self.fs.make(node_id(parent), name, new, caller(request, umask), ticket(request)));
     }
 
     fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _turn = self.begin(request);
         reply_empty(reply, self.fs.unlink(node_id(parent), name, ticket(request)));
     }
 
     fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _turn = self.begin(request);
         reply_empty(reply, self.fs.remove_directory(node_id(parent), name, ticket(request)));
     }
 
     fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+        let _turn = self.begin(request);
         let target =
             CString::new(target.as_os_str().as_bytes()).map_err(|_| Error::invalid("NUL in a target"));
         let made = target.and_then(|target| {
@@ -488,6 +505,7 @@ impl Filesystem for Adapter {
         flags: fuser::RenameFlags,
         reply: ReplyEmpty,
     ) {
+        let _turn = self.begin(request);
         let flags = rustix::fs::RenameFlags::from_bits_retain(flags.bits());
         let (from, to, ticket) = ((node_id(parent), name), (node_id(newparent), newname), ticket(request));
         reply_empty(reply, self.fs.rename(from, to, flags, ticket));
@@ -495,10 +513,12 @@ impl Filesystem for Adapter {
     }
 
     fn link(&self, request: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
+        let _turn = self.begin(request);
         reply_entry(reply, self.fs.link(node_id(ino), node_id(newparent), newname, ticket(request)));
     }
 
     fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let _turn = self.begin(request);
         let object = self.fs.object(node_id(ino));
         match object.and_then(|object| self.ready(&object, flags.0, ticket(request), &reply)) {
             Ok((backing, opened)) => reply.opened_passthrough(opened.handle(), opened.flags(), &backing),
@@ -532,6 +552,7 @@ impl Filesystem for Adapter {
         flags: i32,
         reply: ReplyCreate,
     ) {
+        let _turn = self.begin(request);
         let (parent, ticket) = (node_id(parent), ticket(request));
         let created = self.create_file(parent, name, mode, caller(request, umask), ticket);
         let opened = created.and_then(|(attributes, object)| {
@@ -554,7 +575,7 @@ impl Filesystem for Adapter {
 
     fn read(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -563,6 +584,7 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        let _turn = self.begin(request);
         // What cannot be viewed, for whatever reason, is read; that says what is wrong.
         if let Ok(object) = self.fs.object(node_id(ino))
             && let Ok(Some(viewed)) = object.view(offset, size.into())
@@ -593,6 +615,7 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        let _turn = self.begin(request);
         let unprivileged = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
         let ticket = Ticket { unprivileged, ..ticket(request) };
         match self.fs.write(node_id(ino), data, offset, ticket) {
@@ -620,7 +643,8 @@ impl Filesystem for Adapter {
         reply.error(fuser::Errno::ENOSYS);
     }
 
-    fn opendir(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+    fn opendir(&self, request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        let _turn = self.begin(request);
         match self.fs.open_directory(node_id(ino)) {
             Ok(_) => reply.opened(FileHandle(0), FopenFlags::empty()),
             Err(error) => reply.error(errno(&error)),
@@ -629,12 +653,13 @@ impl Filesystem for Adapter {
 
     fn readdir(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
+        let _turn = self.begin(request);
         let read = self.fs.open_directory(node_id(ino)).and_then(|directory| {
             self.fs.read_directory(&directory, offset, |entry| {
                 let name = OsStr::from_bytes(&entry.name);
@@ -647,7 +672,8 @@ impl Filesystem for Adapter {
         }
     }
 
-    fn statfs(&self, _request: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+    fn statfs(&self, request: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        let _turn = self.begin(request);
         const NAME_MAX: u32 = 255;
         match self.fs.statistics() {
             Ok(s) => {
@@ -677,6 +703,7 @@ impl Filesystem for Adapter {
         _position: u32,
         reply: ReplyEmpty,
     ) {
+        let _turn = self.begin(request);
         let by = Member { uid: request.uid(), gid: request.gid(), pid: request.pid() };
         let ticket = ticket(request);
         let node = node_id(ino);
@@ -694,16 +721,19 @@ impl Filesystem for Adapter {
         }
     }
 
-    fn getxattr(&self, _request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+    fn getxattr(&self, request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        let _turn = self.begin(request);
         let reading = if size == 0 { Reading::Length } else { Reading::Value { room: size as usize } };
         reply_xattr(reply, size, self.fs.attribute(node_id(ino), name, reading));
     }
 
     fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        let _turn = self.begin(request);
         reply_xattr(reply, size, self.fs.attribute_names(node_id(ino), request.uid()));
     }
 
     fn removexattr(&self, request: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _turn = self.begin(request);
         let ticket = ticket(request);
         reply_empty(reply, self.fs.remove_attribute(node_id(ino), name, ticket));
         self.fs.dismiss(ticket);
@@ -711,7 +741,7 @@ impl Filesystem for Adapter {
 
     fn poll(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         notifier: PollNotifier,
@@ -719,6 +749,7 @@ impl Filesystem for Adapter {
         flags: PollFlags,
         reply: ReplyPoll,
     ) {
+        let _turn = self.begin(request);
         let object = match self.fs.object(node_id(ino)) {
             Ok(object) => object,
             Err(error) => return reply.error(errno(&error)),
@@ -751,6 +782,7 @@ impl Filesystem for Adapter {
         mode: i32,
         reply: ReplyEmpty,
     ) {
+        let _turn = self.begin(request);
         let ticket = ticket(request);
         self.answer(reply, reply_empty, move |fs| {
             allocation(mode).and_then(|what| fs.allocate(node_id(ino), what, (offset, length), ticket))
@@ -759,13 +791,14 @@ impl Filesystem for Adapter {
 
     fn lseek(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: i64,
         whence: i32,
         reply: ReplyLseek,
     ) {
+        let _turn = self.begin(request);
         let data = match whence {
             libc::SEEK_DATA => true,
             libc::SEEK_HOLE => false,
@@ -791,6 +824,7 @@ impl Filesystem for Adapter {
         _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
+        let _turn = self.begin(request);
         let (from, to) = ((node_id(ino_in), offset_in), (node_id(ino_out), offset_out));
         let ticket = ticket(request);
         self.answer(reply, reply_write, move |fs| fs.copy(from, to, len, ticket));

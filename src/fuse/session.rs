@@ -9,6 +9,7 @@
 //! (`fuse_dev.pq`), and sends it again when asked. Clones of the device (`clone_fd`) would end those requests with
 //! ECONNABORTED instead.
 
+use super::attempts::Attempts;
 use super::{Adapter, THREADS, agree, device, forget};
 use crate::error::Result;
 use crate::fs::Fs;
@@ -18,10 +19,14 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 
 /// What a device must be read with at least (FUSE_MIN_READ_BUFFER), and more than any FUSE_INIT needs.
 const HANDSHAKE_BYTES: usize = 64 << 10;
+
+/// Where [`Attempts`] are noted, in the private root.
+const ATTEMPTS: &str = "/attempts";
 
 /// What was said in the handshake with the kernel.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -47,7 +52,7 @@ impl Connection {
         keep: impl FnOnce(&Handshake) -> Result<()>,
     ) -> Result<Self, String> {
         let request = read_request(device).map_err(|errno| format!("waiting for the mount: {errno}"))?;
-        let (session, reply) = shake_hands(Adapter::new(fs, device)?, &request)?;
+        let (session, reply) = shake_hands(Adapter::new(fs, device, attempts()?)?, &request)?;
         keep(&Handshake { request, reply: reply.clone() })
             .map_err(|error| format!("keeping the handshake: {error}"))?;
         rustix::io::write(device, &reply).map_err(|errno| format!("answering the handshake: {errno}"))?;
@@ -55,12 +60,15 @@ impl Connection {
     }
 
     /// Takes over a session that was agreed on with `handshake`: nodes that the kernel has given up meanwhile are erased, those
-    /// who poll look again, and what was asked and not answered is asked again.
+    /// who poll look again, and what was asked and not answered is asked again, but for what worker after worker has died of:
+    /// that is answered with EIO.
     ///
     /// # Errors
     /// A sentence. The kernel has noticed nothing.
     pub fn take_over(fs: Arc<Fs>, device: &OwnedFd, handshake: &Handshake) -> Result<Self, String> {
-        let (session, reply) = shake_hands(Adapter::new(fs.clone(), device)?, &handshake.request)?;
+        let attempts = attempts()?;
+        let adapter = Adapter::new(fs.clone(), device, attempts.clone())?;
+        let (session, reply) = shake_hands(adapter, &handshake.request)?;
         if reply != handshake.reply {
             return Err(DIFFERENT.to_owned());
         }
@@ -70,6 +78,7 @@ impl Connection {
         }
         fs.wake_pollers(|handle| device::wake_poller(device, handle))
             .map_err(|error| format!("waking who polls: {error}"))?;
+        refuse_exhausted(&attempts, device);
         device::resend(device).map_err(|error| format!("having requests sent again: {error}"))?;
         Ok(connection)
     }
@@ -85,6 +94,20 @@ impl Connection {
     /// What reading the device answers.
     pub fn serve(self) -> Result<()> {
         Ok(self.0.run()?)
+    }
+}
+
+fn attempts() -> Result<Arc<Attempts>, String> {
+    let attempts = Attempts::open(Path::new(ATTEMPTS));
+    attempts.map(Arc::new).map_err(|error| format!("reading which requests were under way: {error}"))
+}
+
+/// Answers what workers have died of too often, as far as it is not answered yet.
+fn refuse_exhausted(attempts: &Attempts, device: &OwnedFd) {
+    for number in attempts.exhausted() {
+        if device::refuse(device, number) {
+            log::error!("one worker after the other has died of request {number:#x}: it is refused (EIO)");
+        }
     }
 }
 

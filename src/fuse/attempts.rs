@@ -1,0 +1,174 @@
+//! Requests that workers die of: each is carried out a bounded number of times, then refused alone.
+//!
+//! The kernel sends a request again when the worker that has read it dies. Most of these requests are innocent: the worker died
+//! of another one, or of a signal. The table here tells them apart. It is a file that outlives the worker, so the next worker
+//! knows what the one before had begun:
+//!
+//! ```text
+//!   sent for the first time       nothing is noted: it costs nothing
+//!   sent again                    noted as begun once
+//!   sent again, noted already     waits for its turn, is noted as begun once more, and has the turn until it is answered
+//!   begun MOST times              the next worker answers EIO, and does not have the kernel send it again
+//! ```
+//!
+//! From the second time on, one request has the turn. So a death counts against that request only, and an innocent one that was
+//! begun beside it is carried out in the end.
+//!
+//! The file is one page that is there from the start, so to note a request takes no memory. The kernel numbers requests upward and
+//! uses no number twice: a note that is not needed any more does no harm, and the oldest makes room for the newest.
+
+use super::device::AGAIN;
+use crate::error::Result;
+use crate::sys::tmpfs;
+use crate::units::SUBPAGE_SIZE;
+use crossbeam::channel::{Receiver, Sender, bounded};
+use std::fs::File;
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard};
+
+/// Times that a request which was sent again is begun. With the first time, one more worker dies of it.
+const MOST: u64 = 4;
+
+const NOTE_BYTES: usize = 16;
+const NOTES: usize = SUBPAGE_SIZE as usize / NOTE_BYTES;
+
+/// A request that was sent again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Note {
+    /// The kernel's number for it, [`AGAIN`] included; 0 for none.
+    number: u64,
+    begun: u64,
+}
+
+impl Note {
+    fn encode(self) -> [u8; NOTE_BYTES] {
+        let mut bytes = [0; NOTE_BYTES];
+        bytes[..8].copy_from_slice(&self.number.to_le_bytes());
+        bytes[8..].copy_from_slice(&self.begun.to_le_bytes());
+        bytes
+    }
+
+    fn decode(bytes: &[u8; NOTE_BYTES]) -> Self {
+        let word = |at| u64::from_le_bytes(std::array::from_fn(|n| bytes[at + n]));
+        Self { number: word(0), begun: word(8) }
+    }
+}
+
+/// The table.
+#[derive(Debug)]
+pub struct Attempts {
+    file: File,
+    notes: Mutex<[Note; NOTES]>,
+    /// Holds one message while a request has the turn.
+    turn: (Sender<()>, Receiver<()>),
+}
+
+/// Held while a request is carried out that two workers or more may have died of.
+#[derive(Debug)]
+pub struct Turn(Receiver<()>);
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let _ = self.0.try_recv();
+    }
+}
+
+impl Attempts {
+    /// The table at `path` as the worker before has left it; an empty one where there is none.
+    ///
+    /// # Errors
+    /// What open(2), pread(2) and pwrite(2) answer.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
+        let mut bytes = [0; SUBPAGE_SIZE as usize];
+        if tmpfs::read_at(&file, &mut bytes, 0)? < bytes.len() {
+            tmpfs::write_at(&file, &bytes, 0)?;
+        }
+        let (encoded, _) = bytes.as_chunks::<NOTE_BYTES>();
+        let notes = Mutex::new(std::array::from_fn(|n| Note::decode(&encoded[n])));
+        Ok(Self { file, notes, turn: bounded(1) })
+    }
+
+    /// A request is going to be carried out. Where it was sent again, this is noted; where it was noted before, it has the turn
+    /// until what is returned is dropped.
+    pub fn begin(&self, number: u64) -> Option<Turn> {
+        if number & AGAIN == 0 {
+            return None;
+        }
+        let turn = self.is_noted(number).then(|| self.wait_for_turn());
+        if let Err(error) = self.note(number) {
+            log::error!("that a request is carried out again could not be noted: {error}");
+        }
+        turn
+    }
+
+    fn wait_for_turn(&self) -> Turn {
+        self.turn.0.send(()).expect("the other end is ours");
+        Turn(self.turn.1.clone())
+    }
+
+    /// The requests that were begun as often as a request may be.
+    pub fn exhausted(&self) -> Vec<u64> {
+        self.notes().iter().filter(|note| note.begun >= MOST).map(|note| note.number).collect()
+    }
+
+    fn notes(&self) -> MutexGuard<'_, [Note; NOTES]> {
+        self.notes.lock().expect("no panic while the table is open")
+    }
+
+    fn is_noted(&self, number: u64) -> bool {
+        self.notes().iter().any(|note| note.number == number)
+    }
+
+    fn note(&self, number: u64) -> Result<()> {
+        let mut notes = self.notes();
+        let known = notes.iter().position(|note| note.number == number);
+        let oldest = || (0..NOTES).min_by_key(|at| notes[*at].number).expect("there are notes");
+        let at = known.unwrap_or_else(oldest);
+        let begun = known.map_or(0, |at| notes[at].begun) + 1;
+        notes[at] = Note { number, begun };
+        tmpfs::write_at(&self.file, &notes[at].encode(), (at * NOTE_BYTES) as u64).map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A table, and what opens it as the next worker does.
+    fn table() -> (tempfile::NamedTempFile, impl Fn(&Path) -> Attempts) {
+        (tempfile::NamedTempFile::new().unwrap(), |path| Attempts::open(path).unwrap())
+    }
+
+    #[test]
+    fn a_request_is_exhausted_by_as_many_workers_as_have_begun_it() {
+        let (file, open) = table();
+        for worker in 0..MOST {
+            let attempts = open(file.path());
+            assert_eq!(attempts.exhausted(), [], "worker {worker}");
+            let turn = attempts.begin(7 | AGAIN);
+            assert_eq!(turn.is_some(), worker > 0);
+        }
+        assert_eq!(open(file.path()).exhausted(), [7 | AGAIN]);
+    }
+
+    #[test]
+    fn a_request_that_is_sent_for_the_first_time_is_not_noted() {
+        let (file, open) = table();
+        for _ in 0..2 * MOST {
+            assert!(open(file.path()).begin(7).is_none());
+        }
+        assert_eq!(open(file.path()).exhausted(), []);
+    }
+
+    #[test]
+    fn the_oldest_request_makes_room_for_the_newest() {
+        let (file, open) = table();
+        for number in 1..=NOTES as u64 + 1 {
+            open(file.path()).begin(number | AGAIN);
+        }
+        let attempts = open(file.path());
+        assert!(attempts.begin(1 | AGAIN).is_none(), "the note about 1 had to go");
+        assert!(attempts.begin(NOTES as u64 | AGAIN).is_some());
+    }
+}
