@@ -1,5 +1,6 @@
 //! The filesystem's attributes from a program's side: nothing here that getfattr(1) and setfattr(1) could not do.
 
+use hugetlb2fs::sys::cgroup;
 use hugetlb2fs::units::PageSize;
 use rustix::fs::{XattrFlags, getxattr, setxattr};
 use rustix::io::Errno;
@@ -108,8 +109,20 @@ pub fn pool(directory: &Path) -> Result<Counters, String> {
 pub fn resize(directory: &Path, bytes: u64) -> Result<(), String> {
     write(directory, SIZE, &bytes.to_string()).map_err(|errno| match errno {
         Errno::BUSY => "more of the pool is in use than the new size has".to_owned(),
-        Errno::NOSPC => "the machine has not that much memory".to_owned(),
+        Errno::NOSPC => no_memory(directory),
         Errno::ROFS => "a pool that is mounted read-only cannot be resized (remount it with rw)".to_owned(),
         other => format!("resizing the pool: {other}"),
     })
+}
+
+/// That there is no memory for a larger pool. The limit of the daemon's cgroup is named where there is one: which of the two was
+/// too small is in the daemon's log.
+fn no_memory(directory: &Path) -> String {
+    let daemon = pool(directory).ok().and_then(|counters| counters.get("daemon_pid"));
+    match daemon.and_then(|daemon| cgroup::tightest_limit(&daemon.to_string())) {
+        Some(limit) => {
+            format!("the machine has not that much memory, or the daemon's cgroup has not: {limit}")
+        }
+        None => "the machine has not that much memory".to_owned(),
+    }
 }

@@ -12,6 +12,7 @@ use std::fs::File;
 use std::io::{IsTerminal, Write, pipe};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -115,7 +116,15 @@ impl Daemon {
         match self.control.receive() {
             Some(Message::Failed(why)) => Err(Failure::Mount(why)),
             Some(message) => Ok(message),
-            None => Err(Failure::System("the daemon ended without a word; see its log".into())),
+            None => Err(Failure::System(self.silent_end())),
+        }
+    }
+
+    /// What can be said of a daemon that has closed the socket without a word.
+    fn silent_end(&mut self) -> String {
+        match self.child.try_wait().ok().flatten().and_then(|status| status.signal()) {
+            Some(signal) => format!("the daemon was ended by signal {signal}; see the kernel log"),
+            None => "the daemon ended without a word; see its log".to_owned(),
         }
     }
 

@@ -87,6 +87,14 @@ impl Control {
         Self { lines: BufReader::new(socket) }
     }
 
+    /// The same end once more, of which nothing has been received.
+    ///
+    /// # Errors
+    /// What dup(2) answers.
+    pub fn try_clone(&self) -> std::io::Result<Self> {
+        Ok(Self::new(self.socket().try_clone()?))
+    }
+
     /// The socket, to wait for it.
     pub fn socket(&self) -> &UnixStream {
         self.lines.get_ref()

@@ -29,10 +29,10 @@
 //! program. A worker is killed when its supervisor is gone (prctl(2), PR_SET_PDEATHSIG), so there are never two supervisors' workers; and
 //! one waits until the one before it is gone ([`crate::worker`]).
 
-use crate::control::Control;
+use crate::control::{Control, Message};
 use crate::error::{Error, Result};
-use crate::sys;
 use crate::sys::process::{self, Fork, Signals};
+use crate::sys::{self, cgroup};
 use rustix::process::{Pid, Signal, WaitStatus, getpid, kill_process};
 use std::io::{PipeReader, PipeWriter, Read, Write, pipe};
 use std::time::{Duration, Instant};
@@ -161,6 +161,7 @@ pub fn supervise(
     let signals = Signals::block(&[Signal::CHILD, Signal::TERM, Signal::INT, Signal::HUP])?;
     let mut restarts = Restarts::default();
     let mut mounting = must_serve;
+    let mut last_words = control.as_ref().filter(|_| must_serve).map(Control::try_clone).transpose()?;
     let mut after = None;
     let mut next = Next::Serve(Duration::ZERO);
     loop {
@@ -187,9 +188,10 @@ pub fn supervise(
             Event::Ended(status) => {
                 let had_served = worker.has_served();
                 if mounting && !had_served {
+                    report(status, last_words);
                     return Ok(End::NeverServed);
                 }
-                mounting = false;
+                (mounting, last_words) = (false, None);
                 after = Some(Death { worker: worker.pid, status });
                 let was_killed = status.terminating_signal() == Some(Signal::KILL.as_raw());
                 let was_of_use = had_served && (was_killed || worker.started.elapsed() >= SERVICE);
@@ -204,7 +206,7 @@ pub fn supervise(
                 if mounting && !worker.has_served() {
                     return Ok(End::NeverServed);
                 }
-                (mounting, after) = (false, None);
+                (mounting, last_words, after) = (false, None, None);
                 restarts.forgive();
                 next = Next::Serve(Duration::ZERO);
             }
@@ -258,6 +260,18 @@ fn wait(signals: Signals, worker: &Worker, limit: Option<Duration>) -> Result<Ev
             _ => {}
         }
     }
+}
+
+/// Tells the mount helper of a worker that was killed, as the worker cannot. One that ended by itself has said why.
+fn report(status: WaitStatus, helper: Option<Control>) {
+    let (Some(signal), Some(mut helper)) = (status.terminating_signal(), helper) else { return };
+    let mut why = format!("the daemon's worker was ended by signal {signal} before it served");
+    if signal == Signal::KILL.as_raw() {
+        why += ", most likely by the OOM killer (the kernel log says so then)";
+        why += &cgroup::tightest_limit("self").map(|limit| format!(": {limit}")).unwrap_or_default();
+    }
+    log::error!("{why}");
+    let _ = helper.send(&Message::Failed(why)); // a helper that is gone need not know
 }
 
 impl Worker {

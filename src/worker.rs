@@ -14,7 +14,7 @@ use crate::handover::Handover;
 use crate::options::Options;
 use crate::pool::{self, Pool};
 use crate::supervisor::{Announcement, Death, Role};
-use crate::sys::{self, identity, namespace};
+use crate::sys::{self, cgroup, identity, namespace};
 use crate::units::PageSize;
 use crossbeam::channel::Sender;
 use rustix::fs::{FlockOperation, flock};
@@ -223,10 +223,20 @@ fn fill(page_size: PageSize, pages: u64, control: &mut Control) -> Result<Pool, 
     let total = pages * page_size.bytes();
     let filled = Pool::fill(page_size, pages, |done| Ok(control.send(&Message::Progress { done, total })?));
     filled.map_err(|error| match error {
-        Error::NoMemory | Error::Full => format!(
+        Error::NoMemory | Error::Full => refusal(total),
+        other => format!("filling the pool: {other}"),
+    })
+}
+
+/// That there is no memory for a pool of `total` bytes, and what would be right.
+fn refusal(total: u64) -> String {
+    match cgroup::tightest_limit("self") {
+        Some(limit) if limit.room() < total => format!(
+            "the daemon's cgroup cannot give {total} bytes: {limit}; raise the limit, or choose a smaller size="
+        ),
+        _ => format!(
             "the machine cannot give {total} bytes: {} are available now; choose a smaller size=, or free memory first",
             sys::memory_available().unwrap_or(0)
         ),
-        other => format!("filling the pool: {other}"),
-    })
+    }
 }

@@ -4,6 +4,7 @@
 //! call is made, and calls that rustix offers are wrapped only where there is such a meaning to give.
 
 pub mod allocator;
+pub mod cgroup;
 pub mod handle;
 pub mod identity;
 pub mod mapping;
@@ -83,12 +84,22 @@ pub fn unix_time() -> u64 {
 /// What is left to the machine when memory is taken from it.
 pub const MARGIN: u64 = 64 << 20;
 
-/// [`Error::NoMemory`] where the machine cannot give `bytes` now and keep its margin: to take them would be the end of other processes.
+/// [`Error::NoMemory`] where the machine, or a limit of this process's cgroup, cannot give `bytes` now and keep a margin: to take
+/// them would be the end of other processes, or of this one.
 ///
 /// # Errors
 /// And where /proc is not mounted.
 pub fn refuse_more_than_available(bytes: u64) -> Result<(), Error> {
-    if memory_available()? < bytes.saturating_add(MARGIN) { Err(Error::NoMemory) } else { Ok(()) }
+    if memory_available()? < bytes.saturating_add(MARGIN) {
+        return Err(Error::NoMemory);
+    }
+    match cgroup::tightest_limit("self") {
+        Some(limit) if limit.room() < bytes => {
+            log::warn!("{bytes} bytes are refused: {limit}");
+            Err(Error::NoMemory)
+        }
+        _ => Ok(()),
+    }
 }
 
 /// What the kernel could give without swapping (MemAvailable, proc(5)), in bytes.

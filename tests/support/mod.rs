@@ -46,6 +46,14 @@ pub fn mount_hugetlb2() -> Command {
     command
 }
 
+/// mount.hugetlb2 as a process of `cgroup`.
+pub fn mount_hugetlb2_in(cgroup: &Path) -> Command {
+    const ENTER: &str = r#"echo $$ >"$0/cgroup.procs" && exec -a mount.hugetlb2 "$@""#;
+    let mut command = Command::new("bash");
+    command.args(["-c", ENTER]).arg(cgroup).arg(program());
+    command
+}
+
 pub fn umount_hugetlb2() -> Command {
     let mut command = hugetlb2();
     command.arg0("umount.fuse.hugetlb2");
@@ -96,11 +104,16 @@ impl Pool {
 
     /// With these options; the daemon's log goes to the test's standard error when it fails.
     pub fn mount(options: &str) -> Self {
+        Self::mount_by(mount_hugetlb2(), options)
+    }
+
+    /// The same by a command that ends as mount.hugetlb2.
+    pub fn mount_by(mut mount: Command, options: &str) -> Self {
         let directory = tempfile::tempdir().expect("a directory for the test");
         std::fs::create_dir(directory.path().join("mnt")).expect("a mount point");
         let log = directory.path().join("log");
         let mount_point = directory.path().join("mnt");
-        run(mount_hugetlb2()
+        run(mount
             .arg("test-pool")
             .arg(&mount_point)
             .arg("-o")
