@@ -77,6 +77,8 @@ impl Error {
             Self::NotPermitted => Errno::PERM,
             Self::TooLarge => Errno::FBIG,
             Self::TooLong => Errno::TOOBIG,
+            // The daemon's own limit of descriptors. EMFILE would name the limit of the caller, who can close what he likes in vain.
+            Self::Os(Errno::MFILE) => Errno::NFILE,
             Self::Os(errno) => *errno,
         }
     }
@@ -107,6 +109,11 @@ mod tests {
     fn the_kernels_answer_is_passed_on_unchanged() {
         assert_eq!(Error::from(Errno::NOTEMPTY).errno(), Errno::NOTEMPTY);
         assert_eq!(Error::from(std::io::Error::from_raw_os_error(2)).errno(), Errno::NOENT);
+    }
+
+    #[test]
+    fn the_daemons_limit_is_not_the_callers() {
+        assert_eq!(Error::Os(Errno::MFILE).errno(), Errno::NFILE);
     }
 
     #[test]

@@ -64,7 +64,10 @@ fn raise_descriptor_limit() -> Result<(), Error> {
         return Ok(());
     }
     let maximum = getrlimit(Resource::Nofile).maximum;
-    log::warn!("at most {maximum:?} descriptors may be open: a limit to the number of files");
+    let most = maximum.map_or("without end".to_owned(), |most| most.to_string());
+    log::warn!(
+        "at most {most} descriptors may be open (no CAP_SYS_RESOURCE), a limit to the number of files"
+    );
     Ok(setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?)
 }
 
