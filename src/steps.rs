@@ -35,6 +35,8 @@ macro_rules! steps {
 steps! {
     "create": CreatePlace = "the object has a place", CreateAttached = "its superblock is there",
         CreateNamed = "the file has its name";
+    "number": BackingIssued = "the kernel has given a number out", BackingKept = "it is kept with the file",
+        BackingClosed = "the kernel has let go of the memory";
     "open natively": NativeNoted = "the descriptor is noted", NativeClosed = "it is struck out";
     "unlink": UnlinkOrphaned = "the file is linked among the orphans", UnlinkRemoved = "the name is gone or another's";
     "exchange": ExchangeWitnessed = "what it found is noted", ExchangeDone = "the names are exchanged";
@@ -61,8 +63,8 @@ steps! {
         RepairDone = "the copy of the bytes is gone";
     "enlarge the pool": EnlargeGrown = "the reserve has the memory", EnlargeNoted = "the new size is noted";
     "reduce the pool": ReduceNoted = "the new size is noted", ReduceCut = "the memory is given back";
-    "dismantle": DismantleEmptied = "the memory is back in the reserve", DismantleDetached = "the superblock is gone",
-        DismantleErased = "the inode is gone";
+    "dismantle": DismantleErased = "the inode is gone", DismantleEmptied = "the memory is back in the reserve",
+        DismantleDetached = "the superblock is gone";
 }
 
 #[cfg(debug_assertions)]

@@ -69,7 +69,7 @@ fn a_module_uses_only_those_above_it() {
 #[test]
 fn unsafe_code_is_only_in_sys() {
     // fuser asks for it by the number of what the kernel was given before, and its types are not for `sys`.
-    const ELSEWHERE: &[&str] = &["src/fuse/mod.rs"];
+    const ELSEWHERE: &[&str] = &["src/fuse/backing.rs"];
     for path in sources("src").into_iter().chain(sources("mount-helper")).chain(sources("tests")) {
         let inside_sys = layer_of_any(&path) == Some("sys".to_owned());
         let inside_sys = inside_sys || ELSEWHERE.iter().any(|known| path.ends_with(known));

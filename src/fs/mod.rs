@@ -4,8 +4,9 @@
 //! made when a regular file is opened for the first time (the kernel must be told then which file to map, though it
 //! be empty yet), and ends when the kernel forgets the node after its last name is gone.
 //!
-//! **Locks**, in order: `stranded`, `objects`, a file's own. `objects` is held for one look-up, or while one object is
-//! made; only the check keeps it while it waits for the files' locks, all of them, so that no page moves.
+//! **Locks**, in order: `stranded`, `objects`, a file's own. `objects` is held for one look-up, while one object is
+//! made, or while the kernel is asked for a node and that goes. Only the check keeps it while it waits for the files'
+//! locks, all of them, so that no page moves.
 
 mod attributes;
 mod modified;
@@ -264,14 +265,32 @@ impl Fs {
         })
     }
 
-    /// The kernel gives up references to `node`. If that has no name and is not `known` to the kernel any more, its memory goes
-    /// back to the pool, and true is returned.
-    pub fn forget(&self, node: NodeId, known: impl FnOnce(NodeId) -> bool) -> bool {
-        let gone = self.index.is_orphan(node) && !known(node);
-        if gone {
-            self.erase(node);
+    /// The kernel gives up references to `node`. Where that has no name, and the kernel does not know it any more, its inode goes,
+    /// and its memory goes back to the pool. Before that, `close` has the kernel let go of the memory.
+    ///
+    /// From the question to the kernel until the inode is gone, no request finds the object ([`Fs::object`]). One that comes
+    /// later, for a file handle that a program has kept, finds no inode: ESTALE.
+    pub fn forget(&self, node: NodeId, is_known: impl FnOnce() -> bool, close: impl FnOnce(&Object)) {
+        if self.index.is_orphan(node) && self.part_with(node, is_known, close) {
+            self.retry_stranded();
         }
-        gone
+    }
+
+    fn part_with(&self, node: NodeId, is_known: impl FnOnce() -> bool, close: impl FnOnce(&Object)) -> bool {
+        let mut stranded = self.stranded(); // the check must not see an object twice, or not at all
+        let mut objects = self.objects();
+        if !self.index.is_orphan(node) || is_known() {
+            return false;
+        }
+        if let Some(object) = objects.remove(&node) {
+            close(&object);
+            stranded.push(object);
+        }
+        if let Err(error) = self.index.erase(node) {
+            log::error!("file {node}: its inode could not be removed: {error}");
+        }
+        steps::done(Step::DismantleErased);
+        true
     }
 
     // ---- objects ------------------------------------------------------------------------------------------------
@@ -282,11 +301,6 @@ impl Fs {
 
     fn known_object(&self, node: NodeId) -> Option<Arc<Object>> {
         self.objects().get(&node).cloned()
-    }
-
-    /// The number that the kernel knows a file's memory by ([`Object::backing`]), if it does.
-    pub fn backing_of(&self, node: NodeId) -> Option<u32> {
-        self.known_object(node)?.backing().ok().flatten()
     }
 
     /// All objects, in no order.
@@ -316,20 +330,6 @@ impl Fs {
         Ok(object)
     }
 
-    /// Nobody can reach `node` any more: its memory goes back to the pool, then its inode.
-    fn erase(&self, node: NodeId) {
-        {
-            let mut stranded = self.stranded(); // the check must not see an object twice, or not at all
-            stranded.extend(self.objects().remove(&node));
-        }
-        self.retry_stranded();
-        steps::done(Step::DismantleDetached);
-        if let Err(error) = self.index.erase(node) {
-            log::error!("file {node}: its inode could not be removed: {error}");
-        }
-        steps::done(Step::DismantleErased);
-    }
-
     fn retry_stranded(&self) {
         self.stranded().retain(|object| self.dismantle(object).is_err());
     }
@@ -344,6 +344,7 @@ impl Fs {
         })?;
         steps::done(Step::DismantleEmptied);
         detach(object.node());
+        steps::done(Step::DismantleDetached);
         Ok(())
     }
 

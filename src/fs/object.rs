@@ -20,7 +20,7 @@ use crate::units::{FOLIO_SIZE, Folio, NodeId, Range, STAT_BLOCK, SUBPAGE_SIZE, S
 use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
 /// What is kept with a file, by name.
@@ -46,6 +46,8 @@ pub struct Object {
     data: Arc<File>,
     /// What is kept with the file, for the next worker.
     notes: Notes,
+    /// What is noted as [`BACKING`], once that is known.
+    backing: OnceLock<u32>,
     holding: RwLock<Holding>,
     /// Held while a folio is collapsed: two at once would hold its pages against each other, and both fail.
     collapsing: Mutex<()>,
@@ -131,7 +133,8 @@ impl Object {
         let (data, notes) = (holding.sealed().data().clone(), holding.sealed().notes().clone());
         let (holding, collapsing, wakers) = (RwLock::new(holding), Mutex::default(), Mutex::default());
         let (natives, modified, view) = (Natives::default(), Modified::default(), Mutex::default());
-        Self { node, data, notes, holding, collapsing, natives, modified, view, wakers }
+        let backing = OnceLock::new();
+        Self { node, data, notes, backing, holding, collapsing, natives, modified, view, wakers }
     }
 
     /// Whose contents these are.
@@ -520,21 +523,25 @@ impl Object {
         self.notes.discard(POLLERS)
     }
 
-    /// The number that the kernel knows `data` by (FUSE_DEV_IOC_BACKING_OPEN). It is kept with the file: all who open it must
-    /// name the same, whichever worker answers them.
+    /// The number that the kernel knows `data` by (FUSE_DEV_IOC_BACKING_OPEN), if one is kept. All replies that open the file must
+    /// say the same, whichever worker gives them.
     ///
     /// # Errors
     /// What getxattr(2) answers.
     pub fn backing(&self) -> Result<Option<u32>> {
+        if let Some(number) = self.backing.get() {
+            return Ok(Some(*number));
+        }
         let kept = self.notes.kept(BACKING)?;
-        Ok(kept.and_then(|bytes| Some(u32::from_le_bytes(bytes.try_into().ok()?))))
+        let number = kept.and_then(|bytes| Some(u32::from_le_bytes(bytes.try_into().ok()?)));
+        Ok(number.map(|number| *self.backing.get_or_init(|| number)))
     }
 
-    /// Keeps that number.
+    /// Keeps that number with the file.
     ///
     /// # Errors
-    /// What setxattr(2) answers.
-    pub fn set_backing(&self, number: u32) -> Result<()> {
+    /// What setxattr(2) answers: nothing is kept.
+    pub fn keep_backing(&self, number: u32) -> Result<()> {
         self.notes.keep(BACKING, &number.to_le_bytes())
     }
 

@@ -10,6 +10,7 @@ use crate::units::{FOLIO_SIZE, NodeId, Range};
 use crossbeam::channel::Sender;
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
+use std::collections::HashSet;
 use std::sync::Arc;
 
 impl Fs {
@@ -73,6 +74,22 @@ impl Fs {
             .iter()
             .chain(self.stranded().iter())
             .try_for_each(|object| object.settle(&self.pool))
+    }
+
+    /// The numbers that files are known by to the kernel ([`Object::backing`]).
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] where there is a file whose number is not known; what getxattr(2) answers.
+    pub fn backings(&self) -> Result<HashSet<u32>> {
+        let (objects, stranded) = (self.all_objects(), self.stranded().len());
+        let places = std::fs::read_dir(OBJECTS)?.count();
+        if places > objects.len() + stranded {
+            return Err(Error::Corrupt(format!(
+                "{places} files, of which {} could be opened",
+                objects.len()
+            )));
+        }
+        objects.iter().filter_map(|object| object.backing().transpose()).collect()
     }
 
     /// The nodes without names. The kernel tells once that it has given one up, and may have told a worker that has died.

@@ -1,8 +1,8 @@
 //! From FUSE to [`crate::fs`] and back: decode, call, encode. The only module that knows fuser's types.
 //!
 //! Every regular file is opened `PASSTHROUGH`: mmap(2) goes to the object's `data` without us (Linux 6.9). All opens of a file
-//! name the same backing id, which lives as long as the file does. `DIRECT_IO` besides has reads and writes come here
-//! (`Opened`); without it, as a descriptor for reading only can have it, reads go to `data` too.
+//! name the same number of a backing file, which lives as long as the file does (`backing`). `DIRECT_IO` besides has reads and
+//! writes come here (`Opened`); without it, as a descriptor for reading only can have it, reads go to `data` too.
 //!
 //! Names, attributes and absence change through this kernel only, so it may keep names and attributes for good; it
 //! drops them itself where a request changes them (fs/fuse/dir.c), with the one exception that `validity` makes.
@@ -11,6 +11,7 @@
 //! nothing here but their node, and the one number that the kernel knows a file's memory by is kept with the file.
 
 mod attempts;
+mod backing;
 mod device;
 mod encode;
 mod session;
@@ -21,25 +22,25 @@ pub use session::{Connection, Handshake, would_agree};
 use crate::error::{Error, Result};
 use crate::fs::{Allocation, Changes, Fs, Object, Reading, Ticket};
 use crate::index::{Attributes, Kind, New, Time};
-use crate::sys;
 use crate::sys::identity::{Caller, Member};
 use crate::units::NodeId;
 use attempts::{Attempts, Turn};
+use backing::{Borrower, Lent};
 use encode::{errno, file_attr, file_type};
 use fuser::{
-    BackingId, BsdFileFlags, CopyFileRangeFlags, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
-    InitFlags, KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier, ReplyAttr,
-    ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyPoll,
-    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, CopyFileRangeFlags, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
+    KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs,
+    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
-use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use rustix::io::Errno;
+use std::cell::RefCell;
 use std::ffi::{CString, OsStr};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Largest read or write in one request; what `max_read=` of the mount must say too.
@@ -69,8 +70,8 @@ struct Adapter {
     fs: Arc<Fs>,
     /// What is said to the kernel without having been asked.
     device: OwnedFd,
-    backings: Mutex<HashMap<NodeId, Arc<BackingId>>>,
     attempts: Arc<Attempts>,
+    backings: backing::Issuer,
 }
 
 /// What is missing in what the kernel offers; `None` if nothing is.
@@ -94,67 +95,15 @@ fn ticket(request: &Request) -> Ticket {
     Ticket { number, again, thread: request.pid(), unprivileged: request.uid() != 0 }
 }
 
-/// What can make a backing id for the kernel, or know one again: a reply to open(2).
-trait Registrar {
-    fn register(&self, data: &std::fs::File) -> io::Result<BackingId>;
-    fn known(&self, number: u32) -> BackingId;
-}
-
-macro_rules! registrar {
-    ($reply:ty) => {
-        impl Registrar for $reply {
-            fn register(&self, data: &std::fs::File) -> io::Result<BackingId> {
-                self.open_backing(data)
-            }
-
-            fn known(&self, number: u32) -> BackingId {
-                // SAFETY: the number was made by `open_backing` on this connection, and its maker has died or has just given
-                // it up (`into_raw`), so that this is the one owner of it.
-                #[allow(unsafe_code)]
-                unsafe {
-                    self.wrap_backing(number)
-                }
-            }
-        }
-    };
-}
-registrar!(ReplyOpen);
-registrar!(ReplyCreate);
-
 impl Adapter {
     fn new(fs: Arc<Fs>, device: &OwnedFd, attempts: Arc<Attempts>) -> Result<Self, String> {
         let device = device.try_clone().map_err(|error| format!("dup: {error}"))?;
-        Ok(Self { fs, device, backings: Mutex::default(), attempts })
+        Ok(Self { fs, device, attempts, backings: backing::Issuer::default() })
     }
 
     /// A request is going to be carried out; see [`Attempts::begin`].
     fn begin(&self, request: &Request) -> Option<Turn> {
         self.attempts.begin(request.unique().0)
-    }
-
-    fn backings(&self) -> MutexGuard<'_, HashMap<NodeId, Arc<BackingId>>> {
-        self.backings.lock().expect("no panic while the table is open")
-    }
-
-    /// The file's one backing id, made the first time. A worker that dies before the number is kept leaves the kernel an id that is
-    /// never used, and with it an empty superblock until it is unmounted; a file's memory goes back to the pool by being moved.
-    fn backing(&self, object: &Object, registrar: &impl Registrar) -> Result<Arc<BackingId>> {
-        let mut backings = self.backings();
-        if let Some(backing) = backings.get(&object.node()) {
-            return Ok(backing.clone());
-        }
-        let backing = match object.backing()? {
-            Some(number) => registrar.known(number),
-            None => {
-                let number = registrar.register(object.data())?.into_raw();
-                let backing = registrar.known(number);
-                object.set_backing(number)?;
-                backing
-            }
-        };
-        let backing = Arc::new(backing);
-        backings.insert(object.node(), backing.clone());
-        Ok(backing)
     }
 
     /// Readies a file for being mapped, and says who reads by the descriptor.
@@ -163,11 +112,11 @@ impl Adapter {
         object: &Object,
         flags: i32,
         ticket: Ticket,
-        registrar: &impl Registrar,
-    ) -> Result<(Arc<BackingId>, Opened)> {
-        let backing = self.backing(object, registrar)?;
+        reply: &impl Borrower,
+    ) -> Result<(Lent, Opened)> {
+        let number = self.backings.number_of(object, &self.device)?;
         let native = self.fs.open_natively(object, is_read_only(flags), ticket)?;
-        Ok((backing, if native { Opened::Native(ticket.number) } else { Opened::Mediated }))
+        Ok((reply.lend(number), if native { Opened::Native(ticket.number) } else { Opened::Mediated }))
     }
 
     /// Answers now, or patiently where there are no pages but those of files that are going away.
@@ -198,19 +147,10 @@ impl Adapter {
         }
     }
 
-    fn forget_one(&self, node: NodeId) {
-        if forget(&self.fs, &self.device, node) {
-            // Its number has been given back, and may be another file's by now.
-            if let Some(backing) = self.backings().remove(&node).and_then(Arc::into_inner) {
-                let _ = backing.into_raw();
-            }
-        }
-    }
-
     /// Undoes a creation of which the kernel learns nothing.
     fn uncreate(&self, parent: NodeId, name: &OsStr, node: NodeId, ticket: Ticket) {
         let _ = self.fs.unlink(parent, name, ticket); // it would be an empty file that nobody has asked for, no more
-        self.forget_one(node);
+        forget(&self.fs, &self.device, node);
     }
 
     /// Makes a regular file and readies it for being mapped; undone where the latter fails.
@@ -229,31 +169,15 @@ impl Adapter {
     }
 }
 
-impl Drop for Adapter {
-    /// The numbers outlive the worker: they are kept with the files, for the next one.
-    fn drop(&mut self) {
-        let backings = std::mem::take(&mut *self.backings());
-        for backing in backings.into_values().filter_map(Arc::into_inner) {
-            let _ = backing.into_raw();
+/// Lets go of a node without a name that the kernel does not know any more, with the number that the kernel knew its memory by.
+fn forget(fs: &Fs, device: &OwnedFd, node: NodeId) {
+    let close = |object: &Object| match backing::close(object, device) {
+        Ok(()) | Err(Error::Os(Errno::NOENT)) => {} // a worker has closed it and died
+        Err(error) => {
+            log::warn!("file {node}: the kernel keeps its superblock until it is unmounted: {error}");
         }
-    }
-}
-
-/// Lets go of a node without a name that the kernel does not know any more, with the number that the kernel knew its memory by,
-/// whichever worker had got that. Returns whether that was so.
-fn forget(fs: &Fs, device: &OwnedFd, node: NodeId) -> bool {
-    let backing = Cell::new(None);
-    let is_known = |node| {
-        backing.set(fs.backing_of(node));
-        device::knows(device, node)
     };
-    let gone = fs.forget(node, is_known);
-    if let Some(number) = backing.get().filter(|_| gone)
-        && let Err(error) = sys::close_backing(device, number)
-    {
-        log::warn!("file {node}: the kernel keeps its superblock until it is unmounted: {error}");
-    }
-    gone
+    fs.forget(node, || device::knows(device, node), close);
 }
 
 /// How the kernel reads and writes by a new descriptor, besides that it maps the file's memory.
@@ -399,7 +323,7 @@ impl Filesystem for Adapter {
     }
 
     fn forget(&self, _request: &Request, ino: INodeNo, _nlookup: u64) {
-        self.forget_one(node_id(ino));
+        forget(&self.fs, &self.device, node_id(ino));
     }
 
     fn getattr(&self, request: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {

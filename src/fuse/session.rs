@@ -10,7 +10,7 @@
 //! ECONNABORTED instead.
 
 use super::attempts::Attempts;
-use super::{Adapter, THREADS, agree, device, forget};
+use super::{Adapter, THREADS, agree, backing, device, forget};
 use crate::error::Result;
 use crate::fs::Fs;
 use crate::sys::process;
@@ -73,6 +73,9 @@ impl Connection {
             return Err(DIFFERENT.to_owned());
         }
         let connection = Self::on(session, device)?;
+        if let Err(error) = backing::close_lost(&fs, device) {
+            log::warn!("the kernel may keep an empty superblock until it is unmounted: {error}");
+        }
         for node in fs.orphans() {
             forget(&fs, device, node);
         }

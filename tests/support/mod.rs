@@ -212,6 +212,11 @@ impl Daemon {
         Self { pid, fd }
     }
 
+    /// The process, whatever its number stands for later.
+    pub fn process(&self) -> &OwnedFd {
+        &self.fd
+    }
+
     /// Waits for its end.
     pub fn wait(&self) {
         limits::readable(limits::ANSWER, &format!("the end of the daemon {}", self.pid), &self.fd);
