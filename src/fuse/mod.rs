@@ -59,6 +59,7 @@ const REQUIRED: &[(InitFlags, &str)] = &[
     (InitFlags::FUSE_PASSTHROUGH, "FUSE passthrough (CONFIG_FUSE_PASSTHROUGH, Linux 6.9)"),
     (InitFlags::FUSE_POSIX_ACL, "POSIX ACLs in FUSE (Linux 4.9)"),
     (InitFlags::FUSE_DONT_MASK, "FUSE_DONT_MASK (Linux 2.6.31)"),
+    (InitFlags::FUSE_EXPORT_SUPPORT, "FUSE_EXPORT_SUPPORT (Linux 2.6.28)"),
     (InitFlags::FUSE_HANDLE_KILLPRIV_V2, "FUSE_HANDLE_KILLPRIV_V2 (Linux 5.11)"),
 ];
 

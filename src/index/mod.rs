@@ -10,6 +10,10 @@
 //! with them. A [`NodeId`] is the file handle of an inode, so this module keeps no table from id to inode, and no count of
 //! the kernel's references: whether the kernel still knows a node is the kernel's to say (see [`Index::erase`]).
 //!
+//! **File handles.** The id is also what a program's file handle holds (open_by_handle_at(2)), so an id may be made up. Each
+//! request but one names a node that the kernel has been told of. The one is the look-up of `.`, which finds nodes below the
+//! root of the tree only ([`Index::lookup`]).
+//!
 //! **Unlinking.** An inode is moved into `.orphans` with its last name, in one step that takes no memory: where there is none
 //! left, removing is what helps. Only a file that another is renamed over goes in two, so that its name is never missing: the inode is
 //! linked into `.orphans`, then replaced. Between the two it has one link too many; [`Index::reopen`] takes that back.
@@ -245,13 +249,37 @@ impl Index {
         if id == self.tree_id { NodeId::ROOT } else { id }
     }
 
-    /// Looks `name` up in `parent`.
+    /// Looks `name` up in `parent`. `.` and `..` are how the kernel looks a node up of which it has the id only, from a file handle
+    /// (FUSE_EXPORT_SUPPORT).
     ///
     /// # Errors
-    /// What statx(2) answers.
+    /// What statx(2) answers; ESTALE for an id that is no node's below the root.
     pub fn lookup(&self, parent: NodeId, name: &OsStr) -> Result<Attributes> {
+        match name.as_bytes() {
+            b"." => return self.recall(parent),
+            b".." => return self.parent_of(parent),
+            _ => {}
+        }
         let directory = self.path(parent)?;
         self.look_up_in(&directory, &c_name(name)?)
+    }
+
+    /// The node of an id that comes from outside. The caller may have kept the id for long, or have made it up.
+    fn recall(&self, node: NodeId) -> Result<Attributes> {
+        let fd = self.path(node)?;
+        if node != NodeId::ROOT && !is_below_root(&fd)? {
+            return Err(Error::Os(Errno::STALE));
+        }
+        self.attributes_of(&fd, node)
+    }
+
+    fn parent_of(&self, node: NodeId) -> Result<Attributes> {
+        let found = self.recall(node)?; // no place outside of the tree is asked for its handle
+        if node == NodeId::ROOT {
+            return Ok(found);
+        }
+        let parent = self.public_id(self.id_of(&self.path(node)?, c"..")?);
+        self.recall(parent)
     }
 
     fn look_up_in(&self, directory: &OwnedFd, name: &CStr) -> Result<Attributes> {
@@ -271,6 +299,9 @@ impl Index {
     fn attributes_of(&self, fd: &OwnedFd, node: NodeId) -> Result<Attributes> {
         let stat = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)?;
         let mut attributes = from_statx(node, &stat);
+        if attributes.links == 0 {
+            return Err(Error::Os(Errno::STALE)); // erased, and here only until another request has closed it
+        }
         if self.is_orphan(node) {
             attributes.links = 0; // those that it has are in `.orphans`
         }
@@ -700,6 +731,16 @@ impl Index {
     /// Whether an inode of this id exists.
     pub fn exists(&self, node: NodeId) -> bool {
         self.path(node).is_ok()
+    }
+}
+
+/// Whether a node is in the tree, and not the root itself. What has no name, and what only the daemon uses, is elsewhere.
+fn is_below_root(fd: &OwnedFd) -> Result<bool> {
+    let inside = format!("{MOUNT_POINT}/{TREE}/");
+    match rustix::fs::readlink(fd_path(fd.as_fd()), Vec::new()) {
+        Ok(path) => Ok(path.to_bytes().starts_with(inside.as_bytes())),
+        Err(Errno::NAMETOOLONG) => Ok(true), // no path outside of the tree has more than some hundred bytes
+        Err(errno) => Err(errno.into()),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Node ids as tmpfs file handles (name_to_handle_at(2), open_by_handle_at(2)).
+//! File handles (name_to_handle_at(2), open_by_handle_at(2)), and node ids as those of tmpfs.
 //!
 //! tmpfs's handle is of type 1 and 12 bytes long: generation, low and high half of the inode number. With
 //! `inode32` the last is zero, so a handle and a [`NodeId`] are the same thing. The inode must have been asked for
@@ -10,67 +10,87 @@ use rustix::io::Errno;
 use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
-const HANDLE_TYPE: libc::c_int = 1;
-const HANDLE_BYTES: u32 = 12;
+const TMPFS: libc::c_int = 1;
+const BYTES: u32 = 12;
 
-/// `struct file_handle` with room for tmpfs's twelve bytes.
+/// `struct file_handle` with room for the twelve bytes that tmpfs and FUSE need.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
-struct Handle {
+pub struct Handle {
     bytes: u32,
-    kind: libc::c_int,
-    generation: u32,
-    inode_low: u32,
-    inode_high: u32,
+    /// The filesystem's name for what the words mean (linux/exportfs.h, `enum fid_type`).
+    pub kind: libc::c_int,
+    /// What the filesystem finds the inode by.
+    pub words: [u32; 3],
 }
 
-const _: () = assert!(size_of::<Handle>() == 8 + HANDLE_BYTES as usize);
+const _: () = assert!(size_of::<Handle>() == 8 + BYTES as usize);
 
-/// The id of `name` in the directory `parent`, or of `parent` itself where `name` is empty.
+impl Handle {
+    /// With these words.
+    pub fn new(kind: libc::c_int, words: [u32; 3]) -> Self {
+        Self { bytes: BYTES, kind, words }
+    }
+
+    /// The handle of `name` in the directory `parent`, or of `parent` itself where `name` is empty.
+    ///
+    /// # Errors
+    /// What name_to_handle_at(2) answers: ENOENT, ENOTDIR, ENAMETOOLONG; EOVERFLOW for a longer handle.
+    pub fn of(parent: impl AsFd, name: &CStr) -> Result<Self> {
+        let mut handle = Self::new(0, [0; 3]);
+        let mut mount_id: libc::c_int = 0;
+        // SAFETY: `handle` starts with the kernel's structure and has as many bytes behind it as it says.
+        #[allow(unsafe_code)]
+        let result = unsafe {
+            libc::name_to_handle_at(
+                parent.as_fd().as_raw_fd(),
+                name.as_ptr(),
+                (&raw mut handle).cast(),
+                &raw mut mount_id,
+                libc::AT_EMPTY_PATH,
+            )
+        };
+        if result == 0 { Ok(handle) } else { Err(std::io::Error::last_os_error().into()) }
+    }
+
+    /// Opens the inode of the filesystem that `mount` is on, a descriptor that was not opened with O_PATH. Needs
+    /// CAP_DAC_READ_SEARCH.
+    ///
+    /// # Errors
+    /// ESTALE where there is no such inode any more.
+    pub fn open(mut self, mount: impl AsFd, flags: libc::c_int) -> Result<OwnedFd> {
+        let mount = mount.as_fd().as_raw_fd();
+        // SAFETY: as above; the kernel only reads the handle.
+        #[allow(unsafe_code)]
+        let fd = unsafe { libc::open_by_handle_at(mount, (&raw mut self).cast(), flags | libc::O_CLOEXEC) };
+        if fd < 0 {
+            let error = std::io::Error::last_os_error();
+            return Err(Error::Os(Errno::from_io_error(&error).unwrap_or(Errno::STALE)));
+        }
+        // SAFETY: the call returned a new descriptor that nobody else owns.
+        #[allow(unsafe_code)]
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+}
+
+/// The id of `name` in the directory `parent` on a tmpfs, or of `parent` itself where `name` is empty.
 ///
 /// # Errors
-/// What name_to_handle_at(2) answers: ENOENT, ENOTDIR, ENAMETOOLONG.
+/// As for [`Handle::of`].
 pub fn of(parent: impl AsFd, name: &CStr) -> Result<NodeId> {
-    let mut handle = Handle { bytes: HANDLE_BYTES, kind: 0, generation: 0, inode_low: 0, inode_high: 0 };
-    let mut mount_id: libc::c_int = 0;
-    // SAFETY: `handle` starts with the kernel's structure and has as many bytes behind it as it says.
-    #[allow(unsafe_code)]
-    let result = unsafe {
-        libc::name_to_handle_at(
-            parent.as_fd().as_raw_fd(),
-            name.as_ptr(),
-            (&raw mut handle).cast(),
-            &raw mut mount_id,
-            libc::AT_EMPTY_PATH,
-        )
-    };
-    if result != 0 {
-        return Err(std::io::Error::last_os_error().into());
-    }
-    if handle.kind != HANDLE_TYPE || handle.bytes != HANDLE_BYTES || handle.inode_high != 0 {
+    let handle = Handle::of(parent, name)?;
+    let [generation, inode_low, inode_high] = handle.words;
+    if handle.kind != TMPFS || handle.bytes != BYTES || inode_high != 0 {
         return Err(Error::Corrupt(format!("tmpfs handle of type {}, {} bytes", handle.kind, handle.bytes)));
     }
-    Ok(NodeId::from_parts(handle.generation, handle.inode_low))
+    Ok(NodeId::from_parts(generation, inode_low))
 }
 
-/// Opens the inode `id` of the filesystem that `mount` is on, a descriptor that was not opened with O_PATH. Needs
-/// CAP_DAC_READ_SEARCH.
+/// Opens the inode `id` of the tmpfs that `mount` is on.
 ///
 /// # Errors
-/// ESTALE where there is no such inode any more.
+/// As for [`Handle::open`].
 pub fn open(mount: impl AsFd, id: NodeId, flags: libc::c_int) -> Result<OwnedFd> {
     let (generation, inode_low) = id.parts();
-    let mut handle = Handle { bytes: HANDLE_BYTES, kind: HANDLE_TYPE, generation, inode_low, inode_high: 0 };
-    // SAFETY: as above; the kernel only reads the handle.
-    #[allow(unsafe_code)]
-    let fd = unsafe {
-        libc::open_by_handle_at(mount.as_fd().as_raw_fd(), (&raw mut handle).cast(), flags | libc::O_CLOEXEC)
-    };
-    if fd < 0 {
-        return Err(Error::Os(
-            Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::STALE),
-        ));
-    }
-    // SAFETY: the call returned a new descriptor that nobody else owns.
-    #[allow(unsafe_code)]
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    Handle::new(TMPFS, [generation, inode_low, 0]).open(mount, flags)
 }
