@@ -1,5 +1,6 @@
 //! The command hugetlb2: for people. Everything it does goes through the filesystem's attributes.
 
+use crate::mappers::{self, Misaligned};
 use crate::{attributes, daemons, demo, mount, say, session, touch};
 use clap::{Parser, Subcommand, ValueEnum};
 use hugetlb2fs::quarantine;
@@ -244,15 +245,21 @@ fn status(directories: &[PathBuf], json: bool) -> Done {
             Err(why) => return Err(format!("{}: {why}", directory.display())),
         };
         let options = attributes::options(&directory).unwrap_or_default(); // perhaps unmounted since
+        let misaligned =
+            std::fs::metadata(&directory).map(|root| mappers::of_pool(&root)).unwrap_or_default();
         if json {
             let mut pool = Map::new();
             pool.insert("mount_point".into(), json!(directory.to_string_lossy()));
             pool.extend(counters.iter().map(|(name, value)| (name.to_owned(), json!(value))));
             let options = options.into_iter().map(|(name, value)| (name, json!(value)));
             pool.insert("options".into(), Value::Object(options.collect()));
+            pool.insert("misaligned".into(), misaligned.iter().map(Misaligned::to_json).collect());
             pools.push(Value::Object(pool));
         } else {
             print(describe_pool(&directory, &counters, &options).trim_end())?;
+            for one in misaligned {
+                print(format_args!("  {:13} {}", "not huge", one.describe()))?;
+            }
         }
     }
     if json {
@@ -376,9 +383,12 @@ fn inject(file: &Path, offset: &str, json: bool) -> Done {
 }
 
 fn map(file: &Path, json: bool) -> Done {
-    pool_file(file)?;
+    let metadata = pool_file(file)?;
     let text = attributes::read(file, attributes::MAP).map_err(|errno| describe(file, errno))?;
     show_table(text.unwrap_or_default().as_str(), &["offset", "length", "state", "node"], json)?;
+    for one in mappers::of_file(&metadata) {
+        say(format_args!("hugetlb2: {}", one.describe()));
+    }
     Ok(ExitCode::SUCCESS)
 }
 

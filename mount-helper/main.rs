@@ -4,6 +4,7 @@ mod attributes;
 mod cli;
 mod daemons;
 mod demo;
+mod mappers;
 mod mount;
 mod namespace;
 mod options;

@@ -844,6 +844,21 @@ fn whole_pages_are_mapped_by_huge_entries() {
     assert_eq!(toucher.huge(), 1, "of what begins within a page the rest is huge");
 }
 
+/// hugetlbfs lengthens a file in mmap(2) (fs/hugetlbfs/inode.c, hugetlbfs_file_mmap). A FUSE server is not told of it.
+#[test]
+fn a_mapping_does_not_lengthen_its_file() {
+    let pool = Pool::small(2);
+    let (path, file) = create(&pool, "file");
+    let mut toucher = Toucher::start();
+    toucher.map(&path, 0, FOLIO, "shared rw");
+    assert_eq!((size(&file), pool.free_pages()), (0, 2));
+    assert!(!toucher.store(5, 1), "SIGBUS, as on tmpfs");
+    file.set_len(FOLIO).unwrap();
+    assert!(toucher.store(5, 1), "ftruncate(2) has taken the memory");
+    assert_eq!(toucher.huge(), 1);
+    pool.check();
+}
+
 #[test]
 fn a_mapping_behind_the_end_is_sigbus_until_the_file_is_longer() {
     let pool = Pool::small(3);

@@ -92,6 +92,11 @@ impl Boot {
         }
     }
 
+    /// QEMU's process id.
+    pub fn pid(&self) -> u32 {
+        self.qemu.id()
+    }
+
     /// Waits until QEMU has ended, and returns how.
     pub fn wait_for_end(&mut self) -> std::process::ExitStatus {
         limits::exit(CASE_DEADLINE, "QEMU", &mut self.qemu)

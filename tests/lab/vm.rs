@@ -1,8 +1,8 @@
-//! Virtual machines whose memory is a file of ours: `-object memory-backend-file,mem-path=FILE,share=on,prealloc=on`.
+//! Virtual machines whose memory is a file of ours: `-object memory-backend-file,mem-path=FILE,share=on,prealloc=on,align=2M`.
 
 use crate::boot::{Boot, Report, Verdict};
 use crate::cases::Machine;
-use crate::support::{COLLAPSE, FOLIO, MAP, Pool, REPAIR, SUBPAGE, get, limits, poison, set};
+use crate::support::{COLLAPSE, FOLIO, MAP, Pool, REPAIR, SUBPAGE, get, huge_bytes, limits, poison, set};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -59,7 +59,7 @@ impl Vm {
     fn spawn(memory: &Path, work: &Path, incoming: Option<&str>) -> Self {
         let monitor = work.join(memory.file_name().expect("a file"));
         let backend = format!(
-            "memory-backend-file,id=ram,mem-path={},size={MEBIBYTES}M,share=on,prealloc=on",
+            "memory-backend-file,id=ram,mem-path={},size={MEBIBYTES}M,share=on,prealloc=on,align=2M",
             memory.display()
         );
         let mut more: Vec<String> =
@@ -177,6 +177,7 @@ fn a_virtual_machine_goes_on_beside_quarantine_and_repair() {
     let (pool, work) = (pool(1), tempfile::tempdir().unwrap());
     let memory = pool.join("vm0");
     let mut vm = Vm::start(&memory, work.path());
+    assert_eq!(huge_bytes(vm.boot.pid(), &memory), (MEBIBYTES << 20, MEBIBYTES << 20), "all is huge");
     vm.works();
     let place = vm.unused();
     poison(&memory, place, SUBPAGE).unwrap();

@@ -1,6 +1,6 @@
 //! Programs that keep their data here and map it.
 
-use crate::support::{Pool, end, limits};
+use crate::support::{Pool, end, huge_bytes, limits};
 use crate::{at_length, said, tests};
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
@@ -79,6 +79,9 @@ fn memcached_finds_its_items_after_a_restart() {
     for item in 0..ITEMS {
         assert_eq!(ask(&mut connection, &format!("set key{item} 0 0 8\r\n{item:08}\r\n")), "STORED");
     }
+    let (mapped, huge) = huge_bytes(server.child.id(), &cache);
+    println!("memcached  {} of {} MiB are mapped huge", huge >> 20, mapped >> 20);
+    assert!(mapped >= 64 << 20 && huge == mapped, "{huge} of {mapped}");
     drop(connection);
     server.stop();
     wait_for_another_second();

@@ -9,6 +9,7 @@ mod fio;
 mod fsx;
 mod jvm;
 mod posix;
+mod qemu;
 mod stress;
 #[path = "../support/mod.rs"]
 mod support;
@@ -34,8 +35,16 @@ use tests;
 
 fn main() -> ExitCode {
     limits::allow(900 * at_length(6));
-    let all =
-        [posix::TESTS, fsx::TESTS, stress::TESTS, fio::TESTS, jvm::TESTS, databases::TESTS, tools::TESTS];
+    let all = [
+        posix::TESTS,
+        fsx::TESTS,
+        stress::TESTS,
+        fio::TESTS,
+        jvm::TESTS,
+        databases::TESTS,
+        tools::TESTS,
+        qemu::TESTS,
+    ];
     let trial = |(name, run): &Test| {
         let run = *run;
         Trial::test(*name, move || {

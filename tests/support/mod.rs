@@ -360,6 +360,24 @@ pub fn end(child: &mut Child, what: &str) {
     limits::exit(limits::ANSWER, what, child);
 }
 
+/// How much of a file a process maps, and how much of that by huge entries, in bytes (proc(5), /proc/PID/smaps).
+pub fn huge_bytes(pid: u32, file: &Path) -> (u64, u64) {
+    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).expect("the process runs");
+    let path = format!(" {}", file.display());
+    let (mut mapped, mut huge, mut is_of_file) = (0, 0, false);
+    for line in smaps.lines() {
+        let (name, value) = line.split_once(' ').expect("two words");
+        let kibibytes = || value.trim().trim_end_matches(" kB").parse::<u64>().expect("a number");
+        match name {
+            "Size:" if is_of_file => mapped += kibibytes() << 10,
+            "ShmemPmdMapped:" | "FilePmdMapped:" if is_of_file => huge += kibibytes() << 10,
+            _ if name.ends_with(':') => (),
+            _ => is_of_file = line.ends_with(&path), // the heading of a mapping
+        }
+    }
+    (mapped, huge)
+}
+
 // ---- mounting -------------------------------------------------------------------------------------------------------
 
 impl Daemon {

@@ -1,0 +1,128 @@
+//! QEMU whose memory is a file here, by the README's line: huge entries, and no death for want of memory.
+//!
+//! The machines are stopped before their first instruction: their memory is mapped and taken by then.
+
+use crate::support::{FOLIO, Pool, end, huge_bytes, hugetlb2, limits, run, text};
+use crate::{outcome, tests};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+tests!(
+    a_machine_by_the_readmes_line_is_mapped_huge,
+    a_machine_whose_backend_replaces_libvirts_is_mapped_huge,
+    a_machine_without_align_is_named_with_what_helps,
+    a_machine_that_does_not_fit_is_refused_by_qemu,
+);
+
+const BYTES: u64 = 32 * FOLIO;
+const PLAIN: &str = "memory-backend-file,mem-path=FILE,share=on";
+
+/// The line that the README has, which does not name the size and the id.
+fn documented() -> String {
+    let readme = include_str!("../../README.md");
+    let line = readme.split_once("-object memory-backend-file").expect("the line for QEMU").1;
+    let line = line.split('`').next().expect("its end");
+    format!("memory-backend-file{}", line.replace("/mnt/h2/vm0", "FILE"))
+}
+
+/// A machine of [`BYTES`], whose memory is `memory` with FILE for a path.
+fn machine(memory: &str, file: &Path) -> Command {
+    let memory = memory.replace("FILE", &file.display().to_string());
+    let mut qemu = Command::new("qemu-system-x86_64");
+    qemu.args(["-accel", "tcg", "-nodefaults", "-nographic", "-S", "-monitor", "stdio"]);
+    qemu.args(["-m", &format!("{}M", BYTES >> 20)]);
+    qemu.arg("-object").arg(format!("{memory},id=h2,size={BYTES}"));
+    qemu
+}
+
+/// A machine that waits for the word to start.
+struct Paused(Child);
+
+impl Paused {
+    fn start(command: &mut Command) -> Self {
+        let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("qemu-system-x86_64");
+        let paused = Self(child);
+        let monitor = paused.0.stdout.as_ref().expect("a pipe");
+        limits::readable(limits::ANSWER, "QEMU's monitor, which speaks when its memory is there", monitor);
+        paused
+    }
+
+    fn pid(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        end(&mut self.0, "QEMU");
+    }
+}
+
+fn a_machine_by_the_readmes_line_is_mapped_huge() {
+    let pool = Pool::small(32);
+    let file = pool.join("vm0");
+    let machine = Paused::start(machine(&documented(), &file).args(["-machine", "pc,memory-backend=h2"]));
+    assert_eq!(huge_bytes(machine.pid(), &file), (BYTES, BYTES), "mapped, and by huge entries");
+    let status = run(hugetlb2().arg("status").arg(pool.path()));
+    assert!(!status.contains("not huge"), "{status}");
+    println!("QEMU  {} of {} MiB are mapped huge", BYTES >> 20, BYTES >> 20);
+    drop(machine);
+    pool.check();
+    std::fs::remove_file(file).unwrap();
+    pool.unmount();
+}
+
+/// libvirt has its own backend for the memory, and no setting for the alignment of a file. It passes what
+/// `<qemu:commandline>` holds on behind its own words, and of two words for one property QEMU takes the later.
+fn a_machine_whose_backend_replaces_libvirts_is_mapped_huge() {
+    let pool = Pool::small(32);
+    let file = pool.join("vm0");
+    let mut command = machine(&documented(), &file);
+    command
+        .arg("-object")
+        .arg(format!(r#"{{"qom-type":"memory-backend-ram","id":"pc.ram","size":{BYTES}}}"#));
+    command.args(["-machine", "pc,usb=off,memory-backend=pc.ram", "-machine", "memory-backend=h2"]);
+    let machine = Paused::start(&mut command);
+    assert_eq!(huge_bytes(machine.pid(), &file), (BYTES, BYTES), "mapped, and by huge entries");
+    drop(machine);
+    std::fs::remove_file(file).unwrap();
+    pool.unmount();
+}
+
+/// Where QEMU's address is a multiple of 2 MiB by chance, once in 512 times, another one is started.
+fn a_machine_without_align_is_named_with_what_helps() {
+    let pool = Pool::small(32);
+    let file = pool.join("vm0");
+    let start = || {
+        Paused::start(
+            machine(&format!("{PLAIN},prealloc=on"), &file).args(["-machine", "pc,memory-backend=h2"]),
+        )
+    };
+    let machine = (0..4).map(|_| start()).find(|machine| huge_bytes(machine.pid(), &file) == (BYTES, 0));
+    let machine = machine.expect("QEMU without align does not have its memory aligned");
+    let said = format!("process {} (qemu-system-x86) maps 64 MiB of {}", machine.pid(), file.display());
+    let status = run(hugetlb2().arg("status").arg(pool.path()));
+    assert!(status.contains(&said) && status.contains("align=2M"), "{status}");
+    let json = run(hugetlb2().args(["status", "--json"]).arg(pool.path()));
+    assert!(json.contains(&format!("\"pid\": {}", machine.pid())), "{json}");
+    let map = limits::output(limits::PROGRAM, hugetlb2().arg("map").arg(&file)).unwrap();
+    assert!(text(&map.stderr).contains(&said), "{}", text(&map.stderr));
+    println!("QEMU  without align: {}", status.lines().last().unwrap_or_default().trim());
+    drop(machine);
+    std::fs::remove_file(file).unwrap();
+    pool.unmount();
+}
+
+/// Without `prealloc=on`, QEMU 7.2 warns of ftruncate(2)'s ENOSPC and goes on; the first touch is SIGBUS.
+fn a_machine_that_does_not_fit_is_refused_by_qemu() {
+    let pool = Pool::small(31);
+    let file = pool.join("vm0");
+    let mut command = machine(&documented(), &file);
+    let (output, text) = outcome(command.args(["-machine", "pc,memory-backend=h2"]));
+    assert_eq!(output.status.code(), Some(1), "{}: {text}", output.status);
+    println!("QEMU  a full pool: {}", text.trim().replace('\n', "; "));
+    assert!(text.contains("preallocating memory failed"), "{text}");
+    assert_eq!(pool.free_pages(), 31);
+    pool.check();
+    pool.unmount();
+}
