@@ -120,8 +120,14 @@ fn moves(criterion: &mut Criterion) {
     let mut holding = Holding::create(PageSize::Huge).expect("a file");
     for mebibytes in [2, 64] {
         let bytes = mebibytes << 20;
-        let grow = |holding: &mut Holding| holding.grow(&pool, Range::new(0, bytes), bytes).expect("to grow");
-        let shrink = |holding: &mut Holding| holding.shrink(&pool, 0).expect("to shrink");
+        let grow = |holding: &mut Holding| {
+            let growth = holding.begin_growth(&pool, Range::new(0, bytes), bytes).expect("pages");
+            holding.complete(growth).expect("to grow");
+        };
+        let shrink = |holding: &mut Holding| {
+            let shrinking = holding.begin_shrinking(&pool, 0).expect("no soft holes");
+            holding.complete(shrinking).expect("to shrink");
+        };
         group.throughput(Throughput::Bytes(bytes));
         group.bench_function(BenchmarkId::new("grow, MiB", mebibytes), |bencher| {
             bencher.iter_custom(|n| time(n, &mut holding, shrink, grow));

@@ -51,8 +51,7 @@ steps! {
     "move in": MoveInTaken = "the reserve has a step of memory", MoveInGiven = "the file has given as much";
     "shrink": ShrinkMoved = "the memory is back in the reserve", ShrinkCut = "the file is shorter",
         ShrinkNoted = "the pages are given up", ShrinkDone = "those that were released are forgotten";
-    "release": ReleaseAnnounced = "the size to come back to is noted", ReleaseMoved = "the memory is back in the reserve",
-        ReleaseNoted = "the page is noted as released", ReleaseDone = "nothing is to be undone any more";
+    "release": ReleaseNoted = "the pages are noted as released", ReleaseMoved = "the memory is back in the reserve";
     "punch": PunchNoted = "that there are gaps is noted", PunchDone = "the memory is given up";
     "take back what was punched": UnpunchFilled = "the gaps have memory", UnpunchDone = "the note is gone";
     "quarantine": QuarantineKept = "the bytes are kept", QuarantineRecorded = "the subpage is described",

@@ -97,15 +97,22 @@ impl PageSize {
         Range::at(page.0 * self.bytes(), self.bytes())
     }
 
-    /// The pages that hold any byte of `range`.
-    pub fn pages_touching(self, range: Range) -> impl Iterator<Item = Page> + use<> {
-        let end = if range.is_empty() { range.start / self.bytes() } else { self.pages_up(range.end) };
-        (range.start / self.bytes()..end).map(Page)
+    /// The bytes of pages that follow one another.
+    pub fn bytes_of(self, pages: &std::ops::Range<Page>) -> Range {
+        Range::new(pages.start.0 * self.bytes(), pages.end.0 * self.bytes())
     }
 
-    /// The pages of which `range` holds every byte.
-    pub fn pages_within(self, range: Range) -> impl Iterator<Item = Page> + use<> {
-        (self.pages_up(range.start)..self.pages_down(range.end)).map(Page)
+    /// The pages that hold any byte of `range`.
+    pub fn pages_touching(self, range: Range) -> std::ops::Range<Page> {
+        let start = self.pages_down(range.start);
+        let end = if range.is_empty() { start } else { self.pages_up(range.end) };
+        Page(start)..Page(end)
+    }
+
+    /// The pages of which `range` holds every byte; no page comes out as an empty range.
+    pub fn pages_within(self, range: Range) -> std::ops::Range<Page> {
+        let start = self.pages_up(range.start);
+        Page(start)..Page(self.pages_down(range.end).max(start))
     }
 }
 
@@ -248,9 +255,10 @@ mod tests {
     fn pages_within_are_those_wholly_covered_and_pages_touching_those_met() {
         let size = PageSize::Huge;
         let range = Range::new(1, 3 * FOLIO_SIZE);
-        assert_eq!(size.pages_within(range).collect::<Vec<_>>(), [Page(1), Page(2)]);
-        assert_eq!(size.pages_touching(range).collect::<Vec<_>>(), [Page(0), Page(1), Page(2)]);
-        assert_eq!(size.pages_touching(Range::new(5, 5)).count(), 0);
+        assert_eq!(size.pages_within(range), Page(1)..Page(3));
+        assert_eq!(size.pages_touching(range), Page(0)..Page(3));
+        assert!(size.pages_touching(Range::new(5, 5)).is_empty());
+        assert!(size.pages_within(Range::new(1, FOLIO_SIZE)).is_empty());
     }
 
     #[test]

@@ -1,7 +1,13 @@
 //! A regular file's contents: reading, writing and resizing it, by the rules for quarantined subpages.
 //!
-//! **Locks**, in order. One reader-writer lock a file: what only moves bytes shares it, what changes sizes, pages or the
-//! quarantine has it alone. One for collapsing, held for a folio. Programs that map the file need neither.
+//! **Locks**, in order.
+//!
+//! - One for changes of size and pages, held for the whole of a change: the kernel lets writes that do not lengthen a file come
+//!   at once (FOPEN_PARALLEL_DIRECT_WRITES), and each of two may need pages.
+//! - One reader-writer lock a file: what only moves bytes shares it, what changes sizes, pages or the quarantine has it alone.
+//! - One for collapsing, held for a folio.
+//!
+//! Programs that map the file need none of them.
 //!
 //! A change that takes long is done in pieces. Between two of them it gives way ([`Pace`]): those who wait for the file's lock get
 //! the lock first. So each piece leaves the file as another request may find it.
@@ -10,14 +16,14 @@ use super::modified::Modified;
 use super::native::Natives;
 use super::pace::Pace;
 use crate::error::{Error, Result};
-use crate::pool::{Holding, Pool};
+use crate::pool::{Change, Holding, Pool, Progress};
 use crate::quarantine::{self, Kind, Quarantined, Repair};
 use crate::sealed::{Bytes, Content, Notes, Sealed};
 use crate::steps::{self, Step};
 use crate::sys::mapping::View;
 use crate::sys::{self, tmpfs};
 use crate::units::{FOLIO_SIZE, Folio, NodeId, Range, STAT_BLOCK, SUBPAGE_SIZE, Subpage};
-use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+use parking_lot::{Mutex as FairMutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
@@ -48,6 +54,8 @@ pub struct Object {
     notes: Notes,
     /// What is noted as [`BACKING`], once that is known.
     backing: OnceLock<u32>,
+    /// Held while a change of size or pages is under way, as that gives the next lock up between its pieces.
+    changing: FairMutex<()>,
     holding: RwLock<Holding>,
     /// Held while a folio is collapsed: two at once would hold its pages against each other, and both fail.
     collapsing: Mutex<()>,
@@ -133,8 +141,8 @@ impl Object {
         let (data, notes) = (holding.sealed().data().clone(), holding.sealed().notes().clone());
         let (holding, collapsing, wakers) = (RwLock::new(holding), Mutex::default(), Mutex::default());
         let (natives, modified, view) = (Natives::default(), Modified::default(), Mutex::default());
-        let backing = OnceLock::new();
-        Self { node, data, notes, backing, holding, collapsing, natives, modified, view, wakers }
+        let (backing, changing) = (OnceLock::new(), FairMutex::default());
+        Self { node, data, notes, backing, changing, holding, collapsing, natives, modified, view, wakers }
     }
 
     /// Whose contents these are.
@@ -165,12 +173,12 @@ impl Object {
     /// subpages counts what it can be read of instead: cp(1) looks for holes only where that is less than the size.
     pub fn size_and_blocks(&self, pool: &Pool) -> (u64, u64) {
         let holding = self.read_lock();
-        let size = holding.sealed().size();
-        let bytes = match holding.sealed().lost_in(Range::new(0, size)).count() as u64 {
+        let size = holding.size();
+        let bytes = match holding.sealed().lost_count() {
             0 => holding.pages() * pool.page_size().bytes(),
-            holes => {
-                let released: u64 = holding.released_ranges().map(Range::len).sum();
-                (size - released).saturating_sub(holes * SUBPAGE_SIZE)
+            lost => {
+                let released: u64 = holding.released_in(Range::new(0, size)).map(Range::len).sum();
+                (size - released).saturating_sub(lost * SUBPAGE_SIZE)
             }
         };
         (size, bytes / STAT_BLOCK)
@@ -184,7 +192,7 @@ impl Object {
     /// [`Error::Poisoned`] where the first byte is quarantined.
     pub fn read(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
         let holding = self.read_lock();
-        let end = offset.saturating_add(buffer.len() as u64).min(holding.sealed().size());
+        let end = offset.saturating_add(buffer.len() as u64).min(holding.size());
         let range = Range::new(offset, end);
         if range.is_empty() {
             return Ok(0);
@@ -202,7 +210,7 @@ impl Object {
         const LEAST: u64 = 64 << 10; // to copy less costs less than to walk the page tables
         let holding = self.read_lock();
         let sealed = holding.sealed();
-        let range = Range::new(offset, offset.saturating_add(length).min(sealed.size()).max(offset));
+        let range = Range::new(offset, offset.saturating_add(length).min(holding.size()).max(offset));
         let is_whole =
             range.len() >= LEAST && holding.has_pages(range) && sealed.lost_in(range).next().is_none();
         if !is_whole || sealed.has_free_blocks()? {
@@ -249,13 +257,14 @@ impl Object {
     }
 
     fn write_alone(&self, bytes: &[u8], range: Range, context: Context<'_>) -> Result<usize> {
+        let _one_at_a_time = self.changing.lock();
         let mut holding = self.write_lock();
         if holding.has_pages(range) || holding.can_append(range) {
             mend_but_gaps(&mut holding)?
         } else {
             mend(&mut holding)?
         }
-        let size = holding.sealed().size();
+        let size = holding.size();
         if holding.can_append(range) {
             match holding.sealed_mut().append(bytes, range.start) {
                 Err(Error::Poisoned) | Ok(0) => mend(&mut holding)?, // an error that nobody knew of: around it, as below
@@ -264,10 +273,21 @@ impl Object {
         }
         let end = writable_prefix(&holding, range, context.recovery_write)?;
         let range = Range::new(range.start, end);
-        holding.grow(context.pool, range, range.end)?;
-        let (written, ended) = self.write_and_repair(&mut holding, bytes, range, context);
-        if ended.is_err() && holding.sealed().size() > size {
-            holding.shrink(context.pool, size.max(range.start + written))?; // the file ends where the write did
+        let growth = holding.begin_growth(context.pool, range, range.end)?;
+        carry_out(&mut holding, growth, context.pace)?;
+        let (written, ended) = match writable_prefix(&holding, range, context.recovery_write) {
+            Ok(end) if end == range.end => self.write_and_repair(&mut holding, bytes, range, context),
+            // The patrol has found an error while the growth gave way.
+            Ok(end) => {
+                let good = Range::new(range.start, end);
+                let (written, ended) = self.write_and_repair(&mut holding, bytes, good, context);
+                (written, ended.and(Err(Error::Poisoned)))
+            }
+            Err(error) => (0, Err(error)),
+        };
+        if ended.is_err() && holding.size() > size {
+            let shrinking = holding.begin_shrinking(context.pool, size.max(range.start + written))?;
+            holding.complete(shrinking)?; // the file ends where the write did
         }
         match (written, ended) {
             (0, Err(error)) => Err(error),
@@ -313,15 +333,15 @@ impl Object {
     /// # Errors
     /// [`Error::Full`] with nothing changed; [`Error::Busy`] where soft holes forbid it.
     pub fn truncate(&self, size: u64, context: Context<'_>) -> Result<()> {
-        let pool = context.pool;
         checked_range(0, size)?;
+        let _one_at_a_time = self.changing.lock();
         let mut holding = self.write_lock();
         mend(&mut holding)?;
-        match holding.sealed().size() {
-            now if size < now => holding.shrink(pool, size),
-            now if size == now => holding.give_up_pages_behind_end(pool),
-            now => holding.grow(pool, Range::new(now, now), size),
-        }
+        let change = match holding.size() {
+            now if size <= now => holding.begin_shrinking(context.pool, size)?,
+            now => holding.begin_growth(context.pool, Range::new(now, now), size)?,
+        };
+        carry_out(&mut holding, change, context.pace)
     }
 
     /// fallocate(2).
@@ -333,43 +353,39 @@ impl Object {
             Allocation::Punch => possible_part(offset, length), // to punch all that there may be is how programs say "to the end"
             _ => checked_range(offset, length)?,
         };
+        let _one_at_a_time = self.changing.lock();
         let mut holding = self.write_lock();
         if what == Allocation::Punch && context.keep_punched {
             return self.punch_and_keep(&mut holding, range, context);
         }
         mend(&mut holding)?;
-        let pool = context.pool;
-        match what {
-            Allocation::Extend => holding.grow(pool, range, range.end),
-            Allocation::KeepSize => holding.allocate(pool, range),
-            Allocation::Zero => {
-                refuse_partial_holes(&holding, range)?;
-                holding.grow(pool, range, range.end)?;
-                self.zero(&mut holding, range, context)
-            }
-            Allocation::ZeroKeepSize => {
-                refuse_partial_holes(&holding, range)?;
-                holding.allocate(pool, range)?;
-                self.zero(&mut holding, range, context)
-            }
-            Allocation::Punch => self.punch(&mut holding, range, context),
+        if matches!(what, Allocation::Punch | Allocation::Zero | Allocation::ZeroKeepSize) {
+            refuse_partial_holes(&holding, range)?;
         }
-    }
-
-    /// Whole pages go back to the pool; the rest is zeroed where it has memory.
-    fn punch(&self, holding: &mut Holding, range: Range, context: Context<'_>) -> Result<()> {
-        refuse_partial_holes(holding, range)?;
-        holding.release(context.pool, range)?;
-        self.zero(holding, range, context) // and not what was released
+        let change = match what {
+            Allocation::Extend | Allocation::Zero => holding.begin_growth(context.pool, range, range.end)?,
+            Allocation::KeepSize | Allocation::ZeroKeepSize => {
+                holding.begin_allocation(context.pool, range)?
+            }
+            Allocation::Punch => holding.begin_release(context.pool, range)?,
+        };
+        carry_out(&mut holding, change, context.pace)?;
+        match what {
+            Allocation::Extend | Allocation::KeepSize => Ok(()),
+            // What a punch has released has no memory to be zeroed.
+            Allocation::Punch | Allocation::Zero | Allocation::ZeroKeepSize => {
+                self.zero(&mut holding, range, context)
+            }
+        }
     }
 
     /// The pages stay the file's, and a touch fills the gaps. Where there are soft holes elsewhere, which a free block would open, all is
     /// zeroed in place.
-    fn punch_and_keep(&self, holding: &mut Holding, range: Range, context: Context<'_>) -> Result<()> {
+    fn punch_and_keep(&self, holding: &mut Locked<'_>, range: Range, context: Context<'_>) -> Result<()> {
         mend_but_gaps(holding)?;
         refuse_partial_holes(holding, range)?;
         self.repair_lost(holding, range, context)?;
-        if holding.sealed().holes().is_empty() && holding.released().is_empty() {
+        if holding.sealed().holes().is_empty() && !holding.has_released() {
             holding.sealed_mut().punch(range)
         } else {
             self.zero(holding, range, context)
@@ -384,17 +400,14 @@ impl Object {
 
     /// Zeroes what has memory of `range`; quarantined subpages that it covers are repaired, for what they held is
     /// discarded. [`Error::Poisoned`] where one is covered in part; nothing is zeroed then.
-    fn zero(&self, holding: &mut Holding, range: Range, context: Context<'_>) -> Result<()> {
+    fn zero(&self, holding: &mut Locked<'_>, range: Range, context: Context<'_>) -> Result<()> {
         const ZEROS: &[u8] = &[0; 256 << 10];
         refuse_partial_holes(holding, range)?;
-        let range = range.intersect(Range::new(0, holding.sealed().size()));
         self.repair_lost(holding, range, context)?;
-        for page in
-            context.pool.page_size().pages_touching(range).filter(|page| !holding.released().contains(page))
-        {
-            let piece = context.pool.page_size().range(page).intersect(range);
-            for step in piece.steps(ZEROS.len() as u64) {
+        for part in holding.owned_in(range) {
+            for step in part.steps(ZEROS.len() as u64) {
                 tmpfs::write_all_at(&self.data, &ZEROS[..step.len() as usize], step.start)?;
+                context.pace.give_way(holding)?;
             }
         }
         Ok(())
@@ -407,27 +420,21 @@ impl Object {
     /// ENXIO behind the end, and for data where there is none left.
     pub fn seek(&self, offset: u64, data: bool) -> Result<u64> {
         let holding = self.read_lock();
-        let size = holding.sealed().size();
+        let rest = Range::new(offset, holding.size());
         let nothing = Error::Os(rustix::io::Errno::NXIO);
-        if offset >= size {
+        if rest.is_empty() {
             return Err(nothing);
         }
-        let mut at = offset;
-        while let Some(hole) = hole_at(&holding, at) {
-            if !data {
-                return Ok(at);
-            }
-            at = hole.end;
-            if at >= size {
-                return Err(nothing);
-            }
+        let mut holes = holes_in(&holding, rest);
+        if !data {
+            return Ok(holes.next().map_or(rest.end, |hole| hole.start));
         }
-        if data {
-            return Ok(at);
+        let behind_hole = |at: u64, hole: Range| if hole.start <= at { Ok(hole.end) } else { Err(at) };
+        match holes.try_fold(rest.start, behind_hole) {
+            Err(at) => Ok(at),
+            Ok(at) if at < rest.end => Ok(at),
+            Ok(_) => Err(nothing),
         }
-        let quarantined = holding.sealed().lost_in(Range::new(at, size)).next().map(Subpage::offset);
-        let released = holding.released_ranges().map(|range| range.start).find(|start| *start >= at);
-        Ok(quarantined.into_iter().chain(released).chain([size]).min().expect("the end is a hole"))
     }
 
     // ---- quarantine ---------------------------------------------------------------------------------------------
@@ -651,7 +658,7 @@ impl Object {
     /// What is `resumed` had found enough to do when a worker that died began it; whatever is left is done.
     pub fn repair(&self, value: &[u8], resumed: bool, context: Context<'_>) -> Result<()> {
         let mut holding = self.write_lock();
-        let requests = quarantine::parse_repair(value, holding.sealed().size())?;
+        let requests = quarantine::parse_repair(value, holding.size())?;
         mend_but_gaps(&mut holding)?;
         for (verb, range) in requests.iter().filter(|_| !resumed) {
             check_repairable(&holding, *verb, *range)?;
@@ -673,7 +680,7 @@ impl Object {
     /// Whether [`Object::repair`] would find something to do.
     pub fn is_repairable(&self, value: &[u8]) -> bool {
         let holding = self.read_lock();
-        let requests = quarantine::parse_repair(value, holding.sealed().size());
+        let requests = quarantine::parse_repair(value, holding.size());
         requests.is_ok_and(|requests| {
             requests.iter().all(|(verb, range)| check_repairable(&holding, *verb, *range).is_ok())
         })
@@ -701,7 +708,7 @@ impl Object {
     /// [`Error::Invalid`] for a value that does not parse; [`Error::Again`] or [`Error::NoMemory`] where the kernel could
     /// not, after having tried all.
     pub fn collapse(&self, value: &[u8]) -> Result<()> {
-        let ranges = quarantine::parse_collapse(value, self.read_lock().sealed().size())?;
+        let ranges = quarantine::parse_collapse(value, self.read_lock().size())?;
         let mut left: Vec<Folio> = ranges.iter().flat_map(|range| range.folios()).collect();
         let (mut failure, mut fruitless) = (Ok(()), 0);
         while !left.is_empty() && fruitless < COLLAPSE_TRIES {
@@ -748,7 +755,7 @@ impl Object {
         const WINDOW: u64 = 1 << 30;
         let holding = self.read_lock();
         let sealed = holding.sealed();
-        let file = Range::new(0, sealed.size()).subpages_out();
+        let file = Range::new(0, holding.size()).subpages_out();
         let mut extents = Extents::default();
         for window in file.steps(WINDOW) {
             let huge = sealed.huge_ranges(window)?;
@@ -788,7 +795,9 @@ impl Object {
     /// # Errors
     /// [`Error::NoMemory`].
     pub fn settle(&self, pool: &Pool) -> Result<()> {
-        self.write_lock().settle(pool)
+        let mut holding = self.write_lock();
+        let settling = holding.begin_settling(pool);
+        holding.complete(settling)
     }
 
     /// The file has lost its last name: its pages will come back when its last user is gone.
@@ -801,8 +810,24 @@ impl Object {
     /// # Errors
     /// [`Error::NoMemory`] where the machine has none for a step; to be called again.
     pub fn empty(&self, pool: &Pool) -> Result<()> {
-        self.write_lock().empty(pool)
+        let _one_at_a_time = self.changing.lock();
+        let mut holding = self.write_lock();
+        let shrinking = holding.begin_shrinking(pool, 0)?;
+        carry_out(&mut holding, shrinking, &Pace::of(0))
     }
+}
+
+/// A file's lock, for as long as a change has it alone.
+type Locked<'a> = RwLockWriteGuard<'a, Holding>;
+
+/// Makes a change piece by piece, and gives way between two of them. Where the caller was killed, it is given up.
+fn carry_out(holding: &mut Locked<'_>, mut change: Change<'_>, pace: &Pace) -> Result<()> {
+    while change.advance(holding)? == Progress::More {
+        if let Err(why) = pace.give_way(holding) {
+            change.give_up(why);
+        }
+    }
+    Ok(())
 }
 
 /// A part of a file, none of which is lost, and which stays so as long as this is held.
@@ -884,7 +909,7 @@ fn good_prefix(holding: &Holding, range: Range) -> Result<u64> {
 ///
 /// A subpage that the write covers up to the end of the file is covered whole.
 fn writable_prefix(holding: &Holding, range: Range, recovery_write: bool) -> Result<u64> {
-    let file = Range::new(0, holding.sealed().size());
+    let file = Range::new(0, holding.size());
     let obstacle = holding
         .sealed()
         .lost_in(range)
@@ -898,26 +923,28 @@ fn writable_prefix(holding: &Holding, range: Range, recovery_write: bool) -> Res
 
 /// Part of a lost subpage cannot be zeroed.
 fn refuse_partial_holes(holding: &Holding, range: Range) -> Result<()> {
-    let file = Range::new(0, holding.sealed().size());
+    let file = Range::new(0, holding.size());
     let range = range.intersect(file);
     let covered = holding.sealed().lost_in(range).all(|hole| range.covers(hole.range().intersect(file)));
     if covered { Ok(()) } else { Err(Error::Poisoned) }
 }
 
-/// The quarantined subpage or released page that holds the byte at `offset`.
-fn hole_at(holding: &Holding, offset: u64) -> Option<Range> {
-    let subpage = Subpage::containing(offset);
-    if holding.sealed().is_lost(subpage) {
-        return Some(subpage.range());
-    }
-    holding.released_ranges().find(|range| range.start <= offset && offset < range.end)
+/// The parts of `range` that are quarantined subpages or lie in released pages, ascending.
+fn holes_in(holding: &Holding, range: Range) -> impl Iterator<Item = Range> + '_ {
+    let mut lost = holding.sealed().lost_in(range).map(move |lost| lost.range().intersect(range)).peekable();
+    let mut released = holding.released_in(range).peekable();
+    std::iter::from_fn(move || match (lost.peek(), released.peek()) {
+        (Some(one), Some(other)) if one.start < other.start => lost.next(),
+        (_, None) => lost.next(),
+        _ => released.next(),
+    })
 }
 
 /// The ranges that a value of the poison attribute names.
 fn quarantinable(holding: &Holding, value: &[u8]) -> Result<Vec<Range>> {
-    let ranges = quarantine::parse_poison(value, holding.sealed().size())?;
+    let ranges = quarantine::parse_poison(value, holding.size())?;
     for range in &ranges {
-        if holding.released_ranges().any(|released| !released.intersect(*range).is_empty()) {
+        if holding.released_in(*range).next().is_some() {
             return Err(Error::invalid(format!("{range} was released and has no memory to quarantine")));
         }
     }
@@ -925,7 +952,7 @@ fn quarantinable(holding: &Holding, value: &[u8]) -> Result<Vec<Range>> {
 }
 
 fn injectable(holding: &Holding, value: &[u8]) -> Result<Subpage> {
-    let subpage = quarantine::parse_inject(value, holding.sealed().size())?;
+    let subpage = quarantine::parse_inject(value, holding.size())?;
     let sealed = holding.sealed();
     if sealed.is_lost(subpage)
         || !sealed.has_memory(subpage.folio())

@@ -1,7 +1,7 @@
 //! The pool: the memory that was taken at mount, and who has it.
 //!
 //! ```text
-//!   free pages --reserve()--> Token --spend()--> pages of a Holding --release()--> free pages
+//!   free pages --reserve()--> Token --hand_over()--> pages of a Holding --release()--> free pages
 //!       ^                       | drop                                                  |
 //!       +-----------------------+                                                       |
 //!       +-------------------------------------------------------------------------------+
@@ -15,13 +15,13 @@
 //! to it whole, but their memory stays in the reserve as far as it lies behind the 2 MiB folio with the end of file: no
 //! program can reach it there, and none must reach memory that has not been cleared (see [`crate::sealed`]).
 //!
-//! **Moves.** Memory goes from one sealed file to another in steps of at most [`STEP`]: the target takes a step from
-//! the machine, then the source gives as much back. Never the other way round: between the two somebody else could
-//! take it. So the machine needs one step more than the pool, for as long as a move lasts.
+//! **Moves.** Memory goes from one sealed file to another in pieces of at most [`PIECE`]: the target takes a piece from
+//! the machine, then the source gives as much back. Never the other way round: between the two another process could
+//! take it. So the machine needs one piece more than the pool, for as long as a move lasts.
 //!
 //! **A death in between.** The reserves are mounted at [`RESERVES`], and what the size of the pool is meant to be is noted there: when it
 //! grows, once the memory is there; when it shrinks, before any goes. A move takes before it gives, so whoever opens the pool
-//! ([`Pool::open`]) finds what there should be and perhaps a step more, which it gives back to the machine.
+//! ([`Pool::open`]) finds what there should be and perhaps a piece more, which it gives back to the machine.
 //!
 //! **Locks**, in order: that of the pool's size, a file's own (the caller's), the reserves' in the order of their nodes,
 //! the account. Nobody waits for pages with any of them but the first: [`Pool::patiently`].
@@ -29,7 +29,7 @@
 mod holding;
 mod recovery;
 
-pub use holding::Holding;
+pub use holding::{Change, Holding, Progress};
 pub use recovery::RESERVES;
 
 use crate::error::{Error, Result};
@@ -40,8 +40,12 @@ use crate::units::{FOLIO_SIZE, PageSize, Range};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-/// Most memory that a move takes from the machine before it gives as much back.
+/// Most memory that the pool takes from the machine, or gives back to it, at once when its size changes.
 pub const STEP: u64 = 64 << 20;
+
+/// Most memory that moves between a file and the reserves at once, chosen so that a piece takes some milliseconds: others
+/// wait for that long.
+pub const PIECE: u64 = 32 << 20;
 
 /// How long to wait for one more page of the files that were unlinked and whose last user may be gone: the kernel tells
 /// of that (FORGET) by itself, but not before unlink(2) returns. In naps, as time also passes while the machine is too
@@ -109,10 +113,16 @@ pub struct Token<'pool> {
 }
 
 impl Token<'_> {
-    /// The pages become a holding's.
-    fn spend(mut self) {
-        let pages = std::mem::take(&mut self.pages);
-        self.pool.account().reserved -= pages;
+    /// So many of the pages become a holding's, or (negative) the other way round.
+    fn hand_over(&mut self, pages: i64) {
+        let mut account = self.pool.account();
+        account.reserved = account.reserved.checked_add_signed(-pages).expect("no more than there are");
+        self.pages = self.pages.checked_add_signed(-pages).expect("no more than there are");
+    }
+
+    /// The pages stay reserved, for [`Pool::token_of_kept`].
+    fn keep(mut self) -> u64 {
+        std::mem::take(&mut self.pages)
     }
 
     /// The pages leave the pool.
@@ -198,6 +208,11 @@ impl Pool {
         account.free -= pages;
         account.reserved += pages;
         Ok(Token { pool: self, pages })
+    }
+
+    /// The token for pages that stayed reserved after [`Token::keep`].
+    fn token_of_kept(&self, pages: u64) -> Token<'_> {
+        Token { pool: self, pages }
     }
 
     /// Does `request` again as long as it answers [`Error::Returning`] and pages do come back.
@@ -319,75 +334,62 @@ impl Pool {
         richest.expect("there is a node with memory")
     }
 
-    /// Moves memory for `range`, which has none, into `target`, and makes it `size` bytes long as it goes.
+    /// Moves a piece of memory for the start of `range`, which has none, into `target`, and makes that up to `size` bytes long as it
+    /// goes. Returns the length of the piece.
     ///
     /// # Errors
-    /// [`Error::NoMemory`] where the machine has no memory for a step; what was moved is moved back.
-    fn move_out(&self, target: &mut Sealed, range: Range, size: u64) -> Result<()> {
-        let before = target.size();
-        let mut start = range.start;
-        while start < range.end {
-            match self.move_one_step_out(target, Range::new(start, range.end), size) {
-                Ok(moved) => start += moved,
-                Err(error) => {
-                    self.undo_move_out(target, Range::new(range.start, start), before);
-                    return Err(error);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn undo_move_out(&self, target: &mut Sealed, moved: Range, size: u64) {
-        let undone = self.move_in(target, moved).and_then(|()| match target.size() {
-            longer if longer > size => target.cut(size),
-            _ => target.grow_size(size),
-        });
-        if let Err(error) = undone {
-            log::error!("memory could not be moved back into the reserve and stays with its file: {error}");
-        }
-    }
-
-    fn move_one_step_out(&self, target: &mut Sealed, range: Range, size: u64) -> Result<u64> {
+    /// [`Error::NoMemory`] where the machine has no memory for a piece. Nothing has moved, but `target` may be longer.
+    fn move_piece_out(&self, target: &mut Sealed, range: Range, size: u64) -> Result<u64> {
         let (reserve, mut source) = self.lock_richest();
-        let step = range.len().min(affordable_step()?).min(source.size());
-        assert!(step > 0, "a token was given for memory that the reserves do not have");
+        let piece = range.len().min(affordable_piece()?).min(source.size());
+        assert!(piece > 0, "a token was given for memory that the reserves do not have");
         let _bound = self.bind_to(reserve.node)?;
-        target.take(Range::at(range.start, step), size)?;
+        let taken = Range::at(range.start, piece);
+        target.take(taken, size)?;
         steps::done(Step::MoveOutTaken);
-        let left = source.size() - step;
-        source.cut(left)?;
+        let left = source.size() - piece;
+        if let Err(error) = source.cut(left) {
+            if source.size() > left {
+                target.give(taken)?;
+                return Err(error);
+            }
+            log::warn!("a reserve may have free blocks until memory moves the next time: {error}");
+        }
         steps::done(Step::MoveOutGiven);
-        Ok(step)
+        Ok(piece)
     }
 
-    /// Moves the memory of all folios of `range` that have any back into the reserves, the last one first. A range that
-    /// reaches to the end of the file shortens it.
+    /// Moves a piece of memory from the end of `range`, as far as that has any, back into the reserves: `give` takes it out of `source`.
+    /// Returns which part it was; none where there is no memory.
     ///
     /// # Errors
-    /// [`Error::NoMemory`] where the machine has no memory for a step; what was moved by then stays moved.
-    fn move_in(&self, source: &mut Sealed, range: Range) -> Result<()> {
-        while let Some(step) = self.last_step_within(source, range)? {
-            let mut target = self.reserve_for(source, step).lock();
-            let size = target.size();
-            target.take(Range::at(size, step.len()), size + step.len())?;
-            drop(target);
-            steps::done(Step::MoveInTaken);
-            if step.end >= source.size() {
-                source.cut(step.start.min(source.size()))?;
-            } else {
-                source.give(step)?;
+    /// [`Error::NoMemory`] where the machine has no memory for a piece.
+    fn move_piece_in(
+        &self,
+        source: &mut Sealed,
+        range: Range,
+        give: impl FnOnce(&mut Sealed, Range) -> Result<()>,
+    ) -> Result<Option<Range>> {
+        let Some(piece) = self.last_piece_within(source, range)? else { return Ok(None) };
+        let mut target = self.reserve_for(source, piece).lock();
+        let size = target.size();
+        target.take(Range::at(size, piece.len()), size + piece.len())?;
+        steps::done(Step::MoveInTaken);
+        if let Err(error) = give(source, piece) {
+            if piece.folios().any(|folio| source.has_memory(folio)) {
+                target.cut(size)?;
             }
-            steps::done(Step::MoveInGiven);
+            return Err(error);
         }
-        Ok(())
+        steps::done(Step::MoveInGiven);
+        Ok(Some(piece))
     }
 
-    /// The last run of folios with memory in `range`, of one node and at most a step long.
-    fn last_step_within(&self, source: &Sealed, range: Range) -> Result<Option<Range>> {
+    /// The last run of folios with memory in `range`, of one node and at most a piece long.
+    fn last_piece_within(&self, source: &Sealed, range: Range) -> Result<Option<Range>> {
         let mut folios = range.folios().rev().skip_while(|folio| !source.has_memory(*folio));
         let Some(last) = folios.next() else { return Ok(None) };
-        let most = affordable_step()? / FOLIO_SIZE;
+        let most = affordable_piece()? / FOLIO_SIZE;
         let node = self.node_of(source, last);
         let before = folios
             .take(most as usize - 1)
@@ -505,9 +507,9 @@ impl Reserve {
 }
 
 /// How much a move may take from the machine before it gives as much back.
-fn affordable_step() -> Result<u64> {
+fn affordable_piece() -> Result<u64> {
     match sys::memory_available()? {
-        available if available >= STEP + MARGIN => Ok(STEP),
+        available if available >= PIECE + MARGIN => Ok(PIECE),
         available if available >= 2 * FOLIO_SIZE => Ok(FOLIO_SIZE),
         _ => Err(Error::NoMemory),
     }

@@ -53,6 +53,13 @@ impl Pool {
         Ok(Self { page_size, reserves, account, freed, resizing, outlives_us: true, huge_at_mount })
     }
 
+    /// The account of a pool that was just opened, before [`Pool::adopt`].
+    #[cfg(test)]
+    pub(super) fn forget_account(&self) {
+        let mut account = self.account();
+        *account = Account { free: 0, reserved: account.total, orphaned: 0, ..*account };
+    }
+
     /// Completes the account: all files together have `pages`, and `bytes` of memory. What the reserves have more than P1 says
     /// was being moved, and goes back to the machine; what they have less is taken from it.
     ///
@@ -114,7 +121,8 @@ mod tests {
     fn three_of_eight() -> (Pool, Holding) {
         let pool = Pool::fill(PageSize::Huge, 8, |_| Ok(())).expect("root takes 16 MiB");
         let mut holding = Holding::create(PageSize::Huge).unwrap();
-        holding.grow(&pool, Range::new(0, 0), SIZE).unwrap();
+        let growth = holding.begin_growth(&pool, Range::new(0, 0), SIZE).unwrap();
+        holding.complete(growth).unwrap();
         (pool, holding)
     }
 
@@ -124,10 +132,11 @@ mod tests {
         let mount = holding.sealed().mount().unwrap();
         let sealed = Sealed::open(Reach::Programs, mount).unwrap();
         let mut again = Holding::open(PageSize::Huge, sealed).unwrap();
-        *pool.account() = Account { total: 8, free: 0, reserved: 8, orphaned: 0, returns: 0 };
+        pool.forget_account();
         pool.adopt(again.pages(), again.sealed().folio_count() * FOLIO_SIZE).unwrap();
         assert_eq!(pool.reserves(), reserves);
-        again.settle(pool).unwrap();
+        let settling = again.begin_settling(pool);
+        again.complete(settling).unwrap();
         assert_eq!(pool.check(3, SIZE).unwrap(), Vec::<String>::new());
         assert_eq!(again.sealed().check().unwrap(), Vec::<String>::new());
         assert_eq!((again.sealed().size(), again.sealed().superblock().undo_size), (SIZE, None));
@@ -138,7 +147,7 @@ mod tests {
     fn a_growth_that_has_moved_memory_gives_it_back_to_the_reserve() {
         let (pool, mut holding) = three_of_eight();
         holding.sealed_mut().update(|superblock| superblock.undo_size = Some(SIZE)).unwrap();
-        pool.move_out(holding.sealed_mut(), Range::new(SIZE, 2 * SIZE), 2 * SIZE).unwrap();
+        pool.move_piece_out(holding.sealed_mut(), Range::new(SIZE, 2 * SIZE), 2 * SIZE).unwrap();
         come_back(&pool, &holding);
     }
 
@@ -146,9 +155,9 @@ mod tests {
     fn a_release_that_has_moved_memory_has_it_back_from_the_reserve() {
         for page in 0..3 {
             let (pool, mut holding) = three_of_eight();
-            holding.sealed_mut().update(|superblock| superblock.undo_size = Some(SIZE)).unwrap();
-            pool.move_in(holding.sealed_mut(), Range::at(page * FOLIO_SIZE, FOLIO_SIZE)).unwrap();
-            assert!(come_back(&pool, &holding).released().is_empty());
+            let page = Range::at(page * FOLIO_SIZE, FOLIO_SIZE);
+            pool.move_piece_in(holding.sealed_mut(), page, Sealed::give).unwrap();
+            assert!(!come_back(&pool, &holding).has_released());
         }
     }
 }

@@ -219,6 +219,11 @@ impl Sealed {
         })
     }
 
+    /// How many subpages are quarantined, of either kind. No subpage is of both.
+    pub fn lost_count(&self) -> u64 {
+        (self.holes().len() + self.poisoned().len()) as u64
+    }
+
     /// Whether `subpage` is quarantined.
     pub fn is_lost(&self, subpage: Subpage) -> bool {
         self.holes().contains_key(&subpage) || self.poisoned().contains_key(&subpage)

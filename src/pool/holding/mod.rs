@@ -1,0 +1,494 @@
+//! A file's pages: a sealed file, and how many of the pool's pages are its own.
+//!
+//! ```text
+//!     page 0        page 1 (released)   page 2            page 3
+//!   +-------------+ - - - - - - - - - +-----------+ - - + - - - - - - -+
+//!   | memory      |   nothing         | memory    |     |              |
+//!   +-------------+ - - - - - - - - - +-----------+ - - + - - - - - - -+
+//!                                        end of file ^  ^ its folio     ^ reserved_pages
+//! ```
+//!
+//! The pages up to `reserved_pages` are the file's, except those that it has released (punched). Memory is in them up
+//! to the folio with the end of file; what lies behind is the file's in the account, and in the reserve as memory.
+//!
+//! **Changes.** A change that moves memory is made in pieces ([`Change`]), each some milliseconds long. Between two of them the
+//! caller may let others look at the file; it lets no second change begin ([`Holding::ready`] asserts that).
+//!
+//! ```text
+//!            begin_*()                  advance() ...                  advance()
+//!   settled -----------> under way --------------------> ... -------------------------> settled
+//!      |  refused              | advance() fails, or                                      ^
+//!      +--> settled            | give_up(): the caller was killed                         |
+//!                              +--> undone piece by piece: advance() ... -----------------+
+//!                                       | a piece of that fails, too
+//!                                       +--> unsettled, until the next change or worker settles it
+//! ```
+//!
+//! | change | while it is under way, others see | given up, or failed |
+//! |---|---|---|
+//! | growth, allocation | the old size ([`Holding::size`]), no new page | all is as before |
+//! | shrinking | the file getting shorter | it stays as short as it has become |
+//! | release | pages turning into holes, one by one | some pages are released, the others whole; what was moved of one is zeros |
+//! | settling | | the holding stays unsettled |
+//!
+//! All that can be refused is decided in `begin_*`, before anything changes: the pool's pages, soft holes, and the number of
+//! runs of released pages that can be noted. Memory is moved while the token for its pages is held; a token that can be neither spent
+//! nor given back, as memory is stuck half-way, stays with the holding until that is settled.
+//!
+//! **A death in between.** The released pages are noted with the file ([`RELEASED`]). A release notes its pages before it moves any
+//! memory, a growth strikes pages out after it has moved all of it. So a page that is noted and has memory is on its way, in one
+//! direction or the other: it is the file's. A growth that lengthens the file notes the size to come back to in the superblock first;
+//! that note goes with the last step, which makes the pages the file's. So [`Holding::open`] finds every page either released and
+//! without memory, or the file's; where one of the file's has none up to the end of file, it was being released, or taken away by
+//! MADV_REMOVE, and gets memory again: zeros, as was asked for. [`Settling`] does so when the pool's account is complete, since what
+//! was under way is undone as it was done: piece by piece between the file and the reserves. A move back by way of the machine would
+//! need all of it at once, and another process could take it.
+
+mod growth;
+mod page_set;
+mod release;
+mod settling;
+mod shrinking;
+#[cfg(test)]
+mod tests;
+
+use super::{Pool, Token};
+use crate::error::{Error, Result};
+use crate::sealed::{Reach, Sealed};
+use crate::steps::{self, Step};
+use crate::units::{FOLIO_SIZE, Folio, Page, PageSize, Range, Subpage};
+use growth::Growth;
+use page_set::{MOST_RUNS, PageSet, Run};
+use release::Release;
+use settling::Settling;
+use shrinking::Shrinking;
+
+/// Why soft holes forbid a resize (see S1).
+const HAS_SOFT_HOLES: Error =
+    Error::Busy("the file has quarantined subpages; repair them before it grows or gives pages back");
+
+/// Why released pages forbid to release more, or to take one back from the middle of others.
+const TOO_MANY_RUNS: Error =
+    Error::Busy("the file would have more separate holes than can be noted; allocate some of them first");
+
+/// What the released pages are noted under.
+const RELEASED: &str = "released";
+
+/// A file's pages.
+#[derive(Debug)]
+pub struct Holding {
+    sealed: Sealed,
+    page_size: PageSize,
+    released: PageSet,
+    /// What is noted as released differs from `released`.
+    note_is_stale: bool,
+    /// A change has begun that has not ended.
+    under_way: bool,
+    /// A change could be neither finished nor undone. So many pages stay reserved in the account, as their memory may be
+    /// here.
+    unsettled: Option<u64>,
+    /// It belongs to a file without names, and the pool counts its pages as orphaned.
+    orphaned: bool,
+}
+
+/// Whether a [`Change`] is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// There are pieces left.
+    More,
+    /// All is done.
+    Done,
+}
+
+/// A change of a holding that is under way. It is to be advanced until it is over, with the holding that has begun it.
+#[derive(Debug)]
+#[must_use = "a change that is not advanced to its end leaves the file between two states"]
+pub struct Change<'pool>(Kind<'pool>);
+
+#[derive(Debug)]
+enum Kind<'pool> {
+    Nothing,
+    Growth(Growth<'pool>),
+    Shrinking(Shrinking<'pool>),
+    Release(Release<'pool>),
+    Settling(Settling<'pool>),
+}
+
+impl Change<'_> {
+    /// Makes one piece: it moves at most [`super::PIECE`] of memory, and takes some milliseconds.
+    ///
+    /// # Errors
+    /// Why the change failed, or was given up. It is over then, and undone as far as the table above says.
+    pub fn advance(&mut self, holding: &mut Holding) -> Result<Progress> {
+        let progress = match &mut self.0 {
+            Kind::Nothing => Ok(Progress::Done),
+            Kind::Growth(growth) => growth.advance(holding),
+            Kind::Shrinking(shrinking) => shrinking.advance(holding),
+            Kind::Release(release) => release.advance(holding),
+            Kind::Settling(settling) => settling.advance(holding),
+        };
+        holding.under_way = matches!(progress, Ok(Progress::More));
+        progress
+    }
+
+    /// The caller does not want the change any more. It is to be advanced until it is over all the same: the pieces that follow undo
+    /// what was done, or bring that to an end, and the last of them answers `why`.
+    pub fn give_up(&mut self, why: Error) {
+        match &mut self.0 {
+            Kind::Nothing | Kind::Settling(_) => {}
+            Kind::Growth(growth) => growth.give_up(why),
+            Kind::Shrinking(shrinking) => shrinking.give_up(why),
+            Kind::Release(release) => release.give_up(why),
+        }
+    }
+}
+
+impl Holding {
+    /// One without pages.
+    ///
+    /// # Errors
+    /// As for [`Sealed::create`].
+    pub fn create(page_size: PageSize) -> Result<Self> {
+        Ok(Self::of(Sealed::create(Reach::Programs, None)?, page_size))
+    }
+
+    fn of(sealed: Sealed, page_size: PageSize) -> Self {
+        let (released, note_is_stale, under_way) = (PageSet::default(), false, false);
+        Self { sealed, page_size, released, note_is_stale, under_way, unsettled: None, orphaned: false }
+    }
+
+    /// The one that `sealed` was a part of in another process; [`Holding::begin_settling`] is to follow.
+    ///
+    /// # Errors
+    /// What getxattr(2) answers.
+    pub fn open(page_size: PageSize, sealed: Sealed) -> Result<Self> {
+        let noted = sealed.notes().kept(RELEASED)?.map(|runs| PageSet::decode(&runs)).unwrap_or_default();
+        let mut holding = Self::of(sealed, page_size);
+        holding.released = noted.clone();
+        holding.released.remove(holding.reserved().end..Page(u64::MAX)); // they were given up
+        holding.own_what_has_memory();
+        holding.note_is_stale = holding.released != noted;
+        holding.try_to_note_released();
+        Ok(holding)
+    }
+
+    /// Makes released pages that have memory the file's, and returns how many.
+    fn own_what_has_memory(&mut self) -> u64 {
+        let memory = self.memory_end();
+        let with_memory = self.released.runs().flat_map(|run| {
+            let folios = self.page_size.bytes_of(run).intersect(Range::new(0, memory)).folios();
+            folios.filter(|folio| self.sealed.has_memory(*folio))
+        });
+        let page_of = |folio: Folio| self.page_size.pages_touching(folio.range());
+        let owned: PageSet = with_memory.map(page_of).collect();
+        self.released = std::mem::take(&mut self.released).without(&owned);
+        self.note_is_stale |= !owned.is_empty();
+        owned.count()
+    }
+
+    /// Notes the released pages, where the note does not say so already.
+    fn note_released(&mut self) -> Result<()> {
+        if self.note_is_stale {
+            self.note(&self.released)?;
+            self.note_is_stale = false;
+        }
+        Ok(())
+    }
+
+    /// The same where the note does no harm as it is: a page that is noted and has memory is the file's, and so is one
+    /// behind those that are reserved nobody's. The next change notes what is right, or is refused.
+    fn try_to_note_released(&mut self) {
+        if let Err(error) = self.note_released() {
+            log::warn!("pages of a file stay noted as released that are not: {error}");
+        }
+    }
+
+    fn note(&self, released: &PageSet) -> Result<()> {
+        refuse_too_many_runs(released)?;
+        self.sealed.notes().keep(RELEASED, &released.encode())
+    }
+
+    /// Has other released pages, and notes them; as before where that fails.
+    fn set_released(&mut self, released: PageSet) -> Result<()> {
+        if released != self.released || self.note_is_stale {
+            self.note(&released)?;
+            self.released = released;
+            self.note_is_stale = false;
+        }
+        Ok(())
+    }
+
+    // ---- what there is ------------------------------------------------------------------------------------------
+
+    /// The sealed file.
+    pub fn sealed(&self) -> &Sealed {
+        &self.sealed
+    }
+
+    /// The sealed file, for quarantine and repair; its folios and its size are this module's.
+    pub fn sealed_mut(&mut self) -> &mut Sealed {
+        &mut self.sealed
+    }
+
+    /// Size of the file in bytes. The sealed file is longer while a growth is under way.
+    pub fn size(&self) -> u64 {
+        self.sealed.superblock().undo_size.unwrap_or(self.sealed.size())
+    }
+
+    /// Pages that are the file's.
+    pub fn pages(&self) -> u64 {
+        self.sealed.superblock().reserved_pages - self.released.count()
+    }
+
+    /// The pages that are the file's or released.
+    fn reserved(&self) -> Run {
+        Page(0)..Page(self.sealed.superblock().reserved_pages)
+    }
+
+    /// The file has memory up to here, except in released pages.
+    fn memory_end(&self) -> u64 {
+        self.size().next_multiple_of(FOLIO_SIZE)
+    }
+
+    /// Some page is released.
+    pub fn has_released(&self) -> bool {
+        !self.released.is_empty()
+    }
+
+    /// The parts of `range` before the end of file that lie in released pages, ascending.
+    pub fn released_in(&self, range: Range) -> impl Iterator<Item = Range> + '_ {
+        let range = range.intersect(Range::new(0, self.size()));
+        let runs = self.released.within(self.page_size.pages_touching(range));
+        runs.map(move |run| self.page_size.bytes_of(&run).intersect(range))
+    }
+
+    /// The parts of `range` before the end of file that do not lie in released pages, ascending.
+    pub fn owned_in(&self, range: Range) -> Vec<Range> {
+        let range = range.intersect(Range::new(0, self.size()));
+        let runs = self.released.gaps_within(self.page_size.pages_touching(range));
+        runs.iter().map(|run| self.page_size.bytes_of(run).intersect(range)).collect()
+    }
+
+    /// Whether every byte of `range` has memory or is a soft hole.
+    pub fn has_pages(&self, range: Range) -> bool {
+        range.end <= self.size() && self.released_in(range).next().is_none()
+    }
+
+    /// Whether a write of `range` lengthens the file within memory that it has, and so moves none ([`Sealed::append`]).
+    pub fn can_append(&self, range: Range) -> bool {
+        let (size, folio) = (self.size(), Subpage::containing(self.size()).folio());
+        self.is_settled()
+            && range.end > size
+            && range.end <= self.memory_end()
+            && self.sealed.has_memory(folio)
+            && self.sealed.holes().is_empty()
+            && self.sealed.lost_in(Range::new(range.start.min(size), folio.range().end)).next().is_none()
+            && self.has_pages(Range::new(range.start.min(size), size))
+    }
+
+    /// No change is under way, nor stuck half-way.
+    pub fn is_settled(&self) -> bool {
+        !self.under_way && self.unsettled.is_none()
+    }
+
+    /// The first folios of `range` that follow one another and have no memory, where there are any.
+    fn first_without_memory(&self, range: Range) -> Option<Range> {
+        let lacks = |folio: &Folio| !self.sealed.has_memory(*folio);
+        let mut folios = range.folios().skip_while(|folio| !lacks(folio)).take_while(lacks);
+        let first = folios.next()?;
+        let last = folios.last().unwrap_or(first);
+        Some(Range::new(first.range().start, last.range().end))
+    }
+
+    // ---- changes ------------------------------------------------------------------------------------------------
+
+    /// Begins to make the file at least `size` bytes long, with memory for every byte from the old end on and in `range`.
+    ///
+    /// # Errors
+    /// [`Error::Full`], [`Error::Returning`], [`Error::Busy`] where soft holes forbid it or there would be too many
+    /// separate holes; nothing has changed. The change itself fails with [`Error::NoMemory`], likewise.
+    pub fn begin_growth<'pool>(
+        &mut self,
+        pool: &'pool Pool,
+        range: Range,
+        size: u64,
+    ) -> Result<Change<'pool>> {
+        self.ready(pool)?;
+        let before = self.size();
+        let size = size.max(before);
+        let inside = self.released_touching(range.intersect(Range::new(0, size)));
+        let missing = inside.union(&self.released_touching(Range::new(before, size)));
+        if missing.is_empty() && size == before {
+            return Ok(Change(Kind::Nothing));
+        }
+        self.refuse_with_holes()?;
+        self.begin_acquiring(pool, missing, size, size)
+    }
+
+    /// Begins to make the pages up to the end of `range` the file's, with memory for what lies in `range` before the end of
+    /// file, and leaves its size alone.
+    ///
+    /// # Errors
+    /// As for [`Holding::begin_growth`].
+    pub fn begin_allocation<'pool>(&mut self, pool: &'pool Pool, range: Range) -> Result<Change<'pool>> {
+        self.ready(pool)?;
+        let size = self.size();
+        let missing = self.released_touching(range);
+        if !self.released_touching(range.intersect(Range::new(0, size))).is_empty() {
+            self.refuse_with_holes()?; // behind the end no memory moves
+        }
+        self.begin_acquiring(pool, missing, size, range.end)
+    }
+
+    /// Begins to make the pages up to `end` and the released ones in `missing` the file's, with memory for what lies before the
+    /// end of file, which comes to be at `size`.
+    fn begin_acquiring<'pool>(
+        &mut self,
+        pool: &'pool Pool,
+        missing: PageSet,
+        size: u64,
+        end: u64,
+    ) -> Result<Change<'pool>> {
+        refuse_too_many_runs(&self.released.clone().without(&missing))?;
+        let reserved = self.reserved().end.0;
+        let wanted = reserved.max(self.page_size.pages_up(end));
+        let token = pool.reserve(wanted - reserved + missing.count())?;
+        if size > self.size() {
+            let before = self.size();
+            self.sealed.update(|superblock| superblock.undo_size = Some(before))?;
+            steps::done(Step::AllocateAnnounced);
+        }
+        Ok(self.begun(Kind::Growth(Growth::new(self, token, missing, wanted, size))))
+    }
+
+    /// Begins to make the file `size` bytes long, not longer than it is, and to give back the pages behind; what was
+    /// quarantined there is forgotten. Where the file is that long already, no memory moves, so soft holes do not forbid it.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] where soft holes before the new end forbid it. The change itself fails with [`Error::NoMemory`] where the
+    /// machine has none for a piece.
+    pub fn begin_shrinking<'pool>(&mut self, pool: &'pool Pool, size: u64) -> Result<Change<'pool>> {
+        if size > 0 {
+            self.ready(pool)?; // what is stuck goes with the rest otherwise
+        }
+        if size < self.size() && self.sealed.holes_in(Range::new(0, size)).next().is_some() {
+            return Err(HAS_SOFT_HOLES);
+        }
+        Ok(self.begun(Kind::Shrinking(Shrinking::new(pool, size))))
+    }
+
+    /// Begins to give back the pages of which `range` holds every byte; what was quarantined there is forgotten.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] where soft holes elsewhere forbid it or there would be too many separate holes; nothing has changed. The
+    /// change itself fails with [`Error::NoMemory`] after some of the pages.
+    pub fn begin_release<'pool>(&mut self, pool: &'pool Pool, range: Range) -> Result<Change<'pool>> {
+        self.ready(pool)?;
+        let within = self.page_size.pages_within(range);
+        let bytes = self.page_size.bytes_of(&within);
+        let runs = self.released.gaps_within(within.start..within.end.min(self.reserved().end));
+        if runs.is_empty() {
+            return Ok(Change(Kind::Nothing));
+        }
+        let released = self.released.clone().union(&runs.iter().cloned().collect());
+        if self.sealed.holes().keys().any(|hole| !bytes.covers(hole.range())) {
+            return Err(HAS_SOFT_HOLES);
+        }
+        self.note(&released)?;
+        self.note_is_stale = true; // until the pages are released
+        steps::done(Step::ReleaseNoted);
+        Ok(self.begun(Kind::Release(Release::new(self, pool, runs))))
+    }
+
+    /// Begins to undo the change that another process has left under way, or that could not be undone in this one, and to give
+    /// pages of the file what memory they lack.
+    ///
+    /// # Errors
+    /// The change itself fails with [`Error::NoMemory`] where the machine has none for a piece.
+    pub fn begin_settling<'pool>(&mut self, pool: &'pool Pool) -> Change<'pool> {
+        self.begun(Kind::Settling(Settling::new(pool)))
+    }
+
+    fn begun<'pool>(&mut self, kind: Kind<'pool>) -> Change<'pool> {
+        assert!(!self.under_way, "one change of a file begins while another is under way");
+        self.under_way = true;
+        Change(kind)
+    }
+
+    /// Carries a change out without a pause.
+    ///
+    /// # Errors
+    /// As for [`Change::advance`].
+    pub fn complete(&mut self, mut change: Change<'_>) -> Result<()> {
+        while change.advance(self)? == Progress::More {}
+        Ok(())
+    }
+
+    /// Makes the holding ready for a change: what an earlier one has left half-way is settled.
+    fn ready(&mut self, pool: &Pool) -> Result<()> {
+        assert!(!self.under_way, "one change of a file begins while another is under way");
+        if self.unsettled.is_some() {
+            let settling = self.begin_settling(pool);
+            self.complete(settling)?;
+        }
+        Ok(())
+    }
+
+    /// A change could not be undone. Its memory stays here, and its pages stay reserved for that.
+    fn leave_unsettled(&mut self, token: Option<Token<'_>>, why: &Error) {
+        let kept = token.map_or(0, Token::keep);
+        log::error!(
+            "a change of a file's pages could not be undone, {kept} pages stay with the file for now: {why}"
+        );
+        self.unsettled = Some(self.unsettled.unwrap_or(0) + kept);
+    }
+
+    /// The released pages that hold any byte of `range`. A range may be as long as the largest file size, which is no
+    /// file's.
+    fn released_touching(&self, range: Range) -> PageSet {
+        self.released.within(self.page_size.pages_touching(range)).collect()
+    }
+
+    /// Gives back the pages behind the one with the end of file. No memory moves for that.
+    fn give_up_pages_behind_end(&mut self, pool: &Pool) -> Result<()> {
+        let end = Page(self.page_size.pages_up(self.sealed.size()));
+        let before = self.pages();
+        self.sealed.update(|superblock| {
+            superblock.reserved_pages = superblock.reserved_pages.min(end.0);
+            superblock.undo_size = None;
+        })?;
+        steps::done(Step::ShrinkNoted);
+        if self.released.within(end..Page(u64::MAX)).next().is_some() {
+            self.released.remove(end..Page(u64::MAX));
+            self.note_is_stale = true;
+            self.try_to_note_released();
+        }
+        steps::done(Step::ShrinkDone);
+        self.release_to(pool, before - self.pages());
+        Ok(())
+    }
+
+    /// Tells the account of pages whose memory is in the reserves.
+    fn release_to(&self, pool: &Pool, pages: u64) {
+        pool.release(pages);
+        if self.orphaned {
+            pool.note_orphaned(-(pages as i64));
+        }
+    }
+
+    /// Its file has lost its last name, so its pages will come back when the last user is gone.
+    pub fn note_orphaned(&mut self, pool: &Pool) {
+        if !self.orphaned {
+            self.orphaned = true;
+            pool.note_orphaned(self.pages() as i64);
+        }
+    }
+
+    fn refuse_with_holes(&self) -> Result<()> {
+        if self.sealed.holes().is_empty() { Ok(()) } else { Err(HAS_SOFT_HOLES) }
+    }
+}
+
+fn refuse_too_many_runs(released: &PageSet) -> Result<()> {
+    if released.run_count() <= MOST_RUNS { Ok(()) } else { Err(TOO_MANY_RUNS) }
+}

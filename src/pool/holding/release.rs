@@ -1,0 +1,125 @@
+//! Giving pages in the middle of a file back, from the last to the first.
+
+use super::page_set::{MOST_RUNS, Run, length};
+use super::{Holding, Progress};
+use crate::error::{Error, Result};
+use crate::pool::Pool;
+use crate::sealed::Sealed;
+use crate::steps::{self, Step};
+use crate::units::{Page, Range};
+
+/// A release that is under way. Its pages are noted as released from the start.
+#[derive(Debug)]
+pub struct Release<'pool> {
+    pool: &'pool Pool,
+    /// The pages that are still the file's, ascending.
+    runs: Vec<Run>,
+    /// From this byte on, the last of them has no memory any more.
+    moved_from: u64,
+    /// Why to stop at the next page.
+    stop: Option<Error>,
+    /// Memory could not be moved: the page that was begun is to be whole again.
+    failed: bool,
+}
+
+impl<'pool> Release<'pool> {
+    pub fn new(holding: &Holding, pool: &'pool Pool, runs: Vec<Run>) -> Self {
+        let mut release = Self { pool, runs, moved_from: 0, stop: None, failed: false };
+        release.begin_run(holding);
+        release
+    }
+
+    pub fn give_up(&mut self, why: Error) {
+        self.stop.get_or_insert(why);
+    }
+
+    fn begin_run(&mut self, holding: &Holding) {
+        self.moved_from = self.runs.last().map_or(0, |run| holding.page_size.bytes_of(run).end);
+    }
+
+    /// The part of the page that was begun which has no memory any more.
+    fn begun(&self, holding: &Holding) -> Range {
+        let end = self.runs.last().map_or(0, |run| holding.page_size.bytes_of(run).end);
+        Range::new(self.moved_from, end).intersect(Range::new(0, holding.memory_end()))
+    }
+
+    pub fn advance(&mut self, holding: &mut Holding) -> Result<Progress> {
+        if self.failed {
+            return self.make_whole(holding);
+        }
+        let may_stop = self.begun(holding).is_empty() && holding.released.run_count() <= MOST_RUNS;
+        match self.stop.clone() {
+            Some(why) if may_stop => self.end(holding, why),
+            _ if self.runs.is_empty() => self.finish(holding),
+            _ => Ok(self.release_piece(holding)),
+        }
+    }
+
+    fn release_piece(&mut self, holding: &mut Holding) -> Progress {
+        let Some(run) = self.runs.last().cloned() else { return Progress::More };
+        // Who is to stop ends with the page that was begun.
+        let first = if self.stop.is_some() { Page(run.end.0 - 1) } else { run.start };
+        let start = holding.page_size.range(first).start;
+        let memory = Range::new(start, self.moved_from.min(holding.memory_end()));
+        match self.pool.move_piece_in(&mut holding.sealed, memory, Sealed::give) {
+            Ok(moved) => {
+                self.moved_from = moved.map_or(start, |piece| piece.start);
+                steps::done(Step::ReleaseMoved);
+                self.note_released(holding, run);
+            }
+            Err(error) => {
+                self.give_up(error);
+                self.failed = true;
+            }
+        }
+        Progress::More
+    }
+
+    /// The pages of `run` that have no memory any more are not the file's.
+    fn note_released(&mut self, holding: &mut Holding, run: Run) {
+        let from = Page(holding.page_size.pages_up(self.moved_from));
+        let released = from..run.end;
+        holding.release_to(self.pool, length(&released));
+        holding.released.insert(released);
+        if from == run.start {
+            self.runs.pop();
+            self.begin_run(holding);
+        } else {
+            *self.runs.last_mut().expect("it is not empty") = run.start..from;
+        }
+    }
+
+    fn finish(&self, holding: &mut Holding) -> Result<Progress> {
+        holding.note_is_stale = false;
+        match &self.stop {
+            Some(why) => Err(why.clone()),
+            None => Ok(Progress::Done),
+        }
+    }
+
+    /// Gives what was begun memory again: zeros.
+    fn make_whole(&mut self, holding: &mut Holding) -> Result<Progress> {
+        let why = self.stop.clone().expect("there is a reason to stop");
+        let memory = Range::new(0, holding.memory_end());
+        let run = self.runs.last().map(|run| holding.page_size.bytes_of(run).intersect(memory));
+        let Some(range) = run.and_then(|run| holding.first_without_memory(run)) else {
+            return self.end(holding, why);
+        };
+        let size = holding.sealed.size();
+        match self.pool.move_piece_out(&mut holding.sealed, range, size) {
+            Ok(_) => Ok(Progress::More),
+            Err(error) => {
+                holding.leave_unsettled(None, &error);
+                Err(why)
+            }
+        }
+    }
+
+    /// Ends early: what is noted is what has been released so far.
+    fn end(&self, holding: &mut Holding, why: Error) -> Result<Progress> {
+        if let Err(error) = holding.note_released() {
+            holding.leave_unsettled(None, &error);
+        }
+        Err(why)
+    }
+}

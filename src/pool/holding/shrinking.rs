@@ -1,0 +1,55 @@
+//! Making a file shorter: its memory goes back from the end on, then its pages.
+
+use super::{Holding, Progress};
+use crate::error::{Error, Result};
+use crate::pool::Pool;
+use crate::steps::{self, Step};
+use crate::units::{FOLIO_SIZE, Range};
+
+/// A shrinking that is under way. Readers never see a byte of the file change: they see the file end earlier, piece by piece.
+#[derive(Debug)]
+pub struct Shrinking<'pool> {
+    pool: &'pool Pool,
+    size: u64,
+    failure: Option<Error>,
+}
+
+impl<'pool> Shrinking<'pool> {
+    pub fn new(pool: &'pool Pool, size: u64) -> Self {
+        Self { pool, size, failure: None }
+    }
+
+    pub fn give_up(&mut self, why: Error) {
+        self.failure.get_or_insert(why);
+    }
+
+    pub fn advance(&mut self, holding: &mut Holding) -> Result<Progress> {
+        if self.failure.is_some() {
+            return self.finish(holding);
+        }
+        let gone = Range::new(self.size.next_multiple_of(FOLIO_SIZE), holding.sealed.size());
+        match self.pool.move_piece_in(&mut holding.sealed, gone, |sealed, piece| sealed.cut(piece.start)) {
+            Ok(Some(_)) => Ok(Progress::More),
+            Ok(None) => self.finish(holding),
+            Err(error) => {
+                self.give_up(error);
+                Ok(Progress::More)
+            }
+        }
+    }
+
+    /// The file is as short as it is going to be.
+    fn finish(&mut self, holding: &mut Holding) -> Result<Progress> {
+        steps::done(Step::ShrinkMoved);
+        if self.failure.is_none() && self.size < holding.sealed.size() {
+            holding.sealed.cut(self.size)?;
+        }
+        steps::done(Step::ShrinkCut);
+        holding.give_up_pages_behind_end(self.pool)?;
+        if holding.sealed.size() == 0 {
+            let stuck = holding.unsettled.take().unwrap_or(0);
+            drop(self.pool.token_of_kept(stuck)); // whatever memory was stuck has gone back with the rest
+        }
+        self.failure.take().map_or(Ok(Progress::Done), Err)
+    }
+}

@@ -1,0 +1,377 @@
+//! Changes that are refused, given up, or cut off by a death after any of their pieces, on real superblocks.
+
+use super::*;
+use crate::pool::PIECE;
+use crate::sys::tmpfs;
+
+const SIZE: PageSize = PageSize::Huge;
+/// Pages of a piece.
+const PIECE_PAGES: u64 = PIECE / FOLIO_SIZE;
+/// Three pieces, the last of one page.
+const PAGES: u64 = 2 * PIECE_PAGES + 1;
+const POOL: u64 = PAGES + 8;
+
+fn pages(first: u64, end: u64) -> Range {
+    SIZE.bytes_of(&(Page(first)..Page(end)))
+}
+
+fn pool() -> Pool {
+    Pool::fill(SIZE, POOL, |_| Ok(())).expect("root takes 82 MiB")
+}
+
+/// A file of so many pages, each of which holds its number plus one.
+fn file(pool: &Pool, count: u64) -> Holding {
+    let mut holding = Holding::create(SIZE).expect("root makes superblocks");
+    grow(pool, &mut holding, count).unwrap();
+    for page in 0..count {
+        let bytes = [page as u8 + 1; 16];
+        assert_eq!(tmpfs::write_at(holding.sealed.data(), &bytes, page * FOLIO_SIZE).unwrap(), bytes.len());
+    }
+    holding
+}
+
+fn grow(pool: &Pool, holding: &mut Holding, count: u64) -> Result<()> {
+    let growth = holding.begin_growth(pool, Range::new(0, 0), count * FOLIO_SIZE)?;
+    holding.complete(growth)
+}
+
+fn release(pool: &Pool, holding: &mut Holding, range: Range) -> Result<()> {
+    let release = holding.begin_release(pool, range)?;
+    holding.complete(release)
+}
+
+/// Every invariant of the pool, whose pages are this holding's or free.
+#[track_caller]
+fn assert_sound(pool: &Pool, holding: &Holding) {
+    let bytes = holding.sealed.folio_count() * FOLIO_SIZE;
+    assert_eq!(pool.check(holding.pages(), bytes).unwrap(), Vec::<String>::new());
+    assert_eq!(holding.sealed.check().unwrap(), Vec::<String>::new());
+}
+
+#[track_caller]
+fn assert_settled(pool: &Pool, holding: &Holding) {
+    assert_sound(pool, holding);
+    assert!(holding.is_settled() && holding.size() == holding.sealed.size());
+    let account = pool.balance();
+    assert_eq!((account.reserved, account.free), (0, POOL - holding.pages()));
+    for part in holding.owned_in(Range::new(0, holding.size())) {
+        assert_eq!(holding.first_without_memory(part), None);
+    }
+    for part in holding.released_in(Range::new(0, holding.size())) {
+        assert!(part.folios().all(|folio| !holding.sealed.has_memory(folio)));
+    }
+}
+
+/// The pages in `range` of the file hold what [`file`] wrote.
+#[track_caller]
+fn assert_kept(holding: &Holding, range: Range) {
+    for start in range.folios().map(|folio| folio.range().start) {
+        let mut bytes = [0; 16];
+        assert_eq!(tmpfs::read_at(holding.sealed.data(), &mut bytes, start).unwrap(), bytes.len());
+        assert_eq!(bytes, [(start / FOLIO_SIZE) as u8 + 1; 16], "page {}", start / FOLIO_SIZE);
+    }
+}
+
+/// The holding as the process that comes after a death finds it, with a change under way.
+fn after_death_in(pool: &Pool, holding: Holding, change: Change<'_>) -> Holding {
+    drop(change);
+    after_death(pool, holding)
+}
+
+/// The same without one.
+fn after_death(pool: &Pool, holding: Holding) -> Holding {
+    let reserves = pool.reserves();
+    let mount = holding.sealed.mount().unwrap();
+    drop(holding);
+    let mut again = Holding::open(SIZE, Sealed::open(Reach::Programs, mount).unwrap()).unwrap();
+    pool.forget_account();
+    pool.adopt(again.pages(), again.sealed.folio_count() * FOLIO_SIZE).unwrap();
+    assert_eq!(pool.reserves(), reserves, "memory went to the machine, or came from there");
+    let settling = again.begin_settling(pool);
+    again.complete(settling).unwrap();
+    again
+}
+
+/// Advances so many pieces; whether there are more.
+fn advance(change: &mut Change<'_>, holding: &mut Holding, pieces: u64) -> bool {
+    (0..pieces).all(|_| change.advance(holding).unwrap() == Progress::More)
+}
+
+/// Gives the change up and sees it to its end.
+#[track_caller]
+fn give_up(mut change: Change<'_>, holding: &mut Holding) {
+    change.give_up(Error::Interrupted);
+    assert!(matches!(holding.complete(change), Err(Error::Interrupted)));
+}
+
+// ---- refused --------------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_release_that_cannot_be_noted_leaves_the_page() {
+    let pool = pool();
+    let mut holding = file(&pool, 10);
+    [1, 3, 5, 7].into_iter().for_each(|page| release(&pool, &mut holding, pages(page, page + 1)).unwrap());
+    assert!(matches!(release(&pool, &mut holding, pages(9, 10)), Err(Error::Busy(_))));
+    assert_kept(&holding, pages(8, 10));
+    assert_settled(&pool, &holding);
+    release(&pool, &mut holding, pages(2, 3)).unwrap(); // joins two runs
+    release(&pool, &mut holding, pages(9, 10)).unwrap();
+    assert_settled(&pool, &holding);
+}
+
+#[test]
+fn a_growth_that_cannot_be_noted_takes_no_page() {
+    let pool = pool();
+    let mut holding = file(&pool, 10);
+    for released in [pages(1, 2), pages(3, 4), pages(5, 6), pages(7, 10)] {
+        release(&pool, &mut holding, released).unwrap();
+    }
+    let refused = holding.begin_growth(&pool, pages(8, 9), 0).map(drop);
+    assert!(matches!(refused, Err(Error::Busy(_))), "{refused:?}");
+    assert_settled(&pool, &holding);
+    let mut other = Holding::create(SIZE).unwrap();
+    grow(&pool, &mut other, pool.balance().free).unwrap();
+}
+
+#[test]
+fn a_growth_beyond_the_pool_changes_nothing() {
+    let pool = pool();
+    let mut holding = file(&pool, 10);
+    assert!(matches!(grow(&pool, &mut holding, POOL + 1), Err(Error::Full)));
+    assert_settled(&pool, &holding);
+    assert_kept(&holding, pages(0, 10));
+}
+
+#[test]
+fn soft_holes_refuse_what_would_move_memory_around_them() {
+    let pool = pool();
+    let mut holding = file(&pool, 4);
+    release(&pool, &mut holding, pages(3, 4)).unwrap();
+    holding.sealed.quarantine(Subpage(0), 1).unwrap();
+    assert!(holding.begin_growth(&pool, Range::new(0, 0), 6 * FOLIO_SIZE).is_err());
+    assert!(holding.begin_allocation(&pool, pages(3, 4)).is_err());
+    assert!(holding.begin_release(&pool, pages(1, 3)).is_err());
+    assert!(holding.begin_shrinking(&pool, FOLIO_SIZE).is_err());
+    assert_settled(&pool, &holding);
+    assert_kept(&holding, pages(1, 3));
+    let allocation = holding.begin_allocation(&pool, pages(4, 6)).unwrap();
+    holding.complete(allocation).unwrap(); // behind the end no memory moves
+    release(&pool, &mut holding, pages(0, 3)).unwrap(); // the hole goes with its page
+    assert_settled(&pool, &holding);
+}
+
+// ---- given up -------------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_growth_given_up_after_any_piece_leaves_all_as_before() {
+    for pieces in 0.. {
+        let pool = pool();
+        let mut holding = file(&pool, 4);
+        release(&pool, &mut holding, pages(1, 3)).unwrap();
+        let range = pages(1, PAGES);
+        let mut growth = holding.begin_growth(&pool, range, range.end - 5000).unwrap();
+        let more = advance(&mut growth, &mut holding, pieces);
+        if !more {
+            assert_eq!(pieces, 4, "the released pages, two pieces behind the end, the account");
+            assert_eq!((holding.size(), holding.pages()), (range.end - 5000, PAGES));
+            assert_settled(&pool, &holding);
+            return;
+        }
+        assert_eq!(holding.size(), 4 * FOLIO_SIZE, "the old size is seen until all is there");
+        assert_sound(&pool, &holding);
+        give_up(growth, &mut holding);
+        assert_eq!((holding.size(), holding.pages()), (4 * FOLIO_SIZE, 2));
+        assert!(!holding.has_pages(pages(1, 2)) && !holding.has_pages(pages(2, 3)));
+        assert_settled(&pool, &holding);
+        assert_kept(&holding, pages(3, 4));
+        grow(&pool, &mut holding, PAGES).unwrap();
+        assert_settled(&pool, &holding);
+    }
+}
+
+#[test]
+fn a_shrinking_given_up_leaves_the_file_as_short_as_it_has_become() {
+    for pieces in 0.. {
+        let pool = pool();
+        let mut holding = file(&pool, PAGES);
+        let mut shrinking = holding.begin_shrinking(&pool, 5000).unwrap();
+        if !advance(&mut shrinking, &mut holding, pieces) {
+            assert_eq!((holding.size(), holding.pages()), (5000, 1));
+            assert_settled(&pool, &holding);
+            return;
+        }
+        assert_sound(&pool, &holding);
+        let left = PAGES - (pieces * PIECE_PAGES).min(PAGES - 1);
+        assert_eq!(holding.size(), left * FOLIO_SIZE, "after {pieces} pieces");
+        give_up(shrinking, &mut holding);
+        assert_eq!((holding.size(), holding.pages()), (left * FOLIO_SIZE, left));
+        assert_kept(&holding, pages(0, left));
+        assert_settled(&pool, &holding);
+    }
+}
+
+#[test]
+fn a_release_given_up_has_released_some_pages_and_no_other() {
+    for pieces in 0.. {
+        let pool = pool();
+        let mut holding = file(&pool, PAGES);
+        let mut change = holding.begin_release(&pool, pages(1, PAGES)).unwrap();
+        if !advance(&mut change, &mut holding, pieces) {
+            assert_eq!((holding.size(), holding.pages()), (PAGES * FOLIO_SIZE, 1));
+            assert_settled(&pool, &holding);
+            return;
+        }
+        assert_sound(&pool, &holding);
+        give_up(change, &mut holding);
+        let left = PAGES - (pieces * PIECE_PAGES).min(PAGES - 1);
+        assert_eq!((holding.size(), holding.pages()), (PAGES * FOLIO_SIZE, left));
+        assert_kept(&holding, pages(0, left));
+        assert_settled(&pool, &holding);
+        let holding = after_death(&pool, holding);
+        assert_eq!(holding.pages(), left, "what is noted is what was released");
+        assert_settled(&pool, &holding);
+    }
+}
+
+// ---- a death between two pieces -------------------------------------------------------------------------------------
+
+#[test]
+fn a_death_after_any_piece_of_a_growth_undoes_it() {
+    let pieces = 3; // of memory; that of the page that was released counts as one
+    for done in 0..=pieces {
+        let pool = pool();
+        let mut holding = file(&pool, 4);
+        release(&pool, &mut holding, pages(3, 4)).unwrap();
+        let mut growth = holding.begin_growth(&pool, pages(3, 4), PAGES * FOLIO_SIZE).unwrap();
+        assert!(advance(&mut growth, &mut holding, done));
+        let holding = after_death_in(&pool, holding, growth);
+        assert_eq!(holding.size(), 4 * FOLIO_SIZE);
+        assert_kept(&holding, pages(0, 3));
+        assert_settled(&pool, &holding);
+    }
+}
+
+#[test]
+fn a_death_while_a_growth_is_undone_undoes_it() {
+    for undone in 0..3 {
+        let pool = pool();
+        let mut holding = file(&pool, 4);
+        let mut growth = holding.begin_growth(&pool, Range::new(0, 0), PAGES * FOLIO_SIZE).unwrap();
+        assert!(advance(&mut growth, &mut holding, 2));
+        growth.give_up(Error::Interrupted);
+        assert!(advance(&mut growth, &mut holding, undone));
+        let holding = after_death_in(&pool, holding, growth);
+        assert_eq!((holding.size(), holding.pages()), (4 * FOLIO_SIZE, 4));
+        assert_kept(&holding, pages(0, 4));
+        assert_settled(&pool, &holding);
+    }
+}
+
+#[test]
+fn a_death_after_any_piece_of_a_shrinking_leaves_it_shorter() {
+    for done in 0..=3 {
+        let pool = pool();
+        let mut holding = file(&pool, PAGES);
+        let mut shrinking = holding.begin_shrinking(&pool, 2 * FOLIO_SIZE).unwrap();
+        advance(&mut shrinking, &mut holding, done);
+        let size = holding.size();
+        let holding = after_death_in(&pool, holding, shrinking);
+        assert_eq!(holding.size(), size);
+        assert_kept(&holding, Range::new(0, size));
+        assert_sound(&pool, &holding);
+    }
+}
+
+#[test]
+fn a_death_after_any_piece_of_a_release_leaves_every_page_whole_or_released() {
+    for done in 0..=3 {
+        let pool = pool();
+        let mut holding = file(&pool, PAGES);
+        let mut change = holding.begin_release(&pool, pages(1, PAGES)).unwrap();
+        advance(&mut change, &mut holding, done);
+        let left = holding.pages();
+        let holding = after_death_in(&pool, holding, change);
+        assert_eq!(holding.pages(), left);
+        assert_kept(&holding, pages(0, left));
+        assert_settled(&pool, &holding);
+    }
+}
+
+#[test]
+fn a_page_of_which_a_part_was_moved_is_whole_after_a_death() {
+    const GIB: u64 = PageSize::Gigantic.bytes();
+    let pool = Pool::fill(PageSize::Gigantic, 1, |_| Ok(())).expect("root takes 1 GiB");
+    let mut holding = Holding::create(PageSize::Gigantic).unwrap();
+    let growth = holding.begin_growth(&pool, Range::new(0, 0), GIB - 5000).unwrap();
+    holding.complete(growth).unwrap();
+    let mut change = holding.begin_release(&pool, Range::new(0, GIB)).unwrap();
+    assert!(advance(&mut change, &mut holding, 3));
+    assert_sound(&pool, &holding);
+    assert_eq!(holding.pages(), 1, "a page is the file's until it has no memory");
+    let mount = holding.sealed.mount().unwrap();
+    drop(holding);
+    let sealed = Sealed::open(Reach::Programs, mount).unwrap();
+    let mut holding = Holding::open(PageSize::Gigantic, sealed).unwrap();
+    pool.forget_account();
+    pool.adopt(holding.pages(), holding.sealed.folio_count() * FOLIO_SIZE).unwrap();
+    let settling = holding.begin_settling(&pool);
+    holding.complete(settling).unwrap();
+    assert_eq!((holding.pages(), holding.sealed.folio_count()), (1, GIB / FOLIO_SIZE));
+    assert_sound(&pool, &holding);
+    // Given up in the middle of the page, a release ends with the page.
+    let mut change = holding.begin_release(&pool, Range::new(0, GIB)).unwrap();
+    assert!(advance(&mut change, &mut holding, 3));
+    give_up(change, &mut holding);
+    assert_eq!((holding.pages(), holding.sealed.folio_count()), (0, 0));
+    assert_sound(&pool, &holding);
+}
+
+// ---- what cannot be undone ------------------------------------------------------------------------------------------
+
+/// A growth of which memory has moved, and which could not be undone.
+fn stuck_growth(pool: &Pool) -> Holding {
+    let mut holding = file(pool, 4);
+    release(pool, &mut holding, pages(1, 2)).unwrap();
+    let mut growth = holding.begin_growth(pool, pages(1, 2), PAGES * FOLIO_SIZE).unwrap();
+    assert!(advance(&mut growth, &mut holding, 2));
+    let Change(Kind::Growth(mut growth)) = growth else { panic!("it grows") };
+    growth.leave_unsettled(&mut holding, &Error::NoMemory);
+    holding.under_way = false;
+    holding
+}
+
+#[test]
+fn memory_that_is_stuck_in_a_file_is_promised_to_nobody() {
+    let pool = pool();
+    let mut holding = stuck_growth(&pool);
+    assert_eq!(holding.size(), 4 * FOLIO_SIZE);
+    assert_sound(&pool, &holding);
+    let mut other = Holding::create(SIZE).unwrap();
+    grow(&pool, &mut other, pool.balance().free).unwrap();
+    let shrinking = other.begin_shrinking(&pool, 0).unwrap();
+    other.complete(shrinking).unwrap();
+    // The next change settles it first.
+    grow(&pool, &mut holding, 5).unwrap();
+    assert_eq!(holding.size(), 5 * FOLIO_SIZE);
+    assert_kept(&holding, pages(2, 4));
+    assert_settled(&pool, &holding);
+}
+
+#[test]
+fn memory_that_is_stuck_in_a_file_comes_back_when_the_file_goes() {
+    let pool = pool();
+    let mut holding = stuck_growth(&pool);
+    let shrinking = holding.begin_shrinking(&pool, 0).unwrap();
+    holding.complete(shrinking).unwrap();
+    assert_eq!(pool.balance().free, POOL);
+    assert_settled(&pool, &holding);
+}
+
+#[test]
+fn memory_that_is_stuck_in_a_file_is_settled_after_a_death() {
+    let pool = pool();
+    let holding = after_death(&pool, stuck_growth(&pool));
+    assert_eq!(holding.size(), 4 * FOLIO_SIZE);
+    assert_kept(&holding, pages(2, 4));
+    assert_settled(&pool, &holding);
+}
