@@ -76,6 +76,8 @@ pub mod error;
 
 pub mod steps;
 
+pub mod faults;
+
 pub mod options;
 
 pub mod sys;

@@ -1,5 +1,6 @@
 //! Puts huge mappings back after repairs.
 
+use crate::faults;
 use crate::fs::Repaired;
 use crossbeam::channel::{Receiver, Sender, unbounded};
 use std::io;
@@ -20,6 +21,7 @@ pub fn start() -> io::Result<(Sender<Repaired>, Agent)> {
 
 /// A folio that cannot be put together now (somebody holds a page of it) stays in small pages until its owner asks.
 fn run(repaired: &Receiver<Repaired>) {
+    faults::exempt();
     for (object, range) in repaired {
         for folio in range.folios() {
             if let Err(error) = object.collapse_folio(folio) {

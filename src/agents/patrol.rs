@@ -1,5 +1,6 @@
 //! Finds memory errors that nobody has touched yet.
 
+use crate::faults;
 use crate::fs::Fs;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use std::io;
@@ -27,6 +28,7 @@ pub fn start(fs: Arc<Fs>) -> io::Result<Patrol> {
 }
 
 fn run(fs: &Fs, stopped: &Receiver<()>) {
+    faults::exempt();
     while stopped.recv_timeout(PERIOD) == Err(RecvTimeoutError::Timeout) {
         fs.look_for_poison();
         fs.look_for_poison_in_free_memory();

@@ -2,6 +2,8 @@
 
 use super::{Fs, Object, Ticket};
 use crate::error::{Error, Result};
+#[cfg(debug_assertions)]
+use crate::faults;
 use crate::index::Kind;
 use crate::options::Size;
 use crate::sealed::STRAYS_SHUT;
@@ -47,6 +49,9 @@ enum Protocol {
     /// Only for tests: what to die after.
     #[cfg(debug_assertions)]
     Die,
+    /// Only for tests: which system call is to fail, and what has come of it.
+    #[cfg(debug_assertions)]
+    Fail,
 }
 
 /// Whose attribute it is.
@@ -68,6 +73,8 @@ const TABLE: &[(&str, Protocol, On)] = &[
     ("trusted.hugetlb2.check", Protocol::Check, On::Root),
     #[cfg(debug_assertions)]
     ("trusted.hugetlb2.die", Protocol::Die, On::Root),
+    #[cfg(debug_assertions)]
+    ("trusted.hugetlb2.fail", Protocol::Fail, On::Root),
 ];
 
 /// Names under these belong to the protocol, whether it uses them or not.
@@ -95,6 +102,16 @@ fn arm(value: &[u8]) -> Result<()> {
     });
     let (nth, step) = armed.ok_or_else(|| Error::invalid("expected a number and the name of a step"))?;
     crate::steps::arm(step, nth);
+    Ok(())
+}
+
+/// `<n> ENOMEM` or the like: the n-th system call from now on that can answer that answers it.
+#[cfg(debug_assertions)]
+fn arm_failure(value: &[u8]) -> Result<()> {
+    let text = std::str::from_utf8(value).unwrap_or_default();
+    let armed = text.split_once(' ').and_then(|(nth, name)| Some((nth.parse().ok()?, faults::named(name)?)));
+    let (nth, errno) = armed.ok_or_else(|| Error::invalid("expected a number and the name of an error"))?;
+    faults::arm(nth, errno);
     Ok(())
 }
 
@@ -126,6 +143,8 @@ impl Fs {
             Protocol::Check => Ok(self.check()?.iter().fold(String::new(), |text, what| text + what + "\n")),
             #[cfg(debug_assertions)]
             Protocol::Die => Ok(Step::ALL.iter().fold(String::new(), |text, step| text + step.name() + "\n")),
+            #[cfg(debug_assertions)]
+            Protocol::Fail => Ok(faults::report()),
             _ => Err(Error::NoData),
         }
     }
@@ -212,6 +231,8 @@ impl Fs {
             Some((Protocol::Size, On::Root)) if node == NodeId::ROOT => self.resize(value),
             #[cfg(debug_assertions)]
             Some((Protocol::Die, On::Root)) if node == NodeId::ROOT => arm(value),
+            #[cfg(debug_assertions)]
+            Some((Protocol::Fail, On::Root)) if node == NodeId::ROOT => arm_failure(value),
             _ => Err(Error::Unsupported),
         };
         result.inspect_err(|error| {

@@ -26,7 +26,7 @@ use crate::index::{Attributes, DirEntry, Index, Kind, Time};
 use crate::options::{Io, Options};
 use crate::pool::{Holding, Pool};
 use crate::steps::{self, Step};
-use crate::sys::{memory_failures, memory_nodes, tmpfs};
+use crate::sys::{calls, memory_failures, memory_nodes, tmpfs};
 use crate::units::{FOLIO_SIZE, Folio, NodeId, Range};
 use crossbeam::channel::Sender;
 use native::Closings;
@@ -579,16 +579,16 @@ fn object_path(node: NodeId) -> CString {
 
 fn attach(node: NodeId, holding: &mut Holding) -> Result<()> {
     let path = object_path(node);
-    rustix::fs::mkdir(&*path, rustix::fs::Mode::from_raw_mode(0o700))?;
+    calls::mkdir(&*path, rustix::fs::Mode::from_raw_mode(0o700))?;
     steps::done(Step::CreatePlace);
     holding.sealed_mut().attach(path_text(&path)).inspect_err(|_| {
-        let _ = rustix::fs::rmdir(&*path);
+        let _ = calls::rmdir(&*path);
     })
 }
 
 fn detach(node: NodeId) {
     let path = object_path(node);
-    let detached = tmpfs::detach(path_text(&path)).and_then(|()| Ok(rustix::fs::rmdir(&*path)?));
+    let detached = tmpfs::detach(path_text(&path)).and_then(|()| Ok(calls::rmdir(&*path)?));
     if let Err(error) = detached {
         log::error!("file {node}: its superblock stays mounted: {error}");
     }

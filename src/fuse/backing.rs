@@ -19,6 +19,7 @@
 //!   any other is issued: the kernel answers ENOENT.
 
 use crate::error::{Error, Result};
+use crate::faults::{Want, attempt};
 use crate::fs::{Fs, Object};
 use crate::steps::{self, Step};
 use crate::sys;
@@ -49,6 +50,7 @@ impl Issuer {
         if let Some(number) = object.backing()? {
             return Ok(number);
         }
+        attempt(Want::Memory)?;
         let number = BackingId::create_raw(device, object.data())?;
         steps::done(Step::BackingIssued);
         if let Err(error) = object.keep_backing(number) {

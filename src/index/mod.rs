@@ -25,7 +25,7 @@ use crate::error::{Error, Result};
 use crate::steps::{self, Step};
 use crate::sys::handle;
 use crate::sys::identity::{Caller, Member, acting_as};
-use crate::sys::{fd_path, tmpfs};
+use crate::sys::{calls, fd_path, tmpfs};
 use crate::units::NodeId;
 use rustix::fs::{
     AtFlags, CWD, FileType, Gid, Mode, OFlags, RenameFlags, SeekFrom, Statx, StatxFlags, Timestamps, Uid,
@@ -171,7 +171,7 @@ impl Index {
         let mount = tmpfs::create(&tmpfs::Options { inode32: true, ..Default::default() })?;
         tmpfs::attach(&mount, MOUNT_POINT)?;
         for name in [TREE, ORPHANS, WITNESSES] {
-            rustix::fs::mkdirat(&mount, name, Mode::from_raw_mode(0o700))?;
+            calls::mkdirat(&mount, name, Mode::from_raw_mode(0o700))?;
         }
         let index = Self::of(mount)?;
         rustix::fs::fchown(&index.tree, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
@@ -186,7 +186,7 @@ impl Index {
     pub fn reopen() -> Result<Self> {
         let index = Self::of(open_directory_at(CWD, MOUNT_POINT)?)?;
         for id in index.listed_orphans()? {
-            let stat = rustix::fs::statx(
+            let stat = calls::statx(
                 &index.orphans,
                 orphan_name(id),
                 AtFlags::SYMLINK_NOFOLLOW,
@@ -194,7 +194,7 @@ impl Index {
             )?;
             let attributes = from_statx(id, &stat);
             if attributes.kind != Kind::Directory && attributes.links > 1 {
-                rustix::fs::unlinkat(&index.orphans, orphan_name(id), AtFlags::empty())?;
+                calls::unlinkat(&index.orphans, orphan_name(id), AtFlags::empty())?;
             } else {
                 index.orphaned().insert(id);
             }
@@ -212,7 +212,7 @@ impl Index {
 
     fn listed_orphans(&self) -> Result<Vec<NodeId>> {
         let mut orphans = Vec::new();
-        for entry in rustix::fs::Dir::read_from(&self.orphans)? {
+        for entry in calls::read_dir(&self.orphans)? {
             let name = entry?.file_name().to_owned();
             orphans.extend(name.to_str().ok().and_then(NodeId::parse));
         }
@@ -230,7 +230,7 @@ impl Index {
 
     fn open(&self, node: NodeId, flags: OFlags) -> Result<OwnedFd> {
         match node {
-            NodeId::ROOT => Ok(rustix::fs::openat(&self.tree, ".", flags | OFlags::CLOEXEC, Mode::empty())?),
+            NodeId::ROOT => Ok(calls::openat(&self.tree, ".", flags | OFlags::CLOEXEC, Mode::empty())?),
             _ => handle::open(&self.tree, node, flags.bits() as i32),
         }
     }
@@ -242,6 +242,15 @@ impl Index {
 
     fn id_of(&self, parent: &OwnedFd, name: &CStr) -> Result<NodeId> {
         handle::of(parent, name)
+    }
+
+    /// The same; none where there is no such name. A look-up that fails for another reason says nothing about that.
+    fn id_if_there(&self, parent: &OwnedFd, name: &CStr) -> Result<Option<NodeId>> {
+        match self.id_of(parent, name) {
+            Ok(id) => Ok(Some(id)),
+            Err(Error::Os(Errno::NOENT)) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// The id that users know an inode by.
@@ -297,7 +306,7 @@ impl Index {
     }
 
     fn attributes_of(&self, fd: &OwnedFd, node: NodeId) -> Result<Attributes> {
-        let stat = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)?;
+        let stat = calls::statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)?;
         let mut attributes = from_statx(node, &stat);
         if attributes.links == 0 {
             return Err(Error::Os(Errno::STALE)); // erased, and here only until another request has closed it
@@ -317,21 +326,21 @@ impl Index {
         let name = c_name(name)?;
         acting_as(caller, || {
             match new {
-                New::Node(mode, device) => rustix::fs::mknodat(
+                New::Node(mode, device) => calls::mknodat(
                     &directory,
                     &*name,
                     FileType::from_raw_mode(mode),
                     Mode::from_raw_mode(mode),
                     device,
                 )?,
-                New::Directory(mode) => rustix::fs::mkdirat(&directory, &*name, Mode::from_raw_mode(mode))?,
-                New::Symlink(target) => rustix::fs::symlinkat(target, &directory, &*name)?,
+                New::Directory(mode) => calls::mkdirat(&directory, &*name, Mode::from_raw_mode(mode))?,
+                New::Symlink(target) => calls::symlinkat(target, &directory, &*name)?,
             }
             Ok(())
         })?;
         self.look_up_in(&directory, &name).inspect_err(|_| {
             let kind = if let New::Directory(_) = new { AtFlags::REMOVEDIR } else { AtFlags::empty() };
-            let _ = rustix::fs::unlinkat(&directory, &*name, kind); // what fails leaves nothing behind
+            let _ = calls::unlinkat(&directory, &*name, kind); // what fails leaves nothing behind
         })
     }
 
@@ -346,8 +355,11 @@ impl Index {
         if self.is_orphan(node) {
             return Err(Error::Os(Errno::NOENT)); // as link(2) answers for an open file without a name
         }
-        rustix::fs::linkat(self.path(node)?, c"", &directory, &*name, AtFlags::EMPTY_PATH)?;
-        self.look_up_in(&directory, &name)
+        let linked = self.path(node)?;
+        calls::linkat(&linked, c"", &directory, &*name, AtFlags::EMPTY_PATH)?;
+        self.attributes_of(&linked, node).inspect_err(|_| {
+            let _ = rustix::fs::unlinkat(&directory, &*name, AtFlags::empty()); // what fails leaves nothing behind
+        })
     }
 
     fn unlinking(&self) -> MutexGuard<'_, ()> {
@@ -367,7 +379,7 @@ impl Index {
         match orphan {
             Some(id) => self.move_away(&directory, &name, id)?,
             None => {
-                rustix::fs::unlinkat(&directory, &*name, AtFlags::empty())?;
+                calls::unlinkat(&directory, &*name, AtFlags::empty())?;
                 steps::done(Step::UnlinkRemoved);
             }
         }
@@ -382,7 +394,7 @@ impl Index {
 
     /// Makes an orphan of `id`, whose last name this is.
     fn move_away(&self, directory: &OwnedFd, name: &CStr, id: NodeId) -> Result<()> {
-        rustix::fs::renameat(directory, name, &self.orphans, orphan_name(id))?;
+        calls::renameat(directory, name, &self.orphans, orphan_name(id))?;
         steps::done(Step::UnlinkRemoved);
         self.orphaned().insert(id);
         Ok(())
@@ -421,8 +433,8 @@ impl Index {
         let (source, target) = (self.path(from.0)?, self.path(to.0)?);
         let (old, new) = (c_name(from.1)?, c_name(to.1)?);
         let _unlinking = self.unlinking();
-        let replaced = match self.id_of(&target, &new) {
-            Ok(id) if flags.is_empty() && id != self.id_of(&source, &old)? => Some(id),
+        let replaced = match self.id_if_there(&target, &new)? {
+            Some(id) if flags.is_empty() && id != self.id_of(&source, &old)? => Some(id),
             _ => None,
         };
         let kind = replaced.map(|id| from_statx_of(&self.path(id)?)).transpose()?.map(|found| found.kind);
@@ -430,7 +442,7 @@ impl Index {
             return self.rename_over_directory((&source, &old), (&target, &new));
         }
         let orphan = if replaced.is_some() { self.orphan_if_last(&target, &new)? } else { None };
-        let renamed = rustix::fs::renameat_with(&source, &*old, &target, &*new, flags);
+        let renamed = calls::renameat_with(&source, &*old, &target, &*new, flags);
         steps::done(Step::UnlinkRemoved);
         self.settle(orphan, renamed)
     }
@@ -446,14 +458,8 @@ impl Index {
             return Err(Error::Os(Errno::ISDIR));
         }
         let moved = self.move_directory_away(target, new)?;
-        if let Err(errno) = rustix::fs::renameat_with(source, old, target, new, RenameFlags::NOREPLACE) {
-            rustix::fs::renameat_with(
-                &self.orphans,
-                orphan_name(moved),
-                target,
-                new,
-                RenameFlags::NOREPLACE,
-            )?;
+        if let Err(errno) = calls::renameat_with(source, old, target, new, RenameFlags::NOREPLACE) {
+            calls::renameat_with(&self.orphans, orphan_name(moved), target, new, RenameFlags::NOREPLACE)?;
             self.orphaned().remove(&moved);
             return Err(errno.into());
         }
@@ -467,7 +473,7 @@ impl Index {
         if !self.is_last_name(&node)? {
             return Ok(None);
         }
-        rustix::fs::linkat(&node, c"", &self.orphans, orphan_name(id), AtFlags::EMPTY_PATH)?;
+        calls::linkat(&node, c"", &self.orphans, orphan_name(id), AtFlags::EMPTY_PATH)?;
         steps::done(Step::UnlinkOrphaned);
         Ok(Some(id))
     }
@@ -479,7 +485,7 @@ impl Index {
                 self.orphaned().insert(id);
             }
             (Err(_), Some(id)) => {
-                rustix::fs::unlinkat(&self.orphans, orphan_name(id), AtFlags::empty())?;
+                calls::unlinkat(&self.orphans, orphan_name(id), AtFlags::empty())?;
             }
             (_, None) => {}
         }
@@ -498,8 +504,8 @@ impl Index {
     /// What unlinkat(2) answers.
     pub fn erase(&self, node: NodeId) -> Result<()> {
         let name = orphan_name(node);
-        let erased = match rustix::fs::unlinkat(&self.orphans, &name, AtFlags::empty()) {
-            Err(Errno::ISDIR) => rustix::fs::unlinkat(&self.orphans, &name, AtFlags::REMOVEDIR),
+        let erased = match calls::unlinkat(&self.orphans, &name, AtFlags::empty()) {
+            Err(Errno::ISDIR) => calls::unlinkat(&self.orphans, &name, AtFlags::REMOVEDIR),
             other => other,
         };
         self.orphaned().remove(&node);
@@ -515,7 +521,7 @@ impl Index {
     /// What setxattr(2) answers.
     pub fn keep(&self, name: &str, number: Option<u64>) -> Result<()> {
         let text = number.map(|number| number.to_string()).unwrap_or_default();
-        Ok(rustix::fs::fsetxattr(&self.orphans, kept(name), text.as_bytes(), XattrFlags::empty())?)
+        Ok(calls::fsetxattr(&self.orphans, kept(name), text.as_bytes(), XattrFlags::empty())?)
     }
 
     /// The number that was kept.
@@ -524,7 +530,7 @@ impl Index {
     /// What getxattr(2) answers.
     pub fn kept(&self, name: &str) -> Result<Option<u64>> {
         let mut text = [0; 20]; // digits of 2^64
-        let length = rustix::fs::fgetxattr(&self.orphans, kept(name), &mut text[..])?;
+        let length = calls::fgetxattr(&self.orphans, kept(name), &mut text[..])?;
         Ok(std::str::from_utf8(&text[..length]).ok().and_then(|text| text.parse().ok()))
     }
 
@@ -540,10 +546,10 @@ impl Index {
     /// What symlinkat(2) answers.
     pub fn witness(&self, request: u64, found: &str) -> Result<Option<String>> {
         let name = request.to_string();
-        match rustix::fs::symlinkat(found, &self.witnesses, &name) {
+        match calls::symlinkat(found, &self.witnesses, &name) {
             Ok(()) => Ok(None),
             Err(Errno::EXIST) => {
-                let noted = rustix::fs::readlinkat(&self.witnesses, &name, Vec::new())?;
+                let noted = calls::readlinkat(&self.witnesses, &name, Vec::new())?;
                 Ok(Some(noted.to_string_lossy().into_owned()))
             }
             Err(errno) => Err(errno.into()),
@@ -552,7 +558,8 @@ impl Index {
 
     /// Forgets the note, when the request has been answered.
     pub fn dismiss(&self, request: u64) {
-        // One that stays is a few bytes, and never looked at again.
+        // A note that stays is a few bytes that no request looks at again. The kernel has its answer already, so no
+        // test can tell when this is done, and none counts it.
         let _ = rustix::fs::unlinkat(&self.witnesses, request.to_string(), AtFlags::empty());
     }
 
@@ -561,7 +568,7 @@ impl Index {
     /// # Errors
     /// EINVAL for anything else.
     pub fn read_link(&self, node: NodeId) -> Result<CString> {
-        Ok(rustix::fs::readlinkat(self.path(node)?, c"", Vec::new())?)
+        Ok(calls::readlinkat(self.path(node)?, c"", Vec::new())?)
     }
 
     /// chmod(2).
@@ -570,7 +577,7 @@ impl Index {
     /// What fchmodat(2) answers.
     pub fn set_mode(&self, node: NodeId, mode: u32) -> Result<()> {
         let fd = self.path(node)?;
-        Ok(rustix::fs::chmodat(CWD, fd_path(fd.as_fd()), Mode::from_raw_mode(mode), AtFlags::empty())?)
+        Ok(calls::chmodat(CWD, fd_path(fd.as_fd()), Mode::from_raw_mode(mode), AtFlags::empty())?)
     }
 
     /// chown(2); the kernel clears set-id bits as it does everywhere.
@@ -580,7 +587,7 @@ impl Index {
     pub fn set_owner(&self, node: NodeId, uid: Option<u32>, gid: Option<u32>) -> Result<()> {
         let fd = self.path(node)?;
         let (uid, gid) = (uid.map(Uid::from_raw), gid.map(Gid::from_raw));
-        Ok(rustix::fs::chownat(&fd, c"", uid, gid, AtFlags::EMPTY_PATH)?)
+        Ok(calls::chownat(&fd, c"", uid, gid, AtFlags::EMPTY_PATH)?)
     }
 
     /// utimens(2).
@@ -605,7 +612,7 @@ impl Index {
             let group = if mode & 0o010 != 0 { SET_GROUP_ID } else { 0 };
             change_mode(&fd, mode, mode & !(SET_USER_ID | group))?;
         }
-        match rustix::fs::removexattr(fd_path(fd.as_fd()), CAPABILITIES) {
+        match calls::removexattr(fd_path(fd.as_fd()), CAPABILITIES) {
             Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => {}
             Err(errno) => return Err(errno.into()),
         }
@@ -619,7 +626,7 @@ impl Index {
     pub fn attribute(&self, node: NodeId, name: &OsStr) -> Result<Vec<u8>> {
         let fd = self.path(node)?;
         let mut value = vec![0; 64 << 10]; // XATTR_SIZE_MAX
-        let length = rustix::fs::getxattr(fd_path(fd.as_fd()), name, &mut value[..])?;
+        let length = calls::getxattr(fd_path(fd.as_fd()), name, &mut value[..])?;
         value.truncate(length);
         Ok(value)
     }
@@ -637,7 +644,7 @@ impl Index {
     ) -> Result<()> {
         let fd = self.path(node)?;
         let flags = XattrFlags::from_bits_retain(flags as u32);
-        rustix::fs::setxattr(fd_path(fd.as_fd()), name, value, flags)?;
+        calls::setxattr(fd_path(fd.as_fd()), name, value, flags)?;
         if name == ACCESS_ACL { drop_undue_set_group_id(&fd, by) } else { Ok(()) }
     }
 
@@ -647,7 +654,7 @@ impl Index {
     /// What removexattr(2) answers.
     pub fn remove_attribute(&self, node: NodeId, name: &OsStr) -> Result<()> {
         let fd = self.path(node)?;
-        Ok(rustix::fs::removexattr(fd_path(fd.as_fd()), name)?)
+        Ok(calls::removexattr(fd_path(fd.as_fd()), name)?)
     }
 
     /// The names of the inode's extended attributes, each with a NUL behind it.
@@ -657,7 +664,7 @@ impl Index {
     pub fn attribute_names(&self, node: NodeId) -> Result<Vec<u8>> {
         let fd = self.path(node)?;
         let mut names = vec![0; 64 << 10]; // XATTR_LIST_MAX
-        let length = rustix::fs::listxattr(fd_path(fd.as_fd()), &mut names[..])?;
+        let length = calls::listxattr(fd_path(fd.as_fd()), &mut names[..])?;
         names.truncate(length);
         Ok(names)
     }
@@ -719,7 +726,7 @@ impl Index {
     /// # Errors
     /// What fstatfs(2) answers.
     pub fn inodes(&self) -> Result<(u64, u64)> {
-        let stat = rustix::fs::fstatfs(&self.mount)?;
+        let stat = calls::fstatfs(&self.mount)?;
         Ok((stat.f_files, stat.f_ffree))
     }
 
@@ -746,14 +753,14 @@ fn is_below_root(fd: &OwnedFd) -> Result<bool> {
 
 fn set_times_of(fd: &OwnedFd, accessed: Time, modified: Time) -> Result<()> {
     let times = Timestamps { last_access: to_timespec(accessed), last_modification: to_timespec(modified) };
-    Ok(rustix::fs::utimensat(fd, c"", &times, AtFlags::EMPTY_PATH)?)
+    Ok(calls::utimensat(fd, c"", &times, AtFlags::EMPTY_PATH)?)
 }
 
 fn change_mode(fd: &OwnedFd, before: u32, mode: u32) -> Result<()> {
     if mode == before {
         return Ok(());
     }
-    Ok(rustix::fs::chmodat(CWD, fd_path(fd.as_fd()), Mode::from_raw_mode(mode), AtFlags::empty())?)
+    Ok(calls::chmodat(CWD, fd_path(fd.as_fd()), Mode::from_raw_mode(mode), AtFlags::empty())?)
 }
 
 /// To set the access ACL is a chmod(2), which drops set-group-id at the hands of somebody outside the group. The kernel left it
@@ -766,11 +773,11 @@ fn drop_undue_set_group_id(fd: &OwnedFd, by: Member) -> Result<()> {
 
 fn open_directory_at(parent: impl AsFd, name: &str) -> Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    Ok(rustix::fs::openat(parent, name, flags, Mode::empty())?)
+    Ok(calls::openat(parent, name, flags, Mode::empty())?)
 }
 
 fn refuse_non_empty(directory: &OwnedFd) -> Result<()> {
-    for entry in rustix::fs::Dir::read_from(directory)? {
+    for entry in calls::read_dir(directory)? {
         if !matches!(entry?.file_name().to_bytes(), b"." | b"..") {
             return Err(Error::Os(Errno::NOTEMPTY));
         }
@@ -792,7 +799,7 @@ fn c_name(name: &OsStr) -> Result<CString> {
 
 fn from_statx_of(fd: &OwnedFd) -> Result<Attributes> {
     debug_assert!(fd.as_raw_fd() >= 0);
-    let stat = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)?;
+    let stat = calls::statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)?;
     Ok(from_statx(NodeId::ROOT, &stat))
 }
 

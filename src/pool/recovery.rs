@@ -3,6 +3,7 @@
 use super::{Account, Pool, Reserve};
 use crate::error::{Error, Result};
 use crate::sealed::{Reach, Sealed};
+use crate::sys::calls;
 use crate::units::{FOLIO_SIZE, PageSize};
 use rustix::fs::{CWD, Mode, OFlags, XattrFlags};
 use std::sync::{Condvar, Mutex};
@@ -23,7 +24,7 @@ impl Pool {
         self.outlives_us = true;
         for reserve in &self.reserves {
             let path = reserve.path();
-            rustix::fs::mkdir(&path, Mode::from_raw_mode(0o700))?;
+            calls::mkdir(&path, Mode::from_raw_mode(0o700))?;
             reserve.lock().attach(&path)?;
         }
         note(HUGE_AT_MOUNT, self.huge_at_mount)?;
@@ -92,18 +93,18 @@ impl Reserve {
 
     fn open(node: u32) -> Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let mount = rustix::fs::openat(CWD, format!("{RESERVES}/{node}"), flags, Mode::empty())?;
+        let mount = calls::openat(CWD, format!("{RESERVES}/{node}"), flags, Mode::empty())?;
         Ok(Self { node, sealed: Mutex::new(Sealed::open(Reach::Private, mount)?) })
     }
 }
 
 fn note(name: &str, value: u64) -> Result<()> {
-    Ok(rustix::fs::setxattr(RESERVES, name, value.to_string().as_bytes(), XattrFlags::empty())?)
+    Ok(calls::setxattr(RESERVES, name, value.to_string().as_bytes(), XattrFlags::empty())?)
 }
 
 fn noted(name: &str) -> Result<u64> {
     let mut text = [0; 20]; // digits of 2^64
-    let length = rustix::fs::getxattr(RESERVES, name, &mut text[..])?;
+    let length = calls::getxattr(RESERVES, name, &mut text[..])?;
     let number = std::str::from_utf8(&text[..length]).ok().and_then(|text| text.parse().ok());
     number.ok_or_else(|| Error::Corrupt(format!("{RESERVES}: {name}")))
 }

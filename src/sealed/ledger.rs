@@ -19,7 +19,7 @@
 
 use crate::error::{Error, Result};
 use crate::steps::{self, Step};
-use crate::sys::{handle, tmpfs};
+use crate::sys::{calls, handle, tmpfs};
 use crate::units::{NodeId, Range, SUBPAGE_SIZE, Subpage};
 use rustix::fs::XattrFlags;
 use rustix::io::Errno;
@@ -162,7 +162,7 @@ impl Notes {
         const ROOM: [usize; 2] = [256, 64 << 10]; // hardly any is longer; none is longer than XATTR_SIZE_MAX
         for room in ROOM {
             let mut value = vec![0; room];
-            match rustix::fs::fgetxattr(&self.file()?, kept_attribute(name), &mut value[..]) {
+            match calls::fgetxattr(&self.file()?, kept_attribute(name), &mut value[..]) {
                 Ok(length) => {
                     value.truncate(length);
                     return Ok(Some(value));
@@ -180,7 +180,7 @@ impl Notes {
     /// # Errors
     /// What setxattr(2) answers.
     pub fn keep(&self, name: &str, value: &[u8]) -> Result<()> {
-        Ok(rustix::fs::fsetxattr(&self.file()?, kept_attribute(name), value, XattrFlags::empty())?)
+        Ok(calls::fsetxattr(&self.file()?, kept_attribute(name), value, XattrFlags::empty())?)
     }
 
     /// Removes what was kept under `name`.
@@ -188,7 +188,7 @@ impl Notes {
     /// # Errors
     /// What removexattr(2) answers.
     pub fn discard(&self, name: &str) -> Result<()> {
-        Ok(rustix::fs::fremovexattr(&self.file()?, kept_attribute(name))?)
+        Ok(calls::fremovexattr(&self.file()?, kept_attribute(name))?)
     }
 }
 
@@ -259,7 +259,7 @@ impl Ledger {
 
     fn write_superblock(&self) -> Result<()> {
         let bytes = self.superblock.encode();
-        Ok(rustix::fs::fsetxattr(&self.notes.file()?, SUPERBLOCK, &bytes, XattrFlags::empty())?)
+        Ok(calls::fsetxattr(&self.notes.file()?, SUPERBLOCK, &bytes, XattrFlags::empty())?)
     }
 
     /// The memory errors that the kernel keeps in the file, and when they were found.
@@ -309,12 +309,7 @@ impl Ledger {
         let record = Record { slot, time, checksum };
         self.begin_move(record, Direction::In, rescued.unwrap_or(&[0; SUBPAGE_SIZE as usize]))?;
         steps::done(Step::QuarantineKept);
-        rustix::fs::fsetxattr(
-            &self.notes.file()?,
-            attribute(slot),
-            &record.encode(subpage),
-            XattrFlags::empty(),
-        )?;
+        calls::fsetxattr(&self.notes.file()?, attribute(slot), &record.encode(subpage), XattrFlags::empty())?;
         self.slots.insert(subpage);
         self.records.insert(subpage, record);
         Ok(record)
@@ -337,7 +332,7 @@ impl Ledger {
         value[0] = direction as u8;
         value[1..].copy_from_slice(bytes);
         let name = moving_attribute(record.slot);
-        Ok(rustix::fs::fsetxattr(&self.notes.file()?, name, &value, XattrFlags::empty())?)
+        Ok(calls::fsetxattr(&self.notes.file()?, name, &value, XattrFlags::empty())?)
     }
 
     /// They have arrived.
@@ -348,7 +343,7 @@ impl Ledger {
     /// The bytes that a daemon which died had on the move, and which way.
     pub fn moving(&self, record: Record) -> Result<Option<(Direction, Bytes)>> {
         let mut value = [0; MOVING_BYTES];
-        match rustix::fs::fgetxattr(&self.notes.file()?, moving_attribute(record.slot), &mut value[..]) {
+        match calls::fgetxattr(&self.notes.file()?, moving_attribute(record.slot), &mut value[..]) {
             Err(Errno::NODATA) => return Ok(None),
             other => other?,
         };
@@ -428,13 +423,13 @@ pub fn check_version(directory: &Path) -> Result<()> {
 
 fn read_superblock(file: &File) -> Result<Superblock> {
     let mut bytes = [0; SUPERBLOCK_BYTES];
-    rustix::fs::fgetxattr(file, SUPERBLOCK, &mut bytes[..])?;
+    calls::fgetxattr(file, SUPERBLOCK, &mut bytes[..])?;
     Superblock::decode(&bytes)
 }
 
 fn read_record(file: &File, slot: u64) -> Result<Option<(Subpage, Record)>> {
     let mut bytes = [0; RECORD_BYTES];
-    match rustix::fs::fgetxattr(file, attribute(slot), &mut bytes[..]) {
+    match calls::fgetxattr(file, attribute(slot), &mut bytes[..]) {
         Ok(_) => Record::decode(slot, &bytes).map(Some),
         Err(Errno::NODATA) => Ok(None),
         Err(errno) => Err(errno.into()),
@@ -442,7 +437,7 @@ fn read_record(file: &File, slot: u64) -> Result<Option<(Subpage, Record)>> {
 }
 
 fn remove(file: &File, name: &str) -> Result<()> {
-    match rustix::fs::fremovexattr(file, name) {
+    match calls::fremovexattr(file, name) {
         Ok(()) | Err(Errno::NODATA) => Ok(()),
         Err(errno) => Err(errno.into()),
     }

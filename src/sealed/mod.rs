@@ -43,7 +43,7 @@ use ledger::{Direction, LEDGER, Ledger};
 use crate::error::{Error, Result};
 use crate::steps::{self, Step};
 use crate::sys::mapping::Window;
-use crate::sys::{self, handle, tmpfs};
+use crate::sys::{self, calls, handle, tmpfs};
 use crate::units::{FOLIO_SIZE, Folio, NodeId, Range, SUBPAGE_SIZE, SUBPAGES_PER_FOLIO, Subpage};
 use rustix::fs::{Mode, OFlags};
 use std::cell::Cell;
@@ -136,7 +136,7 @@ impl Sealed {
         let mount = tmpfs::create(&options)?;
         let create = |name| -> Result<File> {
             let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-            Ok(rustix::fs::openat(&mount, name, flags, Mode::from_raw_mode(0o600))?.into())
+            Ok(calls::openat(&mount, name, flags, Mode::from_raw_mode(0o600))?.into())
         };
         let (first, data) = (create(LEDGER)?, Arc::new(create(c"data")?));
         let ledger = Ledger::create(data.clone(), first)?;

@@ -6,7 +6,7 @@
 use super::{Bytes, Direction, Ledger, PUNCHED, Reach, Record, Sealed, poisoned_subpages};
 use crate::error::{Error, Result};
 use crate::sys::mapping::Window;
-use crate::sys::{self, handle, tmpfs};
+use crate::sys::{self, calls, handle, tmpfs};
 use crate::units::{FOLIO_SIZE, Range, Subpage};
 use rustix::fs::{Mode, OFlags};
 use std::fs::File;
@@ -24,7 +24,7 @@ impl Sealed {
     /// [`Error::Corrupt`] for a ledger that is damaged or of another version; [`Error::NoMemory`].
     pub fn open(reach: Reach, mount: OwnedFd) -> Result<Self> {
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
-        let data: Arc<File> = Arc::new(rustix::fs::openat(&mount, "data", flags, Mode::empty())?.into());
+        let data: Arc<File> = Arc::new(calls::openat(&mount, "data", flags, Mode::empty())?.into());
         let ledger = Ledger::open(data.clone(), &mount)?;
         let (size, root) = (tmpfs::size(&data)?, handle::of(&mount, c"")?);
         let (folios, folio_count, unattached) = (Vec::new(), 0, None);

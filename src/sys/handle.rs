@@ -5,6 +5,7 @@
 //! its handle once before it can be opened by it; [`of`] is how ids are obtained, so it always has.
 
 use crate::error::{Error, Result};
+use crate::faults::{Want, attempt};
 use crate::units::NodeId;
 use rustix::io::Errno;
 use std::ffi::CStr;
@@ -36,7 +37,9 @@ impl Handle {
     ///
     /// # Errors
     /// What name_to_handle_at(2) answers: ENOENT, ENOTDIR, ENAMETOOLONG; EOVERFLOW for a longer handle.
+    #[track_caller]
     pub fn of(parent: impl AsFd, name: &CStr) -> Result<Self> {
+        attempt(Want::Memory)?;
         let mut handle = Self::new(0, [0; 3]);
         let mut mount_id: libc::c_int = 0;
         // SAFETY: `handle` starts with the kernel's structure and has as many bytes behind it as it says.
@@ -58,7 +61,9 @@ impl Handle {
     ///
     /// # Errors
     /// ESTALE where there is no such inode any more.
+    #[track_caller]
     pub fn open(mut self, mount: impl AsFd, flags: libc::c_int) -> Result<OwnedFd> {
+        attempt(Want::Descriptor)?;
         let mount = mount.as_fd().as_raw_fd();
         // SAFETY: as above; the kernel only reads the handle.
         #[allow(unsafe_code)]
@@ -77,6 +82,7 @@ impl Handle {
 ///
 /// # Errors
 /// As for [`Handle::of`].
+#[track_caller]
 pub fn of(parent: impl AsFd, name: &CStr) -> Result<NodeId> {
     let handle = Handle::of(parent, name)?;
     let [generation, inode_low, inode_high] = handle.words;
@@ -90,6 +96,7 @@ pub fn of(parent: impl AsFd, name: &CStr) -> Result<NodeId> {
 ///
 /// # Errors
 /// As for [`Handle::open`].
+#[track_caller]
 pub fn open(mount: impl AsFd, id: NodeId, flags: libc::c_int) -> Result<OwnedFd> {
     let (generation, inode_low) = id.parts();
     Handle::new(TMPFS, [generation, inode_low, 0]).open(mount, flags)

@@ -6,6 +6,7 @@
 
 use super::{meaning, sigbus};
 use crate::error::{Error, Result};
+use crate::faults::{Want, attempt};
 use crate::units::{FOLIO_SIZE, Folio, Range, Subpage};
 use memmap2::{Advice, MmapOptions, MmapRaw};
 use rustix::io::Errno;
@@ -24,9 +25,11 @@ impl Window {
     ///
     /// # Errors
     /// What mmap(2) answers.
+    #[track_caller]
     pub fn new(file: &File, range: Range) -> Result<Self> {
         let range = range.folios_out();
         assert!(!range.is_empty());
+        attempt(Want::Memory)?;
         let map = MmapOptions::new().offset(range.start).len(range.len() as usize).map_raw(file)?;
         // tmpfs aligns mappings of `huge=always` files itself since Linux 4.8 (shmem_get_unmapped_area).
         if !(map.as_ptr() as u64).is_multiple_of(FOLIO_SIZE) {
@@ -44,6 +47,7 @@ impl Window {
     ///
     /// # Errors
     /// [`Error::Poisoned`] where the kernel holds a poisoned page, [`Error::NoData`] where a hole cannot be filled.
+    #[track_caller]
     pub fn populate(&self, range: Range) -> Result<()> {
         let (start, length) = self.position(range);
         populate(&self.map, start, length)
@@ -57,8 +61,10 @@ impl Window {
     ///
     /// # Errors
     /// [`Error::NoMemory`], [`Error::Full`] where the superblock has no block left or the file ends before `range` does.
+    #[track_caller]
     pub fn populate_write(&self, range: Range) -> Result<()> {
         let (start, length) = self.position(range);
+        attempt(Want::Room).map_err(meaning)?;
         self.map.advise(Advice::HugePage)?;
         self.map.advise_range(Advice::PopulateWrite, start, length).map_err(
             |error| match Errno::from_io_error(&error) {
@@ -74,6 +80,7 @@ impl Window {
     /// # Errors
     /// [`Error::Again`] where somebody holds one of its pages at the moment, [`Error::NoMemory`] where the machine has
     /// no free 2 MiB, [`Error::NoData`] where it has a hole.
+    #[track_caller]
     pub fn collapse(&self, folio: Folio) -> Result<()> {
         match self.collapse_once(folio) {
             // So answers Linux 6.12 too, even for a folio that is in one piece, where the process has no page table yet
@@ -86,8 +93,10 @@ impl Window {
         }
     }
 
+    #[track_caller]
     fn collapse_once(&self, folio: Folio) -> Result<()> {
         const MADV_COLLAPSE: libc::c_int = 25;
+        attempt(Want::Memory).map_err(|_| Error::NoMemory)?;
         let (start, length) = self.position(folio.range());
         let address = self.map.as_mut_ptr().wrapping_add(start);
         // SAFETY: the range lies in our own mapping, and MADV_COLLAPSE changes how it is mapped, not what it holds.
@@ -130,7 +139,9 @@ impl Window {
     ///
     /// # Errors
     /// What ioctl(2) on /proc/self/pagemap answers.
+    #[track_caller]
     pub fn huge_ranges(&self) -> Result<Vec<Range>> {
+        attempt(Want::Descriptor)?;
         let pagemap = File::open("/proc/self/pagemap")?;
         let base = self.map.as_ptr() as u64;
         let end = base + self.range.len();
@@ -169,7 +180,9 @@ impl Window {
     }
 }
 
+#[track_caller]
 fn populate(map: &MmapRaw, start: usize, length: usize) -> Result<()> {
+    attempt(Want::Memory).map_err(meaning)?;
     let populated = map.advise_range(Advice::PopulateRead, start, length);
     populated.map_err(|error| match Errno::from_io_error(&error) {
         Some(Errno::FAULT) => Error::NoData,
@@ -196,7 +209,9 @@ impl View {
     ///
     /// # Errors
     /// What mmap(2) answers.
+    #[track_caller]
     pub fn new(file: &File, length: u64) -> Result<Self> {
+        attempt(Want::Memory)?;
         let map = MmapOptions::new().len(length as usize).map_raw_read_only(file)?;
         VIEWS.fetch_add(1, Ordering::Relaxed);
         Ok(Self(map))
@@ -216,6 +231,7 @@ impl View {
     ///
     /// # Errors
     /// As for [`Window::populate`].
+    #[track_caller]
     pub fn populate(&self, range: Range) -> Result<()> {
         populate(&self.0, range.start as usize, range.len() as usize)
     }

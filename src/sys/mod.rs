@@ -4,6 +4,7 @@
 //! call is made, and calls that rustix offers are wrapped only where there is such a meaning to give.
 
 pub mod allocator;
+pub mod calls;
 pub mod cgroup;
 pub mod handle;
 pub mod identity;
@@ -15,6 +16,7 @@ pub mod tmpfs;
 pub mod userfault;
 
 use crate::error::Error;
+use crate::faults::{Want, attempt};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -136,6 +138,7 @@ pub fn huge_tmpfs_allowed() -> Result<(), Error> {
 }
 
 fn meminfo(name: &str) -> Result<u64, Error> {
+    attempt(Want::Descriptor)?;
     let text = std::fs::read_to_string("/proc/meminfo")?;
     let kib: Option<u64> = text
         .lines()

@@ -1,15 +1,16 @@
 //! tmpfs superblocks and the memory of their files (tmpfs(5), fsopen(2), fallocate(2), cachestat(2)).
 
-use super::{meaning, uninterrupted};
+use super::calls::{
+    fsconfig_create, fsconfig_reconfigure, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, fspick,
+    move_mount, unmount,
+};
+use super::{calls, meaning, uninterrupted};
 use crate::error::{Error, Result};
+use crate::faults::{Want, attempt};
 use crate::units::{Range, SUBPAGE_SIZE};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
-use rustix::mount::{
-    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, UnmountFlags, fsconfig_create,
-    fsconfig_reconfigure, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, fspick, move_mount,
-    unmount,
-};
+use rustix::mount::{FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, UnmountFlags};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 /// How a tmpfs superblock is made.
@@ -30,6 +31,7 @@ pub struct Options {
 ///
 /// # Errors
 /// What fsopen(2), fsconfig(2) and fsmount(2) answer; EINVAL for `noswap` on Linux before 6.4.
+#[track_caller]
 pub fn create(options: &Options) -> Result<OwnedFd> {
     let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_set_string(context.as_fd(), "mode", "0700")?;
@@ -56,6 +58,7 @@ pub fn create(options: &Options) -> Result<OwnedFd> {
 ///
 /// # Errors
 /// What move_mount(2) answers.
+#[track_caller]
 pub fn attach(mount: impl AsFd, path: &str) -> Result<()> {
     Ok(move_mount(mount, "", rustix::fs::CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
 }
@@ -64,6 +67,7 @@ pub fn attach(mount: impl AsFd, path: &str) -> Result<()> {
 ///
 /// # Errors
 /// What umount2(2) answers.
+#[track_caller]
 pub fn detach(path: &str) -> Result<()> {
     Ok(unmount(path, UnmountFlags::DETACH)?)
 }
@@ -72,6 +76,7 @@ pub fn detach(path: &str) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::Busy`] for fewer than they have taken already.
+#[track_caller]
 pub fn set_limit(mount: impl AsFd, blocks: u64) -> Result<()> {
     assert!(blocks > 0, "tmpfs takes 0 for unlimited");
     let context = fspick(mount, "", FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH)?;
@@ -95,8 +100,9 @@ pub struct Blocks {
 ///
 /// # Errors
 /// What fstatfs(2) answers.
+#[track_caller]
 pub fn blocks(mount: impl AsFd) -> Result<Blocks> {
-    let stat = rustix::fs::fstatfs(mount)?;
+    let stat = calls::fstatfs(mount)?;
     Ok(Blocks { limit: stat.f_blocks, free: stat.f_bfree })
 }
 
@@ -109,7 +115,9 @@ pub fn blocks(mount: impl AsFd) -> Result<Blocks> {
 /// # Errors
 /// [`Error::Full`] where the superblock's limit does not allow it, [`Error::NoMemory`] where the machine does not;
 /// the file is as before.
+#[track_caller]
 pub fn allocate(file: impl AsFd, range: Range) -> Result<()> {
+    attempt(Want::Room).map_err(meaning)?;
     let file = file.as_fd();
     uninterrupted(|| rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, range.start, range.len()))
         .map_err(meaning)
@@ -122,6 +130,7 @@ pub fn allocate(file: impl AsFd, range: Range) -> Result<()> {
 ///
 /// # Errors
 /// As for [`allocate`].
+#[track_caller]
 pub fn clear(file: impl AsFd, range: Range) -> Result<()> {
     allocate(file, range)
 }
@@ -130,7 +139,9 @@ pub fn clear(file: impl AsFd, range: Range) -> Result<()> {
 ///
 /// # Errors
 /// What fallocate(2) answers.
+#[track_caller]
 pub fn punch(file: impl AsFd, range: Range) -> Result<()> {
+    attempt(Want::Memory).map_err(meaning)?;
     let file = file.as_fd();
     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     uninterrupted(|| rustix::fs::fallocate(file, flags, range.start, range.len())).map_err(meaning)
@@ -140,7 +151,9 @@ pub fn punch(file: impl AsFd, range: Range) -> Result<()> {
 ///
 /// # Errors
 /// What ftruncate(2) answers.
+#[track_caller]
 pub fn set_size(file: impl AsFd, size: u64) -> Result<()> {
+    attempt(Want::Memory).map_err(meaning)?;
     let file = file.as_fd();
     uninterrupted(|| rustix::fs::ftruncate(file, size)).map_err(meaning)
 }
@@ -149,7 +162,9 @@ pub fn set_size(file: impl AsFd, size: u64) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::Poisoned`] or EIO where a memory error is met before the first byte.
+#[track_caller]
 pub fn read_at(file: impl AsFd, buffer: &mut [u8], offset: u64) -> Result<usize> {
+    attempt(Want::Memory).map_err(meaning)?;
     let file = file.as_fd();
     let mut done = 0;
     while done < buffer.len() {
@@ -167,6 +182,7 @@ pub fn read_at(file: impl AsFd, buffer: &mut [u8], offset: u64) -> Result<usize>
 ///
 /// # Errors
 /// [`Error::Full`] where the first byte falls on a hole that no free block can fill.
+#[track_caller]
 pub fn write_at(file: impl AsFd, bytes: &[u8], offset: u64) -> Result<usize> {
     match write_prefix(file, bytes, offset) {
         (0, Err(error)) => Err(error),
@@ -178,12 +194,17 @@ pub fn write_at(file: impl AsFd, bytes: &[u8], offset: u64) -> Result<usize> {
 ///
 /// # Errors
 /// The error that ended the write, as for [`write_at`]; the bytes before it are written.
+#[track_caller]
 pub fn write_all_at(file: impl AsFd, bytes: &[u8], offset: u64) -> Result<()> {
     write_prefix(file, bytes, offset).1
 }
 
 /// How much of `bytes` was written, and the error that ended the write, if one did.
+#[track_caller]
 pub fn write_prefix(file: impl AsFd, bytes: &[u8], offset: u64) -> (usize, Result<()>) {
+    if let Err(errno) = attempt(Want::Room) {
+        return (0, Err(meaning(errno)));
+    }
     let file = file.as_fd();
     let mut done = 0;
     while done < bytes.len() {
@@ -200,8 +221,9 @@ pub fn write_prefix(file: impl AsFd, bytes: &[u8], offset: u64) -> (usize, Resul
 ///
 /// # Errors
 /// What fstat(2) answers.
+#[track_caller]
 pub fn blocks_taken(file: impl AsFd) -> Result<u64> {
-    let stat = rustix::fs::fstat(file)?;
+    let stat = calls::fstat(file)?;
     Ok(stat.st_blocks as u64 / (SUBPAGE_SIZE / crate::units::STAT_BLOCK))
 }
 
@@ -209,14 +231,16 @@ pub fn blocks_taken(file: impl AsFd) -> Result<u64> {
 ///
 /// # Errors
 /// What fstat(2) answers.
+#[track_caller]
 pub fn size(file: impl AsFd) -> Result<u64> {
-    Ok(rustix::fs::fstat(file)?.st_size as u64)
+    Ok(calls::fstat(file)?.st_size as u64)
 }
 
 /// How many 4 KiB subpages of `range` have memory, touched or not (cachestat(2), Linux 6.5).
 ///
 /// # Errors
 /// What cachestat(2) answers.
+#[track_caller]
 pub fn resident(file: impl AsFd, range: Range) -> Result<u64> {
     #[repr(C)]
     struct CachestatRange {
@@ -236,6 +260,7 @@ pub fn resident(file: impl AsFd, range: Range) -> Result<u64> {
     if range.is_empty() {
         return Ok(0); // a length of 0 would mean: to the end of the file
     }
+    attempt(Want::Memory)?;
     let wanted = CachestatRange { offset: range.start, length: range.len() };
     let mut counts = Cachestat::default();
     let fd = file.as_fd().as_raw_fd();

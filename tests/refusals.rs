@@ -1,0 +1,582 @@
+//! A refused change has changed nothing: each system call of each operation fails once, for each error that it can answer
+//! with in an emergency. The operation then either succeeds all the same, or it is refused and everything is as before;
+//! and the next try works.
+
+#![allow(dead_code, unused_imports)] // the operations on contents are still to come
+
+mod support;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{
+    CWD, FallocateFlags, FileType, Mode, OFlags, RenameFlags, XattrFlags, fallocate, renameat_with,
+};
+use rustix::io::Errno;
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+use support::{COLLAPSE, FOLIO, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, get, poison, set};
+
+const FAIL: &str = "trusted.hugetlb2.fail";
+const ERRORS: &[&str] = &["ENOMEM", "EMFILE", "ENOSPC", "E2BIG"];
+const PAGES: u64 = 8;
+
+/// More calls than any operation here makes; an operation that never ends is found by it.
+const MOST_CALLS: u64 = 2000;
+
+/// An operation, and what must hold when it has succeeded.
+struct Operation {
+    name: &'static str,
+    /// What the pool is mounted with besides.
+    options: &'static str,
+    prepare: fn(&Pool),
+    change: fn(&Stage<'_>) -> Result<(), Errno>,
+    verify: fn(&Pool),
+}
+
+/// The pool, with `file` open for reading and writing, if it is there.
+struct Stage<'a> {
+    pool: &'a Pool,
+    open: Option<File>,
+}
+
+impl Stage<'_> {
+    fn path(&self) -> PathBuf {
+        file(self.pool)
+    }
+
+    fn other(&self) -> PathBuf {
+        other(self.pool)
+    }
+
+    fn file(&self) -> &File {
+        self.open.as_ref().expect("the operation has prepared it")
+    }
+
+    fn allocate(&self, mode: FallocateFlags, offset: u64, length: u64) -> Result<(), Errno> {
+        fallocate(self.file(), mode, offset, length)
+    }
+
+    fn write(&self, length: u64, offset: u64) -> Result<(), Errno> {
+        let written = self.file().write_at(&vec![9; length as usize], offset).map_err(errno)?;
+        assert_eq!(written as u64, length, "a short write is neither refused nor done");
+        Ok(())
+    }
+
+    fn resize(&self, size: u64) -> Result<(), Errno> {
+        self.file().set_len(size).map_err(errno)
+    }
+}
+
+fn errno(error: std::io::Error) -> Errno {
+    Errno::from_io_error(&error).expect("an error of the kernel's")
+}
+
+fn file(pool: &Pool) -> PathBuf {
+    pool.join("file")
+}
+
+fn other(pool: &Pool) -> PathBuf {
+    pool.join("other")
+}
+
+/// Opens for reading and writing: the daemon reads by such a descriptor, and has nothing to do when it is closed.
+fn open(path: &Path) -> File {
+    File::options().read(true).write(true).open(path).expect("it can be opened")
+}
+
+// ---- what is there --------------------------------------------------------------------------------------------------
+
+/// An inode as programs see it.
+#[derive(PartialEq)]
+struct Entry {
+    mode: u32,
+    owner: (u32, u32),
+    links: u64,
+    size: u64,
+    blocks: u64,
+    modified: (i64, i64),
+    attributes: BTreeMap<String, String>,
+    /// A file's subpages, those that are quarantined empty; a symbolic link's target.
+    contents: Vec<Vec<u8>>,
+}
+
+/// All that programs see of a pool.
+#[derive(PartialEq)]
+struct Snapshot {
+    entries: BTreeMap<PathBuf, Entry>,
+    counters: BTreeMap<String, u64>,
+}
+
+impl Snapshot {
+    fn of(pool: &Pool) -> Self {
+        let mut entries = BTreeMap::new();
+        collect(&pool.path(), &mut entries);
+        Self { entries, counters: accounts(pool) }
+    }
+
+    /// In which respects the two differ.
+    fn differences(&self, after: &Self) -> Vec<String> {
+        let mut found = Vec::new();
+        let paths =
+            self.entries.keys().chain(after.entries.keys().filter(|path| !self.entries.contains_key(*path)));
+        for path in paths {
+            let name = path.file_name().expect("a name").display();
+            match (self.entries.get(path), after.entries.get(path)) {
+                (Some(_), None) => found.push(format!("{name} is gone")),
+                (None, _) => found.push(format!("{name} has come to be")),
+                (Some(before), Some(after)) => {
+                    found.extend(before.differences(after).into_iter().map(|what| format!("{name}: {what}")));
+                }
+            }
+        }
+        for (name, count) in &self.counters {
+            if after.counters[name] != *count {
+                found.push(format!("{name} was {count} and is {}", after.counters[name]));
+            }
+        }
+        found
+    }
+}
+
+impl Entry {
+    fn of(path: &Path) -> Self {
+        let stat = fs::symlink_metadata(path).expect("it is there");
+        let contents = match stat.file_type() {
+            kind if kind.is_file() && stat.len() > 0 => subpages(path), // one that was never opened stays so
+            kind if kind.is_symlink() => {
+                vec![fs::read_link(path).expect("a link").into_os_string().into_encoded_bytes()]
+            }
+            _ => Vec::new(),
+        };
+        Self {
+            mode: stat.mode(),
+            owner: (stat.uid(), stat.gid()),
+            links: stat.nlink(),
+            size: stat.size(),
+            blocks: stat.blocks(),
+            modified: (stat.mtime(), stat.mtime_nsec()),
+            attributes: attributes(path),
+            contents,
+        }
+    }
+
+    fn differences(&self, after: &Self) -> Vec<String> {
+        let mut found = Vec::new();
+        let mut compare = |what: &str, before: String, after: String| {
+            if before != after {
+                found.push(format!("{what} was {before} and is {after}"));
+            }
+        };
+        compare("mode", format!("{:o}", self.mode), format!("{:o}", after.mode));
+        compare("owner", format!("{:?}", self.owner), format!("{:?}", after.owner));
+        compare("links", self.links.to_string(), after.links.to_string());
+        compare("size", self.size.to_string(), after.size.to_string());
+        compare("blocks", self.blocks.to_string(), after.blocks.to_string());
+        compare("mtime", format!("{:?}", self.modified), format!("{:?}", after.modified));
+        compare("attributes", format!("{:?}", self.attributes), format!("{:?}", after.attributes));
+        let both = self.contents.iter().zip(&after.contents);
+        let changed = both.enumerate().filter(|(_, (before, after))| before != after);
+        let changed: Vec<String> = changed
+            .map(|(number, (before, after))| {
+                format!("{number} ({:?} is {:?})", before.first(), after.first())
+            })
+            .collect();
+        if let Some(first) = changed.first() {
+            found.push(format!("{} subpages have changed, the first is {first}", changed.len()));
+        }
+        found
+    }
+}
+
+fn collect(directory: &Path, entries: &mut BTreeMap<PathBuf, Entry>) {
+    for entry in fs::read_dir(directory).expect("a directory") {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() && !path.is_symlink() {
+            collect(&path, entries);
+        }
+        entries.insert(path.clone(), Entry::of(&path));
+    }
+}
+
+/// The bytes of each subpage; none of one that cannot be read.
+fn subpages(path: &Path) -> Vec<Vec<u8>> {
+    let (file, size) = (open(path), fs::metadata(path).expect("it is there").len());
+    let mut bytes = vec![0; size as usize];
+    let pieces = bytes.chunks_mut(SUBPAGE as usize).enumerate();
+    let read = pieces.map(|(number, piece)| match file.read_exact_at(piece, number as u64 * SUBPAGE) {
+        Ok(()) => piece.to_vec(),
+        Err(_) => Vec::new(),
+    });
+    read.collect()
+}
+
+fn attributes(path: &Path) -> BTreeMap<String, String> {
+    let mut names = vec![0; 4096];
+    let length = rustix::fs::llistxattr(path, &mut names[..]).expect("attributes are listed");
+    let names = support::text(&names[..length]);
+    let ours =
+        names.split_terminator('\0').map(|name| (name.to_owned(), get(path, name).expect("it is listed")));
+    ours.collect()
+}
+
+/// The counters that a refused change leaves as they are.
+fn accounts(pool: &Pool) -> BTreeMap<String, u64> {
+    const WHICH: &[&str] = &[
+        "pages_total",
+        "pages_free",
+        "pages_used",
+        "pages_reserved",
+        "pages_orphaned",
+        "orphans",
+        "quarantined_soft",
+        "quarantined_hw",
+        "opened_natively",
+    ];
+    pool.counters().into_iter().filter(|(name, _)| WHICH.contains(&name.as_str())).collect()
+}
+
+// ---- the operations -------------------------------------------------------------------------------------------------
+
+/// Three folios of sevens, in a pool of eight.
+fn sevens(pool: &Pool) {
+    fs::write(file(pool), vec![7; 3 * FOLIO as usize]).unwrap();
+}
+
+fn lose_one(pool: &Pool) {
+    sevens(pool);
+    poison(file(pool), FOLIO + SUBPAGE, SUBPAGE).unwrap();
+}
+
+fn keep_punched(pool: &Pool) {
+    sevens(pool);
+    fallocate(open(&file(pool)), PUNCH, FOLIO, FOLIO).unwrap();
+}
+
+const PUNCH: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
+const MEDIATED: &str = "io=mediated";
+const NATIVE: &str = "io=native";
+const KEEP: &str = "io=mediated,punch=keep";
+
+/// Asserts runs of bytes, from the start of the file to its end.
+fn assert_runs(pool: &Pool, runs: &[(u64, u8)]) {
+    let bytes = fs::read(file(pool)).unwrap();
+    let found: Vec<(u64, u8)> =
+        bytes.chunk_by(|one, next| one == next).map(|run| (run.len() as u64, run[0])).collect();
+    assert_eq!(found, runs);
+}
+
+fn assert_sevens(pool: &Pool) {
+    assert_runs(pool, &[(3 * FOLIO, 7)]);
+}
+
+fn assert_free(pool: &Pool, pages: u64) {
+    assert_eq!(pool.free_pages(), pages);
+}
+
+fn polls_for_errors(file: &File) -> Result<(), Errno> {
+    let mut fds = [PollFd::new(file, PollFlags::PRI)];
+    poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
+    if fds[0].revents().contains(PollFlags::ERR) { Err(Errno::NOMEM) } else { Ok(()) }
+}
+
+const OPERATIONS: &[Operation] = &[
+    Operation {
+        name: "create",
+        options: MEDIATED,
+        prepare: |_| {},
+        change: |stage| {
+            File::options()
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .open(stage.path())
+                .map(drop)
+                .map_err(errno)
+        },
+        verify: |pool| {
+            assert_runs(pool, &[]);
+            fs::write(file(pool), [7; 5000]).unwrap();
+            assert_runs(pool, &[(5000, 7)]);
+        },
+    },
+    Operation {
+        name: "make a node and open it",
+        options: MEDIATED,
+        prepare: |pool| {
+            rustix::fs::mknodat(CWD, other(pool), FileType::RegularFile, Mode::from_raw_mode(0o600), 0)
+                .unwrap();
+        },
+        change: |stage| File::options().read(true).write(true).open(stage.other()).map(drop).map_err(errno),
+        verify: |pool| fs::write(other(pool), [7; 5000]).unwrap(),
+    },
+    Operation {
+        name: "open for reading natively, and close",
+        options: NATIVE,
+        prepare: sevens,
+        change: |stage| {
+            drop(File::open(stage.path()).map_err(errno)?);
+            wait_for(stage.pool, "opened_natively", 0);
+            Ok(())
+        },
+        verify: assert_sevens,
+    },
+    Operation {
+        name: "unlink",
+        options: MEDIATED,
+        prepare: sevens,
+        change: |stage| fs::remove_file(stage.path()).map_err(errno),
+        verify: |pool| assert_eq!(fs::read_dir(pool.path()).unwrap().count(), 0),
+    },
+    Operation {
+        name: "unlink one of two names",
+        options: MEDIATED,
+        prepare: |pool| {
+            sevens(pool);
+            fs::hard_link(file(pool), other(pool)).unwrap();
+        },
+        change: |stage| fs::remove_file(stage.other()).map_err(errno),
+        verify: assert_sevens,
+    },
+    Operation {
+        name: "link",
+        options: MEDIATED,
+        prepare: sevens,
+        change: |stage| fs::hard_link(stage.path(), stage.other()).map_err(errno),
+        verify: |pool| assert_eq!(fs::metadata(other(pool)).unwrap().nlink(), 2),
+    },
+    Operation {
+        name: "rename",
+        options: MEDIATED,
+        prepare: sevens,
+        change: |stage| fs::rename(stage.path(), stage.other()).map_err(errno),
+        verify: |pool| assert!(!file(pool).exists() && other(pool).exists()),
+    },
+    Operation {
+        name: "rename over a file",
+        options: MEDIATED,
+        prepare: |pool| {
+            sevens(pool);
+            fs::write(other(pool), "other").unwrap();
+        },
+        change: |stage| fs::rename(stage.other(), stage.path()).map_err(errno),
+        verify: |pool| assert_eq!(fs::read(file(pool)).unwrap(), b"other"),
+    },
+    Operation {
+        name: "rename over a directory",
+        options: MEDIATED,
+        prepare: |pool| ["one", "two"].iter().for_each(|name| fs::create_dir(pool.join(name)).unwrap()),
+        change: |stage| fs::rename(stage.pool.join("one"), stage.pool.join("two")).map_err(errno),
+        verify: |pool| assert_eq!(fs::read_dir(pool.path()).unwrap().count(), 1),
+    },
+    Operation {
+        name: "exchange",
+        options: MEDIATED,
+        prepare: |pool| {
+            sevens(pool);
+            fs::create_dir(other(pool)).unwrap();
+        },
+        change: |stage| renameat_with(CWD, stage.path(), CWD, stage.other(), RenameFlags::EXCHANGE),
+        verify: |pool| assert!(file(pool).is_dir() && other(pool).is_file()),
+    },
+    Operation {
+        name: "mkdir",
+        options: MEDIATED,
+        prepare: |_| {},
+        change: |stage| fs::create_dir(stage.other()).map_err(errno),
+        verify: |pool| assert!(other(pool).is_dir()),
+    },
+    Operation {
+        name: "rmdir",
+        options: MEDIATED,
+        prepare: |pool| fs::create_dir(other(pool)).unwrap(),
+        change: |stage| fs::remove_dir(stage.other()).map_err(errno),
+        verify: |pool| assert!(!other(pool).exists()),
+    },
+    Operation {
+        name: "symlink",
+        options: MEDIATED,
+        prepare: |_| {},
+        change: |stage| std::os::unix::fs::symlink("target", stage.other()).map_err(errno),
+        verify: |pool| assert_eq!(fs::read_link(other(pool)).unwrap(), Path::new("target")),
+    },
+    Operation {
+        name: "set an attribute that must not be there",
+        options: MEDIATED,
+        prepare: sevens,
+        change: |stage| rustix::fs::setxattr(stage.path(), "user.color", b"blue", XattrFlags::CREATE),
+        verify: |pool| assert_eq!(get(file(pool), "user.color").unwrap(), "blue"),
+    },
+    Operation {
+        name: "remove an attribute",
+        options: MEDIATED,
+        prepare: |pool| {
+            sevens(pool);
+            set(file(pool), "user.color", "blue").unwrap();
+        },
+        change: |stage| rustix::fs::removexattr(stage.path(), "user.color"),
+        verify: |pool| assert_eq!(get(file(pool), "user.color"), Err(Errno::NODATA)),
+    },
+];
+
+// ---- the trials -----------------------------------------------------------------------------------------------------
+
+fn mount(options: &str) -> Pool {
+    Pool::mount(&format!("pagesize=2M,size={},{options}", PAGES * FOLIO))
+}
+
+/// Empties the pool and sets the stage anew.
+fn set_stage<'a>(pool: &'a Pool, operation: &Operation) -> Stage<'a> {
+    for entry in fs::read_dir(pool.path()).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() { fs::remove_dir(path).unwrap() } else { fs::remove_file(path).unwrap() }
+    }
+    wait_for_oblivion(pool);
+    (operation.prepare)(pool);
+    Stage { pool, open: file(pool).is_file().then(|| open(&file(pool))) }
+}
+
+/// The kernel forgets a file after unlink(2) has returned.
+fn wait_for_oblivion(pool: &Pool) {
+    wait_for(pool, "orphans", 0);
+    wait_for(pool, "pages_free", PAGES);
+}
+
+/// Waits for what the kernel tells the daemon after a call has returned.
+fn wait_for(pool: &Pool, counter: &str, count: u64) {
+    let patience = Instant::now() + Duration::from_secs(10);
+    while pool.counter(counter) != count {
+        assert!(Instant::now() < patience, "{counter} does not become {count}: {:?}", pool.counters());
+        std::thread::yield_now();
+    }
+}
+
+/// The failures of a pool, by a descriptor for which the kernel asks the daemon for nothing else.
+struct Failures(OwnedFd);
+
+impl Failures {
+    fn of(pool: &Pool) -> Self {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        Self(rustix::fs::open(pool.path(), flags, Mode::empty()).expect("the root can be opened"))
+    }
+
+    fn arm(&self, nth: u64, error: &str) {
+        let value = format!("{nth} {error}");
+        rustix::fs::fsetxattr(&self.0, FAIL, value.as_bytes(), XattrFlags::empty())
+            .expect("a worker that was built for tests");
+    }
+
+    /// Where the call was that failed; `None` where there were too few.
+    fn place(&self) -> Option<String> {
+        let mut value = [0; 256];
+        let length = rustix::fs::fgetxattr(&self.0, FAIL, &mut value[..]).expect("a report");
+        support::text(&value[..length]).strip_prefix("failed ").map(|place| place.trim().to_owned())
+    }
+}
+
+/// How many calls failed, and how many of them had the operation refused.
+#[derive(Default)]
+struct Tally {
+    failures: u64,
+    refusals: u64,
+}
+
+/// Has the `nth` call that can answer `error` do so. Answers false where there is no such call, or says what is wrong.
+fn fail_one(
+    pool: &Pool,
+    operation: &Operation,
+    nth: u64,
+    error: &str,
+    tally: &mut Tally,
+) -> Result<bool, String> {
+    let stage = set_stage(pool, operation);
+    let failures = Failures::of(pool);
+    let before = Snapshot::of(pool);
+    failures.arm(nth, error);
+    let result = (operation.change)(&stage);
+    let place = failures.place();
+    let case = format!("{}: {error} of call {nth} ({})", operation.name, place.as_deref().unwrap_or("none"));
+    let mut wrong = before_and_after(&before, pool, result);
+    if result.is_err() {
+        tally.refusals += 1;
+        if let Err(again) = (operation.change)(&stage) {
+            wrong.push(format!("refused for good: {again}"));
+        }
+    }
+    tally.failures += u64::from(place.is_some());
+    if place.is_none() && result.is_err() {
+        wrong.push("refused though nothing failed".to_owned());
+    }
+    if !wrong.is_empty() {
+        return Err(format!("{case}: {}", wrong.join("; ")));
+    }
+    println!("{case}: {result:?}");
+    if std::panic::catch_unwind(|| (operation.verify)(pool)).is_err() {
+        return Err(format!("{case}: it has not done what it should"));
+    }
+    Ok(place.is_some())
+}
+
+/// What is wrong after the operation, apart from its own result.
+fn before_and_after(before: &Snapshot, pool: &Pool, result: Result<(), Errno>) -> Vec<String> {
+    let mut wrong = Vec::new();
+    if let Err(errno) = result {
+        wrong.extend(
+            before.differences(&Snapshot::of(pool)).iter().map(|what| format!("{errno}, but {what}")),
+        );
+    }
+    let found = get(pool.path(), support::CHECK).expect("the check attribute");
+    wrong.extend(found.lines().map(|line| format!("check: {line}")));
+    wrong
+}
+
+/// Pools for operations that are tried one after the other, by the options that they are mounted with. They are mounted before
+/// any operation is tried: a process that is started has all descriptors of the test's until it executes its program.
+struct Lane(BTreeMap<&'static str, Pool>);
+
+impl Lane {
+    fn new() -> Self {
+        Self([MEDIATED, NATIVE, KEEP].into_iter().map(|options| (options, mount(options))).collect())
+    }
+
+    /// Fails each call of an operation once. Returns what was wrong.
+    fn fail_each(&mut self, operation: &Operation) -> Vec<String> {
+        let (mut tally, mut wrong) = (Tally::default(), Vec::new());
+        for error in ERRORS {
+            for nth in 1..MOST_CALLS {
+                match fail_one(&self.0[operation.options], operation, nth, error, &mut tally) {
+                    Ok(true) => {}
+                    Ok(false) => break,
+                    Err(what) => {
+                        println!("wrong: {what}");
+                        wrong.push(what);
+                        self.0.insert(operation.options, mount(operation.options)); // the other may be damaged
+                    }
+                }
+            }
+        }
+        println!("{}: {} calls failed, {} refusals", operation.name, tally.failures, tally.refusals);
+        assert!(tally.failures > 0, "{}: nothing can fail there", operation.name);
+        wrong
+    }
+
+    fn fail_each_of<'a>(&mut self, operations: impl Iterator<Item = &'a Operation>) -> Vec<String> {
+        operations.flat_map(|operation| self.fail_each(operation)).collect()
+    }
+}
+
+#[test]
+fn a_refused_change_has_changed_nothing() {
+    let mut lanes = [Lane::new(), Lane::new()];
+    let next = AtomicUsize::new(0);
+    let operations = || std::iter::from_fn(|| OPERATIONS.get(next.fetch_add(1, Ordering::Relaxed)));
+    let wrong: Vec<String> = std::thread::scope(|scope| {
+        let threads = lanes.each_mut().map(|lane| scope.spawn(move || lane.fail_each_of(operations())));
+        threads.into_iter().flat_map(|thread| thread.join().expect("what is wrong is returned")).collect()
+    });
+    assert!(wrong.is_empty(), "{} failures have changed something:\n{}", wrong.len(), wrong.join("\n"));
+    lanes.into_iter().flat_map(|lane| lane.0.into_values()).for_each(Pool::unmount);
+}
