@@ -82,6 +82,8 @@ pub mod options;
 
 pub mod sys;
 
+pub mod logging;
+
 pub mod sealed;
 
 pub mod pool;
@@ -99,8 +101,6 @@ pub mod fuse;
 pub mod control;
 
 pub mod handover;
-
-pub mod logging;
 
 pub mod supervisor;
 

@@ -56,6 +56,7 @@ fn inherited(matches: &ArgMatches, name: &str) -> Result<OwnedFd, String> {
 fn end_at_a_panic() {
     std::panic::set_hook(Box::new(|panic| {
         log::error!("internal error, this process ends: {panic}");
+        logging::flush();
         std::process::abort();
     }));
 }
@@ -93,6 +94,7 @@ fn run() -> Result<(), String> {
     let mounting = !matches.contains_id("take-over");
     let ended = supervise(Some(control), mounting, |role| worker::run(&options, &device, role));
     supervisor::free_memory();
+    logging::flush();
     match ended.map_err(|error| format!("supervising: {error}"))? {
         End::Unmounted | End::Stopped => Ok(()),
         End::NeverServed => Err("the worker has not come to serve; see the log".into()),

@@ -262,7 +262,7 @@ pub const TABLE: &[Row] = &[
         name: "log",
         value: "FILE",
         default: Some("the system log"),
-        help: "append the daemon's log to this file",
+        help: "append the daemon's log to this file; SIGUSR1 to the daemon opens it anew",
         set: |options, text| {
             if !text.starts_with('/') {
                 return Err(format!("{text:?} is not an absolute path"));

@@ -13,7 +13,8 @@
 //!                                  +------------------------------------------------------+
 //! ```
 //!
-//! SIGHUP replaces the worker in every state, also one that hangs.
+//! SIGHUP replaces the worker in every state, also one that hangs. SIGUSR1 is passed on to the worker, which
+//! opens its log anew ([`logging`]).
 //!
 //! A worker that serves and dies of one request again and again does not end in *refusing*: the next worker answers that one
 //! request with EIO and serves all others (the module `fuse`). *Refusing* is for workers that cannot start. What they lack may
@@ -31,6 +32,7 @@
 
 use crate::control::{Control, Message};
 use crate::error::{Error, Result};
+use crate::logging;
 use crate::sys::process::{self, Fork, Signals};
 use crate::sys::{self, cgroup};
 use rustix::process::{Pid, Signal, WaitStatus, getpid, kill_process};
@@ -158,7 +160,8 @@ pub fn supervise(
     must_serve: bool,
     mut work: impl FnMut(Role) -> i32,
 ) -> Result<End> {
-    let signals = Signals::block(&[Signal::CHILD, Signal::TERM, Signal::INT, Signal::HUP])?;
+    let signals = Signals::block(&[Signal::CHILD, Signal::TERM, Signal::INT, Signal::HUP, Signal::USR1])?;
+    logging::reopen_on(Signal::USR1.as_raw())?; // of which a worker has the use: here the signal is blocked
     let mut restarts = Restarts::default();
     let mut mounting = must_serve;
     let mut last_words = control.as_ref().filter(|_| must_serve).map(Control::try_clone).transpose()?;
@@ -257,6 +260,7 @@ fn wait(signals: Signals, worker: &Worker, limit: Option<Duration>) -> Result<Ev
         match signals.wait(left)? {
             Some(Signal::TERM | Signal::INT) => return Ok(Event::Stop),
             Some(Signal::HUP) => return Ok(Event::TryAgain),
+            Some(Signal::USR1) => worker.signal(Signal::USR1)?,
             _ => {}
         }
     }
@@ -282,8 +286,13 @@ impl Worker {
     }
 
     fn kill(&self) -> Result<()> {
-        match kill_process(self.pid, Signal::KILL) {
-            Ok(()) | Err(rustix::io::Errno::SRCH) => process::wait_for_end(self.pid),
+        self.signal(Signal::KILL)?;
+        process::wait_for_end(self.pid)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
+        match kill_process(self.pid, signal) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
             Err(errno) => Err(Error::Os(errno)),
         }
     }

@@ -11,6 +11,7 @@ use crate::error::Error;
 use crate::fs::{self, Fs};
 use crate::fuse::{self, Connection};
 use crate::handover::Handover;
+use crate::logging;
 use crate::options::Options;
 use crate::pool::{self, Pool};
 use crate::supervisor::{Announcement, Death, Role};
@@ -73,6 +74,12 @@ fn raise_descriptor_limit() -> Result<(), Error> {
 
 /// Runs a worker on `device` (/dev/fuse), in the process that was forked for it; returns the status to end with.
 pub fn run(options: &Options, device: &OwnedFd, role: Role) -> i32 {
+    let status = logging::start_writer().map_or(1, |()| fill_role(options, device, role));
+    logging::flush();
+    status
+}
+
+fn fill_role(options: &Options, device: &OwnedFd, role: Role) -> i32 {
     let done = match role {
         Role::Refuse => refuse(device),
         Role::Serve { announcement, mut control, mounting, after } => {

@@ -574,7 +574,7 @@ fn a_punched_and_kept_file_is_quarantined_grown_cut_and_allocated_as_any_other()
     let before = get(&path, MAP).unwrap();
     assert_eq!(poison(&path, 0, 1), Err(Errno::BUSY), "who fills the gaps would find zeros in them");
     assert_eq!(get(&path, MAP).unwrap(), before);
-    assert!(pool.log().contains("fallocate(2) it first"), "{}", pool.log());
+    pool.await_log("fallocate(2) it first");
     fallocate(&file, FallocateFlags::KEEP_SIZE, 0, 3 * FOLIO).unwrap();
     assert!(!has_gaps(&pool));
     poison(&path, FOLIO + SUBPAGE, 1).unwrap(); // in the midst of what was punched

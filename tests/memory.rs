@@ -88,7 +88,7 @@ fn a_pool_does_not_grow_beyond_its_cgroups_limit() {
     let (status, said) = resize(&pool, 300 * MIB);
     assert_eq!(status, FAILED, "{said}");
     cgroup.assert_named(&said);
-    cgroup.assert_named(&pool.log());
+    cgroup.assert_named(&pool.await_log(cgroup.limit));
     assert_eq!(
         (pool.counter("worker_pid"), pool.free_pages()),
         (worker, 32),

@@ -2,10 +2,8 @@
 
 mod support;
 
-use rustix::fs::{CWD, FileType, Mode, inotify, mknodat};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
-use rustix::pipe::fcntl_setpipe_size;
 use rustix::process::{Pid, Signal, getsid, kill_process};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -15,8 +13,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use support::limits::{self, Waiting};
 use support::{
-    CHECK, Daemon, FOLIO, Pool, SIZE, Toucher, counters, end, get, hugetlb2, mount_hugetlb2, run, set,
-    status_and_error, text, umount_hugetlb2,
+    CHECK, Daemon, FOLIO, Pool, SIZE, Toucher, await_text, counters, end, get, hugetlb2, mount_hugetlb2, run,
+    set, status_and_error, text, umount_hugetlb2,
 };
 
 /// Eight pages of 2 MiB.
@@ -403,8 +401,8 @@ fn more_than_the_machine_has_is_refused_before_any_of_it_is_taken() {
 fn a_fill_says_in_the_log_how_far_it_is() {
     let place = Place::new();
     run(place.mount("size=128M,pagesize=2M").env("HUGETLB2_LOG", "debug"));
-    let log = std::fs::read_to_string(place.log()).unwrap();
-    assert!(log.contains(" 67108864 bytes taken") && log.contains(" 134217728 bytes taken"), "{log}");
+    await_text(&place.log(), " 67108864 bytes taken");
+    await_text(&place.log(), " 134217728 bytes taken");
 }
 
 #[test]
@@ -509,35 +507,51 @@ fn a_log_that_cannot_be_opened_fails_the_mount() {
 
 // ---- interruption ---------------------------------------------------------------------------------------------------
 
-/// A mount whose daemon cannot get further than the middle of filling its pool: its log is a pipe that has no room.
+/// A mount whose daemon cannot get further than the middle of filling its pool: the helper is stopped, and
+/// the socket that the daemon tells it of its progress on has room for a few lines only.
 struct Standing {
     place: Place,
     helper: Child,
-    log: File,
     daemon: Daemon,
 }
 
+/// Stands between the helper and the daemon, and is gone when the daemon runs.
+const HOLD: &str = r#"#!/usr/bin/perl
+use Socket;
+$^F = 1000; # the daemon is to have the socket, too
+my ($control) = map { /^--control-fd=(\d+)$/ } @ARGV;
+open(my $socket, '+<&=', $control) or die;
+setsockopt($socket, SOL_SOCKET, SO_SNDBUF, 1) or die;
+kill 'STOP', getppid();
+exec { $ENV{DAEMON} } 'hugetlb2fsd', @ARGV;
+"#;
+
 impl Standing {
     fn start() -> Self {
-        const PIPE: usize = 4096;
-        const ROOM: usize = 96; // for one line, not for two
         let place = Place::new();
-        mknodat(CWD, place.log(), FileType::Fifo, Mode::from_raw_mode(0o600), 0).expect("a FIFO");
-        let mut log = File::options().read(true).write(true).open(place.log()).expect("the FIFO");
-        assert_eq!(fcntl_setpipe_size(&log, PIPE), Ok(PIPE));
-        log.write_all(&[b'.'; PIPE - ROOM]).expect("there is room");
-        let mut written = File::from(inotify::init(inotify::CreateFlags::CLOEXEC).expect("inotify"));
-        inotify::add_watch(&written, place.log(), inotify::WatchFlags::MODIFY).expect("a watch");
-        let mut helper = place.mount("size=1G,pagesize=2M");
-        helper.env("HUGETLB2_LOG", "off,hugetlb2fs::pool=debug").stdout(Stdio::null()).stderr(Stdio::piped());
-        let helper = helper.spawn().expect("the helper");
-        // To read the log would make room for more, but inotify(7) tells of the line.
-        limits::readable(limits::ANSWER, "a line in the log", &written);
-        let event = written.read(&mut [0; 64]).expect("it logs that it has taken a step");
-        assert_eq!(event, size_of::<[u32; 4]>());
+        std::fs::write(place.join("hold"), HOLD).unwrap();
+        place.install(&place.join("hold"), "hugetlb2fsd");
+        let program = place.install(Path::new(env!("CARGO_BIN_EXE_hugetlb2")), "hugetlb2");
+        File::create(place.log()).unwrap();
+        let mut helper = Command::new(program);
+        helper.arg0("mount.hugetlb2").arg("source").arg(place.mount_point());
+        helper.args(["-o", &place.with_log("size=1G,pagesize=2M")]);
+        helper.env("DAEMON", env!("CARGO_BIN_EXE_hugetlb2fsd")).env("HUGETLB2_LOG", "debug");
+        let helper = helper.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("the helper");
+        await_text(&place.log(), " bytes taken");
         let daemons = place.daemons();
         assert_eq!(daemons.len(), 1);
-        Self { place, helper, log, daemon: Daemon::with_pid(daemons[0]) }
+        Self { place, helper, daemon: Daemon::with_pid(daemons[0]) }
+    }
+
+    /// Lets the helper go on.
+    fn go_on(&self) {
+        signal(self.helper.id() as i32, Signal::CONT);
+    }
+
+    fn assert_was_not_filled(&self) {
+        let log = std::fs::read_to_string(self.place.log()).unwrap();
+        assert!(!log.contains("512 pages of"), "the pool was filled: {log}");
     }
 }
 
@@ -558,12 +572,14 @@ fn an_interrupt_while_the_pool_fills_gives_everything_back() {
     for interrupt in [Signal::INT, Signal::TERM, Signal::HUP] {
         let mut standing = Standing::start();
         signal(standing.helper.id() as i32, interrupt);
+        standing.go_on();
         let status = standing.ending();
         assert_eq!(status.code(), Some(INTERRUPTED), "{interrupt:?}: {status}");
         assert!(standing.daemon.ends_within(0), "the daemon runs on");
         let mut error = String::new();
         standing.helper.stderr.take().unwrap().read_to_string(&mut error).unwrap();
         assert!(error.contains("interrupted; everything has been given back"), "{error}");
+        standing.assert_was_not_filled();
         standing.place.assert_nothing_is_left();
     }
 }
@@ -573,9 +589,8 @@ fn a_daemon_whose_helper_was_killed_ends_by_itself() {
     let mut standing = Standing::start();
     signal(standing.helper.id() as i32, Signal::KILL);
     standing.ending();
-    // The pipe is without a reader now, and the daemon goes on to where it tells the helper of its progress.
-    standing.log = File::open("/dev/null").unwrap();
     standing.daemon.wait();
+    standing.assert_was_not_filled();
     standing.place.assert_nothing_is_left();
 }
 
@@ -583,6 +598,7 @@ fn a_daemon_whose_helper_was_killed_ends_by_itself() {
 fn a_daemon_that_is_killed_while_it_fills_fails_the_mount() {
     let mut standing = Standing::start();
     signal(standing.daemon.pid, Signal::KILL);
+    standing.go_on();
     assert_eq!(standing.ending().code(), Some(SYSTEM));
     standing.place.assert_nothing_is_left();
 }

@@ -146,7 +146,7 @@ fn as_long_as_somebody_reads_natively_no_quarantine_is_made() {
         assert_eq!(read_subpage(&reader, PLACE).unwrap(), [7; SUBPAGE as usize]);
         assert_eq!(poison(&path, 2 * FOLIO, 1), Err(Errno::INVAL), "what makes no sense is told first");
     }
-    assert!(pool.log().contains("open for reading natively"), "the log does not say why:\n{}", pool.log());
+    pool.await_log("open for reading natively");
     poison(&path, PLACE, 1).unwrap();
     pool.check();
 }

@@ -152,7 +152,7 @@ fn a_repair_leaves_other_holes_shut_and_a_page_handed_out_in_passing_is_counted(
     let counted = pool.counter("holes_shut_again");
     assert!(touched == 0 || counted > 0, "{touched} touches got through and no hole was shut again");
     if counted > 0 {
-        assert!(pool.log().contains("was filled in passing; it is shut again"));
+        pool.await_log("was filled in passing; it is shut again");
     }
     pool.check();
 }
@@ -270,7 +270,7 @@ fn assert_refused_as_pinned(pool: &Pool, file: &Path, toucher: &mut Toucher, off
     assert_eq!(toucher.walk(), holes);
     let length = SUBPAGE.min(size - offset);
     assert_eq!(toucher.count(&format!("differ {offset} {length} 7")), 0, "its bytes are as before");
-    assert!(pool.log().contains("pinned"), "the log says why");
+    pool.await_log("pinned");
     pool.check();
 }
 

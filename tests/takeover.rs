@@ -46,7 +46,7 @@ fn a_new_worker_serves_after_one_was_killed_while_idle() {
     assert_ne!(pool.counter("worker_pid"), before);
     assert_eq!(pool.free_pages(), 6);
     pool.check();
-    assert!(pool.log().contains(&format!("worker {before} has ended (signal 9)")), "{}", pool.log());
+    pool.await_log(&format!("worker {before} has ended (signal 9)"));
     pool.unmount();
 }
 
@@ -204,8 +204,8 @@ fn workers_that_die_again_and_again_end_in_refusal_and_a_hangup_signal_in_servic
     kill_worker(&pool);
     let refused = file.read_at(&mut [0], 0).unwrap_err();
     assert_eq!(refused.raw_os_error(), Some(5), "EIO");
-    assert!(pool.log().contains("every request is refused"), "{}", pool.log());
-    assert!(pool.log().contains("version 2, and this program knows 1"), "{}", pool.log());
+    pool.await_log("every request is refused");
+    pool.await_log("version 2, and this program knows 1");
     assert_eq!(mapper.ask(&format!("differ 0 {SIZE} 7")), "count 0", "mappings stay");
     assert!(mapper.store(3, 7));
     drop(native); // of which the next worker is told
@@ -235,7 +235,7 @@ fn a_worker_that_cannot_read_a_file_leaves_all_of_them_in_place() {
     set(&[0; 40]);
     kill_worker(&pool);
     assert_eq!(file.read_at(&mut [0], 0).unwrap_err().raw_os_error(), Some(5), "EIO");
-    assert!(pool.log().contains("an object's superblock"), "{}", pool.log());
+    pool.await_log("an object's superblock");
     set(&superblock[..length]);
     kill_process(Pid::from_raw(supervisor).unwrap(), Signal::HUP).unwrap();
     wait_for_service(|| file.read_at(&mut [0], 0).is_ok());
@@ -259,9 +259,9 @@ fn a_request_that_workers_die_of_is_refused_in_the_end() {
         assert_eq!(ask_for_death(&pool, how), Err(rustix::io::Errno::IO));
         assert_eq!(fs::read(&path).unwrap(), vec![7; SIZE as usize], "it alone is refused");
         assert_ne!(pool.counter("worker_pid"), before);
-        let log = pool.log();
+        let log = pool.await_log("it is refused (EIO)");
         assert_eq!(log.matches("this one takes over").count(), 5, "{log}");
-        assert!(log.contains("it is refused (EIO)") && !log.contains("every request is refused"), "{log}");
+        assert!(!log.contains("every request is refused"), "{log}");
         pool.check();
         pool.unmount();
     }
@@ -302,7 +302,7 @@ fn a_refusal_ends_by_itself_when_its_cause_is_gone() {
     fs::write(&handover, text.replacen("handover 1", "handover 2", 1)).unwrap();
     kill_worker(&pool);
     assert_eq!(file.read_at(&mut [0], 0).unwrap_err().raw_os_error(), Some(5), "EIO");
-    assert!(pool.log().contains("every request is refused"), "{}", pool.log());
+    pool.await_log("every request is refused");
     fs::write(&handover, text).unwrap();
     wait_for_service(|| file.read_at(&mut [0], 0).is_ok());
     pool.check();

@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 #[cfg(debug_assertions)]
 use crate::faults;
 use crate::index::Kind;
+use crate::logging::{self, Excerpt};
 use crate::options::Size;
 use crate::sealed::STRAYS_SHUT;
 #[cfg(debug_assertions)]
@@ -203,6 +204,7 @@ impl Fs {
         line("quarantined_soft", soft);
         line("quarantined_hw", hw);
         line("opened_natively", objects.iter().map(|object| object.natives() as u64).sum());
+        line("log_lines_dropped", logging::dropped());
         line("holes_shut_again", STRAYS_SHUT.load(Ordering::Relaxed));
         line("daemon_pid", getppid().map_or(0, |supervisor| supervisor.as_raw_nonzero().get() as u64));
         line("worker_pid", u64::from(std::process::id()));
@@ -236,7 +238,8 @@ impl Fs {
             _ => Err(Error::Unsupported),
         };
         result.inspect_err(|error| {
-            log::info!("{}: {:?} refused: {error}", name.display(), String::from_utf8_lossy(value));
+            let (name, value) = (Excerpt(name.as_bytes()), Excerpt(value));
+            log::info!(user = by.uid; "user {}: {name} {value} refused: {error}", by.uid);
         })
     }
 

@@ -5,15 +5,17 @@
 pub mod limits;
 
 use limits::{Remedy, Waiting};
+use rustix::fs::inotify;
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Output, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub const SUBPAGE: u64 = 4096;
 pub const FOLIO: u64 = 2 << 20;
@@ -102,7 +104,8 @@ impl Pool {
         Self::mount(&format!("pagesize=1G,size={}", pages * GIB))
     }
 
-    /// With these options; the daemon's log goes to the test's standard error when it fails.
+    /// With these options; the daemon's log goes to the test's standard error when it fails, unless the options
+    /// say where it goes.
     pub fn mount(options: &str) -> Self {
         Self::mount_by(mount_hugetlb2(), options)
     }
@@ -113,11 +116,8 @@ impl Pool {
         std::fs::create_dir(directory.path().join("mnt")).expect("a mount point");
         let log = directory.path().join("log");
         let mount_point = directory.path().join("mnt");
-        run(mount
-            .arg("test-pool")
-            .arg(&mount_point)
-            .arg("-o")
-            .arg(format!("{options},log={}", log.display())));
+        let log = if options.contains("log=") { String::new() } else { format!(",log={}", log.display()) };
+        run(mount.arg("test-pool").arg(&mount_point).arg("-o").arg(format!("{options}{log}")));
         let mut pool = Self { directory, daemon: None, limit: limits::test(&mount_point, None) };
         pool.note_new_daemon();
         pool
@@ -134,6 +134,11 @@ impl Pool {
 
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
+    }
+
+    /// The log, once `text` is in it.
+    pub fn await_log(&self, text: &str) -> String {
+        await_text(&self.directory.path().join("log"), text)
     }
 
     pub fn counters(&self) -> BTreeMap<String, u64> {
@@ -196,6 +201,23 @@ impl Drop for Pool {
                 daemon.wait();
             }
         }
+    }
+}
+
+/// Waits until the regular file `path` has `text` in it, and returns all of it.
+pub fn await_text(path: &Path, text: &str) -> String {
+    let flags = inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK;
+    let changes = File::from(inotify::init(flags).expect("inotify"));
+    inotify::add_watch(&changes, path, inotify::WatchFlags::MODIFY).expect("the file is there");
+    let end = Instant::now() + limits::ANSWER;
+    loop {
+        let found = std::fs::read_to_string(path).expect("the file can be read");
+        if found.contains(text) {
+            return found;
+        }
+        let left = end.saturating_duration_since(Instant::now());
+        limits::readable(left, &format!("{text:?} in this log:\n{found}"), &changes);
+        let _ = (&changes).read(&mut [0; 4096]); // the next wait is for the next change
     }
 }
 

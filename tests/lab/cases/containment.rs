@@ -117,7 +117,7 @@ fn an_error_in_the_ledger_loses_what_was_kept_and_opens_no_hole() {
     assert_eq!(toucher.walk(), [BAD, BAD + SUBPAGE], "nor in the hands of another worker");
     pool.check();
     assert_eq!(set(&path, REPAIR, format!("salvage {BAD} {SUBPAGE}")), Err(Errno::NODATA));
-    assert!(pool.log().contains("a memory error has hit the ledger"), "{}", pool.log());
+    pool.await_log("a memory error has hit the ledger");
     set(&path, REPAIR, "salvage all").unwrap();
     assert!(toucher.walk().is_empty());
     assert_eq!(toucher.load(BAD), Some(0), "what is not known is zeros, as was asked for");
@@ -429,7 +429,7 @@ fn a_worker_that_the_oom_killer_takes_is_replaced() {
     wait_until("it is taken", || pool.counter("worker_pid") != worker);
     assert_eq!(fs::read(&path).unwrap(), vec![7; SIZE as usize]);
     assert!(toucher.walk().is_empty());
-    assert!(pool.log().contains(&format!("worker {worker} has ended (signal 9)")), "{}", pool.log());
+    pool.await_log(&format!("worker {worker} has ended (signal 9)"));
     pool.check();
     drop(toucher);
     pool.unmount();
