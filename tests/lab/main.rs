@@ -84,7 +84,7 @@ impl Lab {
 }
 
 fn main() -> ExitCode {
-    support::limits::allow(900);
+    support::limits::allow(1800);
     let arguments = Arguments::from_args();
     let lab = Arc::new(Lab::default());
     let trial = |name: String, machine: Machine, ends_kernel: Option<&'static str>| {

@@ -11,6 +11,7 @@ const ENGINES: &[(&str, &[&str])] = &[
     ("psync", &[]),
     ("io_uring", &["--iodepth=8"]),
     ("io_uring", &["--iodepth=8", "--fixedbufs=1"]),
+    ("libaio", &["--iodepth=8", "--direct=1", "--offset=512"]),
 ];
 
 fn fio_reads_what_it_wrote() {

@@ -34,7 +34,7 @@ macro_rules! tests {
 use tests;
 
 fn main() -> ExitCode {
-    limits::allow(900 * at_length(6));
+    limits::allow(1800 * at_length(6));
     let all = [
         posix::TESTS,
         fsx::TESTS,
