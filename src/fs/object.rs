@@ -286,7 +286,8 @@ impl Object {
             Err(error) => (0, Err(error)),
         };
         if ended.is_err() && holding.size() > size {
-            let shrinking = holding.begin_shrinking(context.pool, size.max(range.start + written))?;
+            let end = if written == 0 { size } else { size.max(range.start + written) };
+            let shrinking = holding.begin_shrinking(context.pool, end)?;
             holding.complete(shrinking)?; // the file ends where the write did
         }
         match (written, ended) {

@@ -57,13 +57,13 @@ impl<'pool> Release<'pool> {
 
     fn release_piece(&mut self, holding: &mut Holding) -> Progress {
         let Some(run) = self.runs.last().cloned() else { return Progress::More };
-        // Who is to stop ends with the page that was begun.
+        // A release that is to stop ends with the page that was begun.
         let first = if self.stop.is_some() { Page(run.end.0 - 1) } else { run.start };
         let start = holding.page_size.range(first).start;
-        let memory = Range::new(start, self.moved_from.min(holding.memory_end()));
+        let memory = holding.end_with_few_holes(Range::new(start, self.moved_from.min(holding.memory_end())));
         match self.pool.move_piece_in(&mut holding.sealed, memory, Sealed::give) {
             Ok(moved) => {
-                self.moved_from = moved.map_or(start, |piece| piece.start);
+                self.moved_from = moved.map_or(memory.start, |piece| piece.start);
                 steps::done(Step::ReleaseMoved);
                 self.note_released(holding, run);
             }

@@ -11,12 +11,14 @@ use crate::units::{FOLIO_SIZE, Range};
 pub struct Shrinking<'pool> {
     pool: &'pool Pool,
     size: u64,
+    /// Memory has moved: the file is shorter than it was.
+    has_moved: bool,
     failure: Option<Error>,
 }
 
 impl<'pool> Shrinking<'pool> {
     pub fn new(pool: &'pool Pool, size: u64) -> Self {
-        Self { pool, size, failure: None }
+        Self { pool, size, has_moved: false, failure: None }
     }
 
     pub fn give_up(&mut self, why: Error) {
@@ -28,8 +30,12 @@ impl<'pool> Shrinking<'pool> {
             return self.finish(holding);
         }
         let gone = Range::new(self.size.next_multiple_of(FOLIO_SIZE), holding.sealed.size());
-        match self.pool.move_piece_in(&mut holding.sealed, gone, |sealed, piece| sealed.cut(piece.start)) {
-            Ok(Some(_)) => Ok(Progress::More),
+        let piece = holding.end_with_few_holes(gone);
+        match self.pool.move_piece_in(&mut holding.sealed, piece, |sealed, piece| sealed.cut(piece.start)) {
+            Ok(Some(_)) => {
+                self.has_moved = true;
+                Ok(Progress::More)
+            }
             Ok(None) => self.finish(holding),
             Err(error) => {
                 self.give_up(error);
@@ -40,6 +46,9 @@ impl<'pool> Shrinking<'pool> {
 
     /// The file is as short as it is going to be.
     fn finish(&mut self, holding: &mut Holding) -> Result<Progress> {
+        if let Some(why) = self.failure.take_if(|_| !self.has_moved) {
+            return Err(why); // all is as before, the pages behind the end, too
+        }
         steps::done(Step::ShrinkMoved);
         if self.failure.is_none() && self.size < holding.sealed.size() {
             holding.sealed.cut(self.size)?;

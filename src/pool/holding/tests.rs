@@ -160,6 +160,35 @@ fn soft_holes_refuse_what_would_move_memory_around_them() {
     assert_settled(&pool, &holding);
 }
 
+#[test]
+fn a_shrinking_that_ends_before_its_first_piece_leaves_the_pages_behind_the_end() {
+    let pool = pool();
+    let mut holding = file(&pool, 4);
+    let allocation = holding.begin_allocation(&pool, pages(4, 6)).unwrap();
+    holding.complete(allocation).unwrap();
+    let shrinking = holding.begin_shrinking(&pool, FOLIO_SIZE).unwrap();
+    give_up(shrinking, &mut holding);
+    assert_eq!((holding.size(), holding.pages()), (4 * FOLIO_SIZE, 6));
+    assert_settled(&pool, &holding);
+}
+
+#[test]
+fn a_piece_gives_back_few_soft_holes() {
+    let pool = pool();
+    let mut holding = file(&pool, 4);
+    for folio in 0..3 {
+        (0..100).for_each(|n| holding.sealed.quarantine(Subpage(folio * 512 + 2 * n), 1).unwrap());
+    }
+    let mut change = holding.begin_release(&pool, pages(0, 4)).unwrap();
+    let mut given = Vec::new();
+    while change.advance(&mut holding).unwrap() == Progress::More {
+        given.push(300 - holding.sealed.holes().len());
+    }
+    assert_eq!(given, [200, 300], "128 at a time, and what their folio has besides");
+    assert_eq!(holding.pages(), 0);
+    assert_settled(&pool, &holding);
+}
+
 // ---- given up -------------------------------------------------------------------------------------------------------
 
 #[test]
@@ -341,7 +370,7 @@ fn stuck_growth(pool: &Pool) -> Holding {
 }
 
 #[test]
-fn memory_that_is_stuck_in_a_file_is_promised_to_nobody() {
+fn memory_that_is_stuck_in_a_file_is_promised_once() {
     let pool = pool();
     let mut holding = stuck_growth(&pool);
     assert_eq!(holding.size(), 4 * FOLIO_SIZE);
