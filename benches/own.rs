@@ -5,6 +5,7 @@
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput};
 use hugetlb2fs::index::{DirEntry, Index, New};
+use hugetlb2fs::options::Options;
 use hugetlb2fs::pool::{Holding, Pool};
 use hugetlb2fs::quarantine::{Kind, coalesce, format, parse_poison};
 use hugetlb2fs::sealed::{Reach, Sealed};
@@ -157,7 +158,7 @@ fn attributes(criterion: &mut Criterion) {
 
 fn index(criterion: &mut Criterion) {
     const NAMES: u64 = 1_000;
-    let index = Index::create(0o755, 0, 0).expect("an index");
+    let index = Index::create(&Options::default()).expect("an index");
     let names: Vec<OsString> = (0..NAMES).map(|n| format!("name{n}").into()).collect();
     names.iter().for_each(|name| make(&index, name));
     let mut group = criterion.benchmark_group("index");

@@ -4,7 +4,7 @@ use crate::mappers::{self, Misaligned};
 use crate::{attributes, daemons, demo, mount, say, session, touch};
 use clap::{Parser, Subcommand, ValueEnum};
 use hugetlb2fs::quarantine;
-use rustix::fs::{major, minor};
+use rustix::fs::{major, minor, statvfs};
 use rustix::io::Errno;
 use serde_json::{Map, Value, json};
 use std::ffi::OsString;
@@ -268,6 +268,14 @@ fn status(directories: &[PathBuf], json: bool) -> Done {
     Ok(ExitCode::SUCCESS)
 }
 
+/// How many inodes there are and how many more files can be made, where that is bounded by an option, or where few can.
+fn inodes(directory: &Path, options: &[(String, String)]) -> Option<(u64, u64)> {
+    const FEW: u64 = 1000;
+    let (files, free) = statvfs(directory).map(|counts| (counts.f_files, counts.f_ffree)).ok()?;
+    let is_worth_saying = free < FEW || options.iter().any(|(name, _)| name == "nr_inodes");
+    is_worth_saying.then(|| (files.saturating_sub(free), free))
+}
+
 fn describe_pool(directory: &Path, counters: &attributes::Counters, options: &[(String, String)]) -> String {
     const MIB: u64 = 1 << 20;
     let of = |name: &str| counters.get(name).unwrap_or(0);
@@ -281,6 +289,9 @@ fn describe_pool(directory: &Path, counters: &attributes::Counters, options: &[(
     row("in folios", format!("{huge} MiB were in 2 MiB folios when it was mounted"));
     let (objects, orphans) = (of("objects"), of("orphans"));
     row("files", format!("{objects} open or with contents, {orphans} unlinked and still in use"));
+    if let Some((used, free)) = inodes(directory, options) {
+        row("inodes", format!("{used} used, {free} more files can be made"));
+    }
     if of("punched_bytes") > 0 {
         row(
             "punched",

@@ -14,6 +14,9 @@ pub enum Error {
     /// The kernel reads the file's memory for somebody who has it open, or has just closed it.
     #[error("programs have the file open for reading natively (see the option io=)")]
     OpenNatively,
+    /// No more files: each takes of what the daemon or the machine has only so many of.
+    #[error("there are as many files as the daemon can have")]
+    TooManyFiles,
     /// The machine itself has no memory for what the pool needs.
     #[error("the machine is out of memory")]
     NoMemory,
@@ -63,6 +66,8 @@ impl Error {
     pub fn errno(&self) -> Errno {
         match self {
             Self::Full | Self::Returning => Errno::NOSPC,
+            // As tmpfs answers beyond nr_inodes=. ENFILE would tell of the machine's open files.
+            Self::TooManyFiles => Errno::NOSPC,
             // Not ENOMEM: for the caller the filesystem could not give the space it asked for, and ENOSPC
             // is what open(2), write(2) and fallocate(2) document for that.
             Self::NoMemory => Errno::NOSPC,

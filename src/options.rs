@@ -16,6 +16,8 @@ pub struct Options {
     pub uid: u32,
     /// Group of the root directory.
     pub gid: u32,
+    /// Most nodes; as many as tmpfs allows by itself where none is given.
+    pub inodes: Option<u64>,
     /// Put huge mappings back after a repair without being asked.
     pub collapse: bool,
     /// A write that covers a quarantined subpage repairs it.
@@ -36,6 +38,7 @@ impl Default for Options {
             mode: 0o755,
             uid: 0,
             gid: 0,
+            inodes: None,
             collapse: true,
             recovery_write: true,
             io: Io::Auto,
@@ -224,6 +227,15 @@ pub const TABLE: &[Row] = &[
         get: |options| Some(options.gid.to_string()),
     },
     Row {
+        name: "nr_inodes",
+        value: "NUMBER",
+        default: Some("half as many as the machine has 4 KiB pages"),
+        help: "most files, directories and other nodes, the root included; a number, also with K, M or G behind it. A further name \
+               of a file, and each KiB of extended attributes, counts as one",
+        set: |options, text| parse_inodes(text).map(|number| options.inodes = Some(number)),
+        get: |options| options.inodes.map(|number| number.to_string()),
+    },
+    Row {
         name: "collapse",
         value: "on|off",
         default: Some("on"),
@@ -281,6 +293,16 @@ fn describe_switch(on: bool) -> String {
 fn parse_id(text: &str) -> Result<u32, String> {
     let id = text.parse::<u32>().ok().filter(|id| *id != u32::MAX && !text.starts_with('+'));
     id.ok_or_else(|| format!("{text:?} is not a numeric user or group id"))
+}
+
+fn parse_inodes(text: &str) -> Result<u64, String> {
+    match Size::parse(text) {
+        Ok(Size::Bytes(number)) if (1..=u64::from(u32::MAX)).contains(&number) => Ok(number),
+        _ => Err(format!(
+            "{text:?} is not a number of inodes: from 1 to {}, also with K, M or G behind it",
+            u32::MAX
+        )),
+    }
 }
 
 fn parse_switch(text: &str) -> Result<bool, String> {
@@ -379,6 +401,10 @@ mod tests {
             ("mode", "17777"),
             ("uid", "root"),
             ("gid", "4294967295"),
+            ("nr_inodes", "0"),
+            ("nr_inodes", "4G"),
+            ("nr_inodes", "5%"),
+            ("nr_inodes", "many"),
             ("collapse", "yes"),
             ("io", "fast"),
             ("punch", "on"),
@@ -412,6 +438,7 @@ mod tests {
             ("size", "25%"),
             ("pagesize", "2M"),
             ("mode", "1777"),
+            ("nr_inodes", "10k"),
             ("collapse", "off"),
             ("io", "native"),
             ("punch", "keep"),
@@ -425,7 +452,7 @@ mod tests {
 
     #[test]
     fn every_default_in_the_table_is_the_default() {
-        for row in TABLE.iter().filter(|row| row.name != "log") {
+        for row in TABLE.iter().filter(|row| !["log", "nr_inodes"].contains(&row.name)) {
             let Some(default) = row.default else { continue };
             assert_eq!(set(row.name, default).unwrap(), Options::default(), "{}", row.name);
         }

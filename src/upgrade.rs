@@ -11,7 +11,7 @@
 //! has the device open in us.
 
 use crate::error::Error;
-use crate::fs::OBJECTS;
+use crate::fs::{OBJECTS, refuse_too_few_descriptors};
 use crate::fuse;
 use crate::handover::Handover;
 use crate::options::Options;
@@ -27,6 +27,8 @@ use std::path::{Path, PathBuf};
 /// Another daemon, which serves.
 pub struct Predecessor {
     process: OwnedFd,
+    /// Files that are going to be opened.
+    files: u64,
     /// What the pool was mounted with.
     pub options: Options,
     /// /dev/fuse, as it has it open.
@@ -45,16 +47,17 @@ impl Predecessor {
         let root = PathBuf::from(format!("/proc/{pid}/root"));
         let left = Handover::read(&root).map_err(|error| none(error.to_string()))?;
         fuse::would_agree(&left.handshake)?;
-        check_objects(&root).map_err(|error| none(error.to_string()))?;
+        let files = check_objects(&root).map_err(|error| none(error.to_string()))?;
         let device = device_of(pid, &process).map_err(|error| none(error.to_string()))?;
-        Ok(Self { process, options: left.options, device })
+        Ok(Self { process, files, options: left.options, device })
     }
 
     /// Goes where its files are.
     ///
     /// # Errors
-    /// What setns(2) answers.
+    /// What setns(2) answers; [`Error::Invalid`] where so many files cannot be open here.
     pub fn enter_namespace(&self) -> Result<(), Error> {
+        refuse_too_few_descriptors(self.files)?;
         Ok(move_into_thread_name_spaces(self.process.as_fd(), ThreadNameSpaceType::MOUNT)?)
     }
 
@@ -77,15 +80,16 @@ impl Predecessor {
     }
 }
 
-/// Whether every object is of a version that is known here.
-fn check_objects(root: &Path) -> Result<(), Error> {
+/// Whether every object is of a version that is known here; how many there are.
+fn check_objects(root: &Path) -> Result<u64, Error> {
+    let mut count = 0;
     for object in std::fs::read_dir(root.join(OBJECTS.trim_start_matches('/')))? {
         match sealed::check_version(&object?.path()) {
-            Ok(()) | Err(Error::Os(Errno::NOENT)) => {} // one that goes or comes just now
+            Ok(()) | Err(Error::Os(Errno::NOENT)) => count += 1, // NOENT: one that goes or comes just now
             Err(error) => return Err(error),
         }
     }
-    Ok(())
+    Ok(count)
 }
 
 fn device_of(pid: i32, process: &OwnedFd) -> Result<OwnedFd, Error> {

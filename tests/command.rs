@@ -74,7 +74,7 @@ fn status_in_json_has_every_counter_as_a_number() {
         assert_eq!(found[&name], json!(value), "{name}");
     }
     assert_eq!(found["options"]["pagesize"], "2M");
-    assert_eq!(found.len(), pool.counters().len() + 2);
+    assert_eq!(found.len(), pool.counters().len() + 3);
     assert_eq!(value.as_array().unwrap().len(), 1);
 }
 

@@ -13,12 +13,14 @@ mod modified;
 mod native;
 mod object;
 mod pace;
+mod places;
 mod recovery;
 mod requests;
 
 pub use attributes::Reading;
 pub use object::{Allocation, Context, Extent, Object, State, Waker};
 pub use pace::Pace;
+pub use places::refuse_too_few_descriptors;
 pub use requests::Ticket;
 
 use crate::error::{Error, Result};
@@ -26,13 +28,14 @@ use crate::index::{Attributes, DirEntry, Index, Kind, Time};
 use crate::options::{Io, Options};
 use crate::pool::{Holding, Pool};
 use crate::steps::{self, Step};
-use crate::sys::{calls, memory_failures, memory_nodes, tmpfs};
+use crate::sys::{memory_failures, memory_nodes};
 use crate::units::{FOLIO_SIZE, Folio, NodeId, Range};
 use crossbeam::channel::Sender;
 use native::Closings;
+use places::Places;
 use rustix::io::Errno;
 use std::collections::HashMap;
-use std::ffi::{CStr, CString, OsStr};
+use std::ffi::{CString, OsStr};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -55,6 +58,7 @@ pub type Repaired = (Arc<Object>, Range);
 pub struct Fs {
     index: Index,
     pool: Pool,
+    places: Places,
     objects: Mutex<HashMap<NodeId, Arc<Object>>>,
     /// Objects of nodes that are gone, whose pages the machine had no memory to move yet.
     stranded: Mutex<Vec<Arc<Object>>>,
@@ -99,9 +103,10 @@ pub struct Statistics {
     pub pages: u64,
     /// Nobody's.
     pub free_pages: u64,
-    /// Inodes there may be.
+    /// Inodes that there are, and [`Statistics::free_inodes`].
     pub inodes: u64,
-    /// Inodes that can still be made.
+    /// Regular files that can still be made. Each takes an inode and a place; what is no regular file takes no place, so where
+    /// places are fewer than inodes, directories can be made beyond this number.
     pub free_inodes: u64,
 }
 
@@ -113,7 +118,7 @@ impl Fs {
     pub fn create(options: &Options, mut pool: Pool, repaired: Option<Sender<Repaired>>) -> Result<Self> {
         pool.collapse_reserves()?;
         pool.attach()?;
-        let index = Index::create(options.mode, options.uid, options.gid)?;
+        let index = Index::create(options)?;
         index.keep(FAILURES, memory_failures())?;
         index.keep(FAILURES_IN_POOL, memory_failures())?;
         Self::on(options, index, pool, repaired)
@@ -125,6 +130,7 @@ impl Fs {
         Ok(Self {
             index,
             pool,
+            places: Places::count()?,
             objects: Mutex::default(),
             stranded: Mutex::default(),
             options: in_force(options),
@@ -255,7 +261,9 @@ impl Fs {
     /// What fstatfs(2) answers.
     pub fn statistics(&self) -> Result<Statistics> {
         let account = self.pool.balance();
-        let (inodes, free_inodes) = self.index.inodes()?;
+        let (most, left) = self.index.inodes()?;
+        let free_inodes = left.min(self.places.left()?);
+        let inodes = most.saturating_sub(left) + free_inodes;
         Ok(Statistics {
             page_size: self.pool.page_size().bytes(),
             pages: account.total,
@@ -311,7 +319,7 @@ impl Fs {
     /// The contents of a regular file; made now if it has none yet.
     ///
     /// # Errors
-    /// EINVAL for anything else; [`Error::NoMemory`], ENFILE.
+    /// EINVAL for anything else; [`Error::NoMemory`], [`Error::TooManyFiles`].
     pub fn object(&self, node: NodeId) -> Result<Arc<Object>> {
         let mut objects = self.objects();
         if let Some(object) = objects.get(&node) {
@@ -322,9 +330,7 @@ impl Fs {
             Kind::Directory => return Err(Error::Os(Errno::ISDIR)),
             _ => return Err(Error::invalid("only regular files have contents")),
         }
-        let mut holding = Holding::create(self.pool.page_size())?;
-        attach(node, &mut holding)?;
-        steps::done(Step::CreateAttached);
+        let holding = self.places.make(node, || Holding::create(self.pool.page_size()))?;
         let object = Arc::new(Object::new(node, holding));
         objects.insert(node, object.clone());
         Ok(object)
@@ -343,7 +349,7 @@ impl Fs {
             log::error!("file {}: its memory could not be moved back yet: {error}", object.node());
         })?;
         steps::done(Step::DismantleEmptied);
-        detach(object.node());
+        self.places.remove(object.node());
         steps::done(Step::DismantleDetached);
         Ok(())
     }
@@ -571,29 +577,4 @@ fn reads_natively(io: Io) -> bool {
         Io::Mediated => false,
         Io::Auto => memory_failures().is_some(),
     }
-}
-
-fn object_path(node: NodeId) -> CString {
-    CString::new(format!("{OBJECTS}/{node}")).expect("hexadecimal digits hold no NUL")
-}
-
-fn attach(node: NodeId, holding: &mut Holding) -> Result<()> {
-    let path = object_path(node);
-    calls::mkdir(&*path, rustix::fs::Mode::from_raw_mode(0o700))?;
-    steps::done(Step::CreatePlace);
-    holding.sealed_mut().attach(path_text(&path)).inspect_err(|_| {
-        let _ = calls::rmdir(&*path);
-    })
-}
-
-fn detach(node: NodeId) {
-    let path = object_path(node);
-    let detached = tmpfs::detach(path_text(&path)).and_then(|()| Ok(calls::rmdir(&*path)?));
-    if let Err(error) = detached {
-        log::error!("file {node}: its superblock stays mounted: {error}");
-    }
-}
-
-fn path_text(path: &CStr) -> &str {
-    path.to_str().expect("hexadecimal digits are text")
 }

@@ -22,6 +22,7 @@
 //! while calling out of this module.
 
 use crate::error::{Error, Result};
+use crate::options::Options;
 use crate::steps::{self, Step};
 use crate::sys::handle;
 use crate::sys::identity::{Caller, Member, acting_as};
@@ -45,6 +46,14 @@ pub const MOUNT_POINT: &str = "/index";
 const TREE: &str = "tree";
 const ORPHANS: &str = ".orphans";
 const WITNESSES: &str = ".witnesses";
+
+/// What the tmpfs counts of inodes that are no users': its root, `.orphans`, `.witnesses`, `handover`, and one for the attributes
+/// that the daemon keeps at them.
+const OWN_INODES: u64 = 5;
+
+/// Inodes that no new node gets, for what is there for a moment only: a note of what a request found, and the second name of a
+/// file that another is renamed over.
+const SPARE_INODES: u64 = 256;
 
 const ACCESS_ACL: &str = "system.posix_acl_access";
 
@@ -160,22 +169,26 @@ pub struct Index {
     /// What is in `.orphans`.
     orphaned: Mutex<HashSet<NodeId>>,
     unlinking: Mutex<()>,
+    /// Held while one of the last inodes is taken.
+    taking: Mutex<()>,
 }
 
 impl Index {
-    /// An empty tree, mounted at [`MOUNT_POINT`], whose root belongs to `uid` and `gid` and has `mode`.
+    /// An empty tree, mounted at [`MOUNT_POINT`], with a root and as many inodes as asked for.
     ///
     /// # Errors
     /// What the kernel answers.
-    pub fn create(mode: u32, uid: u32, gid: u32) -> Result<Self> {
-        let mount = tmpfs::create(&tmpfs::Options { inode32: true, ..Default::default() })?;
+    pub fn create(options: &Options) -> Result<Self> {
+        let inodes = options.inodes.map(|users| users + OWN_INODES + SPARE_INODES);
+        let mount = tmpfs::create(&tmpfs::Options { inode32: true, inodes, ..Default::default() })?;
         tmpfs::attach(&mount, MOUNT_POINT)?;
         for name in [TREE, ORPHANS, WITNESSES] {
             calls::mkdirat(&mount, name, Mode::from_raw_mode(0o700))?;
         }
         let index = Self::of(mount)?;
-        rustix::fs::fchown(&index.tree, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
-        rustix::fs::fchmod(&index.tree, Mode::from_raw_mode(mode))?;
+        let (uid, gid) = (Uid::from_raw(options.uid), Gid::from_raw(options.gid));
+        rustix::fs::fchown(&index.tree, Some(uid), Some(gid))?;
+        rustix::fs::fchmod(&index.tree, Mode::from_raw_mode(options.mode))?;
         Ok(index)
     }
 
@@ -206,8 +219,8 @@ impl Index {
         let (tree, orphans) = (open_directory_at(&mount, TREE)?, open_directory_at(&mount, ORPHANS)?);
         let witnesses = open_directory_at(&mount, WITNESSES)?;
         let tree_id = handle::of(&tree, c"")?;
-        let (orphaned, unlinking) = (Mutex::default(), Mutex::default());
-        Ok(Self { mount, tree, tree_id, orphans, witnesses, orphaned, unlinking })
+        let (orphaned, unlinking, taking) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Ok(Self { mount, tree, tree_id, orphans, witnesses, orphaned, unlinking, taking })
     }
 
     fn listed_orphans(&self) -> Result<Vec<NodeId>> {
@@ -324,20 +337,7 @@ impl Index {
     pub fn make(&self, parent: NodeId, name: &OsStr, new: New<'_>, caller: Caller) -> Result<Attributes> {
         let directory = self.path(parent)?;
         let name = c_name(name)?;
-        acting_as(caller, || {
-            match new {
-                New::Node(mode, device) => calls::mknodat(
-                    &directory,
-                    &*name,
-                    FileType::from_raw_mode(mode),
-                    Mode::from_raw_mode(mode),
-                    device,
-                )?,
-                New::Directory(mode) => calls::mkdirat(&directory, &*name, Mode::from_raw_mode(mode))?,
-                New::Symlink(target) => calls::symlinkat(target, &directory, &*name)?,
-            }
-            Ok(())
-        })?;
+        self.taking(1, || acting_as(caller, || Ok(make_in(&directory, &name, new)?)))?;
         self.look_up_in(&directory, &name).inspect_err(|_| {
             let kind = if let New::Directory(_) = new { AtFlags::REMOVEDIR } else { AtFlags::empty() };
             let _ = calls::unlinkat(&directory, &*name, kind); // what fails leaves nothing behind
@@ -356,10 +356,24 @@ impl Index {
             return Err(Error::Os(Errno::NOENT)); // as link(2) answers for an open file without a name
         }
         let linked = self.path(node)?;
-        calls::linkat(&linked, c"", &directory, &*name, AtFlags::EMPTY_PATH)?;
+        let link = || Ok(calls::linkat(&linked, c"", &directory, &*name, AtFlags::EMPTY_PATH)?);
+        self.taking(1, link)?;
         self.attributes_of(&linked, node).inspect_err(|_| {
             let _ = rustix::fs::unlinkat(&directory, &*name, AtFlags::empty()); // what fails leaves nothing behind
         })
+    }
+
+    /// Runs `make`, which takes up to `wanted` inodes, or as much room in attributes, where so many are left to users.
+    fn taking<T>(&self, wanted: u64, make: impl FnOnce() -> Result<T>) -> Result<T> {
+        const PLENTY: u64 = 64 << 10; // more than all threads that are here at the same moment can take
+        if self.inodes()?.1 > PLENTY {
+            return make();
+        }
+        let _alone = self.taking.lock().expect("no panic while an inode is taken");
+        if self.inodes()?.1 < wanted {
+            return Err(Error::Os(Errno::NOSPC));
+        }
+        make()
     }
 
     fn unlinking(&self) -> MutexGuard<'_, ()> {
@@ -644,7 +658,8 @@ impl Index {
     ) -> Result<()> {
         let fd = self.path(node)?;
         let flags = XattrFlags::from_bits_retain(flags as u32);
-        calls::setxattr(fd_path(fd.as_fd()), name, value, flags)?;
+        let set = || Ok(calls::setxattr(fd_path(fd.as_fd()), name, value, flags)?);
+        self.taking(inodes_for_attribute(name, value), set)?;
         if name == ACCESS_ACL { drop_undue_set_group_id(&fd, by) } else { Ok(()) }
     }
 
@@ -721,13 +736,14 @@ impl Index {
         }
     }
 
-    /// How many inodes there may be, and how many more can be made (statfs(2)).
+    /// How many inodes users may have, and how many more they can make.
     ///
     /// # Errors
     /// What fstatfs(2) answers.
     pub fn inodes(&self) -> Result<(u64, u64)> {
         let stat = calls::fstatfs(&self.mount)?;
-        Ok((stat.f_files, stat.f_ffree))
+        let users = stat.f_files.saturating_sub(OWN_INODES + SPARE_INODES);
+        Ok((users, stat.f_ffree.saturating_sub(SPARE_INODES)))
     }
 
     /// Nodes without names that somebody still has open or mapped.
@@ -741,10 +757,28 @@ impl Index {
     }
 }
 
+fn make_in(directory: &OwnedFd, name: &CStr, new: New<'_>) -> Result<(), Errno> {
+    match new {
+        New::Node(mode, device) => {
+            let (kind, mode) = (FileType::from_raw_mode(mode), Mode::from_raw_mode(mode));
+            calls::mknodat(directory, name, kind, mode, device)
+        }
+        New::Directory(mode) => calls::mkdirat(directory, name, Mode::from_raw_mode(mode)),
+        New::Symlink(target) => calls::symlinkat(target, directory, name),
+    }
+}
+
+/// tmpfs counts 1024 bytes of attributes, with their names and the memory that describes them, as an inode (mm/shmem.c,
+/// BOGO_INODE_SIZE).
+fn inodes_for_attribute(name: &OsStr, value: &[u8]) -> u64 {
+    const DESCRIPTION: usize = 128;
+    1 + (DESCRIPTION + name.len() + value.len()) as u64 / 1024
+}
+
 /// Whether a node is in the tree, and not the root itself. What has no name, and what only the daemon uses, is elsewhere.
 fn is_below_root(fd: &OwnedFd) -> Result<bool> {
     let inside = format!("{MOUNT_POINT}/{TREE}/");
-    match rustix::fs::readlink(fd_path(fd.as_fd()), Vec::new()) {
+    match calls::readlinkat(CWD, fd_path(fd.as_fd()), Vec::new()) {
         Ok(path) => Ok(path.to_bytes().starts_with(inside.as_bytes())),
         Err(Errno::NAMETOOLONG) => Ok(true), // no path outside of the tree has more than some hundred bytes
         Err(errno) => Err(errno.into()),

@@ -132,7 +132,7 @@ impl Sealed {
     /// # Errors
     /// [`Error::NoMemory`], and what fsopen(2) and openat(2) answer.
     pub fn create(reach: Reach, node: Option<u32>) -> Result<Self> {
-        let options = tmpfs::Options { blocks: Some(1), huge: true, inode32: false, node };
+        let options = tmpfs::Options { blocks: Some(1), huge: true, node, ..Default::default() };
         let mount = tmpfs::create(&options)?;
         let create = |name| -> Result<File> {
             let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;

@@ -9,6 +9,7 @@ pub mod cgroup;
 pub mod handle;
 pub mod identity;
 pub mod mapping;
+pub mod mounts;
 pub mod namespace;
 pub mod process;
 pub mod sigbus;

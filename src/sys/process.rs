@@ -1,8 +1,11 @@
 //! Processes and descriptors: fork(2), waitpid(2), prctl(2), sigwaitinfo(2), dup3(2).
 
+use super::calls;
 use crate::error::{Error, Result};
+use rustix::fs::{AtFlags, CWD, StatxFlags};
 use rustix::process::{
-    Pid, Signal, WaitOptions, WaitStatus, getppid, set_parent_process_death_signal, waitpid,
+    Pid, Resource, Signal, WaitOptions, WaitStatus, getppid, getrlimit, set_parent_process_death_signal,
+    waitpid,
 };
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -107,6 +110,26 @@ pub fn descriptor_of(process: impl AsFd, number: u32) -> Result<OwnedFd> {
         rustix::process::PidfdGetfdFlags::empty(),
     )?;
     Ok(fd)
+}
+
+/// Descriptors of this process.
+#[derive(Clone, Copy, Debug)]
+pub struct Descriptors {
+    /// So many it may have (RLIMIT_NOFILE).
+    pub most: u64,
+    /// So many are open.
+    pub open: u64,
+}
+
+/// Counts the descriptors of this process.
+///
+/// # Errors
+/// Where /proc is not mounted.
+pub fn descriptors() -> Result<Descriptors> {
+    // The size is their number, since Linux 6.2 (fs/proc/fd.c).
+    let stat = calls::statx(CWD, c"/proc/self/fd", AtFlags::empty(), StatxFlags::SIZE)?;
+    let most = getrlimit(Resource::Nofile).current;
+    Ok(Descriptors { most: most.unwrap_or(u64::MAX), open: stat.stx_size })
 }
 
 /// Signals that are waited for, and interrupt nothing.

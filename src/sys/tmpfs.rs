@@ -20,6 +20,8 @@ pub struct Options {
     pub blocks: Option<u64>,
     /// Allocate in 2 MiB folios (`huge=always`).
     pub huge: bool,
+    /// Most inodes, as tmpfs counts them (`nr_inodes`); `None` for tmpfs's own default.
+    pub inodes: Option<u64>,
     /// Inode numbers of 32 bits, so that one fits in half a node id.
     pub inode32: bool,
     /// Take memory from this NUMA node only (`mpol=bind:N`).
@@ -39,6 +41,10 @@ pub fn create(options: &Options) -> Result<OwnedFd> {
     if let Some(blocks) = options.blocks {
         assert!(blocks > 0, "tmpfs takes 0 for unlimited");
         fsconfig_set_string(context.as_fd(), "nr_blocks", blocks.to_string())?;
+    }
+    if let Some(inodes) = options.inodes {
+        assert!(inodes > 0, "tmpfs takes 0 for unlimited");
+        fsconfig_set_string(context.as_fd(), "nr_inodes", inodes.to_string())?;
     }
     if options.huge {
         fsconfig_set_string(context.as_fd(), "huge", "always")?;
