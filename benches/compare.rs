@@ -164,7 +164,8 @@ impl Machine {
         let model = model.unwrap_or_else(|| std::env::consts::ARCH.to_owned());
         let cores = std::thread::available_parallelism().map_or(0, usize::from);
         let memory = memory_total().unwrap_or(0).div_ceil(GIB);
-        let date = Command::new("date").arg("+%F").output().map(|output| output.stdout).unwrap_or_default();
+        let date = limits::output(limits::ANSWER, Command::new("date").arg("+%F"));
+        let date = date.map(|output| output.stdout).unwrap_or_default();
         Self {
             hardware: format!("{model}, {cores} cores, {memory} GiB"),
             kernel: format!("Linux {}", read("/proc/sys/kernel/osrelease").trim()),

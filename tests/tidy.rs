@@ -95,6 +95,26 @@ fn sources_are_ascii_and_their_lines_fit() {
     }
 }
 
+/// `tests/support/limits.rs` has these calls with a limit.
+#[test]
+fn no_test_waits_without_a_limit() {
+    const ENDLESS: [&str; 4] = [
+        concat!(".output", "()"),
+        concat!(".recv", "()"),
+        concat!("wait_with", "_output()"),
+        concat!("], ", "None)"),
+    ];
+    for path in sources("tests").into_iter().chain(sources("benches")) {
+        if path.ends_with("tests/support/limits.rs") {
+            continue;
+        }
+        for (number, line) in read(&path).lines().enumerate() {
+            let endless = ENDLESS.iter().find(|call| line.contains(**call));
+            assert_eq!(endless, None, "{}:{} waits without a limit", path.display(), number + 1);
+        }
+    }
+}
+
 #[test]
 fn fuser_is_named_only_in_the_fuse_module() {
     for path in sources("src").into_iter().chain(sources("mount-helper")) {
