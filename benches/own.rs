@@ -81,8 +81,9 @@ fn quarantine_lookups(criterion: &mut Criterion) {
     let mut quarantined = 0;
     for records in [0, 10, most] {
         // Every second one, so that no two are neighbours.
-        (quarantined..records)
-            .for_each(|n| sealed.quarantine(Subpage(2 * n + 1), 1_700_000_000).expect("a quarantine"));
+        (quarantined..records).for_each(|n| {
+            sealed.quarantine(Subpage(2 * n + 1).range(), 1_700_000_000).expect("a quarantine")
+        });
         quarantined = records;
         let mut subpages = (0..).map(|n: u64| Subpage(n * 40_503 % (GIB >> 12)));
         group.bench_function(BenchmarkId::new("is_lost", records), |bencher| {
@@ -103,8 +104,8 @@ fn ranges(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("ranges");
     group.throughput(Throughput::Elements(MANY));
     // In runs of three, the way that neighbours are lost together; and each alone.
-    let runs = || (0..MANY).map(|n| (Subpage(n + n / 3), Kind::Soft, 1_700_000_000));
-    let alone = || (0..MANY).map(|n| (Subpage(2 * n), Kind::Soft, 1_700_000_000));
+    let runs = || (0..MANY).map(|n| (Subpage(n + n / 3).range(), Kind::Soft, 1_700_000_000));
+    let alone = || (0..MANY).map(|n| (Subpage(2 * n).range(), Kind::Soft, 1_700_000_000));
     group.bench_function("coalesce 100,000 in runs", |bencher| bencher.iter(|| coalesce(runs()).len()));
     group.bench_function("coalesce 100,000 alone", |bencher| bencher.iter(|| coalesce(alone()).len()));
     let joined = coalesce(alone());

@@ -10,7 +10,7 @@
 //!   walk                                          hits OFFSET:CODE ...   (one touch per subpage)
 //!   huge                                          count N         (2 MiB entries that map it, smaps)
 //!   advise OFFSET LENGTH ADVICE                   ok              (madvise(2), by number)
-//!   hammer OFFSET                                 ok              (a thread loads and stores there until stop)
+//!   hammer OFFSET [BYTE]                          ok              (a thread stores there until stop: BYTE, or what it loads)
 //!   tally TOUCHES                                 count N M       (of so many or more touches that began from now on)
 //!   stop                                          count N M       (touches, and how many were SIGBUS)
 //!   pin OFFSET                                    ok              (the page there is in a pipe, by vmsplice(2))
@@ -94,12 +94,13 @@ impl Tally {
 
 impl Progress {
     /// Touches until it is told to stop; returns how often, and how often that was SIGBUS.
-    fn hammer(&self, mapping: &Mapping, offset: u64) -> (u64, u64) {
+    fn hammer(&self, mapping: &Mapping, offset: u64, byte: Option<u8>) -> (u64, u64) {
         let (mut touches, mut faults) = (0, 0);
         let mut latest = Tally::default();
         while !self.stop.load(Ordering::Relaxed) {
             let epoch = self.epoch.load(Ordering::SeqCst) as u16;
-            let faulted = mapping.load(offset).and_then(|byte| mapping.store(offset, byte)).is_err();
+            let stored = byte.map_or_else(|| mapping.load(offset), Ok);
+            let faulted = stored.and_then(|byte| mapping.store(offset, byte)).is_err();
             touches += 1;
             faults += u64::from(faulted);
             if latest.epoch != epoch {
@@ -172,7 +173,7 @@ impl Toucher {
                 self.mapping()?.advise_range(range, advice).map_err(|error| error.to_string())?;
                 Ok("ok".to_owned())
             }
-            Some("hammer") => self.hammer(number(&mut words)?),
+            Some("hammer") => self.hammer(number(&mut words)?, number(&mut words).ok()),
             Some("tally") => self.tally(number(&mut words)?),
             Some("stop") => self.stop(),
             Some("pin") => {
@@ -266,12 +267,12 @@ impl Toucher {
         Ok(format!("count {count}"))
     }
 
-    fn hammer(&mut self, offset: u64) -> Result<String, String> {
+    fn hammer(&mut self, offset: u64, byte: Option<u8>) -> Result<String, String> {
         let mapping = self.mapping()?.clone();
         let progress = Arc::new(Progress::default());
         let thread = std::thread::spawn({
             let progress = progress.clone();
-            move || progress.hammer(&mapping, offset)
+            move || progress.hammer(&mapping, offset, byte)
         });
         self.hammer = Some(Hammer { progress, thread });
         Ok("ok".to_owned())

@@ -9,8 +9,8 @@
 //! 6.9). Ours are files on tmpfs in 2 MiB folios, mapped by PMD entries, and the server is not involved in a fault.
 //! Every file has **a tmpfs superblock of its own, all of whose blocks are taken** (a [`sealed`] file). A hole in such a file
 //! cannot be filled by anyone: to touch it is SIGBUS, in every process that maps it, without their help. So a bad subpage is
-//! quarantined by punching it out and giving the freed block to the file's *ledger*, where it keeps what was rescued; repair
-//! is the reverse, and MADV_COLLAPSE then puts the 2 MiB mapping back.
+//! quarantined by copying it to the file's *ledger* and punching it out; repair is the reverse, and MADV_COLLAPSE then
+//! puts the 2 MiB mapping back.
 //!
 //! # The processes and where things are
 //!
@@ -51,11 +51,13 @@
 //!
 //! # Invariants
 //!
-//! - **S1** ([`sealed`]) A sealed file has no free block, except inside a resize, for the microseconds of a quarantine or repair, and,
-//!   where it has no soft holes, for what was punched to be filled by a touch.
+//! - **S1** ([`sealed`]) A sealed file has no free block, except inside a resize, for the microseconds of a quarantine or repair, for
+//!   what was punched to be filled by a touch where the file has no soft holes, and after MADV_REMOVE until that memory is
+//!   taken back.
 //! - **P1** ([`pool`]) Pages of files + pages that are reserved + free pages = the pool's size; and so in bytes of memory.
 //! - **P2** ([`fs`]) Every object belongs to a regular file of the index; a file without an object is empty.
-//! - **Q1** ([`sealed`]) A soft hole has exactly one record in the ledger, and the other way round.
+//! - **Q1** ([`sealed`]) A subpage is a soft hole if and only if the ledger's record of its folio names it; then the ledger has the
+//!   true copy of its bytes.
 //!
 //! `hugetlb2 check` verifies them on a pool in use; a new worker restores them.
 //!

@@ -37,11 +37,10 @@ pub struct Quarantined {
     pub time: u64,
 }
 
-/// Joins neighbours of one kind and time; `subpages` ascend.
-pub fn coalesce(subpages: impl Iterator<Item = (Subpage, Kind, u64)>) -> Vec<Quarantined> {
+/// Joins neighbours of one kind and time; `ranges` ascend.
+pub fn coalesce(ranges: impl Iterator<Item = (Range, Kind, u64)>) -> Vec<Quarantined> {
     let mut out: Vec<Quarantined> = Vec::new();
-    for (subpage, kind, time) in subpages {
-        let range = subpage.range();
+    for (range, kind, time) in ranges {
         match out.last_mut() {
             Some(last) if last.range.end == range.start && last.kind == kind && last.time == time => {
                 last.range.end = range.end;
@@ -177,7 +176,7 @@ mod tests {
     #[test]
     fn neighbours_are_joined_and_others_are_not() {
         let joined = coalesce(
-            [(1, 5), (2, 5), (3, 6), (9, 6)].iter().map(|(n, time)| (Subpage(*n), Kind::Soft, *time)),
+            [(1, 5), (2, 5), (3, 6), (9, 6)].iter().map(|(n, time)| (Subpage(*n).range(), Kind::Soft, *time)),
         );
         let ranges: Vec<_> =
             joined.iter().map(|item| (item.range.start / 4096, item.range.len() / 4096)).collect();
@@ -186,7 +185,7 @@ mod tests {
 
     #[test]
     fn a_value_that_was_read_can_be_written() {
-        let quarantined = coalesce([(Subpage(7), Kind::Soft, 1_800_000_000)].into_iter());
+        let quarantined = coalesce([(Subpage(7).range(), Kind::Soft, 1_800_000_000)].into_iter());
         let text = format(&quarantined);
         assert_eq!(text, "0x7000 0x1000 soft 1800000000\n");
         assert_eq!(parse_poison(text.as_bytes(), SIZE).unwrap(), [Subpage(7).range()]);

@@ -54,12 +54,12 @@ steps! {
     "release": ReleaseNoted = "the pages are noted as released", ReleaseMoved = "the memory is back in the reserve";
     "punch": PunchNoted = "that there are gaps is noted", PunchDone = "the memory is given up";
     "take back what was punched": UnpunchFilled = "the gaps have memory", UnpunchDone = "the note is gone";
-    "quarantine": QuarantineKept = "the bytes are kept", QuarantineRecorded = "the subpage is described",
-        QuarantinePunched = "it is punched", QuarantineTraded = "its block is the ledger's",
-        QuarantineStored = "the bytes are in it", QuarantineDone = "the copy of the bytes is gone";
-    "repair": RepairKept = "what is to be there is kept", RepairReleased = "the ledger has given the block",
-        RepairFilled = "the subpage is back", RepairForgotten = "its description is gone",
-        RepairDone = "the copy of the bytes is gone";
+    "quarantine": QuarantineRaised = "the ledger may have blocks for it", QuarantineStored = "the ledger has the bytes",
+        QuarantineRecorded = "the ledger's copy is the true one", QuarantinePunched = "the file is punched",
+        QuarantineDone = "no block is free";
+    "repair": RepairRaised = "the file may have blocks for it", RepairFilled = "the file has the bytes",
+        RepairStruck = "the file's copy is the true one", RepairFreed = "the ledger's blocks are free",
+        RepairDone = "no block is free";
     "enlarge the pool": EnlargeGrown = "the reserve has the memory", EnlargeNoted = "the new size is noted";
     "reduce the pool": ReduceNoted = "the new size is noted", ReduceCut = "the memory is given back";
     "dismantle": DismantleErased = "the inode is gone", DismantleEmptied = "the memory is back in the reserve",

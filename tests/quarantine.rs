@@ -1024,8 +1024,8 @@ fn the_pool_counts_what_is_quarantined_and_the_log_tells() {
     assert_eq!(pool.counter("quarantined_soft"), 2);
     assert_eq!(set(&one, POISON, "nonsense"), Err(Errno::INVAL));
     for line in [
-        "0x5000 0x1000 quarantined (soft)",
-        "0x6000 0x1000 quarantined (soft)",
+        "0x5000 0x2000 quarantined (soft)",
+        "0x9000 0x1000 quarantined (soft)",
         "0x5000 0x1000 repaired",
         "\"nonsense\" refused",
     ] {

@@ -18,7 +18,7 @@ use super::pace::Pace;
 use crate::error::{Error, Result};
 use crate::pool::{Change, Holding, Pool, Progress};
 use crate::quarantine::{self, Kind, Quarantined, Repair};
-use crate::sealed::{Bytes, Content, Notes, Sealed};
+use crate::sealed::{Content, Notes, Sealed};
 use crate::steps::{self, Step};
 use crate::sys::mapping::View;
 use crate::sys::{self, tmpfs};
@@ -26,6 +26,7 @@ use crate::units::{FOLIO_SIZE, Folio, NodeId, Range, STAT_BLOCK, SUBPAGE_SIZE, S
 use parking_lot::{Mutex as FairMutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
@@ -62,6 +63,8 @@ pub struct Object {
     natives: Natives,
     modified: Modified,
     view: Mutex<Option<Arc<View>>>,
+    /// The log has said that soft holes are open and cannot be shut.
+    is_stuck_open: AtomicBool,
     /// Who waits for the quarantine to grow, by the kernel's handle.
     wakers: Mutex<BTreeMap<u64, Waker>>,
 }
@@ -142,7 +145,21 @@ impl Object {
         let (holding, collapsing, wakers) = (RwLock::new(holding), Mutex::default(), Mutex::default());
         let (natives, modified, view) = (Natives::default(), Modified::default(), Mutex::default());
         let (backing, changing) = (OnceLock::new(), FairMutex::default());
-        Self { node, data, notes, backing, changing, holding, collapsing, natives, modified, view, wakers }
+        let is_stuck_open = AtomicBool::new(false);
+        Self {
+            node,
+            data,
+            notes,
+            backing,
+            changing,
+            holding,
+            collapsing,
+            natives,
+            modified,
+            view,
+            is_stuck_open,
+            wakers,
+        }
     }
 
     /// Whose contents these are.
@@ -169,6 +186,47 @@ impl Object {
         self.holding.write()
     }
 
+    /// Shares the lock. A program that has punched a file with soft holes by MADV_REMOVE has opened these: where the
+    /// memory is still free, they are shut first. For the reader nothing depends on that, as it goes by the records.
+    fn shut_read_lock(&self) -> Result<RwLockReadGuard<'_, Holding>> {
+        let holding = self.read_lock();
+        if !is_torn_around_holes(&holding)? {
+            return Ok(holding);
+        }
+        drop(holding);
+        let mut holding = self.write_lock();
+        self.shut(&mut holding);
+        Ok(RwLockWriteGuard::downgrade(holding))
+    }
+
+    /// Shuts the soft holes that a program has opened by MADV_REMOVE, also where it has touched them since, so that no
+    /// block is free any more. Where a change of the file is under way, the next call does it.
+    pub fn shut_opened_holes(&self) {
+        let Some(holding) = self.holding.try_read() else { return };
+        let sealed = holding.sealed();
+        let is_open = !sealed.holes().is_empty()
+            && (sealed.is_torn().unwrap_or(true) || sealed.has_strays().unwrap_or(true));
+        drop(holding);
+        if is_open {
+            self.shut(&mut self.write_lock());
+        }
+    }
+
+    /// The memory that the program gave up is taken from the machine again. While it has none, the holes stay open, and
+    /// the log says so once.
+    fn shut(&self, holding: &mut Holding) {
+        match holding.sealed().shut_strays().and_then(|_| mend(holding)) {
+            Ok(()) => self.is_stuck_open.store(false, Ordering::Relaxed),
+            Err(error) if !self.is_stuck_open.swap(true, Ordering::Relaxed) => {
+                log::error!(
+                    "file {}: quarantined subpages that a program has opened by MADV_REMOVE are still open: {error}",
+                    self.node
+                );
+            }
+            Err(_) => {}
+        }
+    }
+
     /// Size in bytes, and memory in units of 512 bytes: whole pages, as the pool counts them. A file with quarantined
     /// subpages counts what it can be read of instead: cp(1) looks for holes only where that is less than the size.
     pub fn size_and_blocks(&self, pool: &Pool) -> (u64, u64) {
@@ -191,7 +249,7 @@ impl Object {
     /// # Errors
     /// [`Error::Poisoned`] where the first byte is quarantined.
     pub fn read(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
-        let holding = self.read_lock();
+        let holding = self.shut_read_lock()?;
         let end = offset.saturating_add(buffer.len() as u64).min(holding.size());
         let range = Range::new(offset, end);
         if range.is_empty() {
@@ -208,7 +266,7 @@ impl Object {
     /// What mmap(2) and fstatfs(2) answer.
     pub fn view(&self, offset: u64, length: u64) -> Result<Option<Viewed<'_>>> {
         const LEAST: u64 = 64 << 10; // to copy less costs less than to walk the page tables
-        let holding = self.read_lock();
+        let holding = self.shut_read_lock()?;
         let sealed = holding.sealed();
         let range = Range::new(offset, offset.saturating_add(length).min(holding.size()).max(offset));
         let is_whole =
@@ -306,23 +364,20 @@ impl Object {
         context: Context<'_>,
     ) -> (u64, Result<()>) {
         let mut done = range.start;
-        let holes: Vec<Subpage> = holding.sealed().lost_in(range).collect();
-        for hole in holes.iter().copied().map(Some).chain([None]) {
-            let until = hole.map_or(range.end, Subpage::offset);
+        let lost: Vec<Range> = holding.sealed().lost_runs_in(range).collect();
+        for run in lost.iter().copied().map(Some).chain([None]) {
+            let until = run.map_or(range.end, |run| run.start);
             let piece = &bytes[(done - range.start) as usize..(until - range.start) as usize];
             let (written, ended) = tmpfs::write_prefix(&self.data, piece, done);
             done += written as u64;
-            let Some(hole) = hole.filter(|_| ended.is_ok()) else {
+            let Some(run) = run.filter(|_| ended.is_ok()) else {
                 return (done - range.start, ended);
             };
-            let start = (hole.offset() - range.start) as usize;
-            let mut content: Bytes = [0; SUBPAGE_SIZE as usize];
-            let given = &bytes[start..bytes.len().min(start + content.len())];
-            content[..given.len()].copy_from_slice(given);
-            if let Err(error) = self.repair_one(holding, hole, Content::Bytes(&content), context) {
+            let content = Content::Bytes { start: range.start, bytes };
+            if let Err(error) = self.repair_part(holding, run, content, context) {
                 return (done - range.start, Err(error));
             }
-            done = hole.range().end.min(range.end);
+            done = run.end.min(range.end);
         }
         (done - range.start, Ok(()))
     }
@@ -395,8 +450,8 @@ impl Object {
 
     /// Puts zeros in place of what is quarantined in `range`.
     fn repair_lost(&self, holding: &mut Holding, range: Range, context: Context<'_>) -> Result<()> {
-        let holes: Vec<Subpage> = holding.sealed().lost_in(range).collect();
-        holes.into_iter().try_for_each(|hole| self.repair_one(holding, hole, Content::Zero, context))
+        let range = range.intersect(Range::new(0, holding.size()));
+        parts(range).try_for_each(|part| self.repair_part(holding, part, Content::Zero, context))
     }
 
     /// Zeroes what has memory of `range`; quarantined subpages that it covers are repaired, for what they held is
@@ -420,7 +475,7 @@ impl Object {
     /// # Errors
     /// ENXIO behind the end, and for data where there is none left.
     pub fn seek(&self, offset: u64, data: bool) -> Result<u64> {
-        let holding = self.read_lock();
+        let holding = self.shut_read_lock()?;
         let rest = Range::new(offset, holding.size());
         let nothing = Error::Os(rustix::io::Errno::NXIO);
         if rest.is_empty() {
@@ -447,6 +502,9 @@ impl Object {
     /// What pwrite(2) answers.
     pub fn report(&self, room: Option<usize>) -> Result<String> {
         let mut holding = self.write_lock();
+        if is_torn_around_holes(&holding)? {
+            self.shut(&mut holding);
+        }
         let text = quarantine::format(&quarantined(holding.sealed()));
         if room.is_some_and(|room| text.len() <= room) {
             holding.sealed_mut().update(|superblock| superblock.alarm = false)?;
@@ -457,7 +515,7 @@ impl Object {
     /// Quarantined subpages, soft and hw.
     pub fn quarantined_counts(&self) -> (u64, u64) {
         let holding = self.read_lock();
-        (holding.sealed().holes().len() as u64, holding.sealed().poisoned().len() as u64)
+        (holding.sealed().holes().count(), holding.sealed().poisoned().len() as u64)
     }
 
     /// Looks for memory errors that the kernel has met in the file, and returns how many are new.
@@ -605,7 +663,7 @@ impl Object {
         let is_done = {
             let holding = self.read_lock();
             let ranges = quarantinable(&holding, value)?;
-            ranges.iter().flat_map(|range| subpages(*range)).all(|subpage| holding.sealed().is_lost(subpage))
+            ranges.iter().all(|range| lost_bytes(holding.sealed(), *range) == range.len())
         };
         if is_done {
             return Ok(());
@@ -620,19 +678,22 @@ impl Object {
         }
         mend(&mut holding)?;
         let time = sys::unix_time();
-        let before = holding.sealed().holes().len(); // soft ones: that is what is added here
-        let result = ranges.iter().flat_map(|range| subpages(*range)).try_for_each(|subpage| {
-            if holding.sealed().is_lost(subpage) {
-                return Ok(());
-            }
-            holding.sealed_mut().quarantine(subpage, time)?;
-            log::warn!("file {}: {:#x} {SUBPAGE_SIZE:#x} quarantined (soft)", self.node, subpage.offset());
-            Ok(())
-        });
-        let grown = holding.sealed().holes().len() > before;
+        let before = holding.sealed().lost_count();
+        let result =
+            ranges.into_iter().try_for_each(|range| self.quarantine_range(&mut holding, range, time));
+        let grown = holding.sealed().lost_count() > before;
         drop(holding);
         if grown {
             self.wake_all();
+        }
+        result
+    }
+
+    fn quarantine_range(&self, holding: &mut Holding, range: Range, time: u64) -> Result<()> {
+        let before = holding.sealed().holes().count();
+        let result = parts(range).try_for_each(|part| holding.sealed_mut().quarantine(part, time));
+        if holding.sealed().holes().count() > before {
+            log::warn!("file {}: {range} quarantined (soft)", self.node);
         }
         result
     }
@@ -665,15 +726,12 @@ impl Object {
             check_repairable(&holding, *verb, *range)?;
         }
         for (verb, range) in requests {
-            let holes: Vec<Subpage> = holding.sealed().lost_in(range).collect();
-            for hole in holes {
-                let rescued = match verb {
-                    Repair::Zero => None,
-                    Repair::Salvage => holding.sealed().rescued(hole).ok(),
-                };
-                let content = rescued.as_ref().map_or(Content::Zero, Content::Bytes);
-                self.repair_one(&mut holding, hole, content, context)?;
-            }
+            let content = match verb {
+                Repair::Zero => Content::Zero,
+                Repair::Salvage => Content::Known,
+            };
+            parts(range).try_for_each(|part| self.repair_part(&mut holding, part, content, context))?;
+            log::info!("file {}: {range} repaired", self.node);
         }
         Ok(())
     }
@@ -687,17 +745,21 @@ impl Object {
         })
     }
 
-    fn repair_one(
+    /// Repairs what is lost of `part`, which is of one folio.
+    fn repair_part(
         &self,
         holding: &mut Holding,
-        hole: Subpage,
+        part: Range,
         content: Content<'_>,
         context: Context<'_>,
     ) -> Result<()> {
-        holding.sealed_mut().repair(hole, content)?;
-        log::info!("file {}: {:#x} {SUBPAGE_SIZE:#x} repaired", self.node, hole.offset());
-        if holding.sealed().lost_in(hole.folio().range()).next().is_none() {
-            (context.repaired)(hole.folio());
+        if holding.sealed().lost_runs_in(part).next().is_none() {
+            return Ok(());
+        }
+        holding.sealed_mut().repair(part, content)?;
+        let folio = Subpage::containing(part.start).folio();
+        if holding.sealed().lost_runs_in(folio.range()).next().is_none() {
+            (context.repaired)(folio);
         }
         Ok(())
     }
@@ -754,7 +816,7 @@ impl Object {
     /// What mmap(2) and the page map answer.
     pub fn map(&self, nodes: &[u32]) -> Result<Vec<Extent>> {
         const WINDOW: u64 = 1 << 30;
-        let holding = self.read_lock();
+        let holding = self.shut_read_lock()?;
         let sealed = holding.sealed();
         let file = Range::new(0, holding.size()).subpages_out();
         let mut extents = Extents::default();
@@ -862,11 +924,16 @@ impl Extents {
 
 /// What is quarantined, ascending.
 fn quarantined(sealed: &Sealed) -> Vec<Quarantined> {
-    let soft = sealed.holes().iter().map(|(subpage, record)| (*subpage, Kind::Soft, record.time));
-    let hw = sealed.poisoned().iter().map(|(subpage, time)| (*subpage, Kind::Hw, *time));
+    let soft = sealed.holes().all().map(|hole| (hole.range, Kind::Soft, hole.time));
+    let hw = sealed.poisoned().iter().map(|(subpage, time)| (subpage.range(), Kind::Hw, *time));
     let mut all: Vec<_> = soft.chain(hw).collect();
-    all.sort_by_key(|(subpage, ..)| *subpage);
+    all.sort_by_key(|(range, ..)| range.start);
     quarantine::coalesce(all.into_iter())
+}
+
+/// Whether a touch could fill soft holes: a program has made blocks free behind our back.
+fn is_torn_around_holes(holding: &Holding) -> Result<bool> {
+    Ok(!holding.sealed().holes().is_empty() && holding.sealed().is_torn()?)
 }
 
 /// Before an operation that needs S1: take back what a program punched, with madvise(2) or on request.
@@ -877,6 +944,16 @@ fn mend(holding: &mut Holding) -> Result<()> {
 /// Before one that needs S1 only for the sake of soft holes. Where there are gaps on request, there are none.
 fn mend_but_gaps(holding: &mut Holding) -> Result<()> {
     if holding.sealed().is_punched() { Ok(()) } else { mend(holding) }
+}
+
+/// The parts of `range` that are of one folio each.
+fn parts(range: Range) -> impl Iterator<Item = Range> {
+    range.folios().map(move |folio| folio.range().intersect(range))
+}
+
+/// Bytes of `range` that are quarantined.
+fn lost_bytes(sealed: &Sealed, range: Range) -> u64 {
+    sealed.lost_runs_in(range).map(Range::len).sum()
 }
 
 fn subpages(range: Range) -> impl Iterator<Item = Subpage> {
@@ -910,11 +987,10 @@ fn good_prefix(holding: &Holding, range: Range) -> Result<u64> {
 ///
 /// A subpage that the write covers up to the end of the file is covered whole.
 fn writable_prefix(holding: &Holding, range: Range, recovery_write: bool) -> Result<u64> {
-    let file = Range::new(0, holding.size());
-    let obstacle = holding
-        .sealed()
-        .lost_in(range)
-        .find(|hole| !recovery_write || !range.covers(hole.range().intersect(file)));
+    let obstacle = match recovery_write {
+        true => covered_in_part(holding, range),
+        false => holding.sealed().lost_in(range).next(),
+    };
     match obstacle {
         None => Ok(range.end),
         Some(hole) if hole.offset() <= range.start => Err(Error::Poisoned),
@@ -922,12 +998,20 @@ fn writable_prefix(holding: &Holding, range: Range, recovery_write: bool) -> Res
     }
 }
 
+/// The first lost subpage of which `range` holds some bytes of the file and not all.
+fn covered_in_part(holding: &Holding, range: Range) -> Option<Subpage> {
+    let file = Range::new(0, holding.size());
+    let ends = [Subpage::containing(range.start), Subpage::containing(range.end.saturating_sub(1))];
+    let is_in_part = |subpage: &Subpage| {
+        let bytes = subpage.range().intersect(file);
+        !range.covers(bytes) && !range.intersect(bytes).is_empty()
+    };
+    ends.into_iter().find(|subpage| holding.sealed().is_lost(*subpage) && is_in_part(subpage))
+}
+
 /// Part of a lost subpage cannot be zeroed.
 fn refuse_partial_holes(holding: &Holding, range: Range) -> Result<()> {
-    let file = Range::new(0, holding.size());
-    let range = range.intersect(file);
-    let covered = holding.sealed().lost_in(range).all(|hole| range.covers(hole.range().intersect(file)));
-    if covered { Ok(()) } else { Err(Error::Poisoned) }
+    if covered_in_part(holding, range).is_some() { Err(Error::Poisoned) } else { Ok(()) }
 }
 
 /// The parts of `range` that are quarantined subpages or lie in released pages, ascending.
@@ -965,15 +1049,13 @@ fn injectable(holding: &Holding, value: &[u8]) -> Result<Subpage> {
 }
 
 fn check_repairable(holding: &Holding, verb: Repair, range: Range) -> Result<()> {
-    let mut holes = holding.sealed().lost_in(range).peekable();
-    if holes.peek().is_none() {
-        return Err(Error::NoData);
-    }
-    match verb {
-        Repair::Zero => Ok(()),
-        Repair::Salvage if holes.any(|hole| holding.sealed().rescued(hole).is_ok()) => Ok(()),
-        Repair::Salvage => Err(Error::NoData),
-    }
+    let sealed = holding.sealed();
+    let mut lost = sealed.lost_in(range).peekable();
+    let is_possible = match verb {
+        Repair::Zero => lost.peek().is_some(),
+        Repair::Salvage => lost.any(|subpage| sealed.rescued(subpage).is_ok()),
+    };
+    if is_possible { Ok(()) } else { Err(Error::NoData) }
 }
 
 #[cfg(test)]

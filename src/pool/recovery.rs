@@ -94,7 +94,9 @@ impl Reserve {
     fn open(node: u32) -> Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let mount = calls::openat(CWD, format!("{RESERVES}/{node}"), flags, Mode::empty())?;
-        Ok(Self { node, sealed: Mutex::new(Sealed::open(Reach::Private, mount)?) })
+        let mut sealed = Sealed::open(Reach::Private, mount)?;
+        sealed.resume(std::iter::empty())?;
+        Ok(Self { node, sealed: Mutex::new(sealed) })
     }
 }
 

@@ -1,42 +1,33 @@
-//! The ledger of a sealed file: what is known about each soft-quarantined subpage.
+//! The ledger of a sealed file: what is known about the subpages that were quarantined.
 //!
-//! Block `n` holds the 4096 bytes rescued from the n-th quarantined subpage; it is the very block that the subpage gave up. As
-//! that leaves no room in it, what *describes* the subpage is an extended attribute of the ledger, `trusted.record.<n>` ([`Record`]).
-//! That has three uses: every byte can be put back, the description is in place *before* the subpage is punched (so that a
-//! hole is never without one, whenever the daemon dies), and it survives a memory error in the block. For the same reasons what the
-//! object keeps about itself is an attribute, `trusted.superblock` ([`Superblock`]). Block 0 is there because tmpfs takes a
-//! limit of 0 blocks for none.
+//! The bytes of a quarantined subpage lie in the ledger at the same place as in `data`, one folio further on: the
+//! first folio is for the superblock's block, which is there because tmpfs takes a limit of 0 blocks for none.
+//! What *describes* them is an extended attribute of the ledger for each folio with soft holes, `trusted.folio.<n>`
+//! ([`encode_record`]). That has three uses: all that is known of a folio changes in one setxattr(2); a record says which
+//! copy of a subpage is the true one, whatever the two hold; and it survives a memory error in the bytes. For the
+//! last reason what the object keeps about itself is an attribute, too: `trusted.superblock` ([`Superblock`]).
 //!
-//! **Bytes on the move.** From before a subpage is punched until its bytes are in the block, and from before the block is given up
-//! until they are back, they are also in an attribute, `trusted.moving.<n>`, so that a daemon that dies in between takes
-//! none with it:
+//! > A subpage that is in a record is a hole of `data`, and its block of the ledger is the true copy. For any other
+//! > subpage `data` is, and a block that the ledger has for it is left over from a process that died, to be freed.
 //!
-//! ```text
-//!   quarantine   moving(In)   record   punch data   take block   store bytes   -moving
-//!   repair       moving(Out)  give block   write data   -record   -moving
-//!   discard      give block   -record
-//! ```
+//! Each record has a block, so whoever opens the ledger finds all records by looking for blocks. A memory error takes
+//! no block away: the kernel keeps the page.
 
+use super::holes::{Hole, Holes, between};
+use super::record::{
+    Checksums, MOST_RECORD_BYTES, SUPERBLOCK_BYTES, Superblock, decode_record, encode_record,
+};
 use crate::error::{Error, Result};
-use crate::steps::{self, Step};
 use crate::sys::{calls, handle, tmpfs};
-use crate::units::{NodeId, Range, SUBPAGE_SIZE, Subpage};
+use crate::units::{FOLIO_SIZE, Folio, NodeId, Range, SUBPAGE_SIZE, Subpage};
 use rustix::fs::XattrFlags;
 use rustix::io::Errno;
-use slab::Slab;
 use std::collections::BTreeMap;
 use std::ffi::CStr;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
-
-/// Version of [`Superblock`] and [`Record`]; a reader that does not know it refuses the object.
-const VERSION: u32 = 1;
-const MAGIC: [u8; 8] = *b"hugetlb2";
-const SUPERBLOCK_BYTES: usize = 40;
-const RECORD_BYTES: usize = 32;
-const MOVING_BYTES: usize = 1 + SUBPAGE_SIZE as usize;
 
 /// The file's name.
 pub const LEDGER: &CStr = c"ledger";
@@ -47,96 +38,6 @@ const POISONED: &str = "poisoned";
 
 /// Bytes of one subpage.
 pub type Bytes = [u8; SUBPAGE_SIZE as usize];
-
-/// What a sealed file keeps about itself.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Superblock {
-    /// Pages from the file's start on that belong to it, whether it has memory in all of them or not.
-    pub reserved_pages: u64,
-    /// The quarantine has grown since its owner last looked (POLLPRI).
-    pub alarm: bool,
-    /// A change of the file's size or memory is under way, which is undone by coming back to this size.
-    pub undo_size: Option<u64>,
-}
-
-/// Which way the bytes of a subpage are on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Direction {
-    /// To the ledger.
-    In = 1,
-    /// Back to the file.
-    Out = 2,
-}
-
-impl Superblock {
-    fn encode(self) -> [u8; SUPERBLOCK_BYTES] {
-        let mut out = [0; SUPERBLOCK_BYTES];
-        out[..8].copy_from_slice(&MAGIC);
-        out[8..12].copy_from_slice(&VERSION.to_le_bytes());
-        out[12] = u8::from(self.alarm);
-        out[13] = u8::from(self.undo_size.is_some());
-        out[16..24].copy_from_slice(&self.reserved_pages.to_le_bytes());
-        out[24..32].copy_from_slice(&self.undo_size.unwrap_or(0).to_le_bytes());
-        let checksum = crc32fast::hash(&out[..32]);
-        out[32..36].copy_from_slice(&checksum.to_le_bytes());
-        out
-    }
-
-    fn decode(bytes: &[u8; SUPERBLOCK_BYTES]) -> Result<Self> {
-        if bytes[..8] != MAGIC || number(&bytes[32..36]) != u64::from(crc32fast::hash(&bytes[..32])) {
-            return Err(Error::Corrupt("an object's superblock".into()));
-        }
-        if number(&bytes[8..12]) != u64::from(VERSION) {
-            return Err(Error::Corrupt(format!("an object of version {}", number(&bytes[8..12]))));
-        }
-        Ok(Self {
-            reserved_pages: number(&bytes[16..24]),
-            alarm: bytes[12] != 0,
-            undo_size: (bytes[13] != 0).then(|| number(&bytes[24..32])),
-        })
-    }
-}
-
-/// One quarantined subpage.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Record {
-    /// The ledger's block that holds the rescued bytes.
-    pub slot: u64,
-    /// When it was quarantined, in seconds since the epoch.
-    pub time: u64,
-    /// Checksum of the rescued bytes; `None` where none could be rescued.
-    pub checksum: Option<u32>,
-}
-
-impl Record {
-    fn encode(self, subpage: Subpage) -> [u8; RECORD_BYTES] {
-        let mut out = [0; RECORD_BYTES];
-        out[..4].copy_from_slice(&VERSION.to_le_bytes());
-        out[4] = u8::from(self.checksum.is_some());
-        out[8..16].copy_from_slice(&subpage.0.to_le_bytes());
-        out[16..24].copy_from_slice(&self.time.to_le_bytes());
-        out[24..28].copy_from_slice(&self.checksum.unwrap_or(0).to_le_bytes());
-        let checksum = crc32fast::hash(&out[..28]);
-        out[28..].copy_from_slice(&checksum.to_le_bytes());
-        out
-    }
-
-    fn decode(slot: u64, bytes: &[u8; RECORD_BYTES]) -> Result<(Subpage, Self)> {
-        if number(&bytes[28..]) != u64::from(crc32fast::hash(&bytes[..28])) {
-            return Err(Error::Corrupt(format!("ledger record {slot}")));
-        }
-        if number(&bytes[..4]) != u64::from(VERSION) {
-            return Err(Error::Corrupt(format!("a ledger record of version {}", number(&bytes[..4]))));
-        }
-        let checksum = (bytes[4] != 0).then(|| number(&bytes[24..28]) as u32);
-        Ok((Subpage(number(&bytes[8..16])), Self { slot, time: number(&bytes[16..24]), checksum }))
-    }
-}
-
-/// A little-endian number of up to eight bytes.
-fn number(bytes: &[u8]) -> u64 {
-    bytes.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte))
-}
 
 /// The ledger's file, and what is kept there for the owner of the sealed file, under names. It needs none of the locks that the rest
 /// of a ledger does.
@@ -197,10 +98,8 @@ impl Notes {
 pub struct Ledger {
     notes: Notes,
     superblock: Superblock,
-    records: BTreeMap<Subpage, Record>,
-    /// Key `n` stands for block `n + 1`.
-    slots: Slab<Subpage>,
-    /// When each memory error that the kernel keeps in the file was found. It has no block and no slot: the kernel
+    holes: Holes,
+    /// When each memory error that the kernel keeps in the file was found. It has no block and no record: the kernel
     /// holds the page itself.
     poisoned: BTreeMap<Subpage, u64>,
 }
@@ -208,10 +107,10 @@ pub struct Ledger {
 impl Ledger {
     /// A new ledger in `file`, in a superblock that has one free block, and `data`.
     pub fn create(data: Arc<File>, file: File) -> Result<Self> {
-        tmpfs::allocate(&file, block(0))?;
+        tmpfs::allocate(&file, Range::at(0, SUBPAGE_SIZE))?;
         let (superblock, id) = (Superblock::default(), handle::of(&file, c"")?);
-        let (records, slots, poisoned) = (BTreeMap::new(), Slab::new(), BTreeMap::new());
-        let ledger = Self { notes: Notes { data, id }, superblock, records, slots, poisoned };
+        let (holes, poisoned) = (Holes::default(), BTreeMap::new());
+        let ledger = Self { notes: Notes { data, id }, superblock, holes, poisoned };
         ledger.write_superblock()?;
         Ok(ledger)
     }
@@ -224,17 +123,12 @@ impl Ledger {
         let id = handle::of(mount, LEDGER)?;
         let file = open(&data, id)?;
         let superblock = read_superblock(&file)?;
-        let mut records = BTreeMap::new();
-        for slot in 1..=tmpfs::size(&file)? / SUBPAGE_SIZE + 1 {
-            match read_record(&file, slot)? {
-                Some((subpage, record)) => {
-                    records.insert(subpage, record);
-                }
-                None => remove(&file, &moving_attribute(slot))?, // not begun, or at its end
-            }
+        let mut holes = Holes::default();
+        for folio in folios_with_blocks(&file)? {
+            let record = read_record(&file, folio)?;
+            record.into_iter().flat_map(|(holes, _)| holes).for_each(|hole| holes.add(hole));
         }
-        let slots = records.iter().map(|(subpage, record)| ((record.slot - 1) as usize, *subpage)).collect();
-        Ok(Self { notes: Notes { data, id }, superblock, records, slots, poisoned: BTreeMap::new() })
+        Ok(Self { notes: Notes { data, id }, superblock, holes, poisoned: BTreeMap::new() })
     }
 
     /// Its file, and what is kept there.
@@ -261,6 +155,8 @@ impl Ledger {
         let bytes = self.superblock.encode();
         Ok(calls::fsetxattr(&self.notes.file()?, SUPERBLOCK, &bytes, XattrFlags::empty())?)
     }
+
+    // ---- memory errors ------------------------------------------------------------------------------------------
 
     /// The memory errors that the kernel keeps in the file, and when they were found.
     pub fn poisoned(&self) -> &BTreeMap<Subpage, u64> {
@@ -296,107 +192,127 @@ impl Ledger {
         Ok(())
     }
 
-    /// The quarantined subpages and their records, ascending.
-    pub fn records(&self) -> &BTreeMap<Subpage, Record> {
-        &self.records
+    // ---- records ------------------------------------------------------------------------------------------------
+
+    /// The soft holes.
+    pub fn holes(&self) -> &Holes {
+        &self.holes
     }
 
-    /// Describes `subpage` before it is punched; takes no block yet.
-    pub fn record(&mut self, subpage: Subpage, time: u64, rescued: Option<&Bytes>) -> Result<Record> {
-        assert!(!self.records.contains_key(&subpage), "{subpage:?} is quarantined already");
-        let checksum = rescued.map(|bytes| crc32fast::hash(bytes));
-        let slot = self.slots.vacant_key() as u64 + 1;
-        let record = Record { slot, time, checksum };
-        self.begin_move(record, Direction::In, rescued.unwrap_or(&[0; SUBPAGE_SIZE as usize]))?;
-        steps::done(Step::QuarantineKept);
-        calls::fsetxattr(&self.notes.file()?, attribute(slot), &record.encode(subpage), XattrFlags::empty())?;
-        self.slots.insert(subpage);
-        self.records.insert(subpage, record);
-        Ok(record)
+    /// Adds `runs` of a folio, none of which is a hole, to its record. When this returns, the ledger's copy of them is
+    /// the true one.
+    ///
+    /// # Errors
+    /// What setxattr(2) answers; nothing has changed.
+    pub fn record(&mut self, runs: &[Range], time: u64, checksums: &Checksums) -> Result<()> {
+        let folio = folio_of(runs);
+        let mut all = self.checksums(folio)?;
+        runs.iter().for_each(|run| all.copy(checksums, *run));
+        self.rewrite(folio, &all, |holes| {
+            runs.iter().for_each(|range| holes.add(Hole { range: *range, time }))
+        })
     }
 
-    /// Strikes the record of `subpage` out, whose block has been [`Ledger::release_block`]d or was never taken.
-    pub fn forget(&mut self, subpage: Subpage) -> Result<()> {
-        let record = self.records[&subpage];
-        remove(&self.notes.file()?, &attribute(record.slot))?;
-        steps::done(Step::RepairForgotten);
-        self.end_move(record)?;
-        self.records.remove(&subpage);
-        self.slots.remove((record.slot - 1) as usize);
+    /// Strikes `runs` of a folio out of its record. When this returns, `data` is the true copy of them.
+    ///
+    /// # Errors
+    /// As for [`Ledger::record`].
+    pub fn strike(&mut self, runs: &[Range]) -> Result<()> {
+        let folio = folio_of(runs);
+        let checksums = self.checksums(folio)?;
+        self.rewrite(folio, &checksums, |holes| runs.iter().for_each(|run| holes.remove(*run)))
+    }
+
+    fn rewrite(
+        &mut self,
+        folio: Folio,
+        checksums: &Checksums,
+        change: impl FnOnce(&mut Holes),
+    ) -> Result<()> {
+        let mut holes = Holes::default();
+        self.holes.in_range(folio.range()).for_each(|hole| holes.add(hole));
+        change(&mut holes);
+        let file = self.notes.file()?;
+        if holes.is_empty() {
+            calls::fremovexattr(&file, attribute(folio))?;
+        } else {
+            let record = encode_record(folio, &holes, checksums);
+            calls::fsetxattr(&file, attribute(folio), &record, XattrFlags::empty())?;
+        }
+        self.holes.remove(folio.range());
+        holes.all().for_each(|hole| self.holes.add(hole));
         Ok(())
     }
 
-    /// Keeps the bytes of a subpage for as long as they are on the move. [`Ledger::record`] does so by itself.
-    pub fn begin_move(&self, record: Record, direction: Direction, bytes: &Bytes) -> Result<()> {
-        let mut value = [0; MOVING_BYTES];
-        value[0] = direction as u8;
-        value[1..].copy_from_slice(bytes);
-        let name = moving_attribute(record.slot);
-        Ok(calls::fsetxattr(&self.notes.file()?, name, &value, XattrFlags::empty())?)
-    }
-
-    /// They have arrived.
-    pub fn end_move(&self, record: Record) -> Result<()> {
-        remove(&self.notes.file()?, &moving_attribute(record.slot))
-    }
-
-    /// The bytes that a daemon which died had on the move, and which way.
-    pub fn moving(&self, record: Record) -> Result<Option<(Direction, Bytes)>> {
-        let mut value = [0; MOVING_BYTES];
-        match calls::fgetxattr(&self.notes.file()?, moving_attribute(record.slot), &mut value[..]) {
-            Err(Errno::NODATA) => return Ok(None),
-            other => other?,
-        };
-        let direction = if value[0] == Direction::In as u8 { Direction::In } else { Direction::Out };
-        Ok(Some((direction, value[1..].try_into().expect("the length is that of a subpage"))))
-    }
-
-    /// Whether a record's block is there.
-    pub fn has_block(&self, record: Record) -> Result<bool> {
-        Ok(tmpfs::resident(&self.notes.file()?, block(record.slot))? > 0)
-    }
-
-    /// Takes the superblock's free block for a record in the ledger's `file`; [`Error::Full`] while there is none.
-    pub fn take_block(file: &File, record: Record) -> Result<()> {
-        tmpfs::allocate(file, block(record.slot))
-    }
-
-    /// Gives a record's block up.
-    pub fn release_block(&self, record: Record) -> Result<()> {
-        tmpfs::punch(&self.notes.file()?, block(record.slot))
-    }
-
-    /// Stores what was rescued in the block that was taken for it; in another, where a memory error has hit that.
-    pub fn store(&self, record: Record, rescued: &Bytes) -> Result<()> {
-        let offset = record.slot * SUBPAGE_SIZE;
-        match tmpfs::write_at(&self.notes.file()?, rescued, offset) {
-            Err(Error::Poisoned) => {
-                tmpfs::punch(&self.notes.file()?, block(record.slot))?;
-                tmpfs::write_at(&self.notes.file()?, rescued, offset).map(drop)
-            }
-            result => result.map(drop),
-        }
-    }
-
-    /// What was rescued.
+    /// The checksums of what is kept of a folio.
     ///
     /// # Errors
-    /// [`Error::NoData`] where nothing is known, or what was kept has itself been lost.
-    pub fn rescued(&self, record: Record) -> Result<Bytes> {
-        let mut bytes = [0; SUBPAGE_SIZE as usize];
-        let read =
-            self.notes.file().and_then(|file| tmpfs::read_at(file, &mut bytes, record.slot * SUBPAGE_SIZE));
-        let read = read.unwrap_or(0);
-        match record.checksum {
-            Some(checksum) if read == bytes.len() && checksum == crc32fast::hash(&bytes) => Ok(bytes),
-            Some(_) => {
-                log::error!(
-                    "what was kept of a quarantined subpage is lost: a memory error has hit the ledger"
-                );
-                Err(Error::NoData)
+    /// What getxattr(2) answers.
+    pub fn checksums(&self, folio: Folio) -> Result<Checksums> {
+        let record = read_record(&self.notes.file()?, folio)?;
+        Ok(record.map(|(_, checksums)| checksums).unwrap_or_default())
+    }
+
+    // ---- bytes --------------------------------------------------------------------------------------------------
+
+    /// Reads what is kept of `range`, whole subpages of one folio, from the ledger's `file` into `bytes`: zeros where
+    /// that is lost. Returns how many subpages are.
+    pub fn read(file: &File, range: Range, checksums: &Checksums, bytes: &mut [u8]) -> u64 {
+        let is_read = |range: Range, bytes: &mut [u8]| {
+            tmpfs::read_at(file, bytes, place(range).start).is_ok_and(|read| read == bytes.len())
+        };
+        let all = is_read(range, bytes);
+        let subpages = range.steps(SUBPAGE_SIZE).zip(bytes.chunks_exact_mut(SUBPAGE_SIZE as usize));
+        let mut lost = 0;
+        for (subpage, bytes) in subpages {
+            let checksum = checksums.of(Subpage::containing(subpage.start));
+            if !(all || is_read(subpage, bytes)) || crc32fast::hash(bytes) != checksum {
+                bytes.fill(0);
+                lost += 1;
             }
-            None => Err(Error::NoData),
         }
+        if lost > 0 {
+            log::error!(
+                "what was kept of {lost} quarantined subpages of {range} is lost: a memory error has hit the ledger"
+            );
+        }
+        lost
+    }
+
+    /// Frees what blocks the ledger has for `range`, which is in no record.
+    ///
+    /// # Errors
+    /// What fallocate(2) answers.
+    pub fn free(&self, range: Range) -> Result<()> {
+        tmpfs::punch(&self.notes.file()?, place(range))
+    }
+
+    /// Frees what blocks the ledger has for `folio` that are neither in its record nor in `runs`, which ascend.
+    ///
+    /// # Errors
+    /// What fallocate(2) and cachestat(2) answer.
+    pub fn trim(&self, folio: Folio, runs: &[Range]) -> Result<()> {
+        let file = self.notes.file()?;
+        let mut kept: Vec<Range> = self.holes.in_range(folio.range()).map(|hole| hole.range).collect();
+        kept.extend(runs);
+        kept.sort_by_key(|range| range.start);
+        for left_over in between(folio.range(), kept.into_iter()) {
+            if tmpfs::resident(&file, place(left_over))? > 0 {
+                tmpfs::punch(&file, place(left_over))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The same for all folios.
+    ///
+    /// # Errors
+    /// As for [`Ledger::trim`].
+    pub fn trim_all(&self) -> Result<()> {
+        if self.blocks()? == self.holes.count() + 1 {
+            return Ok(());
+        }
+        folios_with_blocks(&self.notes.file()?)?.into_iter().try_for_each(|folio| self.trim(folio, &[]))
     }
 
     /// Blocks that the ledger holds, its superblock among them.
@@ -405,12 +321,29 @@ impl Ledger {
     }
 }
 
-fn open(data: &File, id: NodeId) -> Result<File> {
-    Ok(handle::open(data, id, libc::O_RDWR)?.into())
+/// Where the ledger keeps the bytes of `range`.
+pub fn place(range: Range) -> Range {
+    Range::at(range.start + FOLIO_SIZE, range.len())
 }
 
-fn block(slot: u64) -> Range {
-    Range::at(slot * SUBPAGE_SIZE, SUBPAGE_SIZE)
+/// The folio that `runs` are of.
+fn folio_of(runs: &[Range]) -> Folio {
+    Subpage::containing(runs[0].start).folio()
+}
+
+/// The folios of `data` that the ledger's `file` has blocks for.
+fn folios_with_blocks(file: &File) -> Result<Vec<Folio>> {
+    let mut found = Vec::new();
+    for folio in Range::new(FOLIO_SIZE, tmpfs::size(file)?).folios() {
+        if tmpfs::resident(file, folio.range())? > 0 {
+            found.push(Folio(folio.0 - 1));
+        }
+    }
+    Ok(found)
+}
+
+fn open(data: &File, id: NodeId) -> Result<File> {
+    Ok(handle::open(data, id, libc::O_RDWR)?.into())
 }
 
 /// Whether the sealed file in `directory` is of a version that is known here.
@@ -427,60 +360,20 @@ fn read_superblock(file: &File) -> Result<Superblock> {
     Superblock::decode(&bytes)
 }
 
-fn read_record(file: &File, slot: u64) -> Result<Option<(Subpage, Record)>> {
-    let mut bytes = [0; RECORD_BYTES];
-    match calls::fgetxattr(file, attribute(slot), &mut bytes[..]) {
-        Ok(_) => Record::decode(slot, &bytes).map(Some),
+fn read_record(file: &File, folio: Folio) -> Result<Option<(Vec<Hole>, Checksums)>> {
+    let mut bytes = [0; MOST_RECORD_BYTES];
+    match calls::fgetxattr(file, attribute(folio), &mut bytes[..]) {
+        Ok(length) => decode_record(folio, &bytes[..length]).map(Some),
         Err(Errno::NODATA) => Ok(None),
+        Err(Errno::RANGE) => Err(Error::Corrupt(format!("the ledger's record of folio {}", folio.0))),
         Err(errno) => Err(errno.into()),
     }
-}
-
-fn remove(file: &File, name: &str) -> Result<()> {
-    match calls::fremovexattr(file, name) {
-        Ok(()) | Err(Errno::NODATA) => Ok(()),
-        Err(errno) => Err(errno.into()),
-    }
-}
-
-fn moving_attribute(slot: u64) -> String {
-    format!("trusted.moving.{slot}")
 }
 
 fn kept_attribute(name: &str) -> String {
     format!("trusted.kept.{name}")
 }
 
-fn attribute(slot: u64) -> String {
-    format!("trusted.record.{slot}")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_record_reads_as_it_was_written() {
-        let record = Record { slot: 7, time: 1_800_000_000, checksum: Some(42) };
-        let bytes = record.encode(Subpage(0x1234_5678));
-        assert_eq!(Record::decode(7, &bytes).unwrap(), (Subpage(0x1234_5678), record));
-    }
-
-    #[test]
-    fn a_damaged_record_is_refused() {
-        let mut bytes = Record { slot: 1, time: 5, checksum: None }.encode(Subpage(9));
-        bytes[8] ^= 1;
-        assert!(matches!(Record::decode(1, &bytes), Err(Error::Corrupt(_))));
-    }
-
-    #[test]
-    fn a_superblock_of_another_version_is_refused() {
-        let superblock = Superblock { reserved_pages: 3, alarm: true, undo_size: Some(0) };
-        let mut bytes = superblock.encode();
-        assert_eq!(Superblock::decode(&bytes).unwrap(), superblock);
-        bytes[8] = 2;
-        let checksum = crc32fast::hash(&bytes[..32]);
-        bytes[32..36].copy_from_slice(&checksum.to_le_bytes());
-        assert!(matches!(Superblock::decode(&bytes), Err(Error::Corrupt(_))));
-    }
+fn attribute(folio: Folio) -> String {
+    format!("trusted.folio.{}", folio.0)
 }

@@ -160,12 +160,15 @@ impl Holding {
     /// The one that `sealed` was a part of in another process; [`Holding::begin_settling`] is to follow.
     ///
     /// # Errors
-    /// What getxattr(2) answers.
+    /// What getxattr(2) answers, and as for [`Sealed::resume`].
     pub fn open(page_size: PageSize, sealed: Sealed) -> Result<Self> {
         let noted = sealed.notes().kept(RELEASED)?.map(|runs| PageSet::decode(&runs)).unwrap_or_default();
         let mut holding = Self::of(sealed, page_size);
         holding.released = noted.clone();
         holding.released.remove(holding.reserved().end..Page(u64::MAX)); // they were given up
+        // A program has taken out what is missing of the others, by MADV_REMOVE, and may touch it again.
+        let meant = holding.owned_in(Range::new(0, holding.size()));
+        holding.sealed.resume(meant.into_iter().flat_map(Range::folios))?;
         holding.own_what_has_memory();
         holding.note_is_stale = holding.released != noted;
         holding.try_to_note_released();
@@ -379,7 +382,7 @@ impl Holding {
         if size > 0 {
             self.ready(pool)?; // what is stuck goes with the rest otherwise
         }
-        if size < self.size() && self.sealed.holes_in(Range::new(0, size)).next().is_some() {
+        if size < self.size() && self.sealed.holes().in_range(Range::new(0, size)).next().is_some() {
             return Err(HAS_SOFT_HOLES);
         }
         Ok(self.begun(Kind::Shrinking(Shrinking::new(pool, size))))
@@ -399,7 +402,7 @@ impl Holding {
             return Ok(Change(Kind::Nothing));
         }
         let released = self.released.clone().union(&runs.iter().cloned().collect());
-        if self.sealed.holes().keys().any(|hole| !bytes.covers(hole.range())) {
+        if self.sealed.holes().all().any(|hole| !bytes.covers(hole.range)) {
             return Err(HAS_SOFT_HOLES);
         }
         self.note(&released)?;

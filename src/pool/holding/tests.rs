@@ -147,7 +147,7 @@ fn soft_holes_refuse_what_would_move_memory_around_them() {
     let pool = pool();
     let mut holding = file(&pool, 4);
     release(&pool, &mut holding, pages(3, 4)).unwrap();
-    holding.sealed.quarantine(Subpage(0), 1).unwrap();
+    holding.sealed.quarantine(Subpage(0).range(), 1).unwrap();
     assert!(holding.begin_growth(&pool, Range::new(0, 0), 6 * FOLIO_SIZE).is_err());
     assert!(holding.begin_allocation(&pool, pages(3, 4)).is_err());
     assert!(holding.begin_release(&pool, pages(1, 3)).is_err());

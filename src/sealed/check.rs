@@ -1,0 +1,68 @@
+//! Whether the invariants of a sealed file hold.
+
+use super::{Sealed, TRIES};
+use crate::error::Result;
+use crate::sys::tmpfs;
+use crate::units::{Folio, Range, SUBPAGE_SIZE, SUBPAGES_PER_FOLIO};
+use std::ops::RangeInclusive;
+
+impl Sealed {
+    /// Checks S1 and Q1 (a soft hole has exactly one record, and the other way round); says what does not hold.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn check(&self) -> Result<Vec<String>> {
+        let mut wrong = Vec::new();
+        let blocks = tmpfs::blocks(&self.data)?;
+        if (blocks.free != 0 && !self.punched) || blocks.limit != self.limit() {
+            wrong.push(format!(
+                "S1: {} of {} blocks are free, and {} are meant to be taken",
+                blocks.free,
+                blocks.limit,
+                self.limit()
+            ));
+        }
+        if tmpfs::size(&self.data)? != self.size {
+            wrong.push(format!("the data file is not {} bytes long", self.size));
+        }
+        for folio in (0..self.folios.len() as u64).map(Folio) {
+            let meant = if self.has_memory(folio) { self.meant_in(folio) } else { 0 };
+            let least = if self.punched { 0 } else { meant };
+            let resident = self.settled(folio.range(), least..=meant)?;
+            if !(least..=meant).contains(&resident) {
+                wrong.push(format!("Q1: folio {} has {resident} subpages, and {meant} are meant", folio.0));
+            }
+        }
+        for hole in self.holes().all() {
+            let resident = self.settled(hole.range, 0..=0)?;
+            if resident != 0 {
+                wrong.push(format!("Q1: {resident} quarantined subpages of {} have memory", hole.range));
+            }
+        }
+        let (ledger, meant) = (self.ledger.blocks()?, self.holes().count() + 1);
+        if ledger != meant {
+            wrong.push(format!("Q1: the ledger has {ledger} blocks, and {meant} are meant"));
+        }
+        Ok(wrong)
+    }
+
+    /// How many subpages of `folio`, which has memory, are not soft holes.
+    fn meant_in(&self, folio: Folio) -> u64 {
+        let holes: u64 =
+            self.holes().in_range(folio.range()).map(|hole| hole.range.len() / SUBPAGE_SIZE).sum();
+        SUBPAGES_PER_FOLIO - holes
+    }
+
+    /// How many subpages of `range` have memory; looked at until that is as `meant`, or often enough. A touch of a hole, as it
+    /// fails, has its page in the file for an instant before it asks for a block (mm/shmem.c, shmem_alloc_and_add_folio).
+    fn settled(&self, range: Range, meant: RangeInclusive<u64>) -> Result<u64> {
+        let mut resident = tmpfs::resident(&self.data, range)?;
+        for _ in 0..TRIES {
+            if meant.contains(&resident) {
+                break;
+            }
+            resident = tmpfs::resident(&self.data, range)?;
+        }
+        Ok(resident)
+    }
+}

@@ -1,0 +1,88 @@
+//! Memory errors that the kernel has met in a file and keeps there.
+
+use super::{Reach, Sealed};
+use crate::error::{Error, Result};
+use crate::sys::mapping::Window;
+use crate::sys::tmpfs;
+use crate::units::{Range, SUBPAGE_SIZE, Subpage};
+
+impl Sealed {
+    /// Finds the memory errors that the kernel has met in the file since the last time, and notes them. Returns the new
+    /// ones. Costs next to nothing for memory that is mapped huge, and touches no byte of it.
+    ///
+    /// # Errors
+    /// What mmap(2) and setxattr(2) answer.
+    pub fn note_poison(&mut self, time: u64) -> Result<Vec<Subpage>> {
+        self.note_poison_in(Range::new(0, self.size).subpages_out(), time)
+    }
+
+    /// The same for `range`, whole subpages.
+    pub(super) fn note_poison_in(&mut self, range: Range, time: u64) -> Result<Vec<Subpage>> {
+        let range = range.intersect(Range::new(0, self.size).subpages_out());
+        let found = self.find_poison(range)?;
+        let new: Vec<Subpage> = found.into_iter().filter(|subpage| !self.is_lost(*subpage)).collect();
+        for subpage in &new {
+            self.ledger.note_poisoned(*subpage, time)?;
+        }
+        if !new.is_empty() {
+            self.ledger.update(|superblock| superblock.alarm = true)?;
+        }
+        Ok(new)
+    }
+
+    /// Lets memory errors in `range` of a reserve go, and takes healthy memory in their place. Returns how many there were.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`].
+    pub fn replace_poisoned_free(&mut self, range: Range) -> Result<u64> {
+        assert_eq!(self.reach, Reach::Private, "programs' memory is repaired when they ask for it");
+        let found = self.find_poison(range.intersect(Range::new(0, self.size)))?;
+        for subpage in &found {
+            tmpfs::punch(&self.data, subpage.range())?;
+            tmpfs::allocate(&self.data, subpage.range())?;
+        }
+        Ok(found.len() as u64)
+    }
+
+    fn find_poison(&self, range: Range) -> Result<Vec<Subpage>> {
+        const WINDOW: u64 = 1 << 30;
+        let mut found = Vec::new();
+        for part in range.steps(WINDOW) {
+            let window = Window::new(&self.data, part)?;
+            for folio in part.folios().filter(|folio| self.has_memory(*folio)) {
+                for range in self.present(folio.range().intersect(part))? {
+                    found.extend(poisoned_subpages(&window, range)?);
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Has the kernel treat `subpage` as if the hardware had reported an error in it.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where the kernel has no CONFIG_MEMORY_FAILURE.
+    pub fn inject(&self, subpage: Subpage) -> Result<()> {
+        let window = Window::new(&self.data, subpage.folio().range())?;
+        window.populate(subpage.range())?;
+        window.poison(subpage)
+    }
+}
+
+/// Those of `range`, all of which has memory.
+pub(super) fn poisoned_subpages(window: &Window, range: Range) -> Result<Vec<Subpage>> {
+    let mut found = Vec::new();
+    match window.populate(range) {
+        Ok(()) => return Ok(found),
+        Err(Error::Poisoned | Error::NoData) => {} // some of them, or punched in the meantime
+        Err(error) => return Err(error),
+    }
+    for subpage in range.steps(SUBPAGE_SIZE) {
+        match window.populate(subpage) {
+            Err(Error::Poisoned) => found.push(Subpage::containing(subpage.start)),
+            Ok(()) | Err(Error::NoData) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(found)
+}
