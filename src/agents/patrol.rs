@@ -1,4 +1,4 @@
-//! Finds memory errors that nobody has touched yet.
+//! Finds memory errors that nobody has touched yet, and soft holes that a program has opened.
 
 use crate::faults;
 use crate::fs::Fs;
@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// How often the kernel's count of memory errors is looked at: reading one small file in /sys for each NUMA node.
+/// How often the kernel's count of memory errors is looked at, which is to read one small file in /sys for each NUMA node;
+/// and the longest that a soft hole stays open that a program has opened.
 const PERIOD: Duration = Duration::from_secs(1);
 
 /// The agent, which ends when this is dropped.
@@ -30,6 +31,7 @@ pub fn start(fs: Arc<Fs>) -> io::Result<Patrol> {
 fn run(fs: &Fs, stopped: &Receiver<()>) {
     faults::exempt();
     while stopped.recv_timeout(PERIOD) == Err(RecvTimeoutError::Timeout) {
+        fs.shut_opened_holes();
         fs.look_for_poison();
         fs.look_for_poison_in_free_memory();
     }

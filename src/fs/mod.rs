@@ -397,6 +397,12 @@ impl Fs {
         });
     }
 
+    /// Shuts the soft holes that programs have opened by madvise(2) with MADV_REMOVE. Costs one fstatfs(2) for each file
+    /// with soft holes, and one cachestat(2) for each run of these.
+    pub fn shut_opened_holes(&self) {
+        self.all_objects().iter().for_each(|object| object.shut_opened_holes());
+    }
+
     /// Runs `look` if the kernel has met memory errors since it last went well; this worker's or another's.
     fn if_memory_failed(&self, seen: &Mutex<Option<u64>>, kept: &str, look: impl FnOnce() -> Result<()>) {
         let mut seen = seen.lock().expect("no panic while memory is looked through");

@@ -153,14 +153,4 @@ mod tests {
         pool.move_piece_out(holding.sealed_mut(), Range::new(SIZE, 2 * SIZE), 2 * SIZE).unwrap();
         come_back(&pool, &holding);
     }
-
-    #[test]
-    fn a_release_that_has_moved_memory_has_it_back_from_the_reserve() {
-        for page in 0..3 {
-            let (pool, mut holding) = three_of_eight();
-            let page = Range::at(page * FOLIO_SIZE, FOLIO_SIZE);
-            pool.move_piece_in(holding.sealed_mut(), page, Sealed::give).unwrap();
-            assert!(!come_back(&pool, &holding).has_released());
-        }
-    }
 }

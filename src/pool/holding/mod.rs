@@ -39,10 +39,11 @@
 //! memory, a growth strikes pages out after it has moved all of it. So a page that is noted and has memory is on its way, in one
 //! direction or the other: it is the file's. A growth that lengthens the file notes the size to come back to in the superblock first;
 //! that note goes with the last step, which makes the pages the file's. So [`Holding::open`] finds every page either released and
-//! without memory, or the file's; where one of the file's has none up to the end of file, it was being released, or taken away by
-//! MADV_REMOVE, and gets memory again: zeros, as was asked for. [`Settling`] does so when the pool's account is complete, since what
+//! without memory, or the file's. Where a page that is noted lacks memory up to the end of file, it was on its way, and gets memory
+//! again: zeros, as was asked for. [`Settling`] does so when the pool's account is complete, since what
 //! was under way is undone as it was done: piece by piece between the file and the reserves. A move back by way of the machine would
-//! need all of it at once, and another process could take it.
+//! need all of it at once, and another process could take it. Where a page that is not noted lacks memory, a program has taken that
+//! out by MADV_REMOVE: the blocks stay free for the program's touches until [`Sealed::resume`] has filled them.
 
 mod growth;
 mod page_set;
@@ -54,7 +55,7 @@ mod tests;
 
 use super::{Pool, Token};
 use crate::error::{Error, Result};
-use crate::sealed::{Reach, Sealed};
+use crate::sealed::{Hole, Reach, Sealed};
 use crate::steps::{self, Step};
 use crate::units::{FOLIO_SIZE, Folio, Page, PageSize, Range, Subpage};
 use growth::Growth;
@@ -303,12 +304,13 @@ impl Holding {
         Some(Range::new(first.range().start, last.range().end))
     }
 
-    /// The end of `range`, so short that giving back what it holds takes no longer than a piece should: to forget a soft hole
-    /// costs some 10 us. It has memory if `range` has.
+    /// The end of `range`, so short that giving back what it holds takes no longer than a piece should: to forget a run of
+    /// soft holes costs some 10 us. It has memory if `range` has.
     fn end_with_few_holes(&self, range: Range) -> Range {
         const MOST_HOLES: usize = 128;
-        let first = self.sealed.holes_in(range).rev().nth(MOST_HOLES);
-        first.map_or(range, |hole| Range::new(hole.folio().range().start.max(range.start), range.end))
+        let first = self.sealed.holes().in_range(range).rev().nth(MOST_HOLES);
+        let folio_of = |hole: Hole| Subpage::containing(hole.range.start).folio().range();
+        first.map_or(range, |hole| Range::new(folio_of(hole).start.max(range.start), range.end))
     }
 
     // ---- changes ------------------------------------------------------------------------------------------------
