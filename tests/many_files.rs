@@ -9,6 +9,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use support::{
@@ -162,5 +163,22 @@ fn a_remount_does_not_change_the_bound_of_inodes() {
     let (status, why) = remount("nr_inodes=2k");
     assert_ne!(status, 0);
     assert!(why.contains("option nr_inodes: 1024 is in force"), "{why}");
+    pool.unmount();
+}
+
+#[test]
+fn an_upgrade_that_could_not_open_all_files_is_refused() {
+    const LOWERED: &str = "ulimit -n 300; exec \"$0\" upgrade \"$1\"";
+    let pool = Pool::small(8);
+    fs::write(pool.join("file"), "bytes").unwrap();
+    (0..60).for_each(|number| drop(File::create_new(pool.join(format!("file-{number}"))).unwrap()));
+    let (daemon, program) = (pool.counter("daemon_pid"), hugetlb2().get_program().to_owned());
+    let mut upgrade = Command::new("setpriv");
+    upgrade.args(["--bounding-set=-sys_resource", "--inh-caps=-sys_resource", "sh", "-c", LOWERED]);
+    let (status, why) = status_and_error(upgrade.arg(program).arg(pool.path()));
+    assert_ne!(status, 0);
+    assert!(why.contains("61 files need a descriptor each"), "{why}");
+    assert_eq!(pool.counter("daemon_pid"), daemon);
+    assert_eq!(fs::read(pool.join("file")).unwrap(), b"bytes");
     pool.unmount();
 }

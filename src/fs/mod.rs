@@ -2,7 +2,8 @@
 //!
 //! Names and inodes are the index's, contents an [`Object`]'s, pages the pool's; this module joins them. An object is
 //! made when a regular file is opened for the first time (the kernel must be told then which file to map, though it
-//! be empty yet), and ends when the kernel forgets the node after its last name is gone.
+//! be empty yet), and ends when the kernel forgets the node after its last name is gone. Where objects are, and how many
+//! there can be, is for `places` to say.
 //!
 //! **Locks**, in order: `stranded`, `objects`, a file's own. `objects` is held for one look-up, while one object is
 //! made, or while the kernel is asked for a node and that goes. Only the check keeps it while it waits for the files'

@@ -3,13 +3,14 @@
 use crate::error::{Error, Result};
 use std::io::ErrorKind;
 
-/// How many there are that this process can reach.
+/// How many there are: those that this process can reach, and the kernel's first root below them (rootfs), which each namespace
+/// has and no list shows.
 ///
 /// # Errors
 /// What reading /proc/self/mountinfo answers.
 pub fn count() -> Result<u64> {
     let text = std::fs::read("/proc/self/mountinfo")?;
-    Ok(text.iter().filter(|byte| **byte == b'\n').count() as u64)
+    Ok(1 + text.iter().filter(|byte| **byte == b'\n').count() as u64)
 }
 
 /// How many there may be in one namespace (/proc/sys/fs/mount-max, Linux 4.9).
