@@ -11,7 +11,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use support::{
     CHECK, COLLAPSE, FOLIO, GIB, MAP, POISON, POOL, Pool, REPAIR, SUBPAGE, Toucher, get, limits, poison, run,
     set, status_and_error,
@@ -1142,6 +1142,42 @@ fn injecting_is_refused_with_the_reason_where_the_kernel_cannot_and_nothing_chan
         assert_eq!(set(&file, INJECT, "hw 0"), Err(rustix::io::Errno::OPNOTSUPP));
         pool.await_log("this kernel has no CONFIG_MEMORY_FAILURE");
         assert_eq!(std::fs::read(&file).unwrap(), vec![7; 8192]);
+    }
+    pool.check();
+}
+
+/// What is covered whole is copied and punched as a whole: by subpages, 32 folios would take 512 times as long as 32
+/// subpages.
+#[test]
+fn a_long_range_is_quarantined_and_repaired_by_folios() {
+    const FOLIOS: u64 = 32;
+    const MOST_TIMES: u32 = 100;
+    let pool = Pool::small(FOLIOS);
+    let file = patterned(&pool, "file", FOLIOS * FOLIO);
+    let took = |name: &str, value: String| {
+        let started = Instant::now();
+        set(&file, name, value).unwrap();
+        started.elapsed()
+    };
+    let each = |what: &str| (0..FOLIOS).map(|n| format!("{what}{} 4096\n", n * FOLIO + 0x5000)).collect();
+    let (some, put_back) = (took(POISON, each("")), took(REPAIR, each("salvage ")));
+    let all = took(POISON, format!("0 {}", FOLIOS * FOLIO));
+    assert_eq!(pool.counter("quarantined_soft"), FOLIOS * FOLIO / SUBPAGE);
+    assert_eq!(get(&file, POISON).unwrap().lines().count(), 1);
+    assert_eq!(Toucher::mapping(&file, FOLIOS * FOLIO).walk().len() as u64, FOLIOS * FOLIO / SUBPAGE);
+    let salvaged = took(REPAIR, "salvage all".to_owned());
+    assert!(std::fs::read(&file).unwrap() == pattern(0, FOLIOS * FOLIO), "bytes are lost");
+    took(POISON, format!("0 {}", FOLIOS * FOLIO));
+    let zeroed = took(REPAIR, "zero all".to_owned());
+    assert!(std::fs::read(&file).unwrap().iter().all(|byte| *byte == 0));
+    for (what, time, subpages) in
+        [("quarantine", all, some), ("salvage", salvaged, put_back), ("zero", zeroed, put_back)]
+    {
+        println!("{what}: {:?} a GiB; {FOLIOS} single subpages: {subpages:?}", time * (512 / FOLIOS as u32));
+        assert!(
+            time < subpages * MOST_TIMES,
+            "{what} takes {time:?}, and {subpages:?} for {FOLIOS} subpages"
+        );
     }
     pool.check();
 }

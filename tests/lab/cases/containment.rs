@@ -110,7 +110,7 @@ fn an_error_in_the_ledger_loses_what_was_kept_and_opens_no_hole() {
     let mut toucher = Toucher::mapping(&path, SIZE);
     assert!(toucher.walk().is_empty());
     poison(&path, BAD, 2 * SUBPAGE).unwrap();
-    strike(&object_of(&pool).join("ledger"), SUBPAGE); // of the first of the two
+    strike(&object_of(&pool).join("ledger"), FOLIO + BAD); // of the first of the two
     assert_eq!(toucher.walk(), [BAD, BAD + SUBPAGE]);
     pool.check();
     kill_worker(&pool);
