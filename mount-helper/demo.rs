@@ -6,13 +6,16 @@
 use crate::attributes::{self, COLLAPSE, POISON, REPAIR};
 use hugetlb2fs::units::{PageSize, SUBPAGE_SIZE};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, fstat, mkdirat, openat, unlinkat};
+use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, geteuid, pidfd_open};
 use serde_json::{Map, Value, json};
-use std::fs::File;
+use std::env::temp_dir;
+use std::fs::{File, Permissions};
 use std::io::{BufRead, BufReader, Write};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
@@ -26,6 +29,7 @@ const BAD: u64 = 0x2345_6000;
 /// Where the other process keeps working meanwhile: the neighbour.
 const BUSY: u64 = BAD + SUBPAGE_SIZE;
 const PIECE: usize = 1 << 20;
+const MOUNT_POINT: &str = "mnt";
 
 type Step<T = ()> = Result<T, String>;
 
@@ -159,21 +163,42 @@ impl Report {
 }
 
 /// A pool that is unmounted whatever happens.
+///
+/// Its mount point lies in a directory that root alone can search. Every path starts at the descriptor of that
+/// directory: where TMPDIR is another user's, that user can put something else in the place of its name.
 struct Pool {
-    directory: PathBuf,
+    /// Also holds the descriptor open.
+    directory: OwnedFd,
+    name: PathBuf,
     mount_point: PathBuf,
     file: PathBuf,
     daemon: Option<OwnedFd>,
 }
 
+/// Makes a directory that no other user had made before (mkdtemp(3)), and opens it.
+fn private_directory() -> Step<(PathBuf, OwnedFd)> {
+    let mut builder = tempfile::Builder::new();
+    let made = builder.prefix("hugetlb2-demo-").permissions(Permissions::from_mode(0o700)).tempdir();
+    let name = made.map_err(|error| format!("a directory in {}: {error}", temp_dir().display()))?.keep();
+    let failed = |errno: Errno| format!("{}: {errno}", name.display());
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let directory = openat(CWD, &name, flags, Mode::empty()).map_err(failed)?;
+    let found = fstat(&directory).map_err(failed)?;
+    if found.st_uid != geteuid().as_raw() || found.st_mode & 0o077 != 0 {
+        return Err(format!("{}: another user has put something in its place", name.display()));
+    }
+    Ok((name, directory))
+}
+
 impl Pool {
     fn mount() -> Step<Self> {
-        let directory = std::env::temp_dir().join(format!("hugetlb2-demo-{}", std::process::id()));
-        let mount_point = directory.join("mnt");
-        std::fs::create_dir_all(&mount_point)
-            .map_err(|error| format!("{}: {error}", mount_point.display()))?;
+        let (name, directory) = private_directory()?;
+        mkdirat(&directory, MOUNT_POINT, Mode::from_raw_mode(0o700))
+            .map_err(|errno| format!("{}/{MOUNT_POINT}: {errno}", name.display()))?;
+        let base = format!("/proc/{}/fd/{}", std::process::id(), directory.as_raw_fd());
+        let mount_point = Path::new(&base).join(MOUNT_POINT);
         let file = mount_point.join("file");
-        let mut pool = Self { directory, mount_point, file, daemon: None };
+        let mut pool = Self { directory, name, mount_point, file, daemon: None };
         let mounted = Command::new(own_program()?)
             .arg0("mount.hugetlb2")
             .arg("demo")
@@ -201,7 +226,7 @@ impl Pool {
     /// Unmounts, and waits until the memory is free again.
     fn unmount(mut self) -> Step {
         let daemon = self.daemon.take().ok_or("it is not mounted")?;
-        unmount(&self.mount_point, UnmountFlags::empty()).map_err(|errno| format!("umount: {errno}"))?;
+        unmount(&self.mount_point, UnmountFlags::NOFOLLOW).map_err(|errno| format!("umount: {errno}"))?;
         let patience = Timespec { tv_sec: 10, tv_nsec: 0 };
         match poll(&mut [PollFd::new(&daemon, PollFlags::IN)], Some(&patience)) {
             Ok(1) => Ok(()),
@@ -213,10 +238,10 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         if self.daemon.is_some() {
-            let _ = unmount(&self.mount_point, UnmountFlags::DETACH);
+            let _ = unmount(&self.mount_point, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
         }
-        let _ = std::fs::remove_dir(&self.mount_point);
-        let _ = std::fs::remove_dir(&self.directory);
+        let _ = unlinkat(&self.directory, MOUNT_POINT, AtFlags::REMOVEDIR);
+        let _ = std::fs::remove_dir(&self.name); // an empty directory, whoever's it is by now
     }
 }
 

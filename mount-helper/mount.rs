@@ -7,9 +7,11 @@ use crate::say;
 use crate::session::{self, Daemon, Failure};
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use hugetlb2fs::options::Options;
-use rustix::fs::{StatVfsMountFlags, statvfs};
+use rustix::fs::{CWD, Dir, DirEntry, Mode, OFlags, StatVfsMountFlags, openat, statvfs};
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount_remount};
 use std::ffi::OsString;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -82,7 +84,7 @@ fn carry_out(matches: &ArgMatches) -> Result<(), Failure> {
     let device = session::open_device()?;
     let program = session::daemon_program()?;
     namespaces.enter_target()?;
-    let directory = check_directory(directory, requested.nonempty)?;
+    let place = open_directory(directory, requested.nonempty)?;
     if matches.get_flag("fake") {
         return Ok(());
     }
@@ -93,8 +95,11 @@ fn carry_out(matches: &ArgMatches) -> Result<(), Failure> {
     if verbose || huge < total {
         say(format_args!("mount.hugetlb2: {huge} of {total} bytes are in 2 MiB folios"));
     }
-    namespaces.enter_target()?;
-    daemon.mount(&device, source, &directory, requested.flags)?;
+    daemon.mount(&device, source, requested.flags, |filesystem| {
+        namespaces.enter_target()?;
+        session::attach(filesystem, &place)
+            .map_err(|errno| Failure::Mount(format!("mounting on {}: {errno}", directory.display())))
+    })?;
     if verbose {
         let directory = directory.display();
         say(format_args!("mount.hugetlb2: {source} mounted on {directory}, served by process {pid}"));
@@ -107,20 +112,28 @@ fn check_size(requested: &Requested) -> Result<(), Failure> {
     requested.pool.pages(memory).map(drop).map_err(Failure::Usage)
 }
 
-/// An existing directory, empty unless that is waived.
-fn check_directory(directory: &Path, nonempty: bool) -> Result<PathBuf, Failure> {
+/// Opens an existing directory, which is empty unless that is waived. The pool is mounted on what is opened here: a
+/// name can come to stand for another directory at any time.
+fn open_directory(directory: &Path, nonempty: bool) -> Result<OwnedFd, Failure> {
     let wrong = |why: String| Failure::Mount(format!("mount point {}: {why}", directory.display()));
-    let resolved = directory.canonicalize().map_err(|error| wrong(error.to_string()))?;
-    if !resolved.is_dir() {
-        return Err(wrong("not a directory".into()));
-    }
-    let mut entries = resolved.read_dir().map_err(|error| wrong(error.to_string()))?;
-    if !nonempty && entries.next().is_some() {
+    let refused = |errno: Errno| match errno {
+        Errno::NOTDIR => wrong("not a directory".into()),
+        other => wrong(other.to_string()),
+    };
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let opened = openat(CWD, directory, flags, Mode::empty()).map_err(refused)?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let listed = openat(&opened, ".", flags, Mode::empty()).map_err(refused)?;
+    let mut entries = Dir::new(listed).map_err(refused)?;
+    let is_entry = |entry: Result<DirEntry, Errno>| {
+        entry.is_ok_and(|entry| !matches!(entry.file_name().to_bytes(), b"." | b".."))
+    };
+    if !nonempty && entries.any(is_entry) {
         return Err(wrong(
             "not empty; what is in it could not be reached (option nonempty mounts all the same)".into(),
         ));
     }
-    Ok(resolved)
+    Ok(opened)
 }
 
 /// Changes a mounted pool: its size through the attribute, flags through mount(2). What else may come along from fstab is
@@ -134,6 +147,8 @@ fn remount(directory: &Path, requested: &Requested, fake: bool) -> Result<(), Fa
     if fake {
         return Ok(());
     }
+    let now = flags_in_force(directory).map_err(|errno| failed(errno.to_string()))?;
+    let wanted = requested.applied_to(now);
     let set_flags = |flags| {
         mount_remount(directory, flags, "").map_err(|errno| failed(format!("mount(2), MS_REMOUNT: {errno}")))
     };
@@ -143,16 +158,16 @@ fn remount(directory: &Path, requested: &Requested, fake: bool) -> Result<(), Fa
         let memory = hugetlb2fs::sys::memory_total().map_err(|error| Failure::System(error.to_string()))?;
         let bytes = options.pages(memory).map_err(Failure::Usage)? * options.page_size.bytes();
         // The attribute of a pool that is mounted read-only cannot be set before that is lifted.
-        let lifted = !requested.flags.contains(MountFlags::RDONLY) && is_read_only(directory);
+        let lifted = now.contains(MountFlags::RDONLY) && !wanted.contains(MountFlags::RDONLY);
         if lifted {
-            set_flags(requested.flags)?;
+            set_flags(wanted)?;
         }
         attributes::resize(directory, bytes).map_err(|why| {
-            let put_back = if lifted { set_flags(requested.flags | MountFlags::RDONLY) } else { Ok(()) };
+            let put_back = if lifted { set_flags(now) } else { Ok(()) };
             put_back.err().unwrap_or_else(|| failed(why))
         })?;
     }
-    set_flags(requested.flags)
+    set_flags(wanted)
 }
 
 /// What stands in fstab comes along with a remount; what differs from what is in force would be ignored if it were not refused.
@@ -170,6 +185,21 @@ fn refuse_changes(requested: &Requested, in_force: &[(String, String)]) -> Resul
     Ok(())
 }
 
-fn is_read_only(directory: &Path) -> bool {
-    statvfs(directory).is_ok_and(|status| status.f_flag.contains(StatVfsMountFlags::RDONLY))
+/// The flags that the pool is mounted with, as mount(2) takes them.
+fn flags_in_force(directory: &Path) -> Result<MountFlags, Errno> {
+    let in_force = statvfs(directory)?.f_flag;
+    let flags = REPORTED.iter().filter(|(reported, _)| in_force.contains(*reported));
+    Ok(flags.fold(MountFlags::empty(), |all, (_, flag)| all | *flag))
 }
+
+/// What statvfs(3) reports. dirsync and lazytime, which it does not, have no effect here.
+const REPORTED: [(StatVfsMountFlags, MountFlags); 8] = [
+    (StatVfsMountFlags::RDONLY, MountFlags::RDONLY),
+    (StatVfsMountFlags::NOSUID, MountFlags::NOSUID),
+    (StatVfsMountFlags::NODEV, MountFlags::NODEV),
+    (StatVfsMountFlags::NOEXEC, MountFlags::NOEXEC),
+    (StatVfsMountFlags::SYNCHRONOUS, MountFlags::SYNCHRONOUS),
+    (StatVfsMountFlags::NOATIME, MountFlags::NOATIME),
+    (StatVfsMountFlags::NODIRATIME, MountFlags::NODIRATIME),
+    (StatVfsMountFlags::RELATIME, MountFlags::RELATIME),
+];

@@ -57,6 +57,8 @@ pub struct Requested {
     pub given: Vec<String>,
     /// For mount(2).
     pub flags: MountFlags,
+    /// Flags that were asked for not to be there.
+    cleared: MountFlags,
     /// Change a pool that is mounted.
     pub remount: bool,
     /// Mount over a directory with entries, which cannot be reached then.
@@ -73,6 +75,7 @@ impl Requested {
             pool: Options::default(),
             given: Vec::new(),
             flags: MountFlags::empty(),
+            cleared: MountFlags::empty(),
             remount: false,
             nonempty: false,
         };
@@ -85,6 +88,14 @@ impl Requested {
         Ok(requested)
     }
 
+    /// The flags of a mount that has `now`: what was not asked for stays.
+    pub fn applied_to(&self, now: MountFlags) -> MountFlags {
+        // The kernel takes one of these, and relatime without any.
+        let updates = MountFlags::NOATIME | MountFlags::RELATIME | MountFlags::STRICTATIME;
+        let replaced = if self.flags.intersects(updates) { updates } else { MountFlags::empty() };
+        (now - replaced - self.cleared) | self.flags
+    }
+
     fn take(&mut self, item: &str, sloppy: bool) -> Result<(), String> {
         let (name, value) = match item.split_once('=') {
             Some((name, value)) => (name, Some(value)),
@@ -92,9 +103,9 @@ impl Requested {
         };
         if let Some((_, change, flag)) = GENERIC.iter().find(|row| row.0 == item) {
             match change {
-                Set => self.flags |= *flag,
-                Clear => self.flags -= *flag,
-            }
+                Set => (self.flags |= *flag, self.cleared -= *flag),
+                Clear => (self.flags -= *flag, self.cleared |= *flag),
+            };
             return Ok(());
         }
         let for_others = FOR_OTHERS.contains(&item)
@@ -129,6 +140,16 @@ mod tests {
         let requested = parse("ro,nosuid,rw,size=2M,noexec,x-systemd.automount,nofail").unwrap();
         assert_eq!(requested.flags, MountFlags::NOSUID | MountFlags::NOEXEC);
         assert_eq!(requested.given, ["size"]);
+    }
+
+    #[test]
+    fn a_remount_keeps_the_flags_that_it_does_not_name() {
+        let now = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::RELATIME;
+        let applied = |text: &str| parse(text).unwrap().applied_to(now);
+        assert_eq!(applied("remount,size=2M"), now);
+        assert_eq!(applied("remount,noexec,suid"), (now - MountFlags::NOSUID) | MountFlags::NOEXEC);
+        assert_eq!(applied("remount,noatime"), (now - MountFlags::RELATIME) | MountFlags::NOATIME);
+        assert_eq!(applied("remount,nosuid,suid,ro"), (now - MountFlags::NOSUID) | MountFlags::RDONLY);
     }
 
     #[test]

@@ -5,19 +5,18 @@ use hugetlb2fs::fuse::LARGEST_REQUEST;
 use hugetlb2fs::options::Options;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, fsconfig_create,
+    fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount,
+};
 use rustix::process::{Pid, Signal, kill_process};
-use std::ffi::CString;
 use std::fs::File;
 use std::io::{IsTerminal, Write, pipe};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-
-/// As /proc/mounts shows it.
-pub const TYPE: &str = "fuse.hugetlb2";
 
 /// Why a mount did not come about, by the exit statuses of mount(8).
 #[derive(Debug)]
@@ -143,32 +142,29 @@ impl Daemon {
         }
     }
 
-    /// Mounts on `directory` and waits until the filesystem serves.
+    /// Makes the filesystem, waits until it serves, and has `attach` give it a place in the tree.
+    ///
+    /// The filesystem serves before it has a place: until then the descriptor here is all that holds it. When this
+    /// program dies, the kernel ends the filesystem, and that ends the daemon.
     ///
     /// # Errors
-    /// Why it does not; then nothing is mounted.
+    /// Why it does not serve, or those of `attach`; then nothing is mounted.
     pub fn mount(
         mut self,
         device: &File,
         source: &str,
-        directory: &Path,
         flags: MountFlags,
+        attach: impl FnOnce(&OwnedFd) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
-        let data = format!(
-            "fd={},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other,max_read={LARGEST_REQUEST}",
-            device.as_raw_fd()
-        );
-        let data = CString::new(data).expect("no NUL in it");
-        mount(source, directory, TYPE, flags, Some(data.as_c_str()))
-            .map_err(|errno| Failure::Mount(format!("mount(2) on {}: {errno}", directory.display())))?;
-        let mounted = UnmountOnDrop(Some(directory));
+        let filesystem = create(device, source, flags)
+            .map_err(|errno| Failure::Mount(format!("no filesystem can be made on /dev/fuse: {errno}")))?;
         // A daemon that is gone is found out when its answer is waited for.
         let _ = self.control.send(&Message::Mounted);
         match self.receive()? {
             Message::Serving => {}
             other => return Err(Failure::System(format!("unexpected word from the daemon: {other}"))),
         }
-        mounted.keep();
+        attach(&filesystem)?;
         self.kept = true;
         Ok(())
     }
@@ -208,21 +204,56 @@ fn make_inheritable(fd: impl AsFd) -> Result<(), Failure> {
     fcntl_setfd(fd, FdFlags::empty()).map_err(|errno| Failure::System(format!("fcntl: {errno}")))
 }
 
-/// A mount that goes again unless it is kept.
-struct UnmountOnDrop<'a>(Option<&'a Path>);
-
-impl UnmountOnDrop<'_> {
-    fn keep(mut self) {
-        self.0 = None;
+/// Makes the filesystem that `device` serves, and has it mounted nowhere yet (fsmount(2)). /proc/mounts will
+/// show it as `fuse.hugetlb2`.
+fn create(device: &File, source: &str, flags: MountFlags) -> Result<OwnedFd, Errno> {
+    let context = fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    for (name, value) in [
+        ("subtype", "hugetlb2"),
+        ("source", source),
+        ("fd", &device.as_raw_fd().to_string()),
+        ("rootmode", "40000"),
+        ("user_id", "0"),
+        ("group_id", "0"),
+        ("max_read", &LARGEST_REQUEST.to_string()),
+    ] {
+        fsconfig_set_string(context.as_fd(), name, value)?;
     }
+    let asked = OF_THE_FILESYSTEM.iter().filter(|(flag, _)| flags.contains(*flag)).map(|(_, name)| *name);
+    for name in ["default_permissions", "allow_other"].into_iter().chain(asked) {
+        fsconfig_set_flag(context.as_fd(), name)?;
+    }
+    fsconfig_create(context.as_fd())?;
+    let asked = OF_THE_MOUNT.iter().filter(|(flag, _)| flags.contains(*flag));
+    let attributes = asked.fold(MountAttrFlags::empty(), |all, (_, attribute)| all | *attribute);
+    fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
 }
 
-impl Drop for UnmountOnDrop<'_> {
-    fn drop(&mut self) {
-        if let Some(directory) = self.0 {
-            let _ = unmount(directory, UnmountFlags::DETACH);
-        }
-    }
+/// What mount(2) makes of its flags: options of the filesystem (fs/fs_context.c), and attributes of the mount.
+const OF_THE_FILESYSTEM: [(MountFlags, &str); 4] = [
+    (MountFlags::RDONLY, "ro"),
+    (MountFlags::SYNCHRONOUS, "sync"),
+    (MountFlags::DIRSYNC, "dirsync"),
+    (MountFlags::LAZYTIME, "lazytime"),
+];
+const OF_THE_MOUNT: [(MountFlags, MountAttrFlags); 7] = [
+    (MountFlags::RDONLY, MountAttrFlags::MOUNT_ATTR_RDONLY),
+    (MountFlags::NOSUID, MountAttrFlags::MOUNT_ATTR_NOSUID),
+    (MountFlags::NODEV, MountAttrFlags::MOUNT_ATTR_NODEV),
+    (MountFlags::NOEXEC, MountAttrFlags::MOUNT_ATTR_NOEXEC),
+    (MountFlags::NOATIME, MountAttrFlags::MOUNT_ATTR_NOATIME),
+    (MountFlags::NODIRATIME, MountAttrFlags::MOUNT_ATTR_NODIRATIME),
+    (MountFlags::STRICTATIME, MountAttrFlags::MOUNT_ATTR_STRICTATIME),
+];
+
+/// Puts a filesystem from [`Daemon::mount`] on `directory`, which stays the directory that it is whatever becomes of
+/// its name.
+///
+/// # Errors
+/// What move_mount(2) answers.
+pub fn attach(filesystem: &OwnedFd, directory: &OwnedFd) -> Result<(), Errno> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    move_mount(filesystem, "", directory, "", flags)
 }
 
 /// The device that the filesystem will be served through.

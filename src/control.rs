@@ -6,15 +6,17 @@
 //!     |-------------------------->|
 //!     | ready <bytes in folios>   |      the pool is filled
 //!     |-------------------------->|
-//!     |                           |  mount(2)
+//!     |                           |  fsmount(2): the filesystem is there, and mounted nowhere
 //!     |                  mounted  |
 //!     |<--------------------------|
-//!     | serving                   |      FUSE_INIT is answered; both let go of the socket
+//!     | serving                   |      FUSE_INIT is answered; the daemon lets go of the socket
 //!     |-------------------------->|
+//!     |                           |  move_mount(2)
 //! ```
 //!
 //! Instead of each of its lines the daemon may say `failed <why>` and end. A side that finds the socket closed before
-//! `serving` ends and gives everything back.
+//! `serving` ends and gives everything back. Until move_mount(2) the helper alone holds the filesystem, so its death
+//! is an unmount to the daemon.
 
 use std::fmt;
 use std::io::{BufRead, BufReader, Write};
@@ -37,7 +39,7 @@ pub enum Message {
         /// Bytes in all.
         total: u64,
     },
-    /// mount(2) has succeeded.
+    /// The filesystem is there, and held by the helper.
     Mounted,
     /// The filesystem serves.
     Serving,

@@ -46,6 +46,13 @@ fn options(matches: &ArgMatches) -> Result<Options, String> {
     Ok(options)
 }
 
+/// The program that starts this one may have anything open: a lock, a terminal, a file on a disk that is to be unmounted.
+fn close_what_is_not_ours(matches: &ArgMatches) -> Result<(), String> {
+    let names = ["fuse-fd", "control-fd"].into_iter();
+    let mut kept: Vec<RawFd> = names.filter_map(|name| matches.get_one(name).copied()).collect();
+    sys::close_all_but(&mut kept).map_err(|error| format!("close_range(2): {error}"))
+}
+
 fn inherited(matches: &ArgMatches, name: &str) -> Result<OwnedFd, String> {
     let fd = matches.get_one::<RawFd>(name).expect("clap has required it");
     sys::inherited(*fd).map_err(|error| format!("--{name}={fd}: {error}"))
@@ -87,6 +94,7 @@ fn settle_in(
 
 fn run() -> Result<(), String> {
     let matches = command().get_matches();
+    close_what_is_not_ours(&matches)?;
     let mut control = Control::new(UnixStream::from(inherited(&matches, "control-fd")?));
     let (options, device) = start(&matches).inspect_err(|why| {
         let _ = control.send(&Message::Failed(why.clone()));

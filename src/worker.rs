@@ -37,11 +37,20 @@ const LOCK: &str = "/worker";
 /// # Errors
 /// A sentence.
 pub fn prepare(namespace: impl FnOnce() -> Result<(), Error>) -> Result<(), String> {
+    let preparing =
+        |error: Error| format!("preparing the daemon: {error}{}", sys::filtered().unwrap_or_default());
+    let missing = identity::missing_capabilities().map_err(preparing)?;
+    if !missing.is_empty() {
+        return Err(format!(
+            "the daemon needs capabilities that it is started without: {}",
+            missing.join(", ")
+        ));
+    }
     let prepared = raise_descriptor_limit()
         .and_then(|()| sys::sigbus::survive_news()) // of a memory error; the patrol finds it anyway
         .and_then(|()| identity::keep_capabilities_across_fsuid())
         .and_then(|()| namespace());
-    prepared.map_err(|error| format!("preparing the daemon (it must be started by root): {error}"))?;
+    prepared.map_err(preparing)?;
     // All memory of the pool would be lost with the daemon: the OOM killer is to look elsewhere (proc(5)).
     if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-1000") {
         log::warn!("the OOM killer may choose this process (no CAP_SYS_RESOURCE?): {error}");
@@ -197,7 +206,7 @@ fn begin(
     repaired: Option<Sender<fs::Repaired>>,
 ) -> Result<(Arc<Fs>, Connection), String> {
     let fs = set_up(options, control, repaired)?;
-    // The helper's mount(2) comes now; then the kernel speaks first.
+    // The helper makes the filesystem now; then the kernel speaks first.
     if control.receive() != Some(Message::Mounted) {
         return Err("the mount helper has gone away without having mounted".to_owned());
     }

@@ -8,7 +8,7 @@ use rustix::process::{Pid, Signal, getsid, kill_process};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use support::limits::{self, Waiting};
@@ -375,7 +375,7 @@ fn a_fuse_device_that_is_none_fails_the_mount_after_the_pool_was_filled_and_leav
     run(namespace.command("mknod").args(["/dev/null", "c", "1", "3"]));
     let mut mount = namespace.command("/sbin/mount.hugetlb2");
     mount.arg("source").arg(place.mount_point()).args(["-o", &place.with_log(SMALL)]);
-    place.assert_refused(&mut mount, FAILED, "mount(2) on ");
+    place.assert_refused(&mut mount, FAILED, "no filesystem can be made on /dev/fuse: ");
     assert!(std::fs::read_to_string(place.log()).unwrap().contains("8 pages"), "it had been filled");
     assert!(namespace.mount_info(&place).is_none());
 }
@@ -419,6 +419,57 @@ fn only_root_can_mount() {
     ]);
     mount.arg(place.mount_point()).args(["-o", &place.with_log(SMALL)]);
     place.assert_refused(&mut mount, USAGE, "only root can mount");
+}
+
+#[test]
+fn each_capability_that_the_daemon_lacks_is_named() {
+    let place = Place::new();
+    let needed =
+        ["sys_admin", "dac_read_search", "dac_override", "chown", "fowner", "fsetid", "setuid", "setgid"];
+    for capability in needed.into_iter().chain(["setpcap"]) {
+        let mut mount = Command::new("setpriv");
+        mount.arg(format!("--bounding-set=-{capability}"));
+        mount.args([env!("CARGO_BIN_EXE_hugetlb2"), "mount", "source"]).arg(place.mount_point());
+        mount.args(["-o", &place.with_log(SMALL)]);
+        let word = format!("started without: CAP_{}\n", capability.to_uppercase());
+        place.assert_refused(&mut mount, FAILED, &word);
+    }
+}
+
+#[test]
+fn a_root_directory_that_cannot_be_left_is_named() {
+    const SCRIPT: &str = "set -e; root=$0/root; build=$1; shift
+        for directory in /bin /lib /lib64 /usr /dev /proc /sys /tmp $build; do
+            [ -d $directory ] || continue
+            mkdir -p $root$directory
+            mount --rbind $directory $root$directory
+        done
+        exec chroot $root \"$@\"";
+    let place = Place::new();
+    let build = Path::new(env!("CARGO_BIN_EXE_hugetlb2")).parent().unwrap();
+    let mut mount = Command::new("unshare");
+    mount.args(["-m", "sh", "-c", SCRIPT]).arg(place.directory.path()).arg(build);
+    mount.args([env!("CARGO_BIN_EXE_hugetlb2"), "mount", "source"]).arg(place.mount_point());
+    mount.args(["-o", &place.with_log(SMALL)]);
+    place.assert_refused(&mut mount, FAILED, "this root directory cannot be left: it is the initramfs, or");
+}
+
+#[test]
+fn the_daemon_keeps_nothing_open_that_its_starter_had() {
+    let place = Place::new();
+    let secret = place.join("secret");
+    std::fs::write(&secret, "text").unwrap();
+    let mut mount = Command::new("sh");
+    mount.args(["-c", "exec 7<$0 9>>$0; exec \"$@\""]).arg(&secret);
+    mount.args([env!("CARGO_BIN_EXE_hugetlb2"), "mount", "source"]).arg(place.mount_point());
+    run(mount.args(["-o", &place.with_log(SMALL)]));
+    let processes = place.processes();
+    assert_eq!(processes.len(), 2);
+    for process in processes {
+        let open = std::fs::read_dir(format!("/proc/{process}/fd")).unwrap().map(Result::unwrap);
+        let open: Vec<PathBuf> = open.filter_map(|fd| std::fs::read_link(fd.path()).ok()).collect();
+        assert!(!open.contains(&secret), "process {process} has it open: {open:?}");
+    }
 }
 
 // ---- a daemon that does not do its part -----------------------------------------------------------------------------
@@ -478,6 +529,36 @@ fn a_daemon_that_ends_after_the_mount_leaves_nothing_mounted() {
         "the daemon ended without a word",
     );
     assert_eq!(std::fs::read_to_string(place.join("word")).unwrap(), "mounted\n", "it had been mounted");
+}
+
+#[test]
+fn a_helper_that_is_killed_while_it_mounts_leaves_nothing() {
+    let place = Place::new();
+    let word = place.join("word");
+    let script = format!(
+        "{FIND_CONTROL}eval \"echo ready 1 1 >&$control; read word <&$control\"; kill -KILL $PPID
+        echo $word > {0}.new; mv {0}.new {0}",
+        word.display()
+    );
+    let status = place.mount_with_daemon(Some(&script)).status().unwrap();
+    assert_eq!(status.signal(), Some(Signal::KILL.as_raw()), "{status}");
+    limits::until(limits::ANSWER, "the daemon's last word", || word.exists());
+    assert_eq!(std::fs::read_to_string(word).unwrap(), "mounted\n", "there was a filesystem");
+    assert!(place.mount_info().is_none(), "a mount is left that no daemon serves");
+}
+
+#[test]
+fn a_daemon_whose_helper_dies_before_the_end_gives_everything_back() {
+    let place = Place::new();
+    let script = "kill -STOP $PPID; exec \"$DAEMON\" \"$@\""; // the helper does nothing more
+    File::create(place.log()).unwrap();
+    let mut helper = place.mount_with_daemon(Some(script));
+    let mut helper = helper.env("DAEMON", env!("CARGO_BIN_EXE_hugetlb2fsd")).spawn().unwrap();
+    await_text(&place.log(), "8 pages of");
+    let daemon = Daemon::with_pid(place.daemons()[0]);
+    end(&mut helper, "the helper");
+    daemon.wait();
+    place.assert_nothing_is_left();
 }
 
 #[test]
@@ -915,6 +996,30 @@ fn a_remount_changes_flags_and_keeps_the_size() {
     assert!(namespace.mount_info(&place).unwrap().flags.starts_with("ro"));
     run(namespace.remount(&place, "rw,size=8M").arg("-f"));
     assert_eq!(namespace.pages(&place), 8, "-f changes nothing");
+}
+
+#[test]
+fn a_remount_keeps_the_flags_that_it_does_not_name() {
+    let place = Place::new();
+    run(&mut place.mount(&format!("{SMALL},nosuid,nodev,noexec,noatime")));
+    let flags = || place.mount_info().unwrap().flags;
+    assert_eq!(flags(), "rw,nosuid,nodev,noexec,noatime");
+    run(&mut place.mount("remount,size=20M"));
+    assert_eq!(flags(), "rw,nosuid,nodev,noexec,noatime");
+    assert_eq!(counters(&place.mount_point())["pages_total"], 10);
+    run(&mut place.mount("remount,suid,ro"));
+    assert_eq!(flags(), "ro,nodev,noexec,noatime");
+    place.assert_remount_refused("remount,size=16M", "is mounted read-only");
+    run(&mut place.mount("remount,rw,size=16M,relatime"));
+    assert_eq!(flags(), "rw,nodev,noexec,relatime");
+}
+
+impl Place {
+    fn assert_remount_refused(&self, options: &str, word: &str) {
+        let (status, error) = status_and_error(&mut self.mount(options));
+        assert_eq!(status, FAILED, "{error}");
+        assert!(error.contains(word), "{error}");
+    }
 }
 
 #[test]

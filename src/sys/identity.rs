@@ -7,7 +7,7 @@
 
 use crate::error::Result;
 use rustix::fs::Mode;
-use rustix::thread::{CapabilitiesSecureBits, UnshareFlags};
+use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, UnshareFlags};
 use std::cell::Cell;
 
 /// Who asks, as FUSE tells.
@@ -53,6 +53,29 @@ fn supplementary_groups(pid: u32) -> Vec<u32> {
 
 thread_local! {
     static OWN_UMASK: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Capabilities that the daemon cannot do without (capabilities(7)): to mount, to open files by handle, to act for any
+/// user on any file, and to keep its capabilities meanwhile.
+const NEEDED: [(CapabilitySet, &str); 9] = [
+    (CapabilitySet::SYS_ADMIN, "CAP_SYS_ADMIN"),
+    (CapabilitySet::DAC_READ_SEARCH, "CAP_DAC_READ_SEARCH"),
+    (CapabilitySet::DAC_OVERRIDE, "CAP_DAC_OVERRIDE"),
+    (CapabilitySet::CHOWN, "CAP_CHOWN"),
+    (CapabilitySet::FOWNER, "CAP_FOWNER"),
+    (CapabilitySet::FSETID, "CAP_FSETID"),
+    (CapabilitySet::SETUID, "CAP_SETUID"),
+    (CapabilitySet::SETGID, "CAP_SETGID"),
+    (CapabilitySet::SETPCAP, "CAP_SETPCAP"),
+];
+
+/// Those of the capabilities that the daemon needs which this process does not have.
+///
+/// # Errors
+/// What capget(2) answers.
+pub fn missing_capabilities() -> Result<Vec<&'static str>> {
+    let held = rustix::thread::capabilities(None)?.effective;
+    Ok(NEEDED.iter().filter(|(needed, _)| !held.contains(*needed)).map(|(_, name)| *name).collect())
 }
 
 /// Keeps capabilities across changes of the filesystem uid. Call once, before threads are started.

@@ -67,6 +67,28 @@ pub fn inherited(fd: RawFd) -> Result<OwnedFd, Error> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Closes every descriptor from 3 on but these (close_range(2), Linux 5.9). For the start of a process, before it opens
+/// one: what its parent had open is none of its business.
+///
+/// # Errors
+/// ENOSYS.
+pub fn close_all_but(kept: &mut [RawFd]) -> Result<(), Error> {
+    kept.sort_unstable();
+    let mut first = 3;
+    for end in kept.iter().map(|fd| i64::from(*fd)).chain([i64::from(u32::MAX) + 1]) {
+        if first < end {
+            // SAFETY: by the caller's word no object of this process owns a descriptor of this range.
+            #[allow(unsafe_code)]
+            let result = unsafe { libc::syscall(libc::SYS_close_range, first, end - 1, 0) };
+            if result != 0 {
+                return Err(std::io::Error::last_os_error().into());
+            }
+        }
+        first = first.max(end + 1);
+    }
+    Ok(())
+}
+
 /// Has the kernel let go of a file that a FUSE server has given it for passthrough (FUSE_DEV_IOC_BACKING_CLOSE, Linux 6.9).
 ///
 /// # Errors
@@ -77,6 +99,15 @@ pub fn close_backing(device: impl AsFd, number: u32) -> Result<(), Error> {
     #[allow(unsafe_code)]
     let result = unsafe { libc::ioctl(device.as_fd().as_raw_fd(), BACKING_CLOSE, &raw const number) };
     if result < 0 { Err(std::io::Error::last_os_error().into()) } else { Ok(()) }
+}
+
+/// A hint for a system call that was refused: where a seccomp filter is in force for this process (proc(5), status), it may be
+/// the filter that refused.
+pub fn filtered() -> Option<&'static str> {
+    const FILTER: &str = "2";
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let mode = status.lines().find_map(|line| line.strip_prefix("Seccomp:"))?.trim();
+    (mode == FILTER).then_some(" (a seccomp filter is in force; it must allow this call)")
 }
 
 /// Seconds since the epoch.

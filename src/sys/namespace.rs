@@ -1,8 +1,9 @@
 //! A mount namespace of our own with an empty root of our own (mount_namespaces(7), pivot_root(2)).
 
 use super::{cgroup, tmpfs};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use rustix::fs::{CWD, Mode};
+use rustix::io::Errno;
 use rustix::mount::{
     MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount_change, move_mount, open_tree,
     unmount,
@@ -18,13 +19,16 @@ use std::path::Path;
 /// in `directories` exist in it. Nothing of the old tree can be reached any more: open what is needed first.
 ///
 /// # Errors
-/// EPERM without CAP_SYS_ADMIN; EINVAL where the old root is the initramfs itself, which cannot be left.
+/// A sentence that names the system call. A root that is no mount point, or the initramfs, cannot be left.
 pub fn enter_private_root(directories: &[&str]) -> Result<()> {
     // SAFETY: a new mount namespace affects neither descriptors nor memory of this single-threaded process.
     #[allow(unsafe_code)]
-    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }?;
-    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
-    let root = tmpfs::create(&tmpfs::Options { blocks: Some(16), ..Default::default() })?;
+    let unshared = unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) };
+    unshared.map_err(|errno| refused("unshare(2)", errno))?;
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
+        .map_err(|errno| cannot_be_left("mount(2) of MS_PRIVATE", errno))?;
+    let root = tmpfs::create(&tmpfs::Options { blocks: Some(16), ..Default::default() })
+        .map_err(|error| Error::invalid(format!("making a tmpfs (fsopen(2), fsmount(2)): {error}")))?;
     for name in directories {
         rustix::fs::mkdirat(&root, *name, Mode::from_raw_mode(0o700))?;
     }
@@ -40,18 +44,36 @@ pub fn enter_private_root(directories: &[&str]) -> Result<()> {
     }
     // Any directory will do to attach the new root to, and this one exists: we have just cloned it. Before Linux 6.15
     // nothing can be mounted below a root that is not attached.
-    tmpfs::attach(root.as_fd(), "/proc")?;
+    tmpfs::attach(root.as_fd(), "/proc")
+        .map_err(|error| Error::invalid(format!("move_mount(2): {error}")))?;
     for (name, tree) in kept {
         rustix::fs::mkdirat(&root, &name, Mode::from_raw_mode(0o755))?;
         move_mount(&tree, "", &root, &name, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
     }
     rustix::process::fchdir(&root)?;
-    rustix::process::pivot_root(".", ".")?;
+    rustix::process::pivot_root(".", ".").map_err(|errno| cannot_be_left("pivot_root(2)", errno))?;
     unmount(".", UnmountFlags::DETACH)?;
     Ok(rustix::process::chdir("/")?)
 }
 
 fn clone_tree(path: impl AsRef<Path>) -> Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    Ok(open_tree(CWD, path.as_ref(), flags)?)
+    let path = path.as_ref();
+    open_tree(CWD, path, flags)
+        .map_err(|errno| refused(&format!("open_tree(2) of {}", path.display()), errno))
+}
+
+fn refused(call: &str, errno: Errno) -> Error {
+    Error::invalid(format!("{call}: {errno}"))
+}
+
+/// EINVAL has one cause where the root directory is left: see pivot_root(2), "ERRORS" and "NOTES".
+fn cannot_be_left(call: &str, errno: Errno) -> Error {
+    match errno {
+        Errno::INVAL => Error::invalid(format!(
+            "{call}: this root directory cannot be left: it is the initramfs, or a directory of chroot(1) that is no \
+             mount point. switch_root(8) to another root first, or bind-mount the directory on itself"
+        )),
+        other => refused(call, other),
+    }
 }
