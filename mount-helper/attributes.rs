@@ -1,10 +1,14 @@
 //! The filesystem's attributes from a program's side: nothing here that getfattr(1) and setfattr(1) could not do.
 
+use crate::daemons;
 use hugetlb2fs::sys::cgroup;
 use hugetlb2fs::units::PageSize;
 use rustix::fs::{XattrFlags, getxattr, setxattr};
 use rustix::io::Errno;
+use rustix::process::geteuid;
 use std::path::Path;
+use std::sync::mpsc;
+use std::time::Duration;
 
 /// Quarantined ranges.
 pub const POISON: &str = "user.hugetlb2.poison";
@@ -60,6 +64,25 @@ impl Counters {
         self.0.iter().map(|(name, value)| (name.as_str(), *value))
     }
 
+    /// Puts the numbers that the daemon's processes have here in the place of those that they know themselves by. Where
+    /// none is known, the numbers are left out: here they could be a stranger's.
+    pub fn translate_processes(&mut self, directory: &Path) {
+        let found = daemons::connection_of(directory).map(daemons::of).unwrap_or_default();
+        let mut found = found.into_iter().map(|process| u64::from(process.pid));
+        let numbers = [("daemon_pid", found.next()), ("worker_pid", found.next())];
+        for (name, seen) in numbers {
+            let number = seen.or_else(|| {
+                let told = self.get(name).filter(|_| !geteuid().is_root());
+                told.filter(|pid| daemons::is_called_daemon(*pid))
+            });
+            match (self.0.iter().position(|row| row.0 == name), number) {
+                (Some(at), Some(number)) => self.0[at].1 = number,
+                (Some(at), None) => drop(self.0.remove(at)),
+                (None, _) => {}
+            }
+        }
+    }
+
     /// The pool's page size.
     ///
     /// # Errors
@@ -102,6 +125,18 @@ pub fn pool(directory: &Path) -> Result<Counters, String> {
     Ok(Counters(text.lines().filter_map(row).collect()))
 }
 
+/// The same, for as long as `patience`; `None` where no answer comes. The thread that asks is left behind then; it ends with
+/// this program.
+pub fn pool_within(directory: &Path, patience: Duration) -> Option<Result<Counters, String>> {
+    let (sender, answer) = mpsc::channel();
+    let asked = directory.to_owned();
+    let asking = std::thread::Builder::new().spawn(move || sender.send(pool(&asked)));
+    match asking {
+        Ok(_) => answer.recv_timeout(patience).ok(),
+        Err(error) => Some(Err(format!("no thread to ask with: {error}"))),
+    }
+}
+
 /// Resizes the pool that is mounted on `directory`.
 ///
 /// # Errors
@@ -118,8 +153,8 @@ pub fn resize(directory: &Path, bytes: u64) -> Result<(), String> {
 /// That there is no memory for a larger pool. The limit of the daemon's cgroup is named where there is one: which of the two was
 /// too small is in the daemon's log.
 fn no_memory(directory: &Path) -> String {
-    let daemon = pool(directory).ok().and_then(|counters| counters.get("daemon_pid"));
-    match daemon.and_then(|daemon| cgroup::tightest_limit(&daemon.to_string())) {
+    let daemon = daemons::supervisor_of(directory).ok();
+    match daemon.and_then(|daemon| cgroup::tightest_limit(&daemon.pid.to_string())) {
         Some(limit) => {
             format!("the machine has not that much memory, or the daemon's cgroup has not: {limit}")
         }

@@ -14,7 +14,6 @@ use std::io::{ErrorKind, Write as _};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::mpsc;
 use std::time::Duration;
 
 const FAILED: u8 = 1;
@@ -200,20 +199,19 @@ fn unescape(text: &str) -> PathBuf {
 /// How long a worker is waited for before it is said to hang.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// The counters of a pool, or who it is that does not deliver them. The thread that asks is left behind where no answer comes; it
-/// ends with this program.
+/// The counters of a pool, or who it is that does not deliver them.
 fn counters(directory: &Path) -> Result<attributes::Counters, String> {
-    let (sender, answer) = mpsc::channel();
-    let asked = directory.to_owned();
-    std::thread::spawn(move || sender.send(attributes::pool(&asked)));
-    answer.recv_timeout(PATIENCE).unwrap_or_else(|_| Err(describe_silence(directory)))
+    let answer = attributes::pool_within(directory, PATIENCE);
+    let mut counters = answer.unwrap_or_else(|| Err(describe_silence(directory)))?;
+    counters.translate_processes(directory);
+    Ok(counters)
 }
 
 fn describe_silence(directory: &Path) -> String {
-    let mounted = mounted().unwrap_or_default();
-    let device = mounted.iter().find(|pool| pool.mount_point == directory).map(|pool| &pool.device);
-    let minor = device.and_then(|device| device.split_once(':')?.1.parse().ok());
-    let processes = minor.map(daemons::of).unwrap_or_default();
+    let processes = daemons::connection_of(directory).map(daemons::of).unwrap_or_default();
+    if processes.is_empty() {
+        return format!("no answer within {} s, and no process is seen that serves it", PATIENCE.as_secs());
+    }
     let list: Vec<_> = processes.iter().map(|one| format!("process {} is {}", one.pid, one.state)).collect();
     format!(
         "no answer within {} s ({}); SIGHUP to the first replaces the worker",
@@ -301,7 +299,12 @@ fn describe_pool(directory: &Path, counters: &attributes::Counters, options: &[(
     let (soft, hw) = (of("quarantined_soft"), of("quarantined_hw"));
     let by_errors = if hw > 0 { format!(", {hw} of them for memory errors") } else { String::new() };
     row("quarantined", format!("{} subpages of 4 KiB{by_errors}", soft + hw));
-    row("daemon", format!("process {}, worker {}", of("daemon_pid"), of("worker_pid")));
+    let daemon = match (counters.get("daemon_pid"), counters.get("worker_pid")) {
+        (Some(daemon), Some(worker)) => format!("process {daemon}, worker {worker}"),
+        (Some(daemon), None) => format!("process {daemon}, no worker just now"),
+        (None, _) => "not seen from this process id namespace".to_owned(),
+    };
+    row("daemon", daemon);
     let options: Vec<String> = options.iter().map(|(name, value)| format!("{name}={value}")).collect();
     row("options", options.join(","));
     out
@@ -328,24 +331,20 @@ fn check(directory: &Path, json: bool) -> Done {
 
 fn upgrade(directory: &Path, binary: Option<PathBuf>, json: bool) -> Done {
     let failed = |why: String| format!("{}: {why}", directory.display());
-    let before = daemon_of(directory).map_err(failed)?;
+    attributes::pool(directory).map_err(failed)?;
+    let before = daemons::supervisor_of(directory).map_err(failed)?;
     let binary = match binary {
         Some(binary) => binary.canonicalize().map_err(|error| format!("{}: {error}", binary.display()))?,
         None => session::daemon_program().map_err(|failure| failure.to_string())?,
     };
-    session::take_over(&binary, before).map_err(|failure| failed(failure.to_string()))?;
-    let now = daemon_of(directory).map_err(failed)?;
+    let now = session::take_over(&binary, &before).map_err(|failure| failed(failure.to_string()))?;
+    let before = before.pid;
     if json {
         print_json(&json!({ "daemon_pid": now, "was": before }))?;
     } else {
         print(format_args!("{}: process {now} serves in place of {before}", directory.display()))?;
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn daemon_of(directory: &Path) -> Result<u64, String> {
-    let pid = attributes::pool(directory)?.get("daemon_pid");
-    pid.ok_or_else(|| "its daemon is of a version that cannot be replaced".to_owned())
 }
 
 // ---- files ----------------------------------------------------------------------------------------------------------

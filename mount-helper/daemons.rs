@@ -1,6 +1,10 @@
 //! Who serves a mount, found without asking the mount: it may not answer.
 
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 /// A process that has the device of a mount open.
@@ -12,12 +16,46 @@ pub struct Process {
 }
 
 /// The processes that serve the mount whose files have the device number 0:`minor`: the supervisor, then its worker.
-/// They are known by /proc/PID/fdinfo (`fuse_connection`, Linux 6.5).
+/// They are known by /proc/PID/fdinfo (`fuse_connection`, Linux 6.5), by the numbers that they have here: a daemon of
+/// another process id namespace knows itself by others. None is seen by a user who may not look at them.
 pub fn of(minor: u32) -> Vec<Process> {
     let entries = fs::read_dir("/proc").into_iter().flatten().filter_map(Result::ok);
-    let mut pids: Vec<u32> = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
-    pids.sort_unstable();
-    pids.into_iter().filter(|pid| serves(*pid, minor)).map(|pid| Process { pid, state: state(pid) }).collect()
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let pids: Vec<u32> = pids.filter(|pid| serves(*pid, minor)).collect();
+    let mut found: Vec<Process> = pids.iter().map(|pid| Process { pid: *pid, state: state(*pid) }).collect();
+    found.sort_by_key(|one| (parent(one.pid).is_some_and(|parent| pids.contains(&parent)), one.pid));
+    found
+}
+
+/// The supervisor of a mount, held so that its number cannot become another's.
+pub struct Supervisor {
+    /// Its process id here.
+    pub pid: u32,
+    /// The connection that it serves: the minor device number of the mount.
+    pub connection: u32,
+    /// Its pidfd.
+    pub process: OwnedFd,
+}
+
+/// The supervisor of the pool that `directory` is in, without asking the pool.
+///
+/// # Errors
+/// A sentence, where none is seen.
+pub fn supervisor_of(directory: &Path) -> Result<Supervisor, String> {
+    const UNSEEN: &str = "its daemon is not seen from here: it has ended, or is in another process id namespace, or you are not root";
+    let connection = connection_of(directory).map_err(|errno| errno.to_string())?;
+    let pid = of(connection).first().map(|supervisor| supervisor.pid).ok_or(UNSEEN)?;
+    let number = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(UNSEEN)?;
+    let process = pidfd_open(number, PidfdFlags::empty()).map_err(|_| UNSEEN)?;
+    // Had it ended before it was opened, the number could be another's.
+    serves(pid, connection)
+        .then_some(Supervisor { pid, connection, process })
+        .ok_or_else(|| UNSEEN.to_owned())
+}
+
+/// The minor device number of the filesystem that a path leads to, as the kernel knows it by itself.
+pub fn connection_of(directory: &Path) -> Result<u32, Errno> {
+    Ok(statx(CWD, directory, AtFlags::STATX_DONT_SYNC, StatxFlags::empty())?.stx_dev_minor)
 }
 
 fn serves(pid: u32, minor: u32) -> bool {
@@ -32,10 +70,19 @@ fn serves(pid: u32, minor: u32) -> bool {
     connections.any(|connection| connection == minor)
 }
 
+/// The fields of /proc/PID/stat behind the name, which is in brackets and may hold anything: state, parent, and so on.
+fn fields(pid: u32) -> Option<Vec<String>> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    Some(stat.rsplit_once(") ")?.1.split(' ').map(str::to_owned).collect())
+}
+
+fn parent(pid: u32) -> Option<u32> {
+    fields(pid)?.get(1)?.parse().ok()
+}
+
 fn state(pid: u32) -> &'static str {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // The name before the state is in brackets, and may hold anything.
-    match stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next()) {
+    let fields = fields(pid).unwrap_or_default();
+    match fields.first().and_then(|field| field.chars().next()) {
         Some('T' | 't') => "stopped",
         Some('D') => "waiting for the kernel",
         Some('Z' | 'X') => "dead",
@@ -43,4 +90,9 @@ fn state(pid: u32) -> &'static str {
         Some(_) => "waiting",
         None => "gone",
     }
+}
+
+/// Whether a process is what a daemon calls itself: all that a user sees who may not look at its descriptors.
+pub fn is_called_daemon(pid: u64) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == "hugetlb2fsd")
 }

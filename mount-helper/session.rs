@@ -1,5 +1,6 @@
 //! Starting a daemon and mounting what it serves, with everything undone on the way out unless it is kept.
 
+use crate::daemons::Supervisor;
 use hugetlb2fs::control::{Control, Message};
 use hugetlb2fs::fuse::LARGEST_REQUEST;
 use hugetlb2fs::options::Options;
@@ -186,16 +187,18 @@ impl Drop for Daemon {
     }
 }
 
-/// Starts `program` in place of the daemon `predecessor`, and waits until it serves. From when it has ended the other, it is on its
-/// own: it goes on whatever becomes of us.
+/// Starts `program` in place of the daemon `predecessor`, waits until it serves, and returns its process id. From when
+/// it has ended the other, it is on its own: it goes on whatever becomes of us.
 ///
 /// # Errors
 /// Why it does not; the other goes on then, unless that had ended by itself.
-pub fn take_over(program: &Path, predecessor: u64) -> Result<(), Failure> {
-    let mut daemon = Daemon::spawn(program, [format!("--take-over={predecessor}")].into_iter())?;
+pub fn take_over(program: &Path, predecessor: &Supervisor) -> Result<u32, Failure> {
+    let Supervisor { pid, connection, .. } = predecessor;
+    let arguments = [format!("--take-over={pid}"), format!("--connection={connection}")];
+    let mut daemon = Daemon::spawn(program, arguments.into_iter())?;
     daemon.kept = true;
     match daemon.receive()? {
-        Message::Serving => Ok(()),
+        Message::Serving => Ok(daemon.pid()),
         other => Err(Failure::System(format!("unexpected word from the new daemon: {other}"))),
     }
 }

@@ -6,17 +6,20 @@
 
 use crate::namespace::Namespaces;
 use crate::session::Failure;
-use crate::{attributes, say};
+use crate::{attributes, daemons, say};
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::ffi::OsString;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
-/// How long the daemon is waited for. It ends at once, unless the filesystem is mounted in other places too.
+/// How long an answer of the daemon is waited for before it is said not to answer.
+const ANSWER: Duration = Duration::from_secs(2);
+
+/// How long the end of the daemon is waited for. It ends at once, unless the filesystem is mounted in other places too.
 const PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
 const USAGE_STATUS: u8 = 1;
@@ -31,7 +34,7 @@ fn command() -> Command {
         .arg(Arg::new("dir").required(true).value_parser(clap::value_parser!(PathBuf)))
         .arg(flag("no-mtab", 'n', "accepted; there is no mtab to write to"))
         .arg(flag("lazy", 'l', "detach it now; it ends with its last user"))
-        .arg(flag("force", 'f', "abort what is under way"))
+        .arg(flag("force", 'f', "end it though it is in use, if its daemon does not answer"))
         .arg(flag("verbose", 'v', "accepted"))
         .arg(flag("read-only", 'r', "accepted; there is nothing to write back"))
         .arg(
@@ -64,19 +67,33 @@ fn run(matches: &ArgMatches) -> ExitCode {
 fn carry_out(matches: &ArgMatches) -> Result<(), Failure> {
     let directory: &PathBuf = matches.get_one("dir").expect("clap has required it");
     let (lazy, force) = (matches.get_flag("lazy"), matches.get_flag("force"));
-    let mut flags = UnmountFlags::empty();
-    flags.set(UnmountFlags::DETACH, lazy);
-    flags.set(UnmountFlags::FORCE, force);
     Namespaces::open(matches.get_one::<String>("namespace"))?.enter_target()?;
-    let daemon = if lazy || force { None } else { daemon_of(directory) };
-    unmount(directory, flags).map_err(|errno| Failure::Mount(format!("{}: {errno}", directory.display())))?;
+    let daemon = if lazy { None } else { daemons::supervisor_of(directory).ok() };
+    let failed = |why: String| Failure::Mount(format!("{}: {why}", directory.display()));
+    let flags = if lazy { UnmountFlags::DETACH } else { UnmountFlags::empty() };
+    match unmount(directory, flags) {
+        Err(Errno::BUSY) if force => end_connection(directory).map_err(failed)?,
+        other => other.map_err(|errno| failed(errno.to_string()))?,
+    }
     if let Some(daemon) = daemon {
-        let _ = poll(&mut [PollFd::new(&daemon, PollFlags::IN)], Some(&PATIENCE));
+        let _ = poll(&mut [PollFd::new(&daemon.process, PollFlags::IN)], Some(&PATIENCE));
     }
     Ok(())
 }
 
-fn daemon_of(directory: &Path) -> Option<OwnedFd> {
-    let pid = attributes::pool(directory).ok()?.get("daemon_pid")?;
-    pidfd_open(Pid::from_raw(i32::try_from(pid).ok()?)?, PidfdFlags::empty()).ok()
+/// Has every call to a pool fail for good, where that is the only way out: MNT_FORCE ends the connection before the kernel
+/// looks for users (fs/fuse/inode.c, fuse_umount_begin).
+fn end_connection(directory: &Path) -> Result<(), String> {
+    if matches!(attributes::pool_within(directory, ANSWER), Some(Ok(_))) {
+        return Err(
+            "it is in use, and its daemon answers: nothing is forced (see lsof(8), or detach it by -l)"
+                .into(),
+        );
+    }
+    unmount(directory, UnmountFlags::FORCE).map_err(|errno| match errno {
+        Errno::BUSY => {
+            "its daemon did not answer, so all calls fail from now on; it is still in use".to_owned()
+        }
+        other => other.to_string(),
+    })
 }

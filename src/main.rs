@@ -31,8 +31,10 @@ fn command() -> Command {
         )
         .arg(
             number("take-over", "PID", "take a pool in use over from this daemon (see hugetlb2 upgrade)")
-                .conflicts_with_all(TABLE.iter().map(|row| row.name).chain(["fuse-fd"])),
+                .conflicts_with_all(TABLE.iter().map(|row| row.name).chain(["fuse-fd"]))
+                .requires("connection"),
         )
+        .arg(number("connection", "NUMBER", "what that daemon must serve: the minor device number of the pool"))
         .arg(number("control-fd", "FD", "a socket to the mount helper").required(true))
 }
 
@@ -76,7 +78,8 @@ fn start(matches: &ArgMatches) -> Result<(Options, OwnedFd), String> {
         settle_in(&options, worker::enter_private_root)?;
         return Ok((options, device));
     };
-    let predecessor = Predecessor::find(*pid)?;
+    let connection = matches.get_one::<i32>("connection").expect("clap has required it");
+    let predecessor = Predecessor::find(*pid, *connection)?;
     settle_in(&predecessor.options, || predecessor.enter_namespace())?;
     log::info!("taking over from daemon {pid}");
     predecessor.succeed()

@@ -1,7 +1,8 @@
 //! Taking a pool in use over from another daemon, of this version or an older one.
 //!
 //! ```text
-//!   1. read    what the other leaves, by /proc/<pid>/root; a version that is not known ends it here
+//!   1. read    what the other leaves, by /proc/<pid>/root, with a lock there that one daemon can have; a version
+//!              that is not known ends it here
 //!   2. take    a copy of its descriptor of the device (pidfd_getfd(2)), and enter its mount namespace (setns(2))
 //!   3. kill    the other supervisor; its worker is killed with it
 //!   4. go on   as a supervisor whose worker has died
@@ -17,11 +18,13 @@ use crate::handover::Handover;
 use crate::options::Options;
 use crate::sealed;
 use crate::sys::process;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
-use std::os::fd::{AsFd, OwnedFd};
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 /// Another daemon, which serves.
@@ -33,23 +36,36 @@ pub struct Predecessor {
     pub options: Options,
     /// /dev/fuse, as it has it open.
     pub device: OwnedFd,
+    /// Locked for as long as this exists: two that take over at once would both go on.
+    _only_one: File,
 }
 
+/// Held by a daemon that takes over; in the private root of the one that it takes over from.
+const LOCK: &str = "upgrade";
+
 impl Predecessor {
-    /// Looks at the supervisor with this process id, and changes nothing.
+    /// Looks at the supervisor with this process id, which serves `connection`, the minor device number of a mount. Changes
+    /// nothing.
     ///
     /// # Errors
-    /// A sentence: it is none, or this version does not know what it would leave.
-    pub fn find(pid: i32) -> Result<Self, String> {
+    /// A sentence: it is none, or another is taking over, or this version does not know what it would leave.
+    pub fn find(pid: i32, connection: i32) -> Result<Self, String> {
         let none = |why: String| format!("process {pid} is no daemon that could be taken over from: {why}");
         let process = Pid::from_raw(pid).ok_or_else(|| none("no process id".into()))?;
         let process = pidfd_open(process, PidfdFlags::empty()).map_err(|errno| none(errno.to_string()))?;
+        if !is_of_our_pid_namespace(pid).map_err(|error| none(error.to_string()))? {
+            return Err(none("it is in another process id namespace: start the upgrade there".into()));
+        }
         let root = PathBuf::from(format!("/proc/{pid}/root"));
+        let only_one = lock(&root).map_err(|error| none(error.to_string()))?;
         let left = Handover::read(&root).map_err(|error| none(error.to_string()))?;
         fuse::would_agree(&left.handshake)?;
         let files = check_objects(&root).map_err(|error| none(error.to_string()))?;
-        let device = device_of(pid, &process).map_err(|error| none(error.to_string()))?;
-        Ok(Self { process, files, options: left.options, device })
+        let device = device_of(pid, &process, connection).map_err(|error| none(error.to_string()))?;
+        if has_ended(&process) {
+            return Err(none("it has ended".into())); // all of this may be another's
+        }
+        Ok(Self { process, files, options: left.options, device, _only_one: only_one })
     }
 
     /// Goes where its files are.
@@ -92,15 +108,42 @@ fn check_objects(root: &Path) -> Result<u64, Error> {
     Ok(count)
 }
 
-fn device_of(pid: i32, process: &OwnedFd) -> Result<OwnedFd, Error> {
+/// Its own number for itself must be the one that it has here: a worker finds itself by it in the /proc that it is left.
+fn is_of_our_pid_namespace(pid: i32) -> Result<bool, Error> {
+    let namespace = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/pid"));
+    Ok(namespace("self")? == namespace(&pid.to_string())?)
+}
+
+fn lock(root: &Path) -> Result<File, Error> {
+    let lock = File::options().create(true).truncate(false).write(true).open(root.join(LOCK))?;
+    match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(lock),
+        Err(Errno::WOULDBLOCK) => Err(Error::Busy("another daemon is taking over from it just now")),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn has_ended(process: &OwnedFd) -> bool {
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&now)) != Ok(0)
+}
+
+/// Its descriptor of the device, if that is the one of `connection` (/proc/PID/fdinfo, Linux 6.5).
+fn device_of(pid: i32, process: &OwnedFd, connection: i32) -> Result<OwnedFd, Error> {
     for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
         let entry = entry?;
         let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
         if let Some(number) = number
             && std::fs::read_link(entry.path()).is_ok_and(|target| target == Path::new("/dev/fuse"))
         {
-            return process::descriptor_of(process, number);
+            let device = process::descriptor_of(process, number)?;
+            let about = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", device.as_raw_fd()))?;
+            let served =
+                about.lines().find_map(|line| line.strip_prefix("fuse_connection:")?.trim().parse().ok());
+            if served == Some(connection) {
+                return Ok(device);
+            }
         }
     }
-    Err(Error::NoData)
+    Err(Error::invalid("it does not serve this pool"))
 }

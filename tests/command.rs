@@ -3,9 +3,12 @@
 mod support;
 
 use serde_json::{Value, json};
-use std::path::Path;
-use std::process::{Command, Stdio};
-use support::{FOLIO, Pool, SUBPAGE, Toucher, get, hugetlb2, limits, poison, run, status_and_error, text};
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use support::{
+    FOLIO, Pool, SUBPAGE, Toucher, end, get, hugetlb2, limits, poison, run, status_and_error, text,
+};
 
 fn output(arguments: &[&str], path: &Path, rest: &[&str]) -> String {
     run(hugetlb2().args(arguments).arg(path).args(rest))
@@ -329,4 +332,84 @@ fn a_pool_whose_daemon_has_died_is_shown_as_such_beside_the_others() {
     assert!(after(&pool.path()).contains("pages"), "{said}");
     assert!(after(&dead.path()).contains("gone: Transport endpoint is not connected"), "{said}");
     assert_refused(&["status"], &dead.path(), &[], "Transport endpoint is not connected");
+}
+
+// ---- a daemon of another process id namespace -----------------------------------------------------------------------
+
+/// A process id namespace with a mount namespace and a /proc of its own, and a pool that was mounted in it.
+struct Container {
+    init: Child,
+    directory: tempfile::TempDir,
+}
+
+impl Container {
+    fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let script = "\"$0\" mount inner \"$1\" -o size=4M,pagesize=2M && echo ready && exec sleep infinity";
+        let mut init = Command::new("unshare")
+            .args(["-m", "-p", "-f", "--kill-child", "--mount-proc", "sh", "-c", script])
+            .arg(hugetlb2().get_program())
+            .arg(directory.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut output = BufReader::new(init.stdout.take().unwrap());
+        let mut line = String::new();
+        limits::within(limits::ANSWER, "a mount in a namespace", || output.read_line(&mut line)).unwrap();
+        assert_eq!(line, "ready\n");
+        Self { init, directory }
+    }
+
+    fn mount_point(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root{}", self.init.id(), self.directory.path().display()))
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        end(&mut self.init, "unshare(1)");
+    }
+}
+
+fn name_of(process: &Value) -> String {
+    let pid = process.as_u64().expect("a process id");
+    std::fs::read_to_string(format!("/proc/{pid}/comm")).expect("it runs").trim_end().to_owned()
+}
+
+#[test]
+fn the_daemon_of_another_process_id_namespace_is_named_by_its_numbers_here() {
+    let container = Container::start();
+    let value = &json_output(&["status"], &container.mount_point(), &[])[0];
+    assert_eq!(name_of(&value["daemon_pid"]), "hugetlb2fsd");
+    assert_eq!(name_of(&value["worker_pid"]), "hugetlb2fsd");
+    let said = output(&["status"], &container.mount_point(), &[]);
+    let line = format!("  daemon        process {}, worker {}", value["daemon_pid"], value["worker_pid"]);
+    assert!(said.lines().any(|found| found == line), "{said}");
+    assert_refused(&["upgrade"], &container.mount_point(), &[], "it is in another process id namespace");
+    let after = &json_output(&["status"], &container.mount_point(), &[])[0];
+    assert_eq!(after["daemon_pid"], value["daemon_pid"], "it serves on");
+}
+
+#[test]
+fn a_daemon_that_cannot_be_seen_is_not_given_another_process_for_it() {
+    let pool = Pool::small(2);
+    let mut inside = Command::new("unshare");
+    inside
+        .args(["-m", "-p", "-f", "--mount-proc"])
+        .arg(hugetlb2().get_program())
+        .arg("status")
+        .arg(pool.path());
+    let said = run(&mut inside);
+    assert!(said.contains("  daemon        not seen from this process id namespace"), "{said}");
+    let mut inside = Command::new("unshare");
+    inside
+        .args(["-m", "-p", "-f", "--mount-proc"])
+        .arg(hugetlb2().get_program())
+        .arg("upgrade")
+        .arg(pool.path());
+    let (status, error) = status_and_error(&mut inside);
+    assert_eq!(status, 1, "{error}");
+    assert!(error.contains("its daemon is not seen from here"), "{error}");
+    pool.unmount();
 }

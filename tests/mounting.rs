@@ -827,6 +827,58 @@ fn a_busy_pool_is_not_unmounted_and_goes_on() {
     pool.unmount();
 }
 
+/// Sleeps with a file of the pool open.
+fn user_of(file: &Path) -> Child {
+    let mut user = Command::new("sh")
+        .args(["-c", "exec <\"$0\"; echo open; exec sleep infinity"])
+        .arg(file)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut output = BufReader::new(user.stdout.take().unwrap());
+    let mut line = String::new();
+    limits::within(limits::ANSWER, "a program that opens a file", || output.read_line(&mut line)).unwrap();
+    assert_eq!(line, "open\n");
+    user
+}
+
+#[test]
+fn a_forced_umount_of_a_pool_in_use_is_refused_as_long_as_it_answers() {
+    let (place, namespace) = (Place::new(), Namespace::new());
+    run(&mut namespace.mount_8(&place, "hugetlb2", &place.with_log(SMALL)));
+    let mount_point = namespace.path(&place.mount_point());
+    let file = mount_point.join("file");
+    write_from_outside(&file);
+    let mut user = user_of(&file);
+    for by in [["umount", "-f"], ["/sbin/umount.fuse.hugetlb2", "-f"]] {
+        let (status, error) = status_and_error(namespace.command(by[0]).arg(by[1]).arg(place.mount_point()));
+        assert_eq!(status, FAILED, "{error}");
+        assert!(error.contains("it is in use, and its daemon answers: nothing is forced"), "{error}");
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "text\n");
+    }
+    // One whose daemon stands still is no use to its users.
+    let daemon = Daemon::of(&mount_point);
+    let processes = place.processes();
+    processes.iter().for_each(|process| signal(*process, Signal::STOP));
+    let (status, error) = status_and_error(namespace.command("umount").arg("-f").arg(place.mount_point()));
+    assert_eq!(status, FAILED, "{error}");
+    assert!(error.contains("all calls fail from now on; it is still in use"), "{error}");
+    processes.iter().for_each(|process| signal(*process, Signal::CONT));
+    end(&mut user, "the user of the pool");
+    run(namespace.command("umount").arg("-l").arg(place.mount_point()));
+    daemon.wait();
+}
+
+#[test]
+fn a_forced_umount_of_a_pool_that_is_not_in_use_unmounts() {
+    let place = Place::new();
+    run(&mut place.mount(SMALL));
+    let daemon = Daemon::of(&place.mount_point());
+    run(umount_hugetlb2().arg("-f").arg(place.mount_point()));
+    assert!(daemon.ends_within(0), "the daemon runs on");
+    place.assert_nothing_is_left();
+}
+
 #[test]
 fn a_lazy_umount_takes_the_path_away_at_once_and_the_memory_with_its_last_user() {
     let place = Place::new();

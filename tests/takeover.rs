@@ -7,6 +7,7 @@ use rustix::fs::{FlockOperation, XattrFlags, flock};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 use support::{
     FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, Worker, get, hugetlb2, kill_worker, limits, poison, run,
@@ -420,4 +421,53 @@ fn an_upgrade_that_cannot_be_is_refused_and_the_other_goes_on() {
     refused(env!("CARGO_BIN_EXE_hugetlb2fsd"), "of version 7, and this program knows 1");
     fs::write(&handover, text).unwrap();
     pool.unmount();
+}
+
+#[test]
+fn of_upgrades_at_one_moment_one_goes_on() {
+    let mut pool = Pool::small(8);
+    let path = sevens(&pool);
+    for _ in 0..5 {
+        let start = |_| {
+            let mut upgrade = hugetlb2();
+            upgrade.arg("upgrade").arg(pool.path()).stdout(Stdio::null()).stderr(Stdio::piped());
+            upgrade.spawn().unwrap()
+        };
+        let upgrades: Vec<_> = (0..4).map(start).collect();
+        let ends = upgrades
+            .into_iter()
+            .map(|upgrade| limits::collect(limits::PROGRAM, "an upgrade", upgrade).unwrap());
+        let (done, refused): (Vec<_>, Vec<_>) = ends.partition(|end| end.status.success());
+        assert!(!done.is_empty(), "none has gone on");
+        for end in refused {
+            let said = String::from_utf8_lossy(&end.stderr).into_owned();
+            let known = [
+                "is no daemon that could be taken over from: ",
+                "its daemon is not seen from here",
+                "ending the other daemon",
+            ];
+            assert!(known.iter().any(|word| said.contains(word)), "{said}");
+        }
+        assert!(fs::read(&path).unwrap().iter().all(|byte| *byte == 7));
+        assert_eq!(serving(&pool), 2, "a supervisor and a worker");
+    }
+    pool.check();
+    pool.note_new_daemon();
+    pool.unmount();
+}
+
+/// Processes that have the pool's connection open, once those that were killed are gone.
+fn serving(pool: &Pool) -> usize {
+    let minor = rustix::fs::minor(fs::metadata(pool.path()).unwrap().dev());
+    let line = format!("fuse_connection:\t{minor}\n");
+    let serves = |process: &fs::DirEntry| {
+        let open = fs::read_dir(process.path().join("fdinfo")).into_iter().flatten().filter_map(Result::ok);
+        open.filter_map(|fd| fs::read_to_string(fd.path()).ok()).any(|text| text.contains(&line))
+    };
+    let count = || fs::read_dir("/proc").unwrap().filter_map(Result::ok).filter(serves).count();
+    let patience = Instant::now() + Duration::from_secs(5);
+    while count() != 2 && Instant::now() < patience {
+        std::thread::yield_now(); // a worker ends after its supervisor
+    }
+    count()
 }
