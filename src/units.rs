@@ -192,6 +192,12 @@ impl Range {
         (out.start / FOLIO_SIZE..out.end / FOLIO_SIZE).map(Folio)
     }
 
+    /// Cut at the multiples of `grain`, in order.
+    pub fn cut_at_multiples(self, grain: u64) -> impl DoubleEndedIterator<Item = Range> + use<> {
+        let pieces = self.aligned_out(grain).steps(grain).map(move |piece| piece.intersect(self));
+        pieces.filter(|piece| !piece.is_empty())
+    }
+
     /// Cut into pieces of at most `step` bytes, in order.
     pub fn steps(self, step: u64) -> impl DoubleEndedIterator<Item = Range> + use<> {
         let count = self.len().div_ceil(step);
@@ -265,6 +271,14 @@ mod tests {
     fn steps_cover_a_range_without_overlap() {
         let steps: Vec<_> = Range::new(10, 35).steps(10).collect();
         assert_eq!(steps, [Range::new(10, 20), Range::new(20, 30), Range::new(30, 35)]);
+    }
+
+    #[test]
+    fn a_range_is_cut_at_multiples_without_overlap() {
+        let pieces = |range: Range| range.cut_at_multiples(10).collect::<Vec<_>>();
+        assert_eq!(pieces(Range::new(5, 25)), [Range::new(5, 10), Range::new(10, 20), Range::new(20, 25)]);
+        assert_eq!(pieces(Range::new(10, 20)), [Range::new(10, 20)]);
+        assert_eq!(pieces(Range::new(5, 5)), []);
     }
 
     #[test]
