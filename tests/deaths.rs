@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use support::{
-    Dice, FOLIO, MAP, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, Toucher, get, poison, set,
+    Dice, FOLIO, GIB, MAP, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, Toucher, get, poison, set,
 };
 
 // ---- at random ------------------------------------------------------------------------------------------------------
@@ -638,4 +638,43 @@ fn a_death_after_any_step_of_any_change_is_as_if_it_had_not_been() {
         deaths += led_there.len();
     }
     println!("{deaths} deaths at {} steps in {} situations", steps.len(), SITUATIONS.len());
+}
+
+// ---- between the pieces of a page -----------------------------------------------------------------------------------
+
+/// Carries a change out with a worker that dies in the middle of it, after the tenth piece of memory has moved `way`.
+fn die_halfway(pool: &Pool, way: &str, change: impl FnOnce()) {
+    let steps = get(pool.path(), DIE).expect("a worker that was built for tests");
+    let step = steps.lines().find(|step| step.starts_with(way)).expect("memory moves in steps");
+    let worker = pool.counter("worker_pid");
+    set(pool.path(), DIE, format!("10 {step}")).unwrap();
+    change();
+    assert_ne!(pool.counter("worker_pid"), worker, "{way}: it was done before the tenth piece");
+    pool.check();
+}
+
+#[test]
+fn a_death_in_the_middle_of_a_gigantic_page_is_as_if_it_had_not_been() {
+    let pool = Pool::mount(&format!("pagesize=1G,size={GIB}"));
+    let file = File::options().read(true).write(true).create_new(true).open(file(&pool)).unwrap();
+    let first = |byte: u8| {
+        let mut bytes = [1; 5000];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0).unwrap();
+        assert!(bytes.iter().all(|found| *found == byte), "the first bytes are not {byte}");
+    };
+    let state = || (size_of(&pool), pool.free_pages());
+    die_halfway(&pool, "move out: ", || file.set_len(GIB - 5000).unwrap());
+    assert_eq!(state(), (GIB - 5000, 0));
+    std::os::unix::fs::FileExt::write_all_at(&file, &[7; 5000], 0).unwrap();
+    die_halfway(&pool, "move in: ", || punch(&pool, 0, GIB));
+    assert_eq!(state(), (GIB - 5000, 1));
+    first(0);
+    die_halfway(&pool, "move out: ", || fallocate(&file, FallocateFlags::empty(), 0, GIB - 5000).unwrap());
+    assert_eq!(state(), (GIB - 5000, 0));
+    std::os::unix::fs::FileExt::write_all_at(&file, &[7; 5000], 0).unwrap();
+    die_halfway(&pool, "move in: ", || file.set_len(6000).unwrap());
+    assert_eq!(state(), (6000, 0));
+    first(7);
+    drop(file);
+    pool.unmount();
 }
