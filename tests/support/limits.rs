@@ -109,7 +109,7 @@ pub struct Waiting(u64);
 pub fn begin(limit: Duration, what: impl Into<String>, remedy: Remedy) -> Waiting {
     let mut table = table();
     if table.next == 0 {
-        std::thread::spawn(watch);
+        spawn(watch);
     }
     let number = table.next;
     table.next += 1;
@@ -139,6 +139,11 @@ pub fn note(what: impl Into<String>) {
 }
 
 // ---- the watchdog ---------------------------------------------------------------------------------------------------
+
+/// A thread that the list of threads shows by its own name, not by that of the test that began the first wait.
+fn spawn(work: impl FnOnce() + Send + 'static) {
+    std::thread::Builder::new().name("watchdog".to_owned()).spawn(work).expect("a thread");
+}
 
 fn watch() {
     let mut table = table();
@@ -270,7 +275,7 @@ pub fn allow(seconds: u64) {
 /// Has SIGTERM end this program as a limit that passes does.
 fn listen() {
     let mut signals = Signals::new([SIGTERM]).expect("a handler for SIGTERM");
-    std::thread::spawn(move || {
+    spawn(move || {
         signals.forever().next();
         give_up(&table(), "SIGTERM");
     });
