@@ -88,6 +88,11 @@ impl Error {
         }
     }
 
+    /// The kernel lacked memory, descriptors or room for an attribute. It may have them a moment later.
+    pub fn is_shortage(&self) -> bool {
+        matches!(self, Self::NoMemory | Self::Os(Errno::NOMEM | Errno::MFILE | Errno::NFILE | Errno::NOSPC))
+    }
+
     /// An [`Error::Invalid`] that says what was wrong and what would be right.
     pub fn invalid(why: impl Into<String>) -> Self {
         Self::Invalid(why.into())

@@ -6,6 +6,10 @@
 //! To add a step: a line in the table below, a call of `done` where it is done, and a situation in `tests/deaths.rs` that leads
 //! there (it fails until there is one).
 
+use crate::error::Result;
+use rustix::process::{Signal, getpid, kill_process};
+use std::time::{Duration, Instant};
+
 macro_rules! steps {
     ($($operation:literal: $($step:ident = $what:literal),+;)+) => {
         /// A step, named after the change that it is a part of and what has been done when it is.
@@ -66,10 +70,40 @@ steps! {
         DismantleDetached = "the superblock is gone";
 }
 
+/// Carries out what a change that has begun cannot do without: what finishes it, or undoes it. A shortage passes, so the call is
+/// tried again for a while. Where it lasts, this process kills itself, because the next worker finishes or undoes what it finds.
+///
+/// # Errors
+/// Those of `call` that are no shortage.
+pub fn insist<T>(mut call: impl FnMut() -> Result<T>) -> Result<T> {
+    const PATIENCE: Duration = Duration::from_secs(1);
+    const NAP: Duration = Duration::from_millis(1);
+    let started = Instant::now();
+    loop {
+        match call() {
+            Err(error) if error.is_shortage() && started.elapsed() < PATIENCE => std::thread::sleep(NAP),
+            Err(error) if error.is_shortage() => {
+                log::error!(
+                    "a change can be neither finished nor undone here, and is left to the next worker: {error}"
+                );
+                die();
+            }
+            result => return result,
+        }
+    }
+}
+
+/// The process dies as by the OOM killer.
+pub fn die() -> ! {
+    let _ = kill_process(getpid(), Signal::KILL);
+    loop {
+        std::thread::park(); // nothing more is to be done
+    }
+}
+
 #[cfg(debug_assertions)]
 mod armed {
     use super::Step;
-    use rustix::process::{Signal, getpid, kill_process};
     use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
     const NONE: u32 = u32::MAX;
@@ -85,21 +119,13 @@ mod armed {
     /// A step is done.
     pub fn done(step: Step) {
         if ARMED.load(Ordering::SeqCst) == step as u32 && LEFT.fetch_sub(1, Ordering::SeqCst) == 1 {
-            die()
-        }
-    }
-
-    /// The process dies as by the OOM killer.
-    pub fn die() -> ! {
-        let _ = kill_process(getpid(), Signal::KILL);
-        loop {
-            std::thread::park(); // nothing more is to be done
+            super::die()
         }
     }
 }
 
 #[cfg(debug_assertions)]
-pub use armed::{arm, die, done};
+pub use armed::{arm, done};
 
 /// A step is done.
 #[cfg(not(debug_assertions))]
@@ -109,6 +135,19 @@ pub fn done(_step: Step) {}
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Error;
+
+    #[test]
+    fn what_is_insisted_on_outlasts_a_shortage() {
+        let mut answers = vec![Ok(7), Err(Error::NoMemory), Err(Error::Os(rustix::io::Errno::MFILE))];
+        assert_eq!(insist(|| answers.pop().expect("it ends with the first success")).unwrap(), 7);
+        let mut tries = 0;
+        let refused: Result<()> = insist(|| {
+            tries += 1;
+            Err(Error::Poisoned)
+        });
+        assert!(matches!(refused, Err(Error::Poisoned)) && tries == 1);
+    }
 
     #[test]
     fn no_two_steps_have_one_name() {

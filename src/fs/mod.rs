@@ -6,8 +6,8 @@
 //! there can be, is for `places` to say.
 //!
 //! **Locks**, in order: `stranded`, `objects`, a file's own. `objects` is held for one look-up, while one object is
-//! made, or while the kernel is asked for a node and that goes. Only the check keeps it while it waits for the files'
-//! locks, all of them, so that no page moves.
+//! made, or while the kernel is asked for a node and that goes. The check shares the locks of all files for an addition, so that no
+//! page moves; it looks at the two tables then, and does not wait for them.
 
 mod attributes;
 mod modified;
@@ -25,17 +25,17 @@ pub use places::refuse_too_few_descriptors;
 pub use requests::Ticket;
 
 use crate::error::{Error, Result};
-use crate::index::{Attributes, DirEntry, Index, Kind, Time};
+use crate::index::{Attributes, DirEntry, Index, Inode, Kind, Time};
 use crate::options::{Io, Options};
 use crate::pool::{Holding, Pool};
 use crate::steps::{self, Step};
 use crate::sys::{memory_failures, memory_nodes};
-use crate::units::{FOLIO_SIZE, Folio, NodeId, Range};
+use crate::units::{Folio, NodeId, Range};
 use crossbeam::channel::Sender;
 use native::Closings;
 use places::Places;
 use rustix::io::Errno;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{CString, OsStr};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -188,31 +188,33 @@ impl Fs {
     /// # Errors
     /// What truncate(2), chmod(2), chown(2) and utimens(2) answer.
     pub fn change(&self, node: NodeId, changes: &Changes, ticket: Ticket) -> Result<Attributes> {
+        let inode = self.index.inode(node)?;
         if let Some(size) = changes.size {
             let object = self.object(node)?;
+            self.contents_change(&object, ticket.unprivileged)?;
             let truncate = || self.with_context(&object, ticket, |context| object.truncate(size, context));
             self.heeding_poison(truncate)?;
-            self.contents_changed(&object, ticket.unprivileged)?;
         }
-        self.inode_changed(node, || self.change_inode(node, changes))?;
-        self.attributes(node)
+        self.inode_changed(node, || self.change_inode(&inode, changes))?;
+        self.index.attributes_of(&inode).map(|attributes| self.with_contents(attributes))
     }
 
-    fn change_inode(&self, node: NodeId, changes: &Changes) -> Result<()> {
+    fn change_inode(&self, inode: &Inode, changes: &Changes) -> Result<()> {
         if changes.uid.is_some() || changes.gid.is_some() {
-            self.index.set_owner(node, changes.uid, changes.gid)?;
+            self.index.set_owner(inode, changes.uid, changes.gid)?;
         }
         if let Some(mode) = changes.mode {
-            self.index.set_mode(node, mode)?;
+            self.index.set_mode(inode, mode)?;
         }
         if (changes.accessed, changes.modified) != (Time::Omit, Time::Omit) {
-            self.index.set_times(node, changes.accessed, changes.modified)?;
+            self.index.set_times(inode, changes.accessed, changes.modified)?;
         }
         Ok(())
     }
 
-    /// What a change of a file's contents does to its inode.
-    fn contents_changed(&self, object: &Object, unprivileged: bool) -> Result<()> {
+    /// What a change of a file's contents does to its inode. It is done before the contents change, as Linux itself does it
+    /// (mm/filemap.c, __generic_file_write_iter): the change is refused where this is, and is never told as refused afterwards.
+    fn contents_change(&self, object: &Object, unprivileged: bool) -> Result<()> {
         let node = object.node();
         object.modified().note(unprivileged, || self.index.contents_changed(node, unprivileged))
     }
@@ -481,10 +483,10 @@ impl Fs {
     /// ENOSPC, EIO, EBUSY, EFBIG.
     pub fn write(&self, node: NodeId, bytes: &[u8], offset: u64, ticket: Ticket) -> Result<usize> {
         let object = self.object(node)?;
-        let write = || self.with_context(&object, ticket, |context| object.write(bytes, offset, context));
-        let written = self.heeding_poison(write)?;
-        self.contents_changed(&object, ticket.unprivileged)?;
-        Ok(written)
+        self.contents_change(&object, ticket.unprivileged)?;
+        self.heeding_poison(|| {
+            self.with_context(&object, ticket, |context| object.write(bytes, offset, context))
+        })
     }
 
     /// fallocate(2) of so many bytes at an offset.
@@ -499,9 +501,9 @@ impl Fs {
         ticket: Ticket,
     ) -> Result<()> {
         let object = self.object(node)?;
+        self.contents_change(&object, ticket.unprivileged)?;
         let allocate = |context: Context<'_>| object.allocate(what, offset, length, context);
-        self.heeding_poison(|| self.with_context(&object, ticket, allocate))?;
-        self.contents_changed(&object, ticket.unprivileged)
+        self.heeding_poison(|| self.with_context(&object, ticket, allocate))
     }
 
     /// copy_file_range(2): up to `length` bytes, perhaps fewer.
@@ -547,29 +549,57 @@ impl Fs {
 
     // ---- check --------------------------------------------------------------------------------------------------
 
-    /// Verifies S1, P1, P2 and Q1; says what does not hold. Files cannot change in the meantime.
+    /// Verifies S1, P1, P2 and Q1; says what does not hold. The files are looked at one after the other, and no request waits
+    /// for longer than for a piece of one of them.
     ///
     /// # Errors
-    /// What the kernel answers.
+    /// What the kernel answers; [`Error::Busy`] where files come and go faster than they can be counted.
     pub fn check(&self) -> Result<Vec<String>> {
-        let _as_large_as_it_is = self.pool.keep_size();
-        let stranded = self.stranded();
-        let table = self.objects();
-        let objects: Vec<_> = table.values().chain(&*stranded).collect();
-        let locked: Vec<_> = objects.iter().map(|object| (object.node(), object.read_lock())).collect();
         let mut wrong = Vec::new();
-        let (mut pages, mut bytes) = (0, 0);
-        for (node, holding) in &locked {
-            pages += holding.pages();
-            bytes += holding.sealed().folio_count() * FOLIO_SIZE;
-            wrong.extend(holding.sealed().check()?.into_iter().map(|what| format!("file {node}: {what}")));
+        for object in self.objects_and_stranded() {
+            wrong.extend(object.check()?);
+            // An object goes before its inode does.
+            if !self.index.exists(object.node()) && self.known_object(object.node()).is_some() {
+                wrong.push(format!("P2: object {} belongs to no file", object.node()));
+            }
         }
-        for node in table.keys().filter(|node| !self.index.exists(**node)) {
-            wrong.push(format!("P2: object {node} belongs to no file"));
-        }
-        wrong.extend(self.pool.check(pages, bytes)?);
+        wrong.extend(self.pool.check_reserves()?);
+        wrong.extend(self.check_account()?);
         Ok(wrong)
     }
+
+    fn objects_and_stranded(&self) -> Vec<Arc<Object>> {
+        let stranded = self.stranded(); // an object that is about to be dismantled is in one of the two
+        self.objects().values().chain(&*stranded).cloned().collect()
+    }
+
+    /// Compares the pool's account with what all files have. No page moves while their locks are shared, which takes as long as the
+    /// pieces that are under way, and an addition for each file.
+    fn check_account(&self) -> Result<Vec<String>> {
+        const TRIES: u32 = 1000;
+        let _as_large_as_it_is = self.pool.keep_size();
+        for _ in 0..TRIES {
+            let objects = self.objects_and_stranded();
+            let locked: Vec<_> = objects.iter().map(|object| object.read_lock()).collect();
+            // Neither of the tables is waited for with a file locked: their owners wait for files.
+            let tables = (self.stranded.try_lock(), self.objects.try_lock());
+            if let (Ok(stranded), Ok(table)) = &tables
+                && has_all(&objects, table.values().chain(&**stranded))
+            {
+                return Ok(self.pool.check(locked.iter().map(|holding| holding.held()).sum()));
+            }
+            drop((tables, locked));
+            std::thread::yield_now();
+        }
+        Err(Error::Busy("files come and go faster than they can be counted; check again"))
+    }
+}
+
+/// Whether `objects` are those of `now`, however they are ordered.
+fn has_all<'a>(objects: &[Arc<Object>], now: impl Iterator<Item = &'a Arc<Object>>) -> bool {
+    let known: HashSet<NodeId> = objects.iter().map(|object| object.node()).collect();
+    let now: Vec<NodeId> = now.map(|object| object.node()).collect();
+    now.len() == known.len() && now.iter().all(|node| known.contains(node))
 }
 
 /// What was mounted with, `<name> <value>` a line; but for the size, which may have been changed since.

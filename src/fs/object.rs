@@ -16,10 +16,10 @@ use super::modified::Modified;
 use super::native::Natives;
 use super::pace::Pace;
 use crate::error::{Error, Result};
-use crate::pool::{Change, Holding, Pool, Progress};
+use crate::pool::{Change, Holding, PIECE, Pool, Progress};
 use crate::quarantine::{self, Kind, Quarantined, Repair};
 use crate::sealed::{Content, Notes, Sealed};
-use crate::steps::{self, Step};
+use crate::steps::{self, Step, insist};
 use crate::sys::mapping::View;
 use crate::sys::{self, tmpfs};
 use crate::units::{FOLIO_SIZE, Folio, NodeId, Range, STAT_BLOCK, SUBPAGE_SIZE, Subpage};
@@ -371,7 +371,7 @@ impl Object {
         for run in lost.iter().copied().map(Some).chain([None]) {
             let until = run.map_or(range.end, |run| run.start);
             let piece = &bytes[(done - range.start) as usize..(until - range.start) as usize];
-            let (written, ended) = tmpfs::write_prefix(&self.data, piece, done);
+            let (written, ended) = self.write_surely(piece, done);
             done += written as u64;
             let Some(run) = run.filter(|_| ended.is_ok()) else {
                 return (done - range.start, ended);
@@ -383,6 +383,15 @@ impl Object {
             done = run.end.min(range.end);
         }
         (done - range.start, Ok(()))
+    }
+
+    /// Writes where there is memory: the kernel takes none for that, so a shortage passes.
+    fn write_surely(&self, bytes: &[u8], offset: u64) -> (usize, Result<()>) {
+        let written = insist(|| match tmpfs::write_prefix(&self.data, bytes, offset) {
+            (0, Err(error)) if error.is_shortage() => Err(error),
+            written => Ok(written),
+        });
+        written.unwrap_or_else(|error| (0, Err(error)))
     }
 
     // ---- sizes and pages ----------------------------------------------------------------------------------------
@@ -472,7 +481,8 @@ impl Object {
         self.repair_lost(holding, range, context)?;
         for part in holding.owned_in(range) {
             for step in part.steps(ZEROS.len() as u64) {
-                tmpfs::write_all_at(&self.data, &ZEROS[..step.len() as usize], step.start)?;
+                let zeros = &ZEROS[..step.len() as usize];
+                insist(|| tmpfs::write_all_at(&self.data, zeros, step.start))?; // there is memory for them
                 context.pace.give_way(holding)?;
             }
         }
@@ -859,6 +869,20 @@ impl Object {
             }
         }
         Ok(extents.0)
+    }
+
+    /// Verifies what can be told of the file alone; says what does not hold. A change of the file waits for a piece of that.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn check(&self) -> Result<Vec<String>> {
+        let mut wrong = self.read_lock().check()?;
+        let mut at = 0;
+        while at < self.read_lock().sealed().memory_span() {
+            wrong.extend(self.read_lock().sealed().check_part(Range::at(at, PIECE))?);
+            at += PIECE;
+        }
+        Ok(wrong.into_iter().map(|what| format!("file {}: {what}", self.node)).collect())
     }
 
     // ---- begin and end ------------------------------------------------------------------------------------------

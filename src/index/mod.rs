@@ -29,13 +29,13 @@ use crate::sys::identity::{Caller, Member, acting_as};
 use crate::sys::{calls, fd_path, tmpfs};
 use crate::units::NodeId;
 use rustix::fs::{
-    AtFlags, CWD, FileType, Gid, Mode, OFlags, RenameFlags, SeekFrom, Statx, StatxFlags, Timestamps, Uid,
-    XattrFlags,
+    AtFlags, CWD, FileType, Gid, Mode, OFlags, RenameFlags, SeekFrom, Stat, Timestamps, Uid, XattrFlags,
+    major, minor,
 };
 use rustix::io::Errno;
 use std::collections::HashSet;
 use std::ffi::{CStr, CString, OsStr};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -157,6 +157,13 @@ pub struct DirEntry {
     pub next: u64,
 }
 
+/// An inode that is open. What changes it needs no descriptor any more.
+#[derive(Debug)]
+pub struct Inode {
+    node: NodeId,
+    fd: OwnedFd,
+}
+
 /// The tree.
 #[derive(Debug)]
 pub struct Index {
@@ -199,13 +206,7 @@ impl Index {
     pub fn reopen() -> Result<Self> {
         let index = Self::of(open_directory_at(CWD, MOUNT_POINT)?)?;
         for id in index.listed_orphans()? {
-            let stat = calls::statx(
-                &index.orphans,
-                orphan_name(id),
-                AtFlags::SYMLINK_NOFOLLOW,
-                StatxFlags::BASIC_STATS,
-            )?;
-            let attributes = from_statx(id, &stat);
+            let attributes = from_stat(id, &stat(&index.path(id)?)?);
             if attributes.kind != Kind::Directory && attributes.links > 1 {
                 calls::unlinkat(&index.orphans, orphan_name(id), AtFlags::empty())?;
             } else {
@@ -288,11 +289,11 @@ impl Index {
 
     /// The node of an id that comes from outside. The caller may have kept the id for long, or have made it up.
     fn recall(&self, node: NodeId) -> Result<Attributes> {
-        let fd = self.path(node)?;
-        if node != NodeId::ROOT && !is_below_root(&fd)? {
+        let inode = self.inode(node)?;
+        if node != NodeId::ROOT && !is_below_root(&inode.fd)? {
             return Err(Error::Os(Errno::STALE));
         }
-        self.attributes_of(&fd, node)
+        self.attributes_of(&inode)
     }
 
     fn parent_of(&self, node: NodeId) -> Result<Attributes> {
@@ -305,9 +306,15 @@ impl Index {
     }
 
     fn look_up_in(&self, directory: &OwnedFd, name: &CStr) -> Result<Attributes> {
-        let id = self.id_of(directory, name)?;
-        let node = self.path(id)?;
-        self.attributes_of(&node, id)
+        self.attributes_of(&self.inode(self.id_of(directory, name)?)?)
+    }
+
+    /// Opens a node, so that it can be changed.
+    ///
+    /// # Errors
+    /// ESTALE where there is no such node any more.
+    pub fn inode(&self, node: NodeId) -> Result<Inode> {
+        Ok(Inode { node, fd: self.path(node)? })
     }
 
     /// What stat(2) tells of a node.
@@ -315,16 +322,19 @@ impl Index {
     /// # Errors
     /// ESTALE where there is no such node any more.
     pub fn attributes(&self, node: NodeId) -> Result<Attributes> {
-        self.attributes_of(&self.path(node)?, node)
+        self.attributes_of(&self.inode(node)?)
     }
 
-    fn attributes_of(&self, fd: &OwnedFd, node: NodeId) -> Result<Attributes> {
-        let stat = calls::statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)?;
-        let mut attributes = from_statx(node, &stat);
+    /// The same of one that is open.
+    ///
+    /// # Errors
+    /// ESTALE where it is erased.
+    pub fn attributes_of(&self, inode: &Inode) -> Result<Attributes> {
+        let mut attributes = from_stat(inode.node, &stat(&inode.fd)?);
         if attributes.links == 0 {
             return Err(Error::Os(Errno::STALE)); // erased, and here only until another request has closed it
         }
-        if self.is_orphan(node) {
+        if self.is_orphan(inode.node) {
             attributes.links = 0; // those that it has are in `.orphans`
         }
         Ok(attributes)
@@ -355,12 +365,10 @@ impl Index {
         if self.is_orphan(node) {
             return Err(Error::Os(Errno::NOENT)); // as link(2) answers for an open file without a name
         }
-        let linked = self.path(node)?;
-        let link = || Ok(calls::linkat(&linked, c"", &directory, &*name, AtFlags::EMPTY_PATH)?);
+        let inode = self.inode(node)?;
+        let link = || Ok(calls::linkat(&inode.fd, c"", &directory, &*name, AtFlags::EMPTY_PATH)?);
         self.taking(1, link)?;
-        self.attributes_of(&linked, node).inspect_err(|_| {
-            let _ = rustix::fs::unlinkat(&directory, &*name, AtFlags::empty()); // what fails leaves nothing behind
-        })
+        self.attributes_of(&inode)
     }
 
     /// Runs `make`, which takes up to `wanted` inodes, or as much room in attributes, where so many are left to users.
@@ -402,7 +410,7 @@ impl Index {
 
     /// Whether the node has one name only, and is not a directory.
     fn is_last_name(&self, node: &OwnedFd) -> Result<bool> {
-        let attributes = from_statx_of(node)?;
+        let attributes = attributes_of(node)?;
         Ok(attributes.links == 1 && attributes.kind != Kind::Directory)
     }
 
@@ -451,7 +459,7 @@ impl Index {
             Some(id) if flags.is_empty() && id != self.id_of(&source, &old)? => Some(id),
             _ => None,
         };
-        let kind = replaced.map(|id| from_statx_of(&self.path(id)?)).transpose()?.map(|found| found.kind);
+        let kind = replaced.map(|id| attributes_of(&self.path(id)?)).transpose()?.map(|found| found.kind);
         if kind == Some(Kind::Directory) {
             return self.rename_over_directory((&source, &old), (&target, &new));
         }
@@ -468,7 +476,7 @@ impl Index {
         (source, old): (&OwnedFd, &CStr),
         (target, new): (&OwnedFd, &CStr),
     ) -> Result<Option<NodeId>> {
-        if from_statx_of(&self.path(self.id_of(source, old)?)?)?.kind != Kind::Directory {
+        if attributes_of(&self.path(self.id_of(source, old)?)?)?.kind != Kind::Directory {
             return Err(Error::Os(Errno::ISDIR));
         }
         let moved = self.move_directory_away(target, new)?;
@@ -589,27 +597,25 @@ impl Index {
     ///
     /// # Errors
     /// What fchmodat(2) answers.
-    pub fn set_mode(&self, node: NodeId, mode: u32) -> Result<()> {
-        let fd = self.path(node)?;
-        Ok(calls::chmodat(CWD, fd_path(fd.as_fd()), Mode::from_raw_mode(mode), AtFlags::empty())?)
+    pub fn set_mode(&self, inode: &Inode, mode: u32) -> Result<()> {
+        Ok(calls::chmodat(CWD, fd_path(inode.fd.as_fd()), Mode::from_raw_mode(mode), AtFlags::empty())?)
     }
 
     /// chown(2); the kernel clears set-id bits as it does everywhere.
     ///
     /// # Errors
     /// What fchownat(2) answers.
-    pub fn set_owner(&self, node: NodeId, uid: Option<u32>, gid: Option<u32>) -> Result<()> {
-        let fd = self.path(node)?;
+    pub fn set_owner(&self, inode: &Inode, uid: Option<u32>, gid: Option<u32>) -> Result<()> {
         let (uid, gid) = (uid.map(Uid::from_raw), gid.map(Gid::from_raw));
-        Ok(calls::chownat(&fd, c"", uid, gid, AtFlags::EMPTY_PATH)?)
+        Ok(calls::chownat(&inode.fd, c"", uid, gid, AtFlags::EMPTY_PATH)?)
     }
 
     /// utimens(2).
     ///
     /// # Errors
     /// What utimensat(2) answers.
-    pub fn set_times(&self, node: NodeId, accessed: Time, modified: Time) -> Result<()> {
-        set_times_of(&self.path(node)?, accessed, modified)
+    pub fn set_times(&self, inode: &Inode, accessed: Time, modified: Time) -> Result<()> {
+        set_times_of(&inode.fd, accessed, modified)
     }
 
     /// The contents change: file capabilities go whoever changes them, and with `unprivileged`, at the hands of somebody without
@@ -622,7 +628,7 @@ impl Index {
         const CAPABILITIES: &CStr = c"security.capability";
         let fd = self.path(node)?;
         if unprivileged {
-            let mode = from_statx_of(&fd)?.mode;
+            let mode = attributes_of(&fd)?.mode;
             let group = if mode & 0o010 != 0 { SET_GROUP_ID } else { 0 };
             change_mode(&fd, mode, mode & !(SET_USER_ID | group))?;
         }
@@ -800,7 +806,7 @@ fn change_mode(fd: &OwnedFd, before: u32, mode: u32) -> Result<()> {
 /// To set the access ACL is a chmod(2), which drops set-group-id at the hands of somebody outside the group. The kernel left it
 /// to us, who are root; it says whom it means only to those who speak FUSE_SETXATTR_EXT, which fuser does not.
 fn drop_undue_set_group_id(fd: &OwnedFd, by: Member) -> Result<()> {
-    let attributes = from_statx_of(fd)?;
+    let attributes = attributes_of(fd)?;
     let undue = attributes.mode & SET_GROUP_ID != 0 && !by.may_set_group_id(attributes.gid);
     change_mode(fd, attributes.mode, if undue { attributes.mode & !SET_GROUP_ID } else { attributes.mode })
 }
@@ -831,27 +837,29 @@ fn c_name(name: &OsStr) -> Result<CString> {
     CString::new(name.as_bytes()).map_err(|_| Error::Os(Errno::INVAL))
 }
 
-fn from_statx_of(fd: &OwnedFd) -> Result<Attributes> {
-    debug_assert!(fd.as_raw_fd() >= 0);
-    let stat = calls::statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)?;
-    Ok(from_statx(NodeId::ROOT, &stat))
+fn attributes_of(fd: &OwnedFd) -> Result<Attributes> {
+    Ok(from_stat(NodeId::ROOT, &stat(fd)?))
 }
 
-fn from_statx(node: NodeId, stat: &Statx) -> Attributes {
-    let mode = u32::from(stat.stx_mode);
+/// Of an open file. The kernel looks no path up for that, and takes no memory (fs/stat.c, vfs_fstat).
+fn stat(fd: &OwnedFd) -> Result<Stat> {
+    Ok(rustix::fs::fstat(fd)?)
+}
+
+fn from_stat(node: NodeId, stat: &Stat) -> Attributes {
     Attributes {
         node,
-        kind: Kind::from_mode(mode),
-        mode: mode & 0o7777,
-        links: stat.stx_nlink,
-        uid: stat.stx_uid,
-        gid: stat.stx_gid,
-        device: (stat.stx_rdev_major, stat.stx_rdev_minor),
-        size: stat.stx_size,
-        blocks: stat.stx_blocks,
-        accessed: from_timestamp(stat.stx_atime.tv_sec, stat.stx_atime.tv_nsec),
-        modified: from_timestamp(stat.stx_mtime.tv_sec, stat.stx_mtime.tv_nsec),
-        changed: from_timestamp(stat.stx_ctime.tv_sec, stat.stx_ctime.tv_nsec),
+        kind: Kind::from_mode(stat.st_mode),
+        mode: stat.st_mode & 0o7777,
+        links: stat.st_nlink as u32, // its type is the architecture's
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        device: (major(stat.st_rdev), minor(stat.st_rdev)),
+        size: stat.st_size as u64,
+        blocks: stat.st_blocks as u64,
+        accessed: from_timestamp(stat.st_atime, stat.st_atime_nsec as u32),
+        modified: from_timestamp(stat.st_mtime, stat.st_mtime_nsec as u32),
+        changed: from_timestamp(stat.st_ctime, stat.st_ctime_nsec as u32),
     }
 }
 

@@ -89,8 +89,31 @@ pub struct Account {
     pub reserved: u64,
     /// Of those that holdings have: of files that were unlinked.
     pub orphaned: u64,
+    /// Pages of the tokens that there are: with those that holdings keep reserved ([`Token::keep`]), all that is reserved.
+    in_tokens: u64,
     /// How often pages have become free.
     returns: u64,
+}
+
+/// What holdings have together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// Pages.
+    pub pages: u64,
+    /// Bytes of memory.
+    pub bytes: u64,
+    /// Pages that stay reserved for memory that is stuck with a holding.
+    pub stuck: u64,
+}
+
+impl std::iter::Sum for Held {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |sum, held| Self {
+            pages: sum.pages + held.pages,
+            bytes: sum.bytes + held.bytes,
+            stuck: sum.stuck + held.stuck,
+        })
+    }
 }
 
 impl Account {
@@ -117,12 +140,15 @@ impl Token<'_> {
     fn hand_over(&mut self, pages: i64) {
         let mut account = self.pool.account();
         account.reserved = account.reserved.checked_add_signed(-pages).expect("no more than there are");
+        account.in_tokens = account.in_tokens.checked_add_signed(-pages).expect("no more than there are");
         self.pages = self.pages.checked_add_signed(-pages).expect("no more than there are");
     }
 
     /// The pages stay reserved, for [`Pool::token_of_kept`].
     fn keep(mut self) -> u64 {
-        std::mem::take(&mut self.pages)
+        let pages = std::mem::take(&mut self.pages);
+        self.pool.account().in_tokens -= pages;
+        pages
     }
 
     /// The pages leave the pool.
@@ -130,6 +156,7 @@ impl Token<'_> {
         let pages = std::mem::take(&mut self.pages);
         let mut account = self.pool.account();
         account.reserved -= pages;
+        account.in_tokens -= pages;
         account.total -= pages;
     }
 }
@@ -138,6 +165,7 @@ impl Drop for Token<'_> {
     fn drop(&mut self) {
         let mut account = self.pool.account();
         account.reserved -= self.pages;
+        account.in_tokens -= self.pages;
         account.give_back(self.pages);
         self.pool.freed.notify_all();
     }
@@ -171,7 +199,8 @@ impl Pool {
                 progress(taken)
             })?;
         }
-        let account = Account { total: pages, free: pages, reserved: 0, orphaned: 0, returns: 0 };
+        let account =
+            Account { total: pages, free: pages, reserved: 0, orphaned: 0, in_tokens: 0, returns: 0 };
         let (account, freed, resizing) = (Mutex::new(account), Condvar::new(), Mutex::new(()));
         Ok(Self { page_size, reserves, account, freed, resizing, outlives_us: false, huge_at_mount: 0 })
     }
@@ -207,11 +236,13 @@ impl Pool {
         }
         account.free -= pages;
         account.reserved += pages;
+        account.in_tokens += pages;
         Ok(Token { pool: self, pages })
     }
 
     /// The token for pages that stayed reserved after [`Token::keep`].
     fn token_of_kept(&self, pages: u64) -> Token<'_> {
+        self.account().in_tokens += pages;
         Token { pool: self, pages }
     }
 
@@ -458,28 +489,50 @@ impl Pool {
         self.resizing.lock().expect("no panic while the pool is resized")
     }
 
-    /// Checks S1 of the reserves and P1, given what all holdings together have; says what does not hold.
-    ///
-    /// The caller keeps pages from moving in the meantime, and the size with [`Pool::keep_size`].
+    /// Checks S1 of the reserves; says what does not hold. Moves wait for a piece of one reserve.
     ///
     /// # Errors
     /// What the kernel answers.
-    pub fn check(&self, held_pages: u64, held_bytes: u64) -> Result<Vec<String>> {
+    pub fn check_reserves(&self) -> Result<Vec<String>> {
         let mut wrong = Vec::new();
-        let mut bytes = held_bytes;
         for reserve in &self.reserves {
-            let sealed = reserve.lock();
-            bytes += sealed.folio_count() * FOLIO_SIZE;
-            wrong.extend(sealed.check()?.into_iter().map(|what| format!("reserve {}: {what}", reserve.node)));
+            let named = |what: String| format!("reserve {}: {what}", reserve.node);
+            wrong.extend(reserve.lock().check_totals()?.into_iter().map(named));
+            let mut at = 0;
+            while at < reserve.lock().memory_span() {
+                wrong.extend(reserve.lock().check_part(Range::at(at, PIECE))?.into_iter().map(named));
+                at += PIECE;
+            }
         }
-        let account = self.balance();
-        if account.held() != held_pages {
-            wrong.push(format!("P1: files have {held_pages} pages, and the account says {}", account.held()));
+        Ok(wrong)
+    }
+
+    /// Checks P1, and that what is reserved is reserved for somebody, given what all holdings together have; says what does
+    /// not hold. The caller keeps pages from moving meanwhile, and the size with [`Pool::keep_size`].
+    pub fn check(&self, held: Held) -> Vec<String> {
+        let reserves: u64 =
+            self.reserves.iter().map(|reserve| reserve.lock().folio_count() * FOLIO_SIZE).sum();
+        let (account, bytes) = (self.balance(), reserves + held.bytes);
+        let mut wrong = Vec::new();
+        if account.held() != held.pages {
+            wrong.push(format!(
+                "P1: files have {} pages, and the account says {}",
+                held.pages,
+                account.held()
+            ));
         }
         if bytes != account.total * self.page_size.bytes() {
             wrong.push(format!("P1: {bytes} bytes are there for {} pages", account.total));
         }
-        Ok(wrong)
+        if reserves < account.free * self.page_size.bytes() {
+            wrong
+                .push(format!("P1: {} pages are free, and the reserves have {reserves} bytes", account.free));
+        }
+        if account.reserved != account.in_tokens + held.stuck {
+            let (reserved, tokens, stuck) = (account.reserved, account.in_tokens, held.stuck);
+            wrong.push(format!("P1: {reserved} pages are reserved, {tokens} for changes under way and {stuck} for stuck memory"));
+        }
+        wrong
     }
 }
 

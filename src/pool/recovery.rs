@@ -49,7 +49,7 @@ impl Pool {
             reserves.push(Reserve::open(node)?);
         }
         reserves.sort_by_key(|reserve| reserve.node);
-        let account = Account { total, free: 0, reserved: total, orphaned: 0, returns: 0 };
+        let account = Account { total, free: 0, reserved: total, orphaned: 0, in_tokens: 0, returns: 0 };
         let (account, freed, resizing) = (Mutex::new(account), Condvar::new(), Mutex::new(()));
         Ok(Self { page_size, reserves, account, freed, resizing, outlives_us: true, huge_at_mount })
     }
@@ -140,8 +140,10 @@ mod tests {
         assert_eq!(pool.reserves(), reserves);
         let settling = again.begin_settling(pool);
         again.complete(settling).unwrap();
-        assert_eq!(pool.check(3, SIZE).unwrap(), Vec::<String>::new());
+        assert_eq!(pool.check(again.held()), Vec::<String>::new());
+        assert_eq!((again.held().pages, again.held().bytes), (3, SIZE));
         assert_eq!(again.sealed().check().unwrap(), Vec::<String>::new());
+        assert_eq!(again.check().unwrap(), Vec::<String>::new());
         assert_eq!((again.sealed().size(), again.sealed().superblock().undo_size), (SIZE, None));
         again
     }

@@ -3,7 +3,7 @@
 use super::{Sealed, TRIES};
 use crate::error::Result;
 use crate::sys::tmpfs;
-use crate::units::{Folio, Range, SUBPAGE_SIZE, SUBPAGES_PER_FOLIO};
+use crate::units::{FOLIO_SIZE, Folio, Range, SUBPAGE_SIZE, SUBPAGES_PER_FOLIO};
 use std::ops::RangeInclusive;
 
 impl Sealed {
@@ -12,6 +12,21 @@ impl Sealed {
     /// # Errors
     /// What the kernel answers.
     pub fn check(&self) -> Result<Vec<String>> {
+        let mut wrong = self.check_totals()?;
+        wrong.extend(self.check_part(Range::new(0, self.memory_span()))?);
+        Ok(wrong)
+    }
+
+    /// No folio behind this byte has memory.
+    pub fn memory_span(&self) -> u64 {
+        self.folios.len() as u64 * FOLIO_SIZE
+    }
+
+    /// Checks what can be told of the whole file at once: S1, and the number of the ledger's blocks.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn check_totals(&self) -> Result<Vec<String>> {
         let mut wrong = Vec::new();
         let blocks = tmpfs::blocks(&self.data)?;
         if (blocks.free != 0 && !self.punched) || blocks.limit != self.limit() {
@@ -25,7 +40,20 @@ impl Sealed {
         if tmpfs::size(&self.data)? != self.size {
             wrong.push(format!("the data file is not {} bytes long", self.size));
         }
-        for folio in (0..self.folios.len() as u64).map(Folio) {
+        let (ledger, meant) = (self.ledger.blocks()?, self.holes().count() + 1);
+        if ledger != meant {
+            wrong.push(format!("Q1: the ledger has {ledger} blocks, and {meant} are meant"));
+        }
+        Ok(wrong)
+    }
+
+    /// Checks the folios of `range` and the quarantined subpages in it.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn check_part(&self, range: Range) -> Result<Vec<String>> {
+        let mut wrong = Vec::new();
+        for folio in range.intersect(Range::new(0, self.memory_span())).folios() {
             let meant = if self.has_memory(folio) { self.meant_in(folio) } else { 0 };
             let least = if self.punched { 0 } else { meant };
             let resident = self.settled(folio.range(), least..=meant)?;
@@ -33,15 +61,11 @@ impl Sealed {
                 wrong.push(format!("Q1: folio {} has {resident} subpages, and {meant} are meant", folio.0));
             }
         }
-        for hole in self.holes().all() {
+        for hole in self.holes().in_range(range) {
             let resident = self.settled(hole.range, 0..=0)?;
             if resident != 0 {
                 wrong.push(format!("Q1: {resident} quarantined subpages of {} have memory", hole.range));
             }
-        }
-        let (ledger, meant) = (self.ledger.blocks()?, self.holes().count() + 1);
-        if ledger != meant {
-            wrong.push(format!("Q1: the ledger has {ledger} blocks, and {meant} are meant"));
         }
         Ok(wrong)
     }

@@ -51,7 +51,7 @@ use ledger::{LEDGER, Ledger};
 pub use record::Superblock;
 
 use crate::error::{Error, Result};
-use crate::steps::{self, Step};
+use crate::steps::{self, Step, insist};
 use crate::sys::mapping::Window;
 use crate::sys::{calls, handle, tmpfs};
 use crate::units::{FOLIO_SIZE, Folio, NodeId, Range, SUBPAGE_SIZE, SUBPAGES_PER_FOLIO, Subpage};
@@ -284,7 +284,7 @@ impl Sealed {
     }
 
     fn undo_take(&mut self, range: Range, size: u64) {
-        let cut = if self.size > size { self.cut(size) } else { Ok(()) };
+        let cut = if self.size > size { self.cut(size) } else { insist(|| tmpfs::punch(&self.data, range)) };
         if let Err(error) = cut.and_then(|()| self.vacate(range)) {
             log::error!("memory that was taken in part could not be given back: {error}");
         }
@@ -334,10 +334,13 @@ impl Sealed {
     /// end of the file, the caller shrinks it with [`Sealed::cut`] instead.
     ///
     /// # Errors
-    /// What the kernel answers; the call can be repeated.
+    /// [`Error::Busy`] where programs touch the file faster than memory can be taken from it. A shortage is no reason to fail:
+    /// nothing is taken that the machine could lack for long.
     pub fn give(&mut self, range: Range) -> Result<()> {
         self.forget_holes(range)?;
         steps::done(Step::GiveHoles);
+        insist(|| tmpfs::punch(&self.data, range))?;
+        steps::done(Step::GivePunched);
         self.mark(range, false);
         self.vacate(range)
     }
@@ -354,14 +357,14 @@ impl Sealed {
         let gone = Range::new(kept, (self.folios.len() as u64 * FOLIO_SIZE).max(kept));
         self.forget_holes(Range::new(size.next_multiple_of(SUBPAGE_SIZE), gone.end))?;
         steps::done(Step::CutHoles);
-        self.set_size(size)?;
+        insist(|| self.set_size(size))?;
         steps::done(Step::CutSize);
         self.mark(gone, false);
         self.vacate(gone)?;
         steps::done(Step::CutVacated);
         let tail = Range::new(size.next_multiple_of(SUBPAGE_SIZE), kept);
         if !tail.is_empty() && self.has_memory(Subpage::containing(tail.start).folio()) {
-            self.fill(tail)?;
+            insist(|| self.fill(tail))?;
             steps::done(Step::CutFilled);
         }
         Ok(())
@@ -375,24 +378,32 @@ impl Sealed {
         if size <= self.size {
             return Ok(());
         }
-        if self.reach == Reach::Programs {
-            self.zero_behind_end(size)?;
+        let before = self.size;
+        let zeroed = if self.reach == Reach::Programs { self.zero_behind_end(size) } else { Ok(()) };
+        let grown = zeroed.and_then(|()| self.set_size(size));
+        if grown.is_err() && self.size > before {
+            self.cut(before)?;
         }
-        self.set_size(size)
+        grown
     }
 
     /// Writes at `offset`, up to behind the end of file but within the folio that holds the end and has memory. Nobody sees
     /// the file longer before the bytes are there. Ends early where a memory error is in the way.
     ///
     /// # Errors
-    /// What pwrite(2) answers.
+    /// What pwrite(2) answers; the size is as before.
     pub fn append(&mut self, bytes: &[u8], offset: u64) -> Result<usize> {
         let end = offset + bytes.len() as u64;
         assert!(end <= self.size.next_multiple_of(FOLIO_SIZE) && self.holes().is_empty());
+        let before = self.size;
         self.grow_size(offset)?;
-        let written = tmpfs::write_at(&self.data, bytes, offset)?;
-        self.size = self.size.max(offset + written as u64);
-        Ok(written)
+        let written = tmpfs::write_at(&self.data, bytes, offset);
+        match written {
+            Ok(written) => self.size = self.size.max(offset + written as u64),
+            Err(_) if self.size > before => self.cut(before)?,
+            Err(_) => {}
+        }
+        written
     }
 
     /// A program that maps the folio with the end of file by a 2 MiB entry can write behind the end. Those bytes must
@@ -435,26 +446,25 @@ impl Sealed {
         let runs: Vec<Range> = self.holes().in_range(range).map(|hole| hole.range).collect();
         let of_one_folio = |one: &Range, next: &Range| one.start / FOLIO_SIZE == next.start / FOLIO_SIZE;
         for runs in runs.chunk_by(of_one_folio) {
-            self.ledger.strike(runs)?;
-            runs.iter().try_for_each(|run| self.ledger.free(*run))?;
+            insist(|| self.ledger.strike(runs))?;
+            runs.iter().try_for_each(|run| insist(|| self.ledger.free(*run)))?;
         }
         let poisoned: Vec<Subpage> =
             self.poisoned().range(range.subpages()).map(|(subpage, _)| *subpage).collect();
-        poisoned.into_iter().try_for_each(|subpage| self.ledger.forget_poisoned(subpage))
+        poisoned.into_iter().try_for_each(|subpage| insist(|| self.ledger.forget_poisoned(subpage)))
     }
 
-    /// Punches `range`, of which no folio is meant to have memory, until the limit can be lowered: a program may touch
-    /// what was just punched as long as there is a block for it.
+    /// Lowers the limit once `range`, of which no folio is meant to have memory, has been given up: a program may touch
+    /// what was just punched as long as there is a block for it, and is punched again.
     fn vacate(&mut self, range: Range) -> Result<()> {
         for _ in 0..TRIES {
-            if !range.is_empty() {
-                tmpfs::punch(&self.data, range)?;
-                steps::done(Step::GivePunched);
-            }
-            match self.set_limit(0) {
-                Err(Error::Busy(_)) => self.shut_strays()?,
+            match insist(|| self.set_limit(0)) {
+                Err(Error::Busy(_)) => insist(|| self.shut_strays())?,
                 result => return result,
             };
+            if !range.is_empty() {
+                insist(|| tmpfs::punch(&self.data, range))?;
+            }
         }
         Err(Error::Busy("the file is touched faster than memory can be taken from it"))
     }

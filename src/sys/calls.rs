@@ -4,7 +4,7 @@
 use crate::faults::{Want, attempt};
 use rustix::fd::OwnedFd;
 use rustix::fs::{
-    AtFlags, Dir, FileType, Gid, Mode, OFlags, RenameFlags, Stat, StatFs, Statx, StatxFlags, Timestamps, Uid,
+    AtFlags, Dir, FileType, Gid, Mode, OFlags, RenameFlags, StatFs, Statx, StatxFlags, Timestamps, Uid,
     XattrFlags,
 };
 use rustix::io::Result;
@@ -42,7 +42,6 @@ calls! {
     fs::rmdir(path: impl Arg) -> (), wants Memory;
     fs::unlinkat(directory: impl AsFd, path: impl Arg, flags: AtFlags) -> (), wants Memory;
     fs::statx(directory: impl AsFd, path: impl Arg, flags: AtFlags, mask: StatxFlags) -> Statx, wants Memory;
-    fs::fstat(file: impl AsFd) -> Stat, wants Memory;
     fs::fstatfs(file: impl AsFd) -> StatFs, wants Memory;
     fs::readlinkat(directory: impl AsFd, path: impl Arg, buffer: Vec<u8>) -> CString, wants Memory;
     fs::chmodat(directory: impl AsFd, path: impl Arg, mode: Mode, flags: AtFlags) -> (), wants Memory;
@@ -52,8 +51,8 @@ calls! {
     fs::getxattr(path: impl Arg, name: impl Arg, value: &mut [u8]) -> usize, wants Memory;
     fs::fgetxattr(file: impl AsFd, name: impl Arg, value: &mut [u8]) -> usize, wants Memory;
     fs::listxattr(path: impl Arg, names: &mut [u8]) -> usize, wants Memory;
-    fs::setxattr(path: impl Arg, name: impl Arg, value: &[u8], flags: XattrFlags) -> (), wants Attribute;
-    fs::fsetxattr(file: impl AsFd, name: impl Arg, value: &[u8], flags: XattrFlags) -> (), wants Attribute;
+    fs::setxattr(path: impl Arg, name: impl Arg, value: &[u8], flags: XattrFlags) -> (), wants Room;
+    fs::fsetxattr(file: impl AsFd, name: impl Arg, value: &[u8], flags: XattrFlags) -> (), wants Room;
     fs::removexattr(path: impl Arg, name: impl Arg) -> (), wants Memory;
     fs::fremovexattr(file: impl AsFd, name: impl Arg) -> (), wants Memory;
     mount::fsopen(name: impl Arg, flags: FsOpenFlags) -> OwnedFd, wants Descriptor;

@@ -208,7 +208,7 @@ pub fn write_all_at(file: impl AsFd, bytes: &[u8], offset: u64) -> Result<()> {
 /// How much of `bytes` was written, and the error that ended the write, if one did.
 #[track_caller]
 pub fn write_prefix(file: impl AsFd, bytes: &[u8], offset: u64) -> (usize, Result<()>) {
-    if let Err(errno) = attempt(Want::Room) {
+    if let Err(errno) = attempt(Want::Memory) {
         return (0, Err(meaning(errno)));
     }
     let file = file.as_fd();
@@ -229,7 +229,7 @@ pub fn write_prefix(file: impl AsFd, bytes: &[u8], offset: u64) -> (usize, Resul
 /// What fstat(2) answers.
 #[track_caller]
 pub fn blocks_taken(file: impl AsFd) -> Result<u64> {
-    let stat = calls::fstat(file)?;
+    let stat = rustix::fs::fstat(file)?;
     Ok(stat.st_blocks as u64 / (SUBPAGE_SIZE / crate::units::STAT_BLOCK))
 }
 
@@ -239,7 +239,7 @@ pub fn blocks_taken(file: impl AsFd) -> Result<u64> {
 /// What fstat(2) answers.
 #[track_caller]
 pub fn size(file: impl AsFd) -> Result<u64> {
-    Ok(calls::fstat(file)?.st_size as u64)
+    Ok(rustix::fs::fstat(file)?.st_size as u64)
 }
 
 /// How many 4 KiB subpages of `range` have memory, touched or not (cachestat(2), Linux 6.5).

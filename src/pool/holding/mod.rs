@@ -53,10 +53,10 @@ mod shrinking;
 #[cfg(test)]
 mod tests;
 
-use super::{Pool, Token};
+use super::{Held, Pool, Token};
 use crate::error::{Error, Result};
-use crate::sealed::{Hole, Reach, Sealed};
-use crate::steps::{self, Step};
+use crate::sealed::{Hole, Reach, Sealed, Superblock};
+use crate::steps::{self, Step, insist};
 use crate::units::{FOLIO_SIZE, Folio, Page, PageSize, Range, Subpage};
 use growth::Growth;
 use page_set::{MOST_RUNS, PageSet, Run};
@@ -295,6 +295,58 @@ impl Holding {
         !self.under_way && self.unsettled.is_none()
     }
 
+    /// What it has of the pool.
+    pub fn held(&self) -> Held {
+        let bytes = self.sealed.folio_count() * FOLIO_SIZE;
+        Held { pages: self.pages(), bytes, stuck: self.unsettled.unwrap_or(0) }
+    }
+
+    /// Checks what can be told of the holding as a whole ([`Sealed::check_part`] has the rest); says what does not hold. Between
+    /// two pieces of a change, only that of which is true at each moment.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn check(&self) -> Result<Vec<String>> {
+        let mut wrong = self.sealed.check_totals()?;
+        if self.is_settled() {
+            wrong.extend(self.check_pages()?);
+        }
+        Ok(wrong)
+    }
+
+    fn check_pages(&self) -> Result<Vec<String>> {
+        let (mut wrong, file) = (Vec::new(), Range::new(0, self.size()));
+        let superblock = self.sealed.superblock();
+        if superblock.undo_size.is_some() {
+            wrong.push("a size to come back to is noted, and no change is under way".to_owned());
+        }
+        if superblock.reserved_pages < self.page_size.pages_up(file.end) {
+            wrong.push(format!(
+                "{} pages are the file's, which has {} bytes",
+                superblock.reserved_pages, file.end
+            ));
+        }
+        let noted =
+            self.sealed.notes().kept(RELEASED)?.map(|runs| PageSet::decode(&runs)).unwrap_or_default();
+        if noted != self.released && !self.note_is_stale {
+            let counts = (noted.count(), self.released.count());
+            wrong.push(format!("{} pages are noted as released, and {} are", counts.0, counts.1));
+        }
+        let memory = Range::new(0, self.memory_end());
+        for range in self.released.runs().map(|run| self.page_size.bytes_of(run).intersect(memory)) {
+            if let Some(folio) = range.folios().find(|folio| self.sealed.has_memory(*folio)) {
+                wrong.push(format!("folio {} is released and has memory", folio.0));
+            }
+        }
+        for range in self.released.gaps_within(self.page_size.pages_touching(memory)) {
+            if let Some(range) = self.first_without_memory(self.page_size.bytes_of(&range).intersect(memory))
+            {
+                wrong.push(format!("{range} is the file's and has no memory"));
+            }
+        }
+        Ok(wrong)
+    }
+
     /// The first folios of `range` that follow one another and have no memory, where there are any.
     fn first_without_memory(&self, range: Range) -> Option<Range> {
         let lacks = |folio: &Folio| !self.sealed.has_memory(*folio);
@@ -466,10 +518,11 @@ impl Holding {
     fn give_up_pages_behind_end(&mut self, pool: &Pool) -> Result<()> {
         let end = Page(self.page_size.pages_up(self.sealed.size()));
         let before = self.pages();
-        self.sealed.update(|superblock| {
+        let update = |superblock: &mut Superblock| {
             superblock.reserved_pages = superblock.reserved_pages.min(end.0);
             superblock.undo_size = None;
-        })?;
+        };
+        insist(|| self.sealed.update(update))?; // memory may have moved already
         steps::done(Step::ShrinkNoted);
         if self.released.within(end..Page(u64::MAX)).next().is_some() {
             self.released.remove(end..Page(u64::MAX));

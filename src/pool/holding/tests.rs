@@ -43,8 +43,9 @@ fn release(pool: &Pool, holding: &mut Holding, range: Range) -> Result<()> {
 /// Every invariant of the pool, whose pages are this holding's or free.
 #[track_caller]
 fn assert_sound(pool: &Pool, holding: &Holding) {
-    let bytes = holding.sealed.folio_count() * FOLIO_SIZE;
-    assert_eq!(pool.check(holding.pages(), bytes).unwrap(), Vec::<String>::new());
+    assert_eq!(pool.check(holding.held()), Vec::<String>::new());
+    assert_eq!(pool.check_reserves().unwrap(), Vec::<String>::new());
+    assert_eq!(holding.check().unwrap(), Vec::<String>::new());
     assert_eq!(holding.sealed.check().unwrap(), Vec::<String>::new());
 }
 
@@ -403,4 +404,59 @@ fn memory_that_is_stuck_in_a_file_is_settled_after_a_death() {
     assert_eq!(holding.size(), 4 * FOLIO_SIZE);
     assert_kept(&holding, pages(2, 4));
     assert_settled(&pool, &holding);
+}
+
+/// Four pages, of which the third is released, after `damage` has been done; and what the check says.
+fn found_after(damage: impl FnOnce(&Pool, &mut Holding)) -> String {
+    let pool = pool();
+    let mut holding = file(&pool, 4);
+    release(&pool, &mut holding, pages(2, 3)).unwrap();
+    assert_sound(&pool, &holding);
+    damage(&pool, &mut holding);
+    let mut found = holding.check().unwrap();
+    found.extend(pool.check(holding.held()));
+    found.join("; ")
+}
+
+fn page(number: u64) -> Run {
+    Page(number)..Page(number + 1)
+}
+
+#[test]
+fn the_check_names_each_broken_account() {
+    let account = |change: fn(&mut crate::pool::Account)| found_after(|pool, _| change(&mut pool.account()));
+    assert!(account(|account| account.total += 1).contains("P1: files have 3 pages, and the account says 4"));
+    let handed_back = account(|account| account.free += 2);
+    assert!(handed_back.contains("pages are free, and the reserves have"), "{handed_back}");
+    let leaked = account(|account| {
+        account.free -= 1;
+        account.reserved += 1;
+    });
+    assert_eq!(leaked, "P1: 1 pages are reserved, 0 for changes under way and 0 for stuck memory");
+}
+
+#[test]
+fn the_check_names_each_page_that_is_not_as_noted() {
+    let lost = found_after(|_, holding| holding.released.remove(page(2)));
+    assert!(lost.contains("1 pages are noted as released, and 0 are"), "{lost}");
+    assert!(lost.contains("is the file's and has no memory"), "{lost}");
+    let kept = found_after(|_, holding| holding.released.insert(page(0)));
+    assert!(kept.contains("folio 0 is released and has memory"), "{kept}");
+    let uncovered = found_after(|_, holding| {
+        holding.sealed.update(|superblock| superblock.reserved_pages = 3).unwrap();
+    });
+    assert!(uncovered.contains("3 pages are the file's, which has 8388608 bytes"), "{uncovered}");
+    let announced = found_after(|_, holding| {
+        holding.sealed.update(|superblock| superblock.undo_size = Some(4 * FOLIO_SIZE)).unwrap();
+    });
+    assert!(announced.contains("a size to come back to is noted"), "{announced}");
+}
+
+#[test]
+fn the_check_names_memory_that_moved_without_its_page() {
+    let moved = found_after(|pool, holding| {
+        let size = holding.sealed.size();
+        pool.move_piece_out(&mut holding.sealed, Range::at(2 * FOLIO_SIZE, FOLIO_SIZE), size).unwrap();
+    });
+    assert!(moved.contains("folio 2 is released and has memory"), "{moved}");
 }
