@@ -487,6 +487,16 @@ const OPERATIONS: &[Operation] = &[
         },
     },
     Operation {
+        name: "shrink over a quarantine",
+        options: MEDIATED,
+        prepare: lose_one,
+        change: |stage| stage.resize(FOLIO),
+        verify: |pool| {
+            assert_runs(pool, &[(FOLIO, 7)]);
+            assert_free(pool, 7);
+        },
+    },
+    Operation {
         name: "extend",
         options: MEDIATED,
         prepare: sevens,
@@ -524,6 +534,46 @@ const OPERATIONS: &[Operation] = &[
         verify: |pool| {
             assert_runs(pool, &[(FOLIO - 5000, 7), (FOLIO + 10000, 0), (FOLIO - 5000, 7)]);
             assert_free(pool, 6);
+        },
+    },
+    Operation {
+        name: "punch over a quarantine",
+        options: MEDIATED,
+        prepare: lose_one,
+        change: |stage| stage.allocate(PUNCH, FOLIO, FOLIO),
+        verify: |pool| {
+            assert_runs(pool, &[(FOLIO, 7), (FOLIO, 0), (FOLIO, 7)]);
+            assert_free(pool, 6);
+        },
+    },
+    Operation {
+        name: "zero",
+        options: MEDIATED,
+        prepare: sevens,
+        change: |stage| stage.allocate(FallocateFlags::ZERO_RANGE, FOLIO, 3 * FOLIO),
+        verify: |pool| {
+            assert_runs(pool, &[(FOLIO, 7), (3 * FOLIO, 0)]);
+            assert_free(pool, 4);
+        },
+    },
+    Operation {
+        name: "punch and keep",
+        options: KEEP,
+        prepare: sevens,
+        change: |stage| stage.allocate(PUNCH, FOLIO, FOLIO),
+        verify: |pool| {
+            assert_runs(pool, &[(FOLIO, 7), (FOLIO, 0), (FOLIO, 7)]);
+            assert_free(pool, 5);
+        },
+    },
+    Operation {
+        name: "allocate what was punched and kept",
+        options: KEEP,
+        prepare: keep_punched,
+        change: |stage| stage.allocate(FallocateFlags::KEEP_SIZE, 0, 3 * FOLIO),
+        verify: |pool| {
+            assert_runs(pool, &[(FOLIO, 7), (FOLIO, 0), (FOLIO, 7)]);
+            assert_eq!(pool.counter("punched_bytes"), 0);
         },
     },
 ];

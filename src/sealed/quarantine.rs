@@ -28,7 +28,7 @@ use super::holes::between;
 use super::record::Checksums;
 use super::{Bytes, Content, PINNED, STRAYS_SHUT, Sealed, UNWINNABLE, ledger};
 use crate::error::{Error, Result};
-use crate::steps::{self, Step};
+use crate::steps::{self, Step, insist};
 use crate::sys::mapping::Window;
 use crate::sys::tmpfs;
 use crate::units::{FOLIO_SIZE, Folio, Range, SUBPAGE_SIZE, SUBPAGES_PER_FOLIO, Subpage};
@@ -185,9 +185,9 @@ impl Sealed {
             return Err(error);
         }
         // They are repaired. Where the rest fails, the next request that needs S1 finishes it ([`Sealed::reclaim_removed`]).
-        let freed = runs.iter().try_for_each(|run| self.ledger.free(*run));
+        let freed = runs.iter().try_for_each(|run| insist(|| self.ledger.free(*run)));
         steps::done(Step::RepairFreed);
-        if let Err(error) = freed.and_then(|()| self.seal(&[])) {
+        if let Err(error) = freed.and_then(|()| insist(|| self.seal(&[]))) {
             log::warn!("{} is repaired, and blocks are still free: {error}", runs[0]);
         }
         steps::done(Step::RepairDone);
@@ -296,7 +296,7 @@ impl Sealed {
 
     fn are_empty(&self, runs: &[Range]) -> Result<bool> {
         for run in runs {
-            if tmpfs::resident(self.data(), *run)? > 0 {
+            if insist(|| tmpfs::resident(self.data(), *run))? > 0 {
                 return Ok(false);
             }
         }
