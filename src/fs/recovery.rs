@@ -19,7 +19,7 @@ impl Fs {
     /// # Errors
     /// [`Error::Corrupt`] for what this version does not know; what the kernel answers.
     pub fn open(options: &Options, repaired: Option<Sender<Repaired>>) -> Result<Self> {
-        let index = Index::reopen()?;
+        let index = Index::reopen(options)?;
         let pool = Pool::open(options.page_size)?;
         let fs = Self::on(options, index, pool, repaired)?;
         for entry in std::fs::read_dir(OBJECTS)? {

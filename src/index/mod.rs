@@ -178,6 +178,8 @@ pub struct Index {
     unlinking: Mutex<()>,
     /// Held while one of the last inodes is taken.
     taking: Mutex<()>,
+    /// An option says how many inodes users may have; besides, there are [`OWN_INODES`] and [`SPARE_INODES`].
+    is_bounded: bool,
 }
 
 impl Index {
@@ -192,7 +194,7 @@ impl Index {
         for name in [TREE, ORPHANS, WITNESSES] {
             calls::mkdirat(&mount, name, Mode::from_raw_mode(0o700))?;
         }
-        let index = Self::of(mount)?;
+        let index = Self::of(mount, options)?;
         let (uid, gid) = (Uid::from_raw(options.uid), Gid::from_raw(options.gid));
         rustix::fs::fchown(&index.tree, Some(uid), Some(gid))?;
         rustix::fs::fchmod(&index.tree, Mode::from_raw_mode(options.mode))?;
@@ -203,8 +205,8 @@ impl Index {
     ///
     /// # Errors
     /// What the kernel answers.
-    pub fn reopen() -> Result<Self> {
-        let index = Self::of(open_directory_at(CWD, MOUNT_POINT)?)?;
+    pub fn reopen(options: &Options) -> Result<Self> {
+        let index = Self::of(open_directory_at(CWD, MOUNT_POINT)?, options)?;
         for id in index.listed_orphans()? {
             let attributes = from_stat(id, &stat(&index.path(id)?)?);
             if attributes.kind != Kind::Directory && attributes.links > 1 {
@@ -216,12 +218,13 @@ impl Index {
         Ok(index)
     }
 
-    fn of(mount: OwnedFd) -> Result<Self> {
+    fn of(mount: OwnedFd, options: &Options) -> Result<Self> {
         let (tree, orphans) = (open_directory_at(&mount, TREE)?, open_directory_at(&mount, ORPHANS)?);
         let witnesses = open_directory_at(&mount, WITNESSES)?;
         let tree_id = handle::of(&tree, c"")?;
         let (orphaned, unlinking, taking) = (Mutex::default(), Mutex::default(), Mutex::default());
-        Ok(Self { mount, tree, tree_id, orphans, witnesses, orphaned, unlinking, taking })
+        let is_bounded = options.inodes.is_some();
+        Ok(Self { mount, tree, tree_id, orphans, witnesses, orphaned, unlinking, taking, is_bounded })
     }
 
     fn listed_orphans(&self) -> Result<Vec<NodeId>> {
@@ -748,8 +751,8 @@ impl Index {
     /// What fstatfs(2) answers.
     pub fn inodes(&self) -> Result<(u64, u64)> {
         let stat = calls::fstatfs(&self.mount)?;
-        let users = stat.f_files.saturating_sub(OWN_INODES + SPARE_INODES);
-        Ok((users, stat.f_ffree.saturating_sub(SPARE_INODES)))
+        let (own, spare) = if self.is_bounded { (OWN_INODES, SPARE_INODES) } else { (0, 0) };
+        Ok((stat.f_files.saturating_sub(own + spare), stat.f_ffree.saturating_sub(spare)))
     }
 
     /// Nodes without names that somebody still has open or mapped.
