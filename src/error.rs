@@ -29,6 +29,9 @@ pub enum Error {
     /// A transient refusal of the kernel (madvise(2), MADV_COLLAPSE).
     #[error("the kernel cannot do this right now")]
     Again,
+    /// The request is none for a thread that others wait for; nothing has changed. No caller sees this one.
+    #[error("the request takes long")]
+    TakesLong,
     /// The program that asked was killed meanwhile.
     #[error("the caller was killed")]
     Interrupted,
@@ -75,6 +78,7 @@ impl Error {
             // Not EAGAIN: setxattr(2), by which collapsing is asked for, would make EOPNOTSUPP of it (fs/xattr.c,
             // __vfs_setxattr_noperm).
             Self::Busy(_) | Self::Again | Self::OpenNatively => Errno::BUSY,
+            Self::TakesLong => Errno::AGAIN,
             Self::Interrupted => Errno::INTR,
             Self::Invalid(_) => Errno::INVAL,
             Self::NoData => Errno::NODATA,

@@ -3,6 +3,8 @@
 //! The code says [`done`] where a step is done. A test arms a step ([`arm`]), and the process kills itself when it comes there;
 //! [`Step::ALL`] is how the test knows that it has tried them all. In a release build nothing of that is left.
 //!
+//! A test can also have threads stop at a step ([`hold`]), to see what others can do while a change is under way.
+//!
 //! To add a step: a line in the table below, a call of `done` where it is done, and a situation in `tests/deaths.rs` that leads
 //! there (it fails until there is one).
 
@@ -105,10 +107,28 @@ pub fn die() -> ! {
 mod armed {
     use super::Step;
     use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+    use std::sync::{Condvar, Mutex, MutexGuard};
 
     const NONE: u32 = u32::MAX;
     static ARMED: AtomicU32 = AtomicU32::new(NONE);
     static LEFT: AtomicU64 = AtomicU64::new(0);
+    static HELD: Mutex<Option<Step>> = Mutex::new(None);
+    static RELEASED: Condvar = Condvar::new();
+
+    fn held() -> MutexGuard<'static, Option<Step>> {
+        HELD.lock().expect("no panic while a step is compared")
+    }
+
+    /// Each thread that comes to `step` from now on stops there until [`release`].
+    pub fn hold(step: Step) {
+        *held() = Some(step);
+    }
+
+    /// No step is held any more.
+    pub fn release() {
+        *held() = None;
+        RELEASED.notify_all();
+    }
 
     /// The process is to die when `step` is done for the `nth` time from now on, counted from 1.
     pub fn arm(step: Step, nth: u64) {
@@ -121,11 +141,13 @@ mod armed {
         if ARMED.load(Ordering::SeqCst) == step as u32 && LEFT.fetch_sub(1, Ordering::SeqCst) == 1 {
             super::die()
         }
+        let is_held = |held: &mut Option<Step>| *held == Some(step);
+        drop(RELEASED.wait_while(held(), is_held).expect("no panic while a step is compared"));
     }
 }
 
 #[cfg(debug_assertions)]
-pub use armed::{arm, done};
+pub use armed::{arm, done, hold, release};
 
 /// A step is done.
 #[cfg(not(debug_assertions))]

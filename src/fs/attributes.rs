@@ -1,6 +1,6 @@
 //! The extended attributes that are this filesystem's interface, beside those that users set.
 
-use super::{Fs, Object, Ticket};
+use super::{Fs, Object, Pace, Ticket};
 use crate::error::{Error, Result};
 #[cfg(debug_assertions)]
 use crate::faults;
@@ -90,7 +90,7 @@ fn is_ours(name: &OsStr) -> bool {
 }
 
 /// `<n> <step>`: the worker dies when the step is done for the n-th time. `now`: it panics at this very request. `killed`:
-/// it is killed at this very request, as by the OOM killer.
+/// it is killed at this very request, as by the OOM killer. `hold <step>`: threads stop at the step, until `release`.
 #[cfg(debug_assertions)]
 fn arm(value: &[u8]) -> Result<()> {
     let text = std::str::from_utf8(value).unwrap_or_default();
@@ -98,9 +98,16 @@ fn arm(value: &[u8]) -> Result<()> {
     if text == "killed" {
         steps::die()
     }
-    let armed = text.split_once(' ').and_then(|(nth, name)| {
-        Some((nth.parse().ok()?, *Step::ALL.iter().find(|step| step.name() == name)?))
-    });
+    if text == "release" {
+        steps::release();
+        return Ok(());
+    }
+    let named = |name: &str| Step::ALL.iter().find(|step| step.name() == name).copied();
+    if let Some(step) = text.strip_prefix("hold ").and_then(named) {
+        steps::hold(step);
+        return Ok(());
+    }
+    let armed = text.split_once(' ').and_then(|(nth, name)| Some((nth.parse().ok()?, named(name)?)));
     let (nth, step) = armed.ok_or_else(|| Error::invalid("expected a number and the name of a step"))?;
     crate::steps::arm(step, nth);
     Ok(())
@@ -121,27 +128,30 @@ impl Fs {
     ///
     /// # Errors
     /// ENODATA; E2BIG for a value that is too long to return.
-    pub fn attribute(&self, node: NodeId, name: &OsStr, reading: Reading) -> Result<Vec<u8>> {
+    pub fn attribute(&self, node: NodeId, name: &OsStr, reading: Reading, ticket: Ticket) -> Result<Vec<u8>> {
         if !is_ours(name) {
             return self.index.attribute(node, name);
         }
         let (attribute, on) = find(name).ok_or(Error::NoData)?;
         let text = match on {
-            On::Root if node == NodeId::ROOT => self.root_attribute(attribute)?,
+            On::Root if node == NodeId::ROOT => self.root_attribute(attribute, &Pace::of(ticket))?,
             On::File if self.is_file(node)? => {
-                self.file_attribute(&self.object(node)?, attribute, reading)?
+                self.file_attribute(&*self.object(node)?, attribute, reading, &Pace::of(ticket))?
             }
             _ => return Err(Error::NoData),
         };
         if text.len() > LONGEST_VALUE { Err(Error::TooLong) } else { Ok(text.into_bytes()) }
     }
 
-    fn root_attribute(&self, attribute: Protocol) -> Result<String> {
+    fn root_attribute(&self, attribute: Protocol, pace: &Pace) -> Result<String> {
         match attribute {
-            Protocol::Pool => self.pool_text(),
+            Protocol::Pool => self.pool_text(pace),
             Protocol::Options => Ok(self.options.clone()),
             Protocol::Size => Ok(format!("{}\n", self.pool.balance().total * self.pool.page_size().bytes())),
-            Protocol::Check => Ok(self.check()?.iter().fold(String::new(), |text, what| text + what + "\n")),
+            Protocol::Check => {
+                pace.refuse_if(|| Ok(true))?;
+                Ok(self.check()?.iter().fold(String::new(), |text, what| text + what + "\n"))
+            }
             #[cfg(debug_assertions)]
             Protocol::Die => Ok(Step::ALL.iter().fold(String::new(), |text, step| text + step.name() + "\n")),
             #[cfg(debug_assertions)]
@@ -150,23 +160,30 @@ impl Fs {
         }
     }
 
-    fn file_attribute(&self, object: &Arc<Object>, attribute: Protocol, reading: Reading) -> Result<String> {
+    fn file_attribute(
+        &self,
+        object: &Object,
+        attribute: Protocol,
+        reading: Reading,
+        pace: &Pace,
+    ) -> Result<String> {
         match attribute {
             Protocol::Poison => {
-                self.look_for_poison();
+                self.look_for_poison_in(object, pace)?;
                 let room = match reading {
                     Reading::Length => None,
                     Reading::Value { room } => Some(room.min(LONGEST_VALUE)),
                 };
-                match object.report(room)? {
+                match object.report(room, pace)? {
                     text if text.is_empty() => Err(Error::NoData),
                     text => Ok(text),
                 }
             }
             Protocol::Map => {
-                self.look_for_poison();
+                pace.refuse_if(|| Ok(true))?;
+                self.look_for_poison_in(object, pace)?;
                 let mut text = String::new();
-                for extent in object.map(&self.nodes)? {
+                for extent in object.map(&self.nodes, pace)? {
                     let node = extent.node.map_or("-".to_owned(), |node| node.to_string());
                     let _ = writeln!(text, "{} {} {node}", extent.range, extent.state.name());
                 }
@@ -177,12 +194,12 @@ impl Fs {
     }
 
     /// The counters of the pool, `<name> <value>` a line.
-    fn pool_text(&self) -> Result<String> {
+    fn pool_text(&self, pace: &Pace) -> Result<String> {
         let account = self.pool.balance();
         let objects = self.all_objects();
-        let counts = objects.iter().map(|object| object.quarantined_counts());
-        let (soft, hw) = counts.fold((0, 0), |sum, counts| (sum.0 + counts.0, sum.1 + counts.1));
-        let punched = objects.iter().map(|object| object.read_lock().sealed().punched_bytes());
+        let counts = objects.iter().map(|object| object.summary());
+        let (soft, hw) = counts.fold((0, 0), |sum, counts| (sum.0 + counts.soft, sum.1 + counts.hw));
+        let punched = objects.iter().map(|object| object.punched_bytes(pace));
         let punched = punched.sum::<Result<u64>>()?;
         let mut text = String::new();
         let mut line = |name: &str, value: u64| {
@@ -230,7 +247,9 @@ impl Fs {
             Some((attribute, On::File)) if self.is_file(node)? => {
                 self.set_file_attribute(node, attribute, value, ticket)
             }
-            Some((Protocol::Size, On::Root)) if node == NodeId::ROOT => self.resize(value),
+            Some((Protocol::Size, On::Root)) if node == NodeId::ROOT => {
+                Pace::of(ticket).refuse_if(|| Ok(true)).and_then(|()| self.resize(value))
+            }
             #[cfg(debug_assertions)]
             Some((Protocol::Die, On::Root)) if node == NodeId::ROOT => arm(value),
             #[cfg(debug_assertions)]
@@ -238,6 +257,9 @@ impl Fs {
             _ => Err(Error::Unsupported),
         };
         result.inspect_err(|error| {
+            if matches!(error, Error::TakesLong) {
+                return; // another thread carries the request out
+            }
             let (name, value) = (Excerpt(name.as_bytes()), Excerpt(value));
             log::info!(user = by.uid; "user {}: {name} {value} refused: {error}", by.uid);
         })
@@ -250,16 +272,17 @@ impl Fs {
         value: &[u8],
         ticket: Ticket,
     ) -> Result<()> {
-        let object = self.object(node)?;
+        let (object, pace) = (self.object(node)?, Pace::of(ticket));
+        pace.refuse_if(|| Ok(true))?;
         // Whoever asks has perhaps just been sent a SIGBUS, and the patrol has not come round yet.
-        self.look_for_poison();
+        self.look_for_poison_in(&object, &pace)?;
         match attribute {
-            Protocol::Poison => object.quarantine(value),
+            Protocol::Poison => object.quarantine(value, &pace),
             Protocol::Repair => {
                 let resumed = self.was_due(ticket, object.is_repairable(value))?;
                 self.repair(&object, value, resumed, ticket)
             }
-            Protocol::Collapse => object.collapse(value),
+            Protocol::Collapse => object.collapse(value, &pace),
             Protocol::Inject => {
                 let resumed = self.was_due(ticket, object.is_injectable(value))?;
                 match object.inject(value) {
@@ -277,7 +300,7 @@ impl Fs {
 
     /// A program whose SIGBUS tells it of a memory error asks for repair at once, before the patrol has come by.
     fn repair(&self, object: &Arc<Object>, value: &[u8], resumed: bool, ticket: Ticket) -> Result<()> {
-        self.look_for_poison();
+        self.look_for_poison_in(object, &Pace::of(ticket))?;
         let repair = || self.with_context(object, ticket, |context| object.repair(value, resumed, context));
         match repair() {
             // The kernel counts an error only after programs can have met it.
@@ -316,7 +339,7 @@ impl Fs {
             .flatten()
             .copied()
             .collect();
-        if self.known_object(node).is_some_and(|object| object.quarantined_counts() != (0, 0)) {
+        if self.known_object(node).is_some_and(|object| object.summary().soft + object.summary().hw > 0) {
             names.extend_from_slice(b"user.hugetlb2.poison\0");
         }
         Ok(names)

@@ -5,9 +5,10 @@
 //! be empty yet), and ends when the kernel forgets the node after its last name is gone. Where objects are, and how many
 //! there can be, is for `places` to say.
 //!
-//! **Locks**, in order: `stranded`, `objects`, a file's own. `objects` is held for one look-up, while one object is
-//! made, or while the kernel is asked for a node and that goes. The check shares the locks of all files for an addition, so that no
-//! page moves; it looks at the two tables then, and does not wait for them.
+//! **Locks**, in order: `dismantling`, `making`, `stranded`, `objects`, a file's own. `stranded` and `objects` are held for one look-up,
+//! or while the kernel is asked for a node and that goes. The check shares the locks of all files for an addition, so that no
+//! page moves; it looks at the two tables then, and does not wait for them. `making` is held while an object is made, and
+//! `dismantling` while memory moves back from files that are gone.
 
 mod attributes;
 mod modified;
@@ -19,7 +20,7 @@ mod recovery;
 mod requests;
 
 pub use attributes::Reading;
-pub use object::{Allocation, Context, Extent, Object, State, Waker};
+pub use object::{Allocation, Context, Extent, Object, State, Summary, Waker};
 pub use pace::Pace;
 pub use places::refuse_too_few_descriptors;
 pub use requests::Ticket;
@@ -61,8 +62,14 @@ pub struct Fs {
     pool: Pool,
     places: Places,
     objects: Mutex<HashMap<NodeId, Arc<Object>>>,
-    /// Objects of nodes that are gone, whose pages the machine had no memory to move yet.
+    /// One of these is held while an object is made, by its node: two requests may open the same file for the first time.
+    making: [Mutex<()>; 64],
+    /// Objects of nodes that are gone, whose pages have yet to be moved.
     stranded: Mutex<Vec<Arc<Object>>>,
+    /// Held while they are moved.
+    dismantling: Mutex<()>,
+    /// Nodes that have lost their last name, whose pages are not counted as orphaned yet.
+    uncounted: Mutex<Vec<Arc<Object>>>,
     /// The options in force, as the attribute has them.
     options: String,
     recovery_write: bool,
@@ -133,7 +140,10 @@ impl Fs {
             pool,
             places: Places::count()?,
             objects: Mutex::default(),
+            making: [const { Mutex::new(()) }; 64],
             stranded: Mutex::default(),
+            dismantling: Mutex::default(),
+            uncounted: Mutex::default(),
             options: in_force(options),
             recovery_write: options.recovery_write,
             native: reads_natively(options.io),
@@ -178,7 +188,7 @@ impl Fs {
         if attributes.kind == Kind::File
             && let Some(object) = self.known_object(attributes.node)
         {
-            (attributes.size, attributes.blocks) = object.size_and_blocks(&self.pool);
+            (attributes.size, attributes.blocks) = object.size_and_blocks();
         }
         attributes
     }
@@ -193,7 +203,7 @@ impl Fs {
             let object = self.object(node)?;
             self.contents_change(&object, ticket.unprivileged)?;
             let truncate = || self.with_context(&object, ticket, |context| object.truncate(size, context));
-            self.heeding_poison(truncate)?;
+            self.heeding_poison(&object, ticket, truncate)?;
         }
         self.inode_changed(node, || self.change_inode(&inode, changes))?;
         self.index.attributes_of(&inode).map(|attributes| self.with_contents(attributes))
@@ -228,9 +238,31 @@ impl Fs {
         changed
     }
 
-    fn note_orphan(&self, orphan: Option<NodeId>) {
-        if let Some(object) = orphan.and_then(|node| self.known_object(node)) {
-            object.note_orphaned(&self.pool);
+    /// Counts the pages of a node that has lost its last name as orphaned; later where its lock is not free now
+    /// ([`Fs::count_orphans`]).
+    fn note_orphan(&self, orphan: Option<NodeId>, pace: &Pace) {
+        if let Some(object) = orphan.and_then(|node| self.known_object(node))
+            && object.note_orphaned(&self.pool, pace).is_err()
+        {
+            self.uncounted().push(object);
+        }
+    }
+
+    fn uncounted(&self) -> MutexGuard<'_, Vec<Arc<Object>>> {
+        self.uncounted.lock().expect("no panic while the list is open")
+    }
+
+    /// Whether [`Fs::count_orphans`] has something to do.
+    pub fn has_uncounted_orphans(&self) -> bool {
+        !self.uncounted().is_empty()
+    }
+
+    /// Counts what could not be counted at once. It waits for the files' locks.
+    pub fn count_orphans(&self) {
+        let uncounted = std::mem::take(&mut *self.uncounted());
+        for object in uncounted {
+            let counted = object.note_orphaned(&self.pool, &Pace::steady());
+            counted.expect("a steady pace waits for the lock");
         }
     }
 
@@ -277,17 +309,17 @@ impl Fs {
     }
 
     /// The kernel gives up references to `node`. Where that has no name, and the kernel does not know it any more, its inode goes,
-    /// and its memory goes back to the pool. Before that, `close` has the kernel let go of the memory.
+    /// and true is returned: [`Fs::dismantle_stranded`] is to give its memory back to the pool. Before that, `close` has the
+    /// kernel let go of the memory.
     ///
     /// From the question to the kernel until the inode is gone, no request finds the object ([`Fs::object`]). One that comes
     /// later, for a file handle that a program has kept, finds no inode: ESTALE.
-    pub fn forget(&self, node: NodeId, is_known: impl FnOnce() -> bool, close: impl FnOnce(&Object)) {
-        if self.index.is_orphan(node) && self.part_with(node, is_known, close) {
-            self.retry_stranded();
-        }
+    pub fn forget(&self, node: NodeId, is_known: impl FnOnce() -> bool, close: impl FnOnce(&Object)) -> bool {
+        self.index.is_orphan(node) && self.part_with(node, is_known, close)
     }
 
     fn part_with(&self, node: NodeId, is_known: impl FnOnce() -> bool, close: impl FnOnce(&Object)) -> bool {
+        let _none_is_made = self.making(node);
         let mut stranded = self.stranded(); // the check must not see an object twice, or not at all
         let mut objects = self.objects();
         if !self.index.is_orphan(node) || is_known() {
@@ -324,9 +356,12 @@ impl Fs {
     /// # Errors
     /// EINVAL for anything else; [`Error::NoMemory`], [`Error::TooManyFiles`].
     pub fn object(&self, node: NodeId) -> Result<Arc<Object>> {
-        let mut objects = self.objects();
-        if let Some(object) = objects.get(&node) {
-            return Ok(object.clone());
+        if let Some(object) = self.known_object(node) {
+            return Ok(object);
+        }
+        let _one_at_a_time = self.making(node);
+        if let Some(object) = self.known_object(node) {
+            return Ok(object);
         }
         match self.index.attributes(node)?.kind {
             Kind::File => {}
@@ -335,12 +370,22 @@ impl Fs {
         }
         let holding = self.places.make(node, || Holding::create(self.pool.page_size()))?;
         let object = Arc::new(Object::new(node, holding));
-        objects.insert(node, object.clone());
+        self.objects().insert(node, object.clone());
         Ok(object)
     }
 
-    fn retry_stranded(&self) {
-        self.stranded().retain(|object| self.dismantle(object).is_err());
+    fn making(&self, node: NodeId) -> MutexGuard<'_, ()> {
+        let lock = &self.making[node.0 as usize % self.making.len()];
+        lock.lock().expect("no panic while an object is made")
+    }
+
+    /// Gives the memory of files that are gone back to the pool. What cannot be moved now stays for the next time.
+    pub fn dismantle_stranded(&self) {
+        let _one_at_a_time = self.dismantling.lock().expect("no panic while memory is moved back");
+        let stranded = self.stranded().clone();
+        for object in stranded.iter().filter(|object| self.dismantle(object).is_ok()) {
+            self.stranded().retain(|other| !Arc::ptr_eq(other, object));
+        }
     }
 
     fn stranded(&self) -> MutexGuard<'_, Vec<Arc<Object>>> {
@@ -367,11 +412,24 @@ impl Fs {
     fn with_context<T>(&self, object: &Arc<Object>, ticket: Ticket, run: impl FnOnce(Context<'_>) -> T) -> T {
         let repaired = |folio: Folio| self.report_repaired(object.clone(), folio.range());
         let (recovery_write, keep_punched) = (self.recovery_write, self.keep_punched);
-        let pace = &Pace::of(ticket.thread);
+        let pace = &Pace::of(ticket);
         run(Context { pool: &self.pool, recovery_write, keep_punched, repaired: &repaired, pace })
     }
 
     // ---- memory errors ------------------------------------------------------------------------------------------
+
+    /// Looks a file through for memory errors, if the kernel has met any that the patrol has not looked for yet. Returns how many
+    /// there were.
+    ///
+    /// # Errors
+    /// [`Error::TakesLong`]; what mmap(2) and setxattr(2) answer.
+    pub fn look_for_poison_in(&self, object: &Object, pace: &Pace) -> Result<usize> {
+        if memory_failures() == *self.failures.lock().expect("no panic while a number is compared") {
+            return Ok(0);
+        }
+        pace.refuse_if(|| Ok(true))?;
+        object.look_for_poison()
+    }
 
     /// Looks all files through for memory errors, if the kernel has met any since the last time.
     pub fn look_for_poison(&self) {
@@ -408,23 +466,29 @@ impl Fs {
 
     /// Runs `look` if the kernel has met memory errors since it last went well; this worker's or another's.
     fn if_memory_failed(&self, seen: &Mutex<Option<u64>>, kept: &str, look: impl FnOnce() -> Result<()>) {
-        let mut seen = seen.lock().expect("no panic while memory is looked through");
+        let seen = || seen.lock().expect("no panic while a number is compared");
         // What happens from here on counts as not seen, even if it is.
         let now = memory_failures();
-        if now == *seen {
+        if now == *seen() {
             return;
         }
-        *seen = if look().is_ok() { now } else { None }; // once more, then
-        if let Err(error) = self.index.keep(kept, *seen) {
+        let looked = if look().is_ok() { now } else { None }; // once more, then
+        *seen() = looked;
+        if let Err(error) = self.index.keep(kept, looked) {
             log::warn!("the next worker will not know which memory errors were seen: {error}");
         }
     }
 
     /// Runs `access` once more where it met a memory error that was not known, as it may go on around it then.
-    fn heeding_poison<T>(&self, mut access: impl FnMut() -> Result<T>) -> Result<T> {
+    fn heeding_poison<T>(
+        &self,
+        object: &Object,
+        ticket: Ticket,
+        mut access: impl FnMut() -> Result<T>,
+    ) -> Result<T> {
         match access() {
             Err(Error::Poisoned) => {
-                self.look_for_poison();
+                self.look_for_poison_in(object, &Pace::of(ticket))?;
                 access()
             }
             result => result,
@@ -472,9 +536,10 @@ impl Fs {
     ///
     /// # Errors
     /// EIO at a quarantined subpage.
-    pub fn read(&self, node: NodeId, buffer: &mut [u8], offset: u64) -> Result<usize> {
+    pub fn read(&self, node: NodeId, buffer: &mut [u8], offset: u64, ticket: Ticket) -> Result<usize> {
         let object = self.object(node)?;
-        self.heeding_poison(|| object.read(buffer, offset))
+        let pace = Pace::of(ticket);
+        self.heeding_poison(&object, ticket, || object.read(buffer, offset, &pace))
     }
 
     /// pwrite(2).
@@ -484,9 +549,8 @@ impl Fs {
     pub fn write(&self, node: NodeId, bytes: &[u8], offset: u64, ticket: Ticket) -> Result<usize> {
         let object = self.object(node)?;
         self.contents_change(&object, ticket.unprivileged)?;
-        self.heeding_poison(|| {
-            self.with_context(&object, ticket, |context| object.write(bytes, offset, context))
-        })
+        let write = || self.with_context(&object, ticket, |context| object.write(bytes, offset, context));
+        self.heeding_poison(&object, ticket, write)
     }
 
     /// fallocate(2) of so many bytes at an offset.
@@ -503,7 +567,7 @@ impl Fs {
         let object = self.object(node)?;
         self.contents_change(&object, ticket.unprivileged)?;
         let allocate = |context: Context<'_>| object.allocate(what, offset, length, context);
-        self.heeding_poison(|| self.with_context(&object, ticket, allocate))
+        self.heeding_poison(&object, ticket, || self.with_context(&object, ticket, allocate))
     }
 
     /// copy_file_range(2): up to `length` bytes, perhaps fewer.
@@ -513,16 +577,20 @@ impl Fs {
     pub fn copy(&self, from: (NodeId, u64), to: (NodeId, u64), length: u64, ticket: Ticket) -> Result<usize> {
         const PIECE: usize = 1 << 20;
         const MOST: usize = 256 << 20; // so that one request does not keep a thread for seconds
+        let pace = Pace::of(ticket);
+        pace.refuse_if(|| Ok(true))?;
         let length = usize::try_from(length).unwrap_or(MOST).min(MOST);
         let mut buffer = vec![0; PIECE.min(length)];
         let mut done = 0;
         while done < length {
             let wanted = buffer.len().min(length - done);
-            let piece =
-                self.read(from.0, &mut buffer[..wanted], from.1 + done as u64).and_then(|read| match read {
-                    0 => Ok((0, 0)),
-                    read => Ok((read, self.write(to.0, &buffer[..read], to.1 + done as u64, ticket)?)),
-                });
+            let read = pace
+                .go_on()
+                .and_then(|()| self.read(from.0, &mut buffer[..wanted], from.1 + done as u64, ticket));
+            let piece = read.and_then(|read| match read {
+                0 => Ok((0, 0)),
+                read => Ok((read, self.write(to.0, &buffer[..read], to.1 + done as u64, ticket)?)),
+            });
             match piece {
                 Ok((read, written)) => {
                     done += written;
@@ -541,10 +609,10 @@ impl Fs {
     ///
     /// # Errors
     /// ENXIO.
-    pub fn seek(&self, node: NodeId, offset: u64, data: bool) -> Result<u64> {
-        let object = self.object(node)?;
-        self.look_for_poison();
-        object.seek(offset, data)
+    pub fn seek(&self, node: NodeId, offset: u64, data: bool, ticket: Ticket) -> Result<u64> {
+        let (object, pace) = (self.object(node)?, Pace::of(ticket));
+        self.look_for_poison_in(&object, &pace)?;
+        object.seek(offset, data, &pace)
     }
 
     // ---- check --------------------------------------------------------------------------------------------------

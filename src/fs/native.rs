@@ -1,9 +1,11 @@
 //! The descriptors by which the kernel reads a file's memory without us.
 //!
 //! A hole in the memory is zeros to such a reader, where it would be EIO to one who asks us. So there are either soft holes in a
-//! file or natives, never both; the file's lock is what makes the two exclude each other ([`super::Object`]). A descriptor is known by the
-//! number of the request that opened it, which is the same when the request is sent again, and which the kernel names when
-//! the descriptor is closed: noting it twice, or striking it out twice, is noting it once.
+//! file or natives, never both: a quarantine excludes natives before it makes the first hole ([`Natives::exclude`]), and they are
+//! admitted again when a change leaves the file without holes. That needs no lock of the file: open(2) waits for no change.
+//!
+//! A descriptor is known by the number of the request that opened it, which is the same when the request is sent again, and which
+//! the kernel names when the descriptor is closed: noting it twice, or striking it out twice, is noting it once.
 //!
 //! A note can outlive its descriptor, and then forbid quarantines until the file is gone: where the worker that wrote it died before it
 //! answered, and nobody asked again, as whoever had asked was killed in that instant, or was refused by a supervisor that has
@@ -22,31 +24,48 @@ const MOST: usize = 1024;
 
 /// The natives of one file.
 #[derive(Default)]
-pub struct Natives {
-    noted: Mutex<BTreeSet<u64>>,
+pub struct Natives(Mutex<Notes>);
+
+#[derive(Default)]
+struct Notes {
+    noted: BTreeSet<u64>,
+    /// There are soft holes, or are going to be.
+    excluded: bool,
 }
 
 impl Natives {
-    fn noted(&self) -> MutexGuard<'_, BTreeSet<u64>> {
-        self.noted.lock().expect("no panic while the notes are open")
+    fn notes(&self) -> MutexGuard<'_, Notes> {
+        self.0.lock().expect("no panic while the notes are open")
     }
 
     /// How many there are.
     pub fn count(&self) -> usize {
-        self.noted().len()
+        self.notes().noted.len()
     }
 
-    /// Notes one more, which `keep` keeps for the next worker. Answers no where there are too many.
+    /// No more are noted until [`Natives::admit`], where none is noted now. Returns whether that is so.
+    pub fn exclude(&self) -> bool {
+        let mut notes = self.notes();
+        notes.excluded |= notes.noted.is_empty();
+        notes.excluded
+    }
+
+    /// There are no soft holes (any more). The caller keeps others from making one.
+    pub fn admit(&self) {
+        self.notes().excluded = false;
+    }
+
+    /// Notes one more, which `keep` keeps for the next worker. Answers no where there are too many, or none is to be.
     ///
     /// # Errors
     /// Those of `keep`; it is not noted then.
     pub fn add(&self, descriptor: u64, keep: impl FnOnce(&[u8]) -> Result<()>) -> Result<bool> {
-        let mut noted = self.noted();
-        if noted.len() >= MOST && !noted.contains(&descriptor) {
+        let Notes { noted, excluded } = &mut *self.notes();
+        if (*excluded || noted.len() >= MOST) && !noted.contains(&descriptor) {
             return Ok(false);
         }
         if noted.insert(descriptor)
-            && let Err(error) = keep(&encode(&noted))
+            && let Err(error) = keep(&encode(noted))
         {
             noted.remove(&descriptor);
             return Err(error);
@@ -59,17 +78,17 @@ impl Natives {
     /// # Errors
     /// Those of `keep`; it is struck out here all the same.
     pub fn remove(&self, descriptor: u64, keep: impl FnOnce(&[u8]) -> Result<()>) -> Result<()> {
-        let mut noted = self.noted();
+        let noted = &mut self.notes().noted;
         if !noted.remove(&descriptor) {
             return Ok(());
         }
-        keep(&encode(&noted))
+        keep(&encode(noted))
     }
 
     /// Notes those that were kept.
     pub fn recall(&self, kept: &[u8]) {
         let (numbers, _) = kept.as_chunks::<8>();
-        *self.noted() = numbers.iter().map(|number| u64::from_le_bytes(*number)).collect();
+        self.notes().noted = numbers.iter().map(|number| u64::from_le_bytes(*number)).collect();
     }
 }
 
@@ -145,7 +164,7 @@ mod tests {
             };
             natives.add(descriptor, keep).unwrap();
         }
-        assert_eq!(*next.noted(), *natives.noted());
+        assert_eq!(next.notes().noted, natives.notes().noted);
     }
 
     #[test]
@@ -153,6 +172,18 @@ mod tests {
         let natives = Natives::default();
         assert!(natives.add(2, |_| Err(Error::NoMemory)).is_err());
         assert_eq!(natives.count(), 0);
+    }
+
+    #[test]
+    fn natives_and_soft_holes_exclude_each_other() {
+        let natives = Natives::default();
+        assert!(natives.add(2, kept).unwrap());
+        assert!(!natives.exclude(), "one is noted");
+        natives.remove(2, kept).unwrap();
+        assert!(natives.exclude() && natives.exclude());
+        assert!(!natives.add(4, kept).unwrap());
+        natives.admit();
+        assert!(natives.add(4, kept).unwrap());
     }
 
     #[test]

@@ -10,7 +10,8 @@
 //! Programs that map the file need none of them.
 //!
 //! A change that takes long is done in pieces. Between two of them it gives way ([`Pace`]): those who wait for the file's lock get
-//! the lock first. So each piece leaves the file as another request may find it.
+//! the lock first. So each piece leaves the file as another request may find it. What stat(2) and poll(2) tell is kept beside the file
+//! ([`Summary`]), and brought up to date whenever the lock is given up ([`Locked`]): who asks for that waits for no change.
 
 use super::modified::Modified;
 use super::native::Natives;
@@ -23,9 +24,10 @@ use crate::steps::{self, Step, insist};
 use crate::sys::mapping::View;
 use crate::sys::{self, tmpfs};
 use crate::units::{FOLIO_SIZE, Folio, NodeId, Range, STAT_BLOCK, SUBPAGE_SIZE, Subpage};
-use parking_lot::{Mutex as FairMutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use parking_lot::{Mutex as FairMutex, MutexGuard as FairGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
@@ -61,6 +63,7 @@ pub struct Object {
     /// Held while a change of size or pages is under way, as that gives the next lock up between its pieces.
     changing: FairMutex<()>,
     holding: RwLock<Holding>,
+    summary: Mutex<Summary>,
     /// Held while a folio is collapsed: two at once would hold its pages against each other, and both fail.
     collapsing: Mutex<()>,
     natives: Natives,
@@ -70,6 +73,81 @@ pub struct Object {
     is_stuck_open: AtomicBool,
     /// Who waits for the quarantine to grow, by the kernel's handle.
     wakers: Mutex<BTreeMap<u64, Waker>>,
+}
+
+/// What is known of a file without its lock: as a change left it that has ended, or given way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Summary {
+    /// Size in bytes.
+    pub size: u64,
+    /// Memory in bytes: whole pages, as the pool counts them. A file with quarantined subpages counts what it can be read of
+    /// instead: cp(1) looks for holes only where that is less than the size.
+    pub memory: u64,
+    /// Quarantined subpages on request.
+    pub soft: u64,
+    /// Quarantined subpages with memory errors.
+    pub hw: u64,
+    /// The quarantine has grown since its [`Object::report`] was read.
+    pub alarm: bool,
+    /// There may be gaps that were asked for.
+    pub punched: bool,
+}
+
+impl Summary {
+    fn of(holding: &Holding) -> Self {
+        let (sealed, size) = (holding.sealed(), holding.size());
+        let (soft, hw) = (sealed.holes().count(), sealed.poisoned().len() as u64);
+        let memory = match sealed.lost_count() {
+            0 => holding.bytes(),
+            lost => {
+                let released: u64 = holding.released_in(Range::new(0, size)).map(Range::len).sum();
+                (size - released).saturating_sub(lost * SUBPAGE_SIZE)
+            }
+        };
+        let (alarm, punched) = (sealed.superblock().alarm, sealed.is_punched());
+        Self { size, memory, soft, hw, alarm, punched }
+    }
+}
+
+/// A file's lock in the hands of a request that changes sizes, pages or the quarantine.
+pub struct Locked<'a> {
+    object: &'a Object,
+    holding: RwLockWriteGuard<'a, Holding>,
+}
+
+impl Locked<'_> {
+    /// Gives the lock up if others wait for it, and takes it again when they have had it.
+    pub fn let_others_go_first(&mut self) {
+        self.publish();
+        RwLockWriteGuard::bump(&mut self.holding);
+    }
+
+    fn publish(&self) {
+        *self.object.summary.lock().expect("no panic with a summary") = Summary::of(&self.holding);
+        if self.holding.sealed().holes().is_empty() {
+            self.object.natives.admit();
+        }
+    }
+}
+
+impl Deref for Locked<'_> {
+    type Target = Holding;
+
+    fn deref(&self) -> &Holding {
+        &self.holding
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut Holding {
+        &mut self.holding
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        self.publish();
+    }
 }
 
 /// What an operation on a file's contents needs to know besides.
@@ -145,8 +223,12 @@ impl Object {
     /// Of `node`, with what `holding` has.
     pub fn new(node: NodeId, holding: Holding) -> Self {
         let (data, notes) = (holding.sealed().data().clone(), holding.sealed().notes().clone());
-        let (holding, collapsing, wakers) = (RwLock::new(holding), Mutex::default(), Mutex::default());
         let (natives, modified, view) = (Natives::default(), Modified::default(), Mutex::default());
+        if !holding.sealed().holes().is_empty() {
+            natives.exclude();
+        }
+        let (summary, holding) = (Mutex::new(Summary::of(&holding)), RwLock::new(holding));
+        let (collapsing, wakers) = (Mutex::default(), Mutex::default());
         let (backing, changing) = (OnceLock::new(), FairMutex::default());
         let is_stuck_open = AtomicBool::new(false);
         Self {
@@ -156,6 +238,7 @@ impl Object {
             backing,
             changing,
             holding,
+            summary,
             collapsing,
             natives,
             modified,
@@ -185,21 +268,21 @@ impl Object {
         self.holding.read()
     }
 
-    fn write_lock(&self) -> RwLockWriteGuard<'_, Holding> {
-        self.holding.write()
+    fn share(&self, pace: &Pace) -> Result<RwLockReadGuard<'_, Holding>> {
+        pace.lock(|| self.holding.read(), || self.holding.try_read())
     }
 
     /// Shares the lock. A program that has punched a file with soft holes by MADV_REMOVE has opened these: where the
     /// memory is still free, they are shut first. For the reader nothing depends on that, as it goes by the records.
-    fn shut_read_lock(&self) -> Result<RwLockReadGuard<'_, Holding>> {
-        let holding = self.read_lock();
+    fn shut_share(&self, pace: &Pace) -> Result<RwLockReadGuard<'_, Holding>> {
+        let holding = self.share(pace)?;
         if !is_torn_around_holes(&holding)? {
             return Ok(holding);
         }
         drop(holding);
-        let mut holding = self.write_lock();
-        self.shut(&mut holding);
-        Ok(RwLockWriteGuard::downgrade(holding))
+        pace.refuse_if(|| Ok(true))?;
+        self.shut(&mut self.write_lock());
+        Ok(self.read_lock())
     }
 
     /// Shuts the soft holes that a program has opened by MADV_REMOVE, also where it has touched them since, so that no
@@ -230,19 +313,29 @@ impl Object {
         }
     }
 
-    /// Size in bytes, and memory in units of 512 bytes: whole pages, as the pool counts them. A file with quarantined
-    /// subpages counts what it can be read of instead: cp(1) looks for holes only where that is less than the size.
-    pub fn size_and_blocks(&self, pool: &Pool) -> (u64, u64) {
-        let holding = self.read_lock();
-        let size = holding.size();
-        let bytes = match holding.sealed().lost_count() {
-            0 => holding.pages() * pool.page_size().bytes(),
-            lost => {
-                let released: u64 = holding.released_in(Range::new(0, size)).map(Range::len).sum();
-                (size - released).saturating_sub(lost * SUBPAGE_SIZE)
-            }
-        };
-        (size, bytes / STAT_BLOCK)
+    /// Keeps other changes of size or pages from beginning.
+    fn begin(&self, pace: &Pace) -> Result<FairGuard<'_, ()>> {
+        pace.lock(|| self.changing.lock(), || self.changing.try_lock())
+    }
+
+    fn write_lock(&self) -> Locked<'_> {
+        Locked { object: self, holding: self.holding.write() }
+    }
+
+    fn lock(&self, pace: &Pace) -> Result<Locked<'_>> {
+        let holding = pace.lock(|| self.holding.write(), || self.holding.try_write())?;
+        Ok(Locked { object: self, holding })
+    }
+
+    /// What is known without the lock.
+    pub fn summary(&self) -> Summary {
+        *self.summary.lock().expect("no panic with a summary")
+    }
+
+    /// Size in bytes, and memory in units of 512 bytes.
+    pub fn size_and_blocks(&self) -> (u64, u64) {
+        let summary = self.summary();
+        (summary.size, summary.memory / STAT_BLOCK)
     }
 
     // ---- read and write -----------------------------------------------------------------------------------------
@@ -251,8 +344,8 @@ impl Object {
     ///
     /// # Errors
     /// [`Error::Poisoned`] where the first byte is quarantined.
-    pub fn read(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
-        let holding = self.shut_read_lock()?;
+    pub fn read(&self, buffer: &mut [u8], offset: u64, pace: &Pace) -> Result<usize> {
+        let holding = self.shut_share(pace)?;
         let end = offset.saturating_add(buffer.len() as u64).min(holding.size());
         let range = Range::new(offset, end);
         if range.is_empty() {
@@ -267,9 +360,9 @@ impl Object {
     ///
     /// # Errors
     /// What mmap(2) and fstatfs(2) answer.
-    pub fn view(&self, offset: u64, length: u64) -> Result<Option<Viewed<'_>>> {
+    pub fn view(&self, offset: u64, length: u64, pace: &Pace) -> Result<Option<Viewed<'_>>> {
         const LEAST: u64 = 64 << 10; // to copy less costs less than to walk the page tables
-        let holding = self.shut_read_lock()?;
+        let holding = self.shut_share(pace)?;
         let sealed = holding.sealed();
         let range = Range::new(offset, offset.saturating_add(length).min(holding.size()).max(offset));
         let is_whole =
@@ -308,7 +401,7 @@ impl Object {
         }
         let range = checked_range(offset, bytes.len() as u64)?;
         {
-            let holding = self.read_lock();
+            let holding = self.share(context.pace)?;
             let sealed = holding.sealed();
             if holding.has_pages(range) && sealed.lost_in(range).next().is_none() && !sealed.is_torn()? {
                 return tmpfs::write_at(&self.data, bytes, offset);
@@ -318,8 +411,11 @@ impl Object {
     }
 
     fn write_alone(&self, bytes: &[u8], range: Range, context: Context<'_>) -> Result<usize> {
-        let _one_at_a_time = self.changing.lock();
-        let mut holding = self.write_lock();
+        let _one_at_a_time = self.begin(context.pace)?;
+        let mut holding = self.lock(context.pace)?;
+        context
+            .pace
+            .refuse_if(|| takes_long(&holding, range, range.end.max(holding.size()), context.pool))?;
         if holding.has_pages(range) || holding.can_append(range) {
             mend_but_gaps(&mut holding)?
         } else {
@@ -402,8 +498,9 @@ impl Object {
     /// [`Error::Full`] with nothing changed; [`Error::Busy`] where soft holes forbid it.
     pub fn truncate(&self, size: u64, context: Context<'_>) -> Result<()> {
         checked_range(0, size)?;
-        let _one_at_a_time = self.changing.lock();
-        let mut holding = self.write_lock();
+        let _one_at_a_time = self.begin(context.pace)?;
+        let mut holding = self.lock(context.pace)?;
+        context.pace.refuse_if(|| takes_long(&holding, Range::new(size, size), size, context.pool))?;
         mend(&mut holding)?;
         let change = match holding.size() {
             now if size <= now => holding.begin_shrinking(context.pool, size)?,
@@ -421,8 +518,13 @@ impl Object {
             Allocation::Punch => possible_part(offset, length), // to punch all that there may be is how programs say "to the end"
             _ => checked_range(offset, length)?,
         };
-        let _one_at_a_time = self.changing.lock();
-        let mut holding = self.write_lock();
+        let _one_at_a_time = self.begin(context.pace)?;
+        let mut holding = self.lock(context.pace)?;
+        let end = match what {
+            Allocation::Extend | Allocation::Zero => range.end.max(holding.size()),
+            Allocation::KeepSize | Allocation::ZeroKeepSize | Allocation::Punch => holding.size(),
+        };
+        context.pace.refuse_if(|| takes_long(&holding, range, end, context.pool))?;
         if what == Allocation::Punch && context.keep_punched {
             return self.punch_and_keep(&mut holding, range, context);
         }
@@ -494,8 +596,8 @@ impl Object {
     ///
     /// # Errors
     /// ENXIO behind the end, and for data where there is none left.
-    pub fn seek(&self, offset: u64, data: bool) -> Result<u64> {
-        let holding = self.shut_read_lock()?;
+    pub fn seek(&self, offset: u64, data: bool, pace: &Pace) -> Result<u64> {
+        let holding = self.shut_share(pace)?;
         let rest = Range::new(offset, holding.size());
         let nothing = Error::Os(rustix::io::Errno::NXIO);
         if rest.is_empty() {
@@ -520,8 +622,9 @@ impl Object {
     ///
     /// # Errors
     /// What pwrite(2) answers.
-    pub fn report(&self, room: Option<usize>) -> Result<String> {
-        let mut holding = self.write_lock();
+    pub fn report(&self, room: Option<usize>, pace: &Pace) -> Result<String> {
+        let mut holding = self.lock(pace)?;
+        pace.refuse_if(|| is_torn_around_holes(&holding))?;
         if is_torn_around_holes(&holding)? {
             self.shut(&mut holding);
         }
@@ -532,10 +635,12 @@ impl Object {
         Ok(text)
     }
 
-    /// Quarantined subpages, soft and hw.
-    pub fn quarantined_counts(&self) -> (u64, u64) {
-        let holding = self.read_lock();
-        (holding.sealed().holes().count(), holding.sealed().poisoned().len() as u64)
+    /// Bytes that were punched on request and have no memory.
+    ///
+    /// # Errors
+    /// What fstatfs(2) answers.
+    pub fn punched_bytes(&self, pace: &Pace) -> Result<u64> {
+        if self.summary().punched { self.share(pace)?.sealed().punched_bytes() } else { Ok(0) }
     }
 
     /// Looks for memory errors that the kernel has met in the file, and returns how many are new.
@@ -572,11 +677,6 @@ impl Object {
     /// Whether [`Object::inject`] would find a place.
     pub fn is_injectable(&self, value: &[u8]) -> bool {
         injectable(&self.read_lock(), value).is_ok()
-    }
-
-    /// Whether the quarantine has grown since its [`Object::report`] was read.
-    pub fn alarm(&self) -> bool {
-        self.read_lock().sealed().superblock().alarm
     }
 
     /// Runs `waker` once, when the quarantine grows; a later one with the same `key`, the kernel's handle, takes its place. The keys
@@ -633,16 +733,11 @@ impl Object {
 
     /// Notes `descriptor` as one by which the kernel reads `data` without us: what is a hole there would be zeros to it. So it
     /// answers no for a file with soft holes; and as long as one is noted, none is made ([`Object::quarantine`]). The notes are kept
-    /// with the file, for the next worker. It answers no, too, where somebody has the file alone, to lengthen it perhaps: who opens it
-    /// is not to wait for that.
+    /// with the file, for the next worker.
     ///
     /// # Errors
     /// What setxattr(2) answers: nothing is noted then.
     pub fn open_natively(&self, descriptor: u64) -> Result<bool> {
-        let Some(holding) = self.holding.try_read() else { return Ok(false) };
-        if !holding.sealed().holes().is_empty() {
-            return Ok(false);
-        }
         let noted = self.natives.add(descriptor, |noted| self.notes.keep(NATIVES, noted));
         steps::done(Step::NativeNoted);
         noted
@@ -679,7 +774,7 @@ impl Object {
     /// [`Error::Invalid`] for a value that does not parse or a range without memory; [`Error::OpenNatively`] where
     /// descriptors are noted that read natively, or [`Error::Busy`] where there are gaps to be filled by touches, and nothing
     /// is done; [`Error::Busy`] for a pinned folio, and those before it in the value are quarantined by then.
-    pub fn quarantine(&self, value: &[u8]) -> Result<()> {
+    pub fn quarantine(&self, value: &[u8], pace: &Pace) -> Result<()> {
         let is_done = {
             let holding = self.read_lock();
             let ranges = quarantinable(&holding, value)?;
@@ -688,8 +783,8 @@ impl Object {
         if is_done {
             return Ok(());
         }
-        let mut holding = self.write_lock(); // nobody is noted as long as it is held
-        if self.natives.count() > 0 {
+        let mut holding = self.write_lock();
+        if !self.natives.exclude() {
             return Err(Error::OpenNatively);
         }
         let ranges = quarantinable(&holding, value)?;
@@ -700,7 +795,7 @@ impl Object {
         let time = sys::unix_time();
         let before = holding.sealed().lost_count();
         let result =
-            ranges.into_iter().try_for_each(|range| self.quarantine_range(&mut holding, range, time));
+            ranges.into_iter().try_for_each(|range| self.quarantine_range(&mut holding, range, time, pace));
         let grown = holding.sealed().lost_count() > before;
         drop(holding);
         if grown {
@@ -709,9 +804,16 @@ impl Object {
         result
     }
 
-    fn quarantine_range(&self, holding: &mut Holding, range: Range, time: u64) -> Result<()> {
+    fn quarantine_range(&self, holding: &mut Locked<'_>, range: Range, time: u64, pace: &Pace) -> Result<()> {
         let before = holding.sealed().holes().count();
-        let result = parts(range).try_for_each(|part| holding.sealed_mut().quarantine(part, time));
+        let result = parts(range).try_for_each(|part| {
+            // Where the parts before have made no hole, a native may have come while the lock was given up.
+            if !self.natives.exclude() {
+                return Err(Error::OpenNatively);
+            }
+            holding.sealed_mut().quarantine(part, time)?;
+            pace.give_way(holding)
+        });
         if holding.sealed().holes().count() > before {
             log::warn!("file {}: {range} quarantined (soft)", self.node);
         }
@@ -750,7 +852,10 @@ impl Object {
                 Repair::Zero => Content::Zero,
                 Repair::Salvage => Content::Known,
             };
-            parts(range).try_for_each(|part| self.repair_part(&mut holding, part, content, context))?;
+            parts(range).try_for_each(|part| {
+                self.repair_part(&mut holding, part, content, context)?;
+                context.pace.give_way(&mut holding)
+            })?;
             log::info!("file {}: {range} repaired", self.node);
         }
         Ok(())
@@ -790,13 +895,13 @@ impl Object {
     /// # Errors
     /// [`Error::Invalid`] for a value that does not parse; [`Error::Again`] or [`Error::NoMemory`] where the kernel could
     /// not, after having tried all.
-    pub fn collapse(&self, value: &[u8]) -> Result<()> {
+    pub fn collapse(&self, value: &[u8], pace: &Pace) -> Result<()> {
         let ranges = quarantine::parse_collapse(value, self.read_lock().size())?;
         let mut left: Vec<Folio> = ranges.iter().flat_map(|range| range.folios()).collect();
         let (mut failure, mut fruitless) = (Ok(()), 0);
         while !left.is_empty() && fruitless < COLLAPSE_TRIES {
             let before = left.len();
-            left.retain(|folio| match self.collapse_folio(*folio) {
+            left.retain(|folio| match pace.go_on().and_then(|()| self.collapse_folio(*folio)) {
                 Ok(()) => false,
                 Err(Error::Again) => true,
                 Err(error) => {
@@ -834,13 +939,20 @@ impl Object {
     ///
     /// # Errors
     /// What mmap(2) and the page map answer.
-    pub fn map(&self, nodes: &[u32]) -> Result<Vec<Extent>> {
-        const WINDOW: u64 = 1 << 30;
-        let holding = self.shut_read_lock()?;
-        let sealed = holding.sealed();
-        let file = Range::new(0, holding.size()).subpages_out();
+    pub fn map(&self, nodes: &[u32], pace: &Pace) -> Result<Vec<Extent>> {
+        const WINDOW: u64 = 64 << 20;
         let mut extents = Extents::default();
-        for window in file.steps(WINDOW) {
+        let mut at = 0;
+        loop {
+            pace.go_on()?;
+            let holding = self.shut_share(pace)?; // for one window: a change of the file goes on in between
+            let sealed = holding.sealed();
+            let file = Range::new(0, holding.size()).subpages_out();
+            let window = Range::at(at, WINDOW).intersect(file);
+            if window.is_empty() {
+                return Ok(extents.0);
+            }
+            at = window.end;
             let huge = sealed.huge_ranges(window)?;
             for folio in window.folios() {
                 let range = folio.range().intersect(file);
@@ -868,7 +980,6 @@ impl Object {
                 }
             }
         }
-        Ok(extents.0)
     }
 
     /// Verifies what can be told of the file alone; says what does not hold. A change of the file waits for a piece of that.
@@ -898,8 +1009,12 @@ impl Object {
     }
 
     /// The file has lost its last name: its pages will come back when its last user is gone.
-    pub fn note_orphaned(&self, pool: &Pool) {
-        self.write_lock().note_orphaned(pool);
+    ///
+    /// # Errors
+    /// [`Error::TakesLong`].
+    pub fn note_orphaned(&self, pool: &Pool, pace: &Pace) -> Result<()> {
+        self.lock(pace)?.note_orphaned(pool);
+        Ok(())
     }
 
     /// Gives all pages back to the pool.
@@ -910,13 +1025,11 @@ impl Object {
         let _one_at_a_time = self.changing.lock();
         let mut holding = self.write_lock();
         let shrinking = holding.begin_shrinking(pool, 0)?;
-        carry_out(&mut holding, shrinking, &Pace::of(0))
+        carry_out(&mut holding, shrinking, &Pace::steady())
     }
 }
 
 /// A file's lock, for as long as a change has it alone.
-type Locked<'a> = RwLockWriteGuard<'a, Holding>;
-
 /// Makes a change piece by piece, and gives way between two of them. Where the caller was killed, it is given up.
 fn carry_out(holding: &mut Locked<'_>, mut change: Change<'_>, pace: &Pace) -> Result<()> {
     while change.advance(holding)? == Progress::More {
@@ -954,6 +1067,20 @@ impl Extents {
             _ => self.0.push(Extent { range, state, node }),
         }
     }
+}
+
+/// Whether a change of the bytes in `touched` that leaves the file `end` bytes long takes longer than a moment: much is moved or
+/// zeroed, or something is to be found, mended or repaired first.
+fn takes_long(holding: &Holding, touched: Range, end: u64, pool: &Pool) -> Result<bool> {
+    const LITTLE: u64 = 4 << 20;
+    let size = holding.size();
+    let (inside, cut) = (touched.intersect(Range::new(0, size)), Range::new(end.min(size), size));
+    let is_whole = |range: Range| holding.sealed().lost_in(range).next().is_none();
+    Ok(inside.len() + size.abs_diff(end) > LITTLE
+        || !holding.has_pages(inside)
+        || !(is_whole(inside) && is_whole(cut))
+        || holding.sealed().has_free_blocks()?
+        || pool.is_moving())
 }
 
 /// What is quarantined, ascending.

@@ -1,6 +1,6 @@
 //! The filesystem as another process has left it.
 
-use super::{Fs, OBJECTS, Object, Repaired};
+use super::{Fs, OBJECTS, Object, Pace, Repaired};
 use crate::error::{Error, Result};
 use crate::index::Index;
 use crate::options::Options;
@@ -30,9 +30,9 @@ impl Fs {
         }
         fs.balance()?;
         for node in fs.index.orphans() {
-            fs.note_orphan(Some(node));
+            fs.note_orphan(Some(node), &Pace::steady());
         }
-        fs.retry_stranded();
+        fs.dismantle_stranded();
         // What was reported to an agent that has died with its worker is not known any more.
         for object in fs.all_objects() {
             let size = object.read_lock().sealed().size();

@@ -9,7 +9,7 @@
 //! - What an exchange of names, an attribute that must (not) exist, or a repair found is noted before it is changed
 //!   ([`crate::index::Index::witness`]); the second time, the answer goes by the note.
 
-use super::Fs;
+use super::{Fs, Pace};
 use crate::error::{Error, Result};
 use crate::index::{Attributes, New};
 use crate::steps::{self, Step};
@@ -30,6 +30,8 @@ pub struct Ticket {
     pub thread: u32,
     /// That thread is without CAP_FSETID: set-id bits are dropped when it changes contents.
     pub unprivileged: bool,
+    /// The thread that carries the request out serves others: what takes longer than a moment is [`Error::TakesLong`].
+    pub brief: bool,
 }
 
 /// What a request found at first.
@@ -73,7 +75,8 @@ impl Fs {
     /// # Errors
     /// ENOENT, EISDIR.
     pub fn unlink(&self, parent: NodeId, name: &OsStr, ticket: Ticket) -> Result<()> {
-        removed(self.index.unlink(parent, name), ticket).map(|orphan| self.note_orphan(orphan))
+        removed(self.index.unlink(parent, name), ticket)
+            .map(|orphan| self.note_orphan(orphan, &Pace::of(ticket)))
     }
 
     /// rmdir(2).
@@ -105,7 +108,7 @@ impl Fs {
         if flags.contains(RenameFlags::EXCHANGE) {
             steps::done(Step::ExchangeDone);
         }
-        removed(renamed, ticket).map(|orphan| self.note_orphan(orphan))
+        removed(renamed, ticket).map(|orphan| self.note_orphan(orphan, &Pace::of(ticket)))
     }
 
     fn has_exchanged(&self, from: (NodeId, &OsStr), to: (NodeId, &OsStr), ticket: Ticket) -> Result<bool> {

@@ -7,6 +7,7 @@
 //! ```text
 //!   sent for the first time       nothing is noted: it costs nothing
 //!   sent again                    noted as begun once
+//!   found to take long            noted as begun once less, until a thread has the time for it
 //!   sent again, noted already     waits for its turn, is noted as begun once more, and has the turn until it is answered
 //!   begun MOST times              the next worker answers EIO, and does not have the kernel send it again
 //! ```
@@ -102,6 +103,16 @@ impl Attempts {
         turn
     }
 
+    /// A request that has begun is going to begin anew later, with nothing done: no death until then is its fault.
+    pub fn postpone(&self, number: u64) {
+        let mut notes = self.notes();
+        let Some(at) = notes.iter().position(|note| note.number == number && note.begun > 0) else { return };
+        notes[at].begun -= 1;
+        if let Err(error) = self.keep(at, notes[at]) {
+            log::error!("that a request is postponed could not be noted: {error}");
+        }
+    }
+
     fn wait_for_turn(&self) -> Turn {
         self.turn.0.send(()).expect("the other end is ours");
         Turn(self.turn.1.clone())
@@ -117,7 +128,7 @@ impl Attempts {
     }
 
     fn is_noted(&self, number: u64) -> bool {
-        self.notes().iter().any(|note| note.number == number)
+        self.notes().iter().any(|note| note.number == number && note.begun > 0)
     }
 
     fn note(&self, number: u64) -> Result<()> {
@@ -127,7 +138,11 @@ impl Attempts {
         let at = known.unwrap_or_else(oldest);
         let begun = known.map_or(0, |at| notes[at].begun) + 1;
         notes[at] = Note { number, begun };
-        tmpfs::write_at(&self.file, &notes[at].encode(), (at * NOTE_BYTES) as u64).map(drop)
+        self.keep(at, notes[at])
+    }
+
+    fn keep(&self, at: usize, note: Note) -> Result<()> {
+        tmpfs::write_at(&self.file, &note.encode(), (at * NOTE_BYTES) as u64).map(drop)
     }
 }
 
@@ -150,6 +165,18 @@ mod tests {
             assert_eq!(turn.is_some(), worker > 0);
         }
         assert_eq!(open(file.path()).exhausted(), [7 | AGAIN]);
+    }
+
+    #[test]
+    fn a_request_that_waits_for_a_thread_is_not_to_blame() {
+        let (file, open) = table();
+        for _ in 0..2 * MOST {
+            let attempts = open(file.path());
+            drop(attempts.begin(7 | AGAIN));
+            attempts.postpone(7 | AGAIN);
+        }
+        assert_eq!(open(file.path()).exhausted(), []);
+        open(file.path()).postpone(9); // one that was sent for the first time is not noted
     }
 
     #[test]

@@ -14,13 +14,14 @@ mod attempts;
 mod backing;
 mod device;
 mod encode;
+mod jobs;
 mod session;
 
 pub use device::{refuse_one, resend};
 pub use session::{Connection, Handshake, would_agree};
 
 use crate::error::{Error, Result};
-use crate::fs::{Allocation, Changes, Fs, Object, Reading, Ticket};
+use crate::fs::{Allocation, Changes, Fs, Object, Pace, Reading, Ticket};
 use crate::index::{Attributes, Kind, New, Time};
 use crate::sys::identity::{Caller, Member};
 use crate::units::NodeId;
@@ -33,6 +34,7 @@ use fuser::{
     ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
     ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
+use jobs::{DAEMON, Holds, Jobs, Waiting};
 use rustix::io::Errno;
 use std::cell::RefCell;
 use std::ffi::{CString, OsStr};
@@ -46,7 +48,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 /// Largest read or write in one request; what `max_read=` of the mount must say too.
 pub const LARGEST_REQUEST: u32 = 1 << 20;
 
-/// Threads that serve requests. None of them waits for pages that another request brings back ([`Adapter::answer`]).
+/// Threads that serve requests. None of them waits for a file's lock, for memory that moves, or for what another request brings
+/// ([`Adapter::answer`]).
 const THREADS: usize = 8;
 
 /// For good: see the head of the module.
@@ -71,8 +74,21 @@ struct Adapter {
     fs: Arc<Fs>,
     /// What is said to the kernel without having been asked.
     device: OwnedFd,
+    jobs: Jobs,
+    waiting: Arc<Waiting>,
+    holds: Holds,
     attempts: Arc<Attempts>,
     backings: backing::Issuer,
+}
+
+/// A request that may be answered later.
+struct Asked {
+    user: u32,
+    ticket: Ticket,
+    /// Its number, as [`Attempts`] knows it.
+    number: u64,
+    /// Held until it is answered, or postponed.
+    turn: Option<Turn>,
 }
 
 /// What is missing in what the kernel offers; `None` if nothing is.
@@ -93,13 +109,15 @@ fn caller(request: &Request, umask: u32) -> Caller {
 /// Which request it is. Only for a write does the kernel say whether the caller has CAP_FSETID; otherwise root is taken to have it.
 fn ticket(request: &Request) -> Ticket {
     let (number, again) = (request.unique().0 & !device::AGAIN, request.unique().0 & device::AGAIN != 0);
-    Ticket { number, again, thread: request.pid(), unprivileged: request.uid() != 0 }
+    Ticket { number, again, thread: request.pid(), unprivileged: request.uid() != 0, brief: true }
 }
 
 impl Adapter {
     fn new(fs: Arc<Fs>, device: &OwnedFd, attempts: Arc<Attempts>) -> Result<Self, String> {
         let device = device.try_clone().map_err(|error| format!("dup: {error}"))?;
-        Ok(Self { fs, device, attempts, backings: backing::Issuer::default() })
+        let jobs = Jobs::start().map_err(|error| format!("no threads for long requests: {error}"))?;
+        let (waiting, holds) = (Arc::default(), Holds::default());
+        Ok(Self { fs, device, jobs, waiting, holds, attempts, backings: backing::Issuer::default() })
     }
 
     /// A request is going to be carried out; see [`Attempts::begin`].
@@ -120,38 +138,69 @@ impl Adapter {
         Ok((reply.lend(number), if native { Opened::Native(ticket.number) } else { Opened::Mediated }))
     }
 
-    /// Answers now, or patiently where there are no pages but those of files that are going away.
-    fn answer<T: 'static, R: Send + 'static>(
+    /// Answers now where that takes a moment, and later otherwise.
+    fn answer<T: 'static>(
         &self,
-        reply: R,
-        encode: fn(R, Result<T>),
-        request: impl Fn(&Fs) -> Result<T> + Send + 'static,
+        request: &Request,
+        run: impl Fn(&Fs, Ticket) -> Result<T> + Send + 'static,
+        finish: impl FnOnce(&Fs, Result<T>) + Send + 'static,
     ) {
-        match request(&self.fs) {
-            Err(Error::Returning) => self.answer_patiently(reply, encode, request),
-            result => encode(reply, result),
+        let asked = self.asked(request);
+        match run(&self.fs, asked.ticket) {
+            Err(error) if is_delay(&error) => self.answer_later(asked, run, finish),
+            result => finish(&self.fs, result),
         }
     }
 
-    /// Answers from a thread of its own, as that takes what the kernel has yet to tell us: FORGET, which brings the pages of files that
-    /// are going away, or RELEASE of a descriptor. That needs one of our threads, and as many requests as we have may wait for it.
-    fn answer_patiently<T: 'static, R: Send + 'static>(
+    fn asked(&self, request: &Request) -> Asked {
+        let (user, number) = (request.uid(), request.unique().0);
+        Asked { user, ticket: ticket(request), number, turn: self.begin(request) }
+    }
+
+    /// Answers from a job's thread; or from a thread of its own where that takes what the kernel has yet to tell: FORGET, which
+    /// brings the pages of files that are going away, or RELEASE of a descriptor.
+    fn answer_later<T: 'static>(
         &self,
-        reply: R,
-        encode: fn(R, Result<T>),
-        request: impl Fn(&Fs) -> Result<T> + Send + 'static,
+        Asked { user, ticket, number, turn }: Asked,
+        run: impl Fn(&Fs, Ticket) -> Result<T> + Send + 'static,
+        finish: impl FnOnce(&Fs, Result<T>) + Send + 'static,
     ) {
-        let fs = self.fs.clone();
-        let patient = move || encode(reply, fs.patiently(|| request(&fs)));
-        if let Err(error) = std::thread::Builder::new().name("patient".into()).spawn(patient) {
-            log::error!("no thread to wait on: {error}"); // fuser answers EIO when it drops the reply
+        drop(turn);
+        self.attempts.postpone(number);
+        let (fs, waiting, attempts) = (self.fs.clone(), self.waiting.clone(), self.attempts.clone());
+        let run = move |fs: &Fs| run(fs, Ticket { brief: false, ..ticket });
+        self.jobs.submit(user, move || {
+            let turn = attempts.begin(number);
+            match run(&fs) {
+                Err(error) if is_delay(&error) => waiting.admit(user, move |may_wait| {
+                    let _turn = turn;
+                    let result = if may_wait { fs.patiently(|| run(&fs)) } else { Err(error) };
+                    finish(&fs, result);
+                }),
+                result => finish(&fs, result),
+            }
+        });
+    }
+
+    fn forget_one(&self, node: NodeId) {
+        if forget(&self.fs, &self.device, node) {
+            let fs = self.fs.clone();
+            self.jobs.submit(DAEMON, move || fs.dismantle_stranded());
+        }
+    }
+
+    /// After a file may have lost its last name.
+    fn count_orphans(&self) {
+        if self.fs.has_uncounted_orphans() {
+            let fs = self.fs.clone();
+            self.jobs.submit(DAEMON, move || fs.count_orphans());
         }
     }
 
     /// Undoes a creation of which the kernel learns nothing.
     fn uncreate(&self, parent: NodeId, name: &OsStr, node: NodeId, ticket: Ticket) {
         let _ = self.fs.unlink(parent, name, ticket); // it would be an empty file that nobody has asked for, no more
-        forget(&self.fs, &self.device, node);
+        self.forget_one(node);
     }
 
     /// Makes a regular file and readies it for being mapped; undone where the latter fails.
@@ -171,14 +220,15 @@ impl Adapter {
 }
 
 /// Lets go of a node without a name that the kernel does not know any more, with the number that the kernel knew its memory by.
-fn forget(fs: &Fs, device: &OwnedFd, node: NodeId) {
+/// Returns whether that was so: [`Fs::dismantle_stranded`] is to follow.
+fn forget(fs: &Fs, device: &OwnedFd, node: NodeId) -> bool {
     let close = |object: &Object| match backing::close(object, device) {
         Ok(()) | Err(Error::Os(Errno::NOENT)) => {} // a worker has closed it and died
         Err(error) => {
             log::warn!("file {node}: the kernel keeps its superblock until it is unmounted: {error}");
         }
     };
-    fs.forget(node, || device::knows(device, node), close);
+    fs.forget(node, || device::knows(device, node), close)
 }
 
 /// How the kernel reads and writes by a new descriptor, besides that it maps the file's memory.
@@ -204,6 +254,11 @@ impl Opened {
             Self::Native(_) => FopenFlags::empty(),
         }
     }
+}
+
+/// Whether a request is to be carried out once more, by a thread that has the time for it.
+fn is_delay(error: &Error) -> bool {
+    matches!(error, Error::TakesLong | Error::Returning | Error::OpenNatively)
 }
 
 fn is_read_only(flags: i32) -> bool {
@@ -237,6 +292,21 @@ fn reply_empty(reply: ReplyEmpty, result: Result<()>) {
         Ok(()) => reply.ok(),
         Err(error) => reply.error(errno(&error)),
     }
+}
+
+fn reply_data(reply: ReplyData, result: Result<impl AsRef<[u8]>>) {
+    match result {
+        Ok(bytes) => reply.data(bytes.as_ref()),
+        Err(error) => reply.error(errno(&error)),
+    }
+}
+
+/// Reads up to `length` bytes at `offset` into memory of their own.
+fn read_anew(fs: &Fs, node: NodeId, (offset, length): (u64, usize), ticket: Ticket) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; length];
+    let read = fs.read(node, &mut bytes, offset, ticket)?;
+    bytes.truncate(read);
+    Ok(bytes)
 }
 
 fn reply_write(reply: ReplyWrite, result: Result<usize>) {
@@ -324,7 +394,7 @@ impl Filesystem for Adapter {
     }
 
     fn forget(&self, _request: &Request, ino: INodeNo, _nlookup: u64) {
-        forget(&self.fs, &self.device, node_id(ino));
+        self.forget_one(node_id(ino));
     }
 
     fn getattr(&self, request: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
@@ -350,7 +420,6 @@ impl Filesystem for Adapter {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        let _turn = self.begin(request);
         let changes = Changes {
             mode: mode.map(|mode| mode & 0o7777),
             uid,
@@ -359,8 +428,8 @@ impl Filesystem for Adapter {
             accessed: time(atime),
             modified: time(mtime),
         };
-        let ticket = ticket(request);
-        self.answer(reply, reply_attr, move |fs| fs.change(node_id(ino), &changes, ticket));
+        let change = move |fs: &Fs, ticket| fs.change(node_id(ino), &changes, ticket);
+        self.answer(request, change, move |_, changed| reply_attr(reply, changed));
     }
 
     fn readlink(&self, request: &Request, ino: INodeNo, reply: ReplyData) {
@@ -403,6 +472,7 @@ impl Filesystem for Adapter {
     fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let _turn = self.begin(request);
         reply_empty(reply, self.fs.unlink(node_id(parent), name, ticket(request)));
+        self.count_orphans();
     }
 
     fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
@@ -435,6 +505,7 @@ impl Filesystem for Adapter {
         let (from, to, ticket) = ((node_id(parent), name), (node_id(newparent), newname), ticket(request));
         reply_empty(reply, self.fs.rename(from, to, flags, ticket));
         self.fs.dismiss(ticket);
+        self.count_orphans();
     }
 
     fn link(&self, request: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
@@ -509,21 +580,23 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let _turn = self.begin(request);
+        let (node, asked, length) = (node_id(ino), self.asked(request), size as usize);
         // What cannot be viewed, for whatever reason, is read; that says what is wrong.
-        if let Ok(object) = self.fs.object(node_id(ino))
-            && let Ok(Some(viewed)) = object.view(offset, size.into())
+        if let Ok(object) = self.fs.object(node)
+            && let Ok(Some(viewed)) = object.view(offset, size.into(), &Pace::of(asked.ticket))
         {
             return reply.data(viewed.bytes());
         }
         READ_BUFFER.with_borrow_mut(|buffer| {
-            let size = size as usize;
-            if buffer.len() < size {
-                buffer.resize(size, 0);
+            if buffer.len() < length {
+                buffer.resize(length, 0);
             }
-            match self.fs.read(node_id(ino), &mut buffer[..size], offset) {
-                Ok(read) => reply.data(&buffer[..read]),
-                Err(error) => reply.error(errno(&error)),
+            match self.fs.read(node, &mut buffer[..length], offset, asked.ticket) {
+                Err(Error::TakesLong) => {
+                    let read = move |fs: &Fs, ticket| read_anew(fs, node, (offset, length), ticket);
+                    self.answer_later(asked, read, move |_, read| reply_data(reply, read));
+                }
+                result => reply_data(reply, result.map(|read| &buffer[..read])),
             }
         });
     }
@@ -540,15 +613,14 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let _turn = self.begin(request);
-        let unprivileged = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
-        let ticket = Ticket { unprivileged, ..ticket(request) };
-        match self.fs.write(node_id(ino), data, offset, ticket) {
-            Err(Error::Returning) => {
-                let bytes = data.to_vec();
-                self.answer_patiently(reply, reply_write, move |fs| {
-                    fs.write(node_id(ino), &bytes, offset, ticket)
-                });
+        let mut asked = self.asked(request);
+        asked.ticket.unprivileged = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        match self.fs.write(node_id(ino), data, offset, asked.ticket) {
+            Err(error) if is_delay(&error) => {
+                let bytes = self.holds.hold_prefix(request.uid(), data);
+                let write = move |fs: &Fs, ticket| fs.write(node_id(ino), &bytes, offset, ticket);
+                let finish = move |_: &Fs, written| reply_write(reply, written);
+                self.answer_later(asked, write, finish);
             }
             result => reply_write(reply, result),
         }
@@ -643,15 +715,18 @@ impl Filesystem for Adapter {
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        let _turn = self.begin(request);
         let by = Member { uid: request.uid(), gid: request.gid(), pid: request.pid() };
-        let ticket = ticket(request);
-        let node = node_id(ino);
+        let (node, asked) = (node_id(ino), self.asked(request));
+        let ticket = asked.ticket;
         match self.fs.set_attribute(node, name, (value, flags), by, ticket) {
-            Err(Error::OpenNatively) => {
-                let (name, value) = (name.to_owned(), value.to_vec());
-                self.answer_patiently(reply, reply_empty, move |fs| {
-                    fs.set_attribute(node, &name, (&value, flags), by, ticket)
+            Err(error) if is_delay(&error) => {
+                let (Some(value), name) = (self.holds.hold(request.uid(), value), name.to_owned()) else {
+                    return reply.error(fuser::Errno::ENOSPC);
+                };
+                let set = move |fs: &Fs, ticket| fs.set_attribute(node, &name, (&value, flags), by, ticket);
+                self.answer_later(asked, set, move |fs, result| {
+                    reply_empty(reply, result);
+                    fs.dismiss(ticket);
                 });
             }
             result => {
@@ -662,9 +737,10 @@ impl Filesystem for Adapter {
     }
 
     fn getxattr(&self, request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        let _turn = self.begin(request);
         let reading = if size == 0 { Reading::Length } else { Reading::Value { room: size as usize } };
-        reply_xattr(reply, size, self.fs.attribute(node_id(ino), name, reading));
+        let name = name.to_owned();
+        let get = move |fs: &Fs, ticket| fs.attribute(node_id(ino), &name, reading, ticket);
+        self.answer(request, get, move |_, value| reply_xattr(reply, size, value));
     }
 
     fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
@@ -706,7 +782,7 @@ impl Filesystem for Adapter {
         }
         let mut events =
             PollEvents::POLLIN | PollEvents::POLLOUT | PollEvents::POLLRDNORM | PollEvents::POLLWRNORM;
-        if object.alarm() {
+        if object.summary().alarm {
             events |= PollEvents::POLLPRI;
         }
         reply.poll(events);
@@ -722,11 +798,10 @@ impl Filesystem for Adapter {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        let _turn = self.begin(request);
-        let ticket = ticket(request);
-        self.answer(reply, reply_empty, move |fs| {
+        let allocate = move |fs: &Fs, ticket| {
             allocation(mode).and_then(|what| fs.allocate(node_id(ino), what, (offset, length), ticket))
-        });
+        };
+        self.answer(request, allocate, move |_, result| reply_empty(reply, result));
     }
 
     fn lseek(
@@ -738,17 +813,17 @@ impl Filesystem for Adapter {
         whence: i32,
         reply: ReplyLseek,
     ) {
-        let _turn = self.begin(request);
         let data = match whence {
             libc::SEEK_DATA => true,
             libc::SEEK_HOLE => false,
             _ => return reply.error(fuser::Errno::EINVAL),
         };
         let Ok(offset) = u64::try_from(offset) else { return reply.error(fuser::Errno::ENXIO) };
-        match self.fs.seek(node_id(ino), offset, data) {
+        let seek = move |fs: &Fs, ticket| fs.seek(node_id(ino), offset, data, ticket);
+        self.answer(request, seek, move |_, found| match found {
             Ok(found) => reply.offset(found as i64),
             Err(error) => reply.error(errno(&error)),
-        }
+        });
     }
 
     fn copy_file_range(
@@ -764,10 +839,9 @@ impl Filesystem for Adapter {
         _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
-        let _turn = self.begin(request);
         let (from, to) = ((node_id(ino_in), offset_in), (node_id(ino_out), offset_out));
-        let ticket = ticket(request);
-        self.answer(reply, reply_write, move |fs| fs.copy(from, to, len, ticket));
+        let copy = move |fs: &Fs, ticket| fs.copy(from, to, len, ticket);
+        self.answer(request, copy, move |_, copied| reply_write(reply, copied));
     }
 }
 

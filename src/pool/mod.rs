@@ -37,6 +37,8 @@ use crate::sealed::{Reach, Sealed};
 use crate::steps::{self, Step};
 use crate::sys::{self, MARGIN, refuse_more_than_available};
 use crate::units::{FOLIO_SIZE, PageSize, Range};
+use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -76,6 +78,34 @@ pub struct Pool {
 struct Reserve {
     node: u32,
     sealed: Mutex<Sealed>,
+    /// Its size as it was when the lock was given up last.
+    bytes: AtomicU64,
+}
+
+/// A reserve's lock.
+struct Opened<'a> {
+    reserve: &'a Reserve,
+    sealed: MutexGuard<'a, Sealed>,
+}
+
+impl Deref for Opened<'_> {
+    type Target = Sealed;
+
+    fn deref(&self) -> &Sealed {
+        &self.sealed
+    }
+}
+
+impl DerefMut for Opened<'_> {
+    fn deref_mut(&mut self) -> &mut Sealed {
+        &mut self.sealed
+    }
+}
+
+impl Drop for Opened<'_> {
+    fn drop(&mut self) {
+        self.reserve.bytes.store(self.sealed.size(), Ordering::Relaxed);
+    }
 }
 
 /// Pages.
@@ -188,7 +218,7 @@ impl Pool {
         for node in &nodes {
             let bound = (nodes.len() > 1).then_some(*node);
             let sealed = Sealed::create(Reach::Private, bound)?;
-            reserves.push(Reserve { node: *node, sealed: Mutex::new(sealed) });
+            reserves.push(Reserve::new(*node, sealed));
         }
         let mut taken = 0;
         for (n, reserve) in reserves.iter().enumerate() {
@@ -215,9 +245,10 @@ impl Pool {
         *self.account()
     }
 
-    /// The reserves' NUMA nodes and bytes.
+    /// The reserves' NUMA nodes and bytes, as the last move that has ended left them.
     pub fn reserves(&self) -> Vec<(u32, u64)> {
-        self.reserves.iter().map(|reserve| (reserve.node, reserve.lock().size())).collect()
+        let row = |reserve: &Reserve| (reserve.node, reserve.bytes.load(Ordering::Relaxed));
+        self.reserves.iter().map(row).collect()
     }
 
     fn account(&self) -> MutexGuard<'_, Account> {
@@ -358,8 +389,13 @@ impl Pool {
         Ok(())
     }
 
+    /// Whether memory is moved to or from a reserve at this moment: the next move has to wait.
+    pub fn is_moving(&self) -> bool {
+        self.reserves.iter().any(|reserve| reserve.sealed.try_lock().is_err())
+    }
+
     /// The reserve with the most memory. All of them are locked to find it, so that it has some where there is any.
-    fn lock_richest(&self) -> (&Reserve, MutexGuard<'_, Sealed>) {
+    fn lock_richest(&self) -> (&Reserve, Opened<'_>) {
         let locked: Vec<_> = self.reserves.iter().map(|reserve| (reserve, reserve.lock())).collect();
         let richest = locked.into_iter().max_by_key(|(_, sealed)| sealed.size());
         richest.expect("there is a node with memory")
@@ -537,8 +573,13 @@ impl Pool {
 }
 
 impl Reserve {
-    fn lock(&self) -> MutexGuard<'_, Sealed> {
-        self.sealed.lock().expect("no panic while a reserve is resized")
+    fn new(node: u32, sealed: Sealed) -> Self {
+        Self { node, bytes: AtomicU64::new(sealed.size()), sealed: Mutex::new(sealed) }
+    }
+
+    fn lock(&self) -> Opened<'_> {
+        let sealed = self.sealed.lock().expect("no panic while a reserve is resized");
+        Opened { reserve: self, sealed }
     }
 
     /// Takes `bytes` more from the machine; what was taken before an error stays.

@@ -96,7 +96,7 @@ impl Reserve {
         let mount = calls::openat(CWD, format!("{RESERVES}/{node}"), flags, Mode::empty())?;
         let mut sealed = Sealed::open(Reach::Private, mount)?;
         sealed.resume(std::iter::empty())?;
-        Ok(Self { node, sealed: Mutex::new(sealed) })
+        Ok(Self::new(node, sealed))
     }
 }
 

@@ -15,7 +15,7 @@ fn pool(pages: u64) -> Pool {
 fn filled(pool: &Pool, size: u64, byte: u8) -> Object {
     let object = Object::new(NODE, Holding::create(PageSize::Huge).unwrap());
     assert_eq!(
-        object.write(&vec![byte; size as usize], 0, context(pool, &Pace::of(0))).unwrap() as u64,
+        object.write(&vec![byte; size as usize], 0, context(pool, &Pace::steady())).unwrap() as u64,
         size
     );
     object
@@ -44,9 +44,9 @@ fn bytes_of(object: &Object, length: u64) -> Vec<u8> {
 fn a_short_write_returns_its_true_prefix() {
     let pool = pool(4);
     let object = filled(&pool, FOLIO_SIZE, 1);
-    object.quarantine(b"0x80000 4096").unwrap();
+    object.quarantine(b"0x80000 4096", &Pace::steady()).unwrap();
     refuse_to_be_written(&object, UNWRITABLE);
-    let written = object.write(&vec![2; 1 << 20], 0, context(&pool, &Pace::of(0))).unwrap();
+    let written = object.write(&vec![2; 1 << 20], 0, context(&pool, &Pace::steady())).unwrap();
     assert_eq!(written as u64, UNWRITABLE.offset());
     let bytes = bytes_of(&object, UNWRITABLE.offset());
     assert!(bytes.iter().all(|byte| *byte == 2), "bytes that were said to be written have their old value");
@@ -57,9 +57,9 @@ fn a_short_write_returns_its_true_prefix() {
 fn a_write_that_ends_at_its_start_is_an_error() {
     let pool = pool(4);
     let object = filled(&pool, FOLIO_SIZE, 1);
-    object.quarantine(b"0x80000 4096").unwrap();
+    object.quarantine(b"0x80000 4096", &Pace::steady()).unwrap();
     refuse_to_be_written(&object, UNWRITABLE);
-    let written = object.write(&vec![2; 1 << 20], UNWRITABLE.offset(), context(&pool, &Pace::of(0)));
+    let written = object.write(&vec![2; 1 << 20], UNWRITABLE.offset(), context(&pool, &Pace::steady()));
     assert!(matches!(written, Err(Error::Full)), "{written:?}");
 }
 
@@ -68,7 +68,8 @@ fn a_short_write_lengthens_the_file_by_what_it_wrote() {
     let pool = pool(4);
     let object = filled(&pool, FOLIO_SIZE, 1);
     refuse_to_be_written(&object, UNWRITABLE);
-    let written = object.write(&vec![2; 2 * FOLIO_SIZE as usize], 0, context(&pool, &Pace::of(0))).unwrap();
+    let written =
+        object.write(&vec![2; 2 * FOLIO_SIZE as usize], 0, context(&pool, &Pace::steady())).unwrap();
     assert_eq!(written as u64, UNWRITABLE.offset());
     assert_eq!(object.read_lock().sealed().size(), FOLIO_SIZE);
     assert_eq!(pool.balance().free, 3);
@@ -79,6 +80,6 @@ fn zeroing_that_ends_early_is_an_error() {
     let pool = pool(4);
     let object = filled(&pool, FOLIO_SIZE, 1);
     refuse_to_be_written(&object, UNWRITABLE);
-    let zeroed = object.allocate(Allocation::Zero, 0, 1 << 20, context(&pool, &Pace::of(0)));
+    let zeroed = object.allocate(Allocation::Zero, 0, 1 << 20, context(&pool, &Pace::steady()));
     assert!(zeroed.is_err(), "zeros were reported where the old bytes are");
 }

@@ -239,6 +239,11 @@ impl Holding {
         self.sealed.superblock().undo_size.unwrap_or(self.sealed.size())
     }
 
+    /// Bytes of the pages that are the file's.
+    pub fn bytes(&self) -> u64 {
+        self.pages() * self.page_size.bytes()
+    }
+
     /// Pages that are the file's.
     pub fn pages(&self) -> u64 {
         self.sealed.superblock().reserved_pages - self.released.count()
