@@ -261,7 +261,7 @@ fn a_request_that_workers_die_of_is_refused_in_the_end() {
         assert_eq!(fs::read(&path).unwrap(), vec![7; SIZE as usize], "it alone is refused");
         assert_ne!(pool.counter("worker_pid"), before);
         let log = pool.await_log("it is refused (EIO)");
-        assert_eq!(log.matches("this one takes over").count(), 5, "{log}");
+        assert_eq!(log.matches("this one takes over").count(), 8, "{log}");
         assert!(!log.contains("every request is refused"), "{log}");
         pool.check();
         pool.unmount();
