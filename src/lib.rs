@@ -15,8 +15,8 @@
 //! # The processes and where things are
 //!
 //! ```text
-//!   mount.hugetlb2 pool0 /mnt/h2 -o size=64G        opens /dev/fuse, starts the daemon, mount(2)s when the pool is filled,
-//!     |                                             returns when the filesystem serves
+//!   mount.hugetlb2 pool0 /mnt/h2 -o size=64G        opens /dev/fuse, starts the daemon, makes the filesystem when the pool
+//!     |                                             is filled, and mounts it when the daemon serves (move_mount(2))
 //!     +-- hugetlb2fsd                               the supervisor: holds the device and a mount namespace with an empty root
 //!         |                                         of its own, restarts the worker, does nothing else
 //!         +-- hugetlb2fsd                           the worker: serves FUSE; may die at any instruction
