@@ -241,7 +241,9 @@ fn a_write_over_errors_returns_its_true_prefix() {
         assert_eq!(byte, [2], "{subpage} was said to be written");
     }
     file.write_all_at(&vec![2; (LENGTH - written) as usize], written).unwrap();
-    assert_eq!(toucher.count(&format!("differ 0 {LENGTH} 2")), 0);
+    let mut bytes = vec![0; LENGTH as usize];
+    file.read_exact_at(&mut bytes, 0).unwrap(); // the process that was hit keeps the kernel's mark in its page table
+    assert!(bytes.iter().all(|byte| *byte == 2));
     pool.check();
     drop((toucher, file));
     pool.unmount();
