@@ -16,13 +16,15 @@ mod native;
 mod object;
 mod pace;
 mod places;
+mod pollers;
 mod recovery;
 mod requests;
 
 pub use attributes::Reading;
-pub use object::{Allocation, Context, Extent, Object, State, Summary, Waker};
+pub use object::{Allocation, Context, Extent, Object, State, Summary};
 pub use pace::Pace;
 pub use places::refuse_too_few_descriptors;
+pub use pollers::Waker;
 pub use requests::Ticket;
 
 use crate::error::{Error, Result};

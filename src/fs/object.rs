@@ -16,6 +16,7 @@
 use super::modified::Modified;
 use super::native::Natives;
 use super::pace::Pace;
+use super::pollers::{self, Pollers, Waker};
 use crate::error::{Error, Result};
 use crate::pool::{Change, Holding, PIECE, Pool, Progress};
 use crate::quarantine::{self, Kind, Quarantined, Repair};
@@ -25,16 +26,14 @@ use crate::sys::mapping::View;
 use crate::sys::{self, tmpfs};
 use crate::units::{FOLIO_SIZE, Folio, NodeId, Range, STAT_BLOCK, SUBPAGE_SIZE, Subpage};
 use parking_lot::{Mutex as FairMutex, MutexGuard as FairGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 /// What is kept with a file, by name.
 const BACKING: &str = "backing";
-const POLLERS: &str = "pollers";
 const NATIVES: &str = "natives";
 
 /// How often what the kernel cannot put together at the moment is tried in vain, and how long its pages are left to who holds them in
@@ -48,9 +47,6 @@ const PUNCHED_AT_ONCE: u64 = 128 << 20;
 /// Why gaps forbid a soft quarantine. A free block would open the hole; and who counts on its touches filling them must not find zeros.
 const GAPS_FORBID: Error =
     Error::Busy("the file has punched memory that waits for a touch; fallocate(2) it first");
-
-/// Runs once, when the quarantine of a file has grown.
-pub type Waker = Box<dyn FnOnce() + Send>;
 
 /// A regular file's contents.
 pub struct Object {
@@ -71,8 +67,7 @@ pub struct Object {
     view: Mutex<Option<Arc<View>>>,
     /// The log has said that soft holes are open and cannot be shut.
     is_stuck_open: AtomicBool,
-    /// Who waits for the quarantine to grow, by the kernel's handle.
-    wakers: Mutex<BTreeMap<u64, Waker>>,
+    pollers: Pollers,
 }
 
 /// What is known of a file without its lock: as a change left it that has ended, or given way.
@@ -228,7 +223,7 @@ impl Object {
             natives.exclude();
         }
         let (summary, holding) = (Mutex::new(Summary::of(&holding)), RwLock::new(holding));
-        let (collapsing, wakers) = (Mutex::default(), Mutex::default());
+        let (collapsing, pollers) = (Mutex::default(), Pollers::default());
         let (backing, changing) = (OnceLock::new(), FairMutex::default());
         let is_stuck_open = AtomicBool::new(false);
         Self {
@@ -244,7 +239,7 @@ impl Object {
             modified,
             view,
             is_stuck_open,
-            wakers,
+            pollers,
         }
     }
 
@@ -679,34 +674,21 @@ impl Object {
         injectable(&self.read_lock(), value).is_ok()
     }
 
-    /// Runs `waker` once, when the quarantine grows; a later one with the same `key`, the kernel's handle, takes its place. The keys
-    /// are noted with the file, for the next worker to wake them. Of those that have gone away nobody tells, so a long list
-    /// is done with by waking all: who still polls comes again.
+    /// Runs `waker` once, when the quarantine grows; a later one with the same `key`, the kernel's handle, takes its place.
+    /// `waker` may run earlier, too: a program that still polls comes again.
     ///
     /// # Errors
-    /// What setxattr(2) answers.
+    /// What setxattr(2) and removexattr(2) answer: `waker` is not taken.
     pub fn wake_on_alarm(&self, key: u64, waker: Waker) -> Result<()> {
-        const MOST: usize = 1024;
-        let mut wakers = self.wakers();
-        if wakers.len() >= MOST && !wakers.contains_key(&key) {
-            self.wake_these(std::mem::take(&mut *wakers));
-        }
-        if wakers.insert(key, waker).is_none() {
-            let keys: Vec<u8> = wakers.keys().flat_map(|key| key.to_le_bytes()).collect();
-            self.notes.keep(POLLERS, &keys)?;
-        }
-        Ok(())
+        self.pollers.add(key, waker, &self.notes)
     }
 
-    /// Wakes by the keys that [`Object::wake_on_alarm`] noted in another process; then the note is removed.
+    /// Wakes by the keys that [`Object::wake_on_alarm`] noted in another process; then the notes are removed.
     ///
     /// # Errors
     /// What getxattr(2) and removexattr(2) answer.
     pub fn wake_noted_pollers(&self, wake: impl Fn(u64)) -> Result<()> {
-        let Some(keys) = self.notes.kept(POLLERS)? else { return Ok(()) };
-        let (keys, _) = keys.as_chunks::<8>();
-        keys.iter().for_each(|key| wake(u64::from_le_bytes(*key)));
-        self.notes.discard(POLLERS)
+        pollers::wake_noted(&self.notes, wake)
     }
 
     /// The number that the kernel knows `data` by (FUSE_DEV_IOC_BACKING_OPEN), if one is kept. All replies that open the file must
@@ -820,17 +802,10 @@ impl Object {
         result
     }
 
-    fn wakers(&self) -> MutexGuard<'_, BTreeMap<u64, Waker>> {
-        self.wakers.lock().expect("no panic while the list is open")
-    }
-
     fn wake_all(&self) {
-        let wakers = std::mem::take(&mut *self.wakers());
-        self.wake_these(wakers);
-    }
-
-    fn wake_these(&self, wakers: BTreeMap<u64, Waker>) {
-        wakers.into_values().for_each(|wake| wake());
+        if let Err(error) = self.pollers.wake(&self.notes) {
+            log::warn!("file {}: the next worker wakes its pollers again: {error}", self.node);
+        }
     }
 
     /// Repairs as a value of the repair attribute asks for.
