@@ -425,6 +425,9 @@ impl Object {
         }
         let end = writable_prefix(&holding, range, context.recovery_write)?;
         let range = Range::new(range.start, end);
+        if range.end > size && holding.sealed().has_news_of_poison(range)? {
+            return Err(Error::Poisoned); // before the file grows: to cut it again would split the folio with its end
+        }
         let growth = holding.begin_growth(context.pool, range, range.end)?;
         carry_out(&mut holding, growth, context.pace)?;
         let (written, ended) = match writable_prefix(&holding, range, context.recovery_write) {

@@ -44,6 +44,17 @@ impl Sealed {
         Ok(found.len() as u64)
     }
 
+    /// Whether the kernel has met a memory error in `range` that is not noted yet. It costs a walk over the range's page
+    /// tables, and touches no byte.
+    ///
+    /// # Errors
+    /// What mmap(2) answers.
+    pub fn has_news_of_poison(&self, range: Range) -> Result<bool> {
+        let inside = range.intersect(Range::new(0, self.size));
+        let found = if inside.is_empty() { Vec::new() } else { self.find_poison(inside.subpages_out())? };
+        Ok(found.iter().any(|subpage| !self.is_lost(*subpage)))
+    }
+
     fn find_poison(&self, range: Range) -> Result<Vec<Subpage>> {
         const WINDOW: u64 = 1 << 30;
         let mut found = Vec::new();

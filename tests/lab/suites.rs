@@ -17,6 +17,10 @@ const ELSEWHERE: &[(&str, &str)] = &[
         "quarantine::a_hundred_lost_subpages_of_a_gigantic_page_cost_a_hundred_subpages",
         "the machine has no cp(1)",
     ),
+    (
+        "quarantine::a_long_range_is_quarantined_and_repaired_by_folios",
+        "the emulated machine takes minutes for a page of 1 GiB",
+    ),
     ("quarantine::rsync_carries_a_quarantine_with_the_attributes", "the machine has no rsync(1)"),
     ("quarantine::quarantining_needs_permission_to_write_the_file", "the machine has no setpriv(1)"),
 ];
