@@ -135,15 +135,16 @@ fn a_bound_of_inodes_is_kept_and_told() {
 #[test]
 fn a_bound_of_inodes_is_kept_by_eight_threads_at_once() {
     const BOUND: u64 = 100;
+    const THREADS: u64 = 8;
     let pool = Pool::mount(&format!("pagesize=2M,size={},nr_inodes={BOUND}", 2 * FOLIO));
-    let made = AtomicU64::new(1); // the root
+    (0..THREADS).for_each(|thread| fs::create_dir(pool.join(thread.to_string())).unwrap());
+    let made = AtomicU64::new(1 + THREADS); // the root, and a directory for each thread
     thread::scope(|scope| {
-        for thread in 0..8 {
+        for thread in 0..THREADS {
             let (pool, made) = (&pool, &made);
             scope.spawn(move || {
-                fs::create_dir(pool.join(format!("{thread}"))).unwrap();
                 let more = fill_with_files(pool, &format!("{thread}/file"));
-                made.fetch_add(1 + more, Ordering::Relaxed);
+                made.fetch_add(more, Ordering::Relaxed);
             });
         }
     });
