@@ -100,13 +100,15 @@ fn no_more_files_than_descriptors_leaves_all_in_use() {
 fn an_open_descriptor_costs_the_daemon_none() {
     let pool = Pool::small(8);
     fs::write(pool.join("file"), "bytes").unwrap();
-    let (worker, supervisor) = (pool.counter("worker_pid"), pool.counter("daemon_pid"));
-    let before = (descriptors_of(worker), descriptors_of(supervisor));
+    let processes = [pool.counter("worker_pid"), pool.counter("daemon_pid")];
+    let before = processes.map(descriptors_of);
     let open = |path: PathBuf| File::open(path).unwrap();
     let held: Vec<_> = (0..500).flat_map(|_| [open(pool.join("file")), open(pool.path())]).collect();
-    assert_eq!((descriptors_of(worker), descriptors_of(supervisor)), before);
-    drop(held);
-    pool.unmount();
+    let now = processes.map(descriptors_of);
+    // The worker opens some for a moment, and closes them again: the patrol does so each second.
+    let few = |(now, before): (&usize, &usize)| *now < before + 20;
+    assert!(now.iter().zip(&before).all(few), "{before:?} before, {now:?} with 1000 open");
+    drop(held); // a process that another test starts may hold copies a moment longer, so the mount is detached
 }
 
 #[test]
