@@ -23,6 +23,7 @@ pub const MAP: &str = "user.hugetlb2.map";
 const POOL: &str = "user.hugetlb2.pool";
 const OPTIONS: &str = "user.hugetlb2.options";
 const SIZE: &str = "trusted.hugetlb2.size";
+const UNAVAILABLE: &str = "trusted.hugetlb2.unavailable";
 /// What does not hold.
 pub const CHECK: &str = "trusted.hugetlb2.check";
 
@@ -135,6 +136,12 @@ pub fn pool_within(directory: &Path, patience: Duration) -> Option<Result<Counte
         Ok(_) => answer.recv_timeout(patience).ok(),
         Err(error) => Some(Err(format!("no thread to ask with: {error}"))),
     }
+}
+
+/// The files of a pool that cannot be opened, `<path> <pages> <why>` each; none for a caller that may not see their names.
+pub fn unavailable(directory: &Path) -> Vec<String> {
+    let text = read(directory, UNAVAILABLE).ok().flatten().unwrap_or_default();
+    text.lines().map(str::to_owned).collect()
 }
 
 /// Resizes the pool that is mounted on `directory`.

@@ -252,9 +252,16 @@ fn status(directories: &[PathBuf], json: bool) -> Done {
             let options = options.into_iter().map(|(name, value)| (name, json!(value)));
             pool.insert("options".into(), Value::Object(options.collect()));
             pool.insert("misaligned".into(), misaligned.iter().map(Misaligned::to_json).collect());
+            let unavailable = attributes::unavailable(&directory);
+            if !unavailable.is_empty() {
+                pool.insert("unavailable".into(), json!(unavailable));
+            }
             pools.push(Value::Object(pool));
         } else {
             print(describe_pool(&directory, &counters, &options).trim_end())?;
+            for one in attributes::unavailable(&directory) {
+                print(format_args!("  {:13} {one}", "unavailable"))?;
+            }
             for one in misaligned {
                 print(format_args!("  {:13} {}", "not huge", one.describe()))?;
             }
@@ -289,6 +296,17 @@ fn describe_pool(directory: &Path, counters: &attributes::Counters, options: &[(
     row("files", format!("{objects} open or with contents, {orphans} unlinked and still in use"));
     if let Some((used, free)) = inodes(directory, options) {
         row("inodes", format!("{used} used, {free} more files can be made"));
+    }
+    if of("files_unavailable") > 0 {
+        let count = of("files_unavailable");
+        row("unavailable", format!("{count} files cannot be opened: EIO; they are tried again each second"));
+    }
+    if of("short_bytes") > 0 {
+        let (short, missing) = (of("short_bytes") / MIB, of("pages_missing"));
+        row(
+            "short",
+            format!("{short} MiB are lacking, {missing} free pages for them; taken again each second"),
+        );
     }
     if of("punched_bytes") > 0 {
         row(

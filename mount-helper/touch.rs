@@ -24,17 +24,22 @@
 //!   pread PATH OFFSET LENGTH                      runs N:BYTE ... (what was read; or: errno E)
 //!   truncate PATH SIZE                            ok              (or: errno E)
 //!   fallocate PATH MODE OFFSET LENGTH             ok              (or: errno E)
+//!   cover PID SOURCE TARGET                       ok              (in that process's mounts, by mount(2), MS_BIND; or: errno E)
+//!   uncover PID TARGET                            ok              (umount2(2); or: errno E)
 //! ```
 //!
-//! The last five are one system call each on a file that is opened for it. `error WHY` answers what cannot be done; end
-//! of input ends the program.
+//! The five from pwrite on are one system call each on a file that is opened for it. The last two leave the program in the
+//! mount namespace of the other process. `error WHY` answers what cannot be done; end of input ends the program.
 
 use hugetlb2fs::sys::sigbus::{Hit, Mapping, Pin, Sharing};
 use hugetlb2fs::units::Range;
 use rustix::fs::{FallocateFlags, FlockOperation};
 use rustix::io::Errno;
+use rustix::mount::{UnmountFlags, unmount};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::process::ExitCode;
 use std::str::{FromStr, SplitAsciiWhitespace};
@@ -142,6 +147,20 @@ fn number<T: FromStr>(words: &mut SplitAsciiWhitespace<'_>) -> Result<T, String>
     words.next().and_then(|word| word.parse().ok()).ok_or_else(|| "a number is missing".to_owned())
 }
 
+/// Runs `change` in the mount namespace of the process that is named first.
+fn in_mounts_of(
+    words: &mut SplitAsciiWhitespace<'_>,
+    change: impl FnOnce(&mut SplitAsciiWhitespace<'_>) -> Result<(), Errno>,
+) -> Result<String, String> {
+    let process: i32 = number(words)?;
+    let namespace = File::open(format!("/proc/{process}/ns/mnt")).map_err(|error| error.to_string())?;
+    let entered = move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Mount));
+    Ok(match entered.and_then(|()| change(words)) {
+        Ok(()) => "ok".to_owned(),
+        Err(errno) => format!("errno {}", errno.raw_os_error()),
+    })
+}
+
 fn sigbus(hit: Hit) -> String {
     format!("sigbus {} {}", hit.subpage.offset(), hit.code)
 }
@@ -205,6 +224,13 @@ impl Toucher {
             Some("pread") => call(&mut words, File::options().read(true), pread),
             Some("truncate") => call(&mut words, File::options().write(true), truncate),
             Some("fallocate") => call(&mut words, File::options().write(true), fallocate),
+            Some("cover") => in_mounts_of(&mut words, |words| {
+                let (source, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+                rustix::mount::mount_bind(source, target)
+            }),
+            Some("uncover") => in_mounts_of(&mut words, |words| {
+                unmount(words.next().unwrap_or_default(), UnmountFlags::empty())
+            }),
             other => Err(format!("unknown command {other:?}")),
         }
     }

@@ -54,7 +54,7 @@
 //! - **S1** ([`sealed`]) A sealed file has no free block, except inside a resize, for the microseconds of a quarantine or repair, for
 //!   what was punched to be filled by a touch where the file has no soft holes, and after MADV_REMOVE until that memory is
 //!   taken back.
-//! - **P1** ([`pool`]) Pages of files + pages that are reserved + free pages = the pool's size; and so in bytes of memory.
+//! - **P1** ([`pool`]) Pages of files + pages that are reserved + free pages = the pool's size; and so in bytes of memory, with the float.
 //! - **P2** ([`fs`]) Every object belongs to a regular file of the index; a file without an object is empty.
 //! - **Q1** ([`sealed`]) A subpage is a soft hole if and only if the ledger's record of its folio names it; then the ledger has the
 //!   true copy of its bytes.

@@ -177,7 +177,7 @@ pub const TABLE: &[Row] = &[
         name: "size",
         value: "SIZE",
         default: None,
-        help: "size of the pool: bytes, a number with K, M, G or T, or a percentage of RAM; in whole pages, rounded down",
+        help: "size of the pool: bytes, a number with K, M, G or T, or a percentage of RAM; in whole pages; a 64th comes on top",
         set: |options, text| Size::parse(text).map(|size| options.size = Some(size)),
         get: |options| options.size.map(|size| size.to_string()),
     },

@@ -53,8 +53,8 @@ steps! {
     "cut": CutHoles = "quarantines behind the end are forgotten", CutSize = "the file is shorter",
         CutVacated = "the limit is lower", CutFilled = "the folio with the end is whole again";
     "give": GiveHoles = "quarantines are forgotten", GivePunched = "the memory is given up";
-    "move out": MoveOutTaken = "the file has a step of memory", MoveOutGiven = "the reserve has given as much";
-    "move in": MoveInTaken = "the reserve has a step of memory", MoveInGiven = "the file has given as much";
+    "move out": MoveOutGiven = "the reserve has given a piece", MoveOutTaken = "the file has taken as much";
+    "move in": MoveInGiven = "the file has given a piece", MoveInTaken = "the reserve has taken as much";
     "shrink": ShrinkMoved = "the memory is back in the reserve", ShrinkCut = "the file is shorter",
         ShrinkNoted = "the pages are given up", ShrinkDone = "those that were released are forgotten";
     "release": ReleaseNoted = "the pages are noted as released", ReleaseMoved = "the memory is back in the reserve";

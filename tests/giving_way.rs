@@ -17,7 +17,7 @@ const DIE: &str = "trusted.hugetlb2.die";
 /// The file has the lock of its own, and its pages are reserved.
 const ANNOUNCED: &str = "allocate: the size to come back to is noted";
 /// The file and a reserve are locked.
-const TAKEN: &str = "move out: the file has a step of memory";
+const TAKEN: &str = "move out: the file has taken as much";
 
 /// More than the threads that serve.
 const MANY: usize = 10;

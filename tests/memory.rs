@@ -3,10 +3,12 @@
 mod support;
 
 use rustix::process::{Pid, Signal, kill_process};
-use std::fs;
+use std::fs::{self, File};
 use std::path::PathBuf;
 use std::process::Stdio;
-use support::{Pool, limits, mount_hugetlb2, mount_hugetlb2_in, status_and_error, text};
+use support::{
+    FOLIO, Pool, Toucher, kill_worker, limits, mount_hugetlb2, mount_hugetlb2_in, set, status_and_error, text,
+};
 
 const MIB: u64 = 1 << 20;
 /// mount(8): the mount failed.
@@ -125,4 +127,109 @@ fn a_mount_whose_worker_is_killed_says_so() {
     let said = text(&output.stderr);
     assert_eq!(output.status.code(), Some(FAILED), "{said}");
     assert!(said.contains("signal 9") && said.contains("OOM killer"), "{said}");
+}
+
+// ---- the machine ----------------------------------------------------------------------------------------------------
+
+/// As long as it lives, the daemon of one pool sees a machine that has next to nothing left.
+struct Shortage {
+    supervisor: i32,
+}
+
+impl Shortage {
+    fn of(pool: &Pool) -> Self {
+        let supervisor = pool.daemon().pid;
+        let lines = fs::read_to_string("/proc/meminfo").unwrap();
+        let mut lines: Vec<_> = lines.lines().map(str::to_owned).collect();
+        let available = lines.iter_mut().find(|line| line.starts_with("MemAvailable:")).unwrap();
+        *available = "MemAvailable:       1024 kB".to_owned();
+        fs::write(format!("/proc/{supervisor}/root/index/meminfo"), lines.join("\n") + "\n").unwrap();
+        let covered = Toucher::start().ask(&format!("cover {supervisor} /index/meminfo /proc/meminfo"));
+        assert_eq!(covered, "ok");
+        Self { supervisor }
+    }
+
+    fn end(self) {
+        assert_eq!(Toucher::start().ask(&format!("uncover {} /proc/meminfo", self.supervisor)), "ok");
+    }
+}
+
+/// What comes by itself: the patrol looks each second.
+fn wait_for_counter(pool: &Pool, name: &str, value: u64) {
+    let what = format!("counter {name} of the pool to become {value}");
+    limits::until(limits::ANSWER, &what, || pool.counter(name) == value);
+}
+
+#[test]
+fn a_pool_works_when_the_machine_has_nothing_left() {
+    let pool = Pool::small(128);
+    let shortage = Shortage::of(&pool);
+    let path = pool.join("file");
+    File::create(&path).unwrap().set_len(20 * MIB).unwrap();
+    fs::write(&path, vec![7; 30 * MIB as usize]).unwrap();
+    assert!(fs::read(&path).unwrap().iter().all(|byte| *byte == 7));
+    let mut mapper = Toucher::mapping(&path, 30 * MIB);
+    assert_eq!(mapper.walk(), []);
+    assert_eq!(mapper.huge(), 15);
+    drop(mapper);
+    pool.check();
+    File::options().write(true).open(&path).unwrap().set_len(10 * MIB).unwrap();
+    assert_eq!(pool.free_pages(), 123);
+    fs::remove_file(&path).unwrap();
+    wait_for_counter(&pool, "pages_free", 128);
+    assert_eq!(resize(&pool, 200 * MIB).0, 0);
+    assert_eq!(resize(&pool, 256 * MIB).0, FAILED, "a larger pool takes memory from the machine");
+    assert_eq!((pool.free_pages(), pool.counter("short_bytes")), (100, 0));
+    shortage.end();
+    assert_eq!(resize(&pool, 256 * MIB).0, 0);
+    pool.check();
+    pool.unmount();
+}
+
+#[test]
+fn what_a_death_has_cost_the_float_comes_back_by_itself() {
+    for (step, name) in [
+        ("move out: the reserve has given a piece", "growth"),
+        ("move in: the file has given a piece", "shrinking"),
+    ] {
+        let pool = Pool::small(32);
+        let path = pool.join("file");
+        fs::write(&path, vec![7; 10 * FOLIO as usize]).unwrap();
+        let shortage = Shortage::of(&pool);
+        set(pool.path(), "trusted.hugetlb2.die", format!("3 {step}")).unwrap();
+        let size = if name == "growth" { 20 * FOLIO } else { 2 * FOLIO };
+        File::options().write(true).open(&path).unwrap().set_len(size).unwrap();
+        assert_eq!(pool.counter("short_bytes"), FOLIO, "{name}: the machine does not give it again yet");
+        assert_eq!((pool.counter("pages_missing"), pool.free_pages()), (0, 32 - size / FOLIO));
+        assert!(fs::read(&path).unwrap()[..2 * FOLIO as usize].iter().all(|byte| *byte == 7));
+        pool.check();
+        shortage.end();
+        wait_for_counter(&pool, "short_bytes", 0);
+        pool.check();
+        pool.unmount();
+    }
+}
+
+#[test]
+fn memory_that_a_program_has_taken_out_of_a_file_stops_no_takeover() {
+    let pool = Pool::small(32);
+    let (path, other) = (pool.join("file"), pool.join("other"));
+    fs::write(&path, vec![7; 10 * FOLIO as usize]).unwrap();
+    fs::write(&other, vec![8; 2 * FOLIO as usize]).unwrap();
+    let mut mapper = Toucher::mapping(&path, 10 * FOLIO);
+    let shortage = Shortage::of(&pool);
+    assert_eq!(mapper.ask(&format!("advise 0 {} 9", 8 * FOLIO)), "ok", "MADV_REMOVE");
+    kill_worker(&pool);
+    assert!(fs::read(&other).unwrap().iter().all(|byte| *byte == 8));
+    let bytes = fs::read(&path).unwrap();
+    assert!(bytes[..8 * FOLIO as usize].iter().all(|byte| *byte == 0), "as was asked for");
+    assert!(bytes[8 * FOLIO as usize..].iter().all(|byte| *byte == 7));
+    let third = File::create(pool.join("third")).unwrap();
+    third.set_len(20 * FOLIO).unwrap();
+    assert_eq!((pool.counter("files_unavailable"), pool.free_pages()), (0, 0));
+    shortage.end();
+    File::options().write(true).open(&path).unwrap().set_len(10 * FOLIO).unwrap(); // which takes it back
+    pool.check();
+    drop((mapper, third));
+    pool.unmount();
 }

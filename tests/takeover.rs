@@ -220,29 +220,76 @@ fn workers_that_die_again_and_again_end_in_refusal_and_a_hangup_signal_in_servic
     pool.unmount();
 }
 
-#[test]
-fn a_worker_that_cannot_read_a_file_leaves_all_of_them_in_place() {
+/// The superblock of the only file's ledger is overwritten, and what that held.
+struct Damage {
+    ledger: std::path::PathBuf,
+    superblock: Vec<u8>,
+}
+
+impl Damage {
     const SUPERBLOCK: &str = "trusted.superblock";
+
+    fn to_only_file_of(pool: &Pool) -> Self {
+        let objects = fs::read_dir(format!("/proc/{}/root/objects", pool.daemon().pid)).unwrap();
+        let ledgers: Vec<_> = objects.map(|object| object.unwrap().path().join("ledger")).collect();
+        let [ledger] = &ledgers[..] else { panic!("one file: {ledgers:?}") };
+        let mut superblock = vec![0; 40];
+        let length = rustix::fs::getxattr(ledger, Self::SUPERBLOCK, &mut superblock[..]).unwrap();
+        superblock.truncate(length);
+        let damage = Self { ledger: ledger.clone(), superblock };
+        damage.set(&[0; 40]);
+        damage
+    }
+
+    fn set(&self, bytes: &[u8]) {
+        rustix::fs::setxattr(&self.ledger, Self::SUPERBLOCK, bytes, XattrFlags::empty()).unwrap();
+    }
+
+    fn undo(self) {
+        self.set(&self.superblock);
+    }
+}
+
+#[test]
+fn a_file_that_cannot_be_opened_is_refused_alone() {
     let pool = Pool::small(8);
-    let path = sevens(&pool);
-    let file = File::open(&path).unwrap();
-    let supervisor = pool.daemon().pid;
-    let objects = fs::read_dir(format!("/proc/{supervisor}/root/objects")).unwrap();
-    let ledgers: Vec<_> = objects.map(|object| object.unwrap().path().join("ledger")).collect();
-    let [ledger] = &ledgers[..] else { panic!("one file: {ledgers:?}") };
-    let mut superblock = [0; 40];
-    let length = rustix::fs::getxattr(ledger, SUPERBLOCK, &mut superblock).unwrap();
-    let set = |bytes: &[u8]| rustix::fs::setxattr(ledger, SUPERBLOCK, bytes, XattrFlags::empty()).unwrap();
-    set(&[0; 40]);
+    let (path, other) = (sevens(&pool), pool.join("other"));
+    let (file, mut mapper) = (File::open(&path).unwrap(), Toucher::mapping(&path, SIZE));
+    let damage = Damage::to_only_file_of(&pool);
     kill_worker(&pool);
+    fs::write(&other, vec![8; 5 * FOLIO as usize]).unwrap();
     assert_eq!(file.read_at(&mut [0], 0).unwrap_err().raw_os_error(), Some(5), "EIO");
-    pool.await_log("an object's superblock");
-    set(&superblock[..length]);
-    kill_process(Pid::from_raw(supervisor).unwrap(), Signal::HUP).unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().len(), SIZE);
+    assert_eq!((pool.counter("files_unavailable"), pool.free_pages()), (1, 1));
+    let refused = fs::write(pool.join("third"), vec![9; SIZE as usize]).unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(28), "ENOSPC: the pages of that file are no other's");
+    assert_eq!(mapper.ask(&format!("differ 0 {SIZE} 7")), "count 0", "a mapping stays");
+    let status = run(hugetlb2().arg("status").arg(pool.path()));
+    assert!(status.contains("/file 2 damaged: an object's superblock"), "{status}");
+    pool.check();
+    damage.undo();
     wait_for_service(|| file.read_at(&mut [0], 0).is_ok());
     assert!(fs::read(&path).unwrap().iter().all(|byte| *byte == 7));
+    assert!(fs::read(&other).unwrap().iter().all(|byte| *byte == 8));
+    assert_eq!(pool.counter("files_unavailable"), 0);
     pool.check();
-    drop(file);
+    drop((file, mapper));
+    pool.unmount();
+}
+
+#[test]
+fn a_file_that_is_removed_while_it_cannot_be_opened_gives_its_pages_back() {
+    let pool = Pool::small(8);
+    let path = sevens(&pool);
+    let damage = Damage::to_only_file_of(&pool);
+    kill_worker(&pool);
+    assert_eq!(fs::read(&path).unwrap_err().raw_os_error(), Some(5), "EIO");
+    fs::remove_file(&path).unwrap();
+    assert_eq!((pool.counter("files_unavailable"), pool.free_pages()), (1, 6));
+    damage.undo();
+    limits::until(limits::ANSWER, "the pages of a removed file", || pool.free_pages() == 8);
+    assert_eq!(pool.counter("files_unavailable"), 0);
+    pool.check();
     pool.unmount();
 }
 

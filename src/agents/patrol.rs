@@ -1,4 +1,5 @@
-//! Finds memory errors that nobody has touched yet, and soft holes that a program has opened.
+//! Finds memory errors that no program has touched yet and soft holes that a program has opened, and does again what had to
+//! wait for memory.
 
 use crate::faults;
 use crate::fs::Fs;
@@ -34,6 +35,7 @@ fn run(fs: &Fs, stopped: &Receiver<()>) {
         fs.shut_opened_holes();
         fs.look_for_poison();
         fs.look_for_poison_in_free_memory();
+        fs.retry_what_waits();
     }
 }
 

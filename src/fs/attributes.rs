@@ -7,6 +7,7 @@ use crate::faults;
 use crate::index::Kind;
 use crate::logging::{self, Excerpt};
 use crate::options::Size;
+use crate::pool::float_of;
 use crate::sealed::STRAYS_SHUT;
 #[cfg(debug_assertions)]
 use crate::steps::{self, Step};
@@ -47,6 +48,7 @@ enum Protocol {
     Inject,
     Size,
     Check,
+    Unavailable,
     /// Only for tests: what to die after.
     #[cfg(debug_assertions)]
     Die,
@@ -72,6 +74,7 @@ const TABLE: &[(&str, Protocol, On)] = &[
     ("user.hugetlb2.options", Protocol::Options, On::Root),
     ("trusted.hugetlb2.size", Protocol::Size, On::Root),
     ("trusted.hugetlb2.check", Protocol::Check, On::Root),
+    ("trusted.hugetlb2.unavailable", Protocol::Unavailable, On::Root),
     #[cfg(debug_assertions)]
     ("trusted.hugetlb2.die", Protocol::Die, On::Root),
     #[cfg(debug_assertions)]
@@ -147,6 +150,10 @@ impl Fs {
         match attribute {
             Protocol::Pool => self.pool_text(pace),
             Protocol::Options => Ok(self.options.clone()),
+            Protocol::Unavailable => {
+                pace.refuse_if(|| Ok(true))?;
+                Ok(self.unavailable_text())
+            }
             Protocol::Size => Ok(format!("{}\n", self.pool.balance().total * self.pool.page_size().bytes())),
             Protocol::Check => {
                 pace.refuse_if(|| Ok(true))?;
@@ -207,15 +214,19 @@ impl Fs {
         };
         line("page_size", self.pool.page_size().bytes());
         line("pages_total", account.total);
-        line("pages_free", account.free);
+        line("pages_free", account.available());
         line("pages_used", account.held());
         line("pages_reserved", account.reserved);
         line("pages_orphaned", account.orphaned);
+        line("pages_missing", account.missing);
+        line("float_bytes", float_of(account.total * self.pool.page_size().bytes()));
+        line("short_bytes", account.short);
         line("huge_bytes_at_mount", self.huge_at_mount());
         for (node, bytes) in self.pool.reserves() {
             line(&format!("reserve_bytes_node{node}"), bytes);
         }
         line("objects", objects.len() as u64);
+        line("files_unavailable", self.unavailable_count() as u64);
         line("orphans", self.index.orphan_count() as u64);
         line("punched_bytes", punched);
         line("quarantined_soft", soft);

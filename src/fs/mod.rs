@@ -5,10 +5,11 @@
 //! be empty yet), and ends when the kernel forgets the node after its last name is gone. Where objects are, and how many
 //! there can be, is for `places` to say.
 //!
-//! **Locks**, in order: `dismantling`, `making`, `stranded`, `objects`, a file's own. `stranded` and `objects` are held for one look-up,
-//! or while the kernel is asked for a node and that goes. The check shares the locks of all files for an addition, so that no
-//! page moves; it looks at the two tables then, and does not wait for them. `making` is held while an object is made, and
-//! `dismantling` while memory moves back from files that are gone.
+//! **Locks**, in order: `retrying`, `dismantling`, `making`, `stranded`, `objects`, `unavailable`, a file's own. `stranded` and
+//! `objects` are held for one look-up, or while the kernel is asked for a node and that goes. The check shares the locks of all
+//! files for an addition, so that no page moves; it looks at the two tables then, and does not wait for them. `making` is held
+//! while an object is made or served again, `dismantling` while memory moves back from files that are gone, and `retrying` while
+//! a file is opened that could not be opened before.
 
 mod attributes;
 mod modified;
@@ -19,6 +20,7 @@ mod places;
 mod pollers;
 mod recovery;
 mod requests;
+mod unavailable;
 
 pub use attributes::Reading;
 pub use object::{Allocation, Context, Extent, Object, State, Summary};
@@ -33,16 +35,17 @@ use crate::options::{Io, Options};
 use crate::pool::{Holding, Pool};
 use crate::steps::{self, Step};
 use crate::sys::{memory_failures, memory_nodes};
-use crate::units::{Folio, NodeId, Range};
+use crate::units::{Folio, NodeId, Range, STAT_BLOCK};
 use crossbeam::channel::Sender;
 use native::Closings;
 use places::Places;
 use rustix::io::Errno;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::{CString, OsStr};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
+use unavailable::Unavailable;
 
 /// Where the objects' superblocks are mounted in the daemon's namespace.
 pub const OBJECTS: &str = "/objects";
@@ -72,6 +75,10 @@ pub struct Fs {
     dismantling: Mutex<()>,
     /// Nodes that have lost their last name, whose pages are not counted as orphaned yet.
     uncounted: Mutex<Vec<Arc<Object>>>,
+    /// Files that cannot be opened ([`unavailable`]).
+    unavailable: Mutex<BTreeMap<NodeId, Unavailable>>,
+    /// Held while one of them is tried again.
+    retrying: Mutex<()>,
     /// The options in force, as the attribute has them.
     options: String,
     recovery_write: bool,
@@ -146,6 +153,8 @@ impl Fs {
             stranded: Mutex::default(),
             dismantling: Mutex::default(),
             uncounted: Mutex::default(),
+            unavailable: Mutex::default(),
+            retrying: Mutex::default(),
             options: in_force(options),
             recovery_write: options.recovery_write,
             native: reads_natively(options.io),
@@ -175,7 +184,7 @@ impl Fs {
     /// # Errors
     /// ENOENT, ENOTDIR, ENAMETOOLONG.
     pub fn lookup(&self, parent: NodeId, name: &OsStr) -> Result<Attributes> {
-        self.index.lookup(parent, name).map(|attributes| self.with_contents(attributes))
+        self.index.lookup(parent, name).and_then(|attributes| self.with_contents(attributes))
     }
 
     /// stat(2).
@@ -183,16 +192,21 @@ impl Fs {
     /// # Errors
     /// ESTALE.
     pub fn attributes(&self, node: NodeId) -> Result<Attributes> {
-        self.index.attributes(node).map(|attributes| self.with_contents(attributes))
+        self.index.attributes(node).and_then(|attributes| self.with_contents(attributes))
     }
 
-    fn with_contents(&self, mut attributes: Attributes) -> Attributes {
-        if attributes.kind == Kind::File
-            && let Some(object) = self.known_object(attributes.node)
-        {
+    fn with_contents(&self, mut attributes: Attributes) -> Result<Attributes> {
+        if attributes.kind != Kind::File {
+            return Ok(attributes);
+        }
+        // This list first: a file that leaves it is among the objects already.
+        if let Some((size, pages)) = self.size_of_unavailable(attributes.node)? {
+            (attributes.size, attributes.blocks) = (size, pages * self.pool.page_size().bytes() / STAT_BLOCK);
+            attributes.provisional = true;
+        } else if let Some(object) = self.known_object(attributes.node) {
             (attributes.size, attributes.blocks) = object.size_and_blocks();
         }
-        attributes
+        Ok(attributes)
     }
 
     /// Changes what setattr asks for; the size first, as that is what can fail.
@@ -208,7 +222,7 @@ impl Fs {
             self.heeding_poison(&object, ticket, truncate)?;
         }
         self.inode_changed(node, || self.change_inode(&inode, changes))?;
-        self.index.attributes_of(&inode).map(|attributes| self.with_contents(attributes))
+        self.index.attributes_of(&inode).and_then(|attributes| self.with_contents(attributes))
     }
 
     fn change_inode(&self, inode: &Inode, changes: &Changes) -> Result<()> {
@@ -304,7 +318,7 @@ impl Fs {
         Ok(Statistics {
             page_size: self.pool.page_size().bytes(),
             pages: account.total,
-            free_pages: account.free,
+            free_pages: account.available(),
             inodes,
             free_inodes,
         })
@@ -365,6 +379,7 @@ impl Fs {
         if let Some(object) = self.known_object(node) {
             return Ok(object);
         }
+        self.refuse_unavailable(node)?;
         match self.index.attributes(node)?.kind {
             Kind::File => {}
             Kind::Directory => return Err(Error::Os(Errno::ISDIR)),
@@ -376,17 +391,37 @@ impl Fs {
         Ok(object)
     }
 
+    /// Does again what had to wait for memory of the machine's.
+    pub fn retry_what_waits(&self) {
+        self.pool.refill();
+        self.retry_unavailable();
+        if let Err(error) = self.dismantle_stranded() {
+            log::debug!("memory of removed files is still not back in the pool: {error}");
+        }
+    }
+
     fn making(&self, node: NodeId) -> MutexGuard<'_, ()> {
         let lock = &self.making[node.0 as usize % self.making.len()];
         lock.lock().expect("no panic while an object is made")
     }
 
-    /// Gives the memory of files that are gone back to the pool. What cannot be moved now stays for the next time.
-    pub fn dismantle_stranded(&self) {
+    /// Gives the memory of files that are gone back to the pool. What cannot be moved now stays for the patrol, which tries
+    /// again each second.
+    ///
+    /// # Errors
+    /// Why the memory of a file could not be moved, after all files were tried.
+    pub fn dismantle_stranded(&self) -> Result<()> {
         let _one_at_a_time = self.dismantling.lock().expect("no panic while memory is moved back");
         let stranded = self.stranded().clone();
-        for object in stranded.iter().filter(|object| self.dismantle(object).is_ok()) {
-            self.stranded().retain(|other| !Arc::ptr_eq(other, object));
+        stranded.iter().map(|object| self.dismantle(object)).fold(Ok(()), Result::and)
+    }
+
+    /// As for [`Fs::dismantle_stranded`]; the log tells what stays.
+    pub fn dismantle_stranded_or_warn(&self) {
+        if let Err(error) = self.dismantle_stranded() {
+            log::warn!(
+                "memory of removed files is not back in the pool yet; the patrol tries again: {error}"
+            );
         }
     }
 
@@ -394,13 +429,12 @@ impl Fs {
         self.stranded.lock().expect("no panic while the list is open")
     }
 
-    fn dismantle(&self, object: &Object) -> Result<()> {
-        object.empty(&self.pool).inspect_err(|error| {
-            log::error!("file {}: its memory could not be moved back yet: {error}", object.node());
-        })?;
+    fn dismantle(&self, object: &Arc<Object>) -> Result<()> {
+        object.empty(&self.pool)?;
         steps::done(Step::DismantleEmptied);
         self.places.remove(object.node());
         steps::done(Step::DismantleDetached);
+        self.stranded().retain(|other| !Arc::ptr_eq(other, object));
         Ok(())
     }
 
@@ -629,7 +663,7 @@ impl Fs {
         for object in self.objects_and_stranded() {
             wrong.extend(object.check()?);
             // An object goes before its inode does.
-            if !self.index.exists(object.node()) && self.known_object(object.node()).is_some() {
+            if !self.index.exists(object.node())? && self.known_object(object.node()).is_some() {
                 wrong.push(format!("P2: object {} belongs to no file", object.node()));
             }
         }
@@ -648,6 +682,7 @@ impl Fs {
     fn check_account(&self) -> Result<Vec<String>> {
         const TRIES: u32 = 1000;
         let _as_large_as_it_is = self.pool.keep_size();
+        let _none_is_opened = self.retrying.lock().expect("no panic while a file is opened");
         for _ in 0..TRIES {
             let objects = self.objects_and_stranded();
             let locked: Vec<_> = objects.iter().map(|object| object.read_lock()).collect();
@@ -656,7 +691,8 @@ impl Fs {
             if let (Ok(stranded), Ok(table)) = &tables
                 && has_all(&objects, table.values().chain(&**stranded))
             {
-                return Ok(self.pool.check(locked.iter().map(|holding| holding.held()).sum()));
+                let held = locked.iter().map(|holding| holding.held());
+                return Ok(self.pool.check(held.chain([self.held_by_unavailable()]).sum()));
             }
             drop((tables, locked));
             std::thread::yield_now();

@@ -1058,7 +1058,7 @@ fn takes_long(holding: &Holding, touched: Range, end: u64, pool: &Pool) -> Resul
         || !holding.has_pages(inside)
         || !(is_whole(inside) && is_whole(cut))
         || holding.sealed().has_free_blocks()?
-        || pool.is_moving())
+        || pool.move_must_wait())
 }
 
 /// What is quarantined, ascending.

@@ -1,17 +1,14 @@
 //! The filesystem as another process has left it.
 
-use super::{Fs, OBJECTS, Object, Pace, Repaired};
+use super::unavailable::Extent;
+use super::{Fs, OBJECTS, Pace, Repaired};
 use crate::error::{Error, Result};
 use crate::index::Index;
 use crate::options::Options;
-use crate::pool::{Holding, Pool};
-use crate::sealed::{Reach, Sealed};
-use crate::units::{FOLIO_SIZE, NodeId, Range};
+use crate::pool::Pool;
+use crate::units::{NodeId, Range};
 use crossbeam::channel::Sender;
-use rustix::fs::{CWD, Mode, OFlags};
-use rustix::io::Errno;
 use std::collections::HashSet;
-use std::sync::Arc;
 
 impl Fs {
     /// What is there, with everything that was half done finished or undone. As for [`Fs::create`] otherwise.
@@ -25,14 +22,14 @@ impl Fs {
         for entry in std::fs::read_dir(OBJECTS)? {
             let name = entry?.file_name();
             if let Some(node) = name.to_str().and_then(NodeId::parse) {
-                fs.adopt(node).map_err(|error| Error::Corrupt(format!("file {node}: {error}")))?;
+                fs.adopt(node).or_else(|error| fs.set_aside(node, &error))?;
             }
         }
         fs.balance()?;
         for node in fs.index.orphans() {
             fs.note_orphan(Some(node), &Pace::steady());
         }
-        fs.dismantle_stranded();
+        fs.dismantle_stranded_or_warn();
         // What was reported to an agent that has died with its worker is not known any more.
         for object in fs.all_objects() {
             let size = object.read_lock().sealed().size();
@@ -43,37 +40,29 @@ impl Fs {
 
     /// Takes an object in; one that belongs to no file is to be dismantled.
     fn adopt(&self, node: NodeId) -> Result<()> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let mount = rustix::fs::openat(CWD, format!("{OBJECTS}/{node}"), flags, Mode::empty())?;
-        if rustix::fs::accessat(&mount, "ledger", rustix::fs::Access::EXISTS, rustix::fs::AtFlags::empty())
-            == Err(Errno::NOENT)
-        {
-            return Ok(rustix::fs::rmdir(format!("{OBJECTS}/{node}"))?); // only the place for one
-        }
-        let holding = Holding::open(self.pool.page_size(), Sealed::open(Reach::Programs, mount)?)?;
-        let object = Arc::new(Object::new(node, holding));
-        object.recall_natives()?;
-        if self.index.exists(node) {
-            self.objects().insert(node, object);
-        } else {
-            self.stranded().push(object);
+        match self.open_object(node)? {
+            None => {}
+            Some(object) if self.index.exists(node)? => drop(self.objects().insert(node, object)),
+            Some(object) => self.stranded().push(object),
         }
         Ok(())
     }
 
-    /// Completes the pool's account by what the files have; then they can be settled.
+    /// Completes the pool's account by what the files have; then they can be settled. One that cannot be is set aside.
     fn balance(&self) -> Result<()> {
-        let (mut pages, mut bytes) = (0, 0);
-        for object in self.all_objects().iter().chain(self.stranded().iter()) {
-            let holding = object.read_lock();
-            pages += holding.pages();
-            bytes += holding.sealed().folio_count() * FOLIO_SIZE;
+        let (mut pages, mut bytes) = self.extent_of_unavailable();
+        let objects = self.objects_and_stranded();
+        for object in &objects {
+            let has = Extent::of(&object.read_lock());
+            (pages, bytes) = (pages + has.pages, bytes + has.bytes);
         }
         self.pool.adopt(pages, bytes)?;
-        self.all_objects()
-            .iter()
-            .chain(self.stranded().iter())
-            .try_for_each(|object| object.settle(&self.pool))
+        for object in objects {
+            if let Err(error) = object.settle(&self.pool) {
+                self.set_object_aside(&object, &error);
+            }
+        }
+        Ok(())
     }
 
     /// The numbers that files are known by to the kernel ([`Object::backing`]).

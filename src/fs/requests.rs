@@ -66,7 +66,7 @@ impl Fs {
     pub fn link(&self, node: NodeId, parent: NodeId, name: &OsStr, ticket: Ticket) -> Result<Attributes> {
         match self.index.link(node, parent, name) {
             Err(Error::Os(Errno::EXIST)) if ticket.again => self.lookup(parent, name),
-            result => result.map(|attributes| self.with_contents(attributes)),
+            result => result.and_then(|attributes| self.with_contents(attributes)),
         }
     }
 

@@ -185,7 +185,7 @@ impl Adapter {
     fn forget_one(&self, node: NodeId) {
         if forget(&self.fs, &self.device, node) {
             let fs = self.fs.clone();
-            self.jobs.submit(DAEMON, move || fs.dismantle_stranded());
+            self.jobs.submit(DAEMON, move || fs.dismantle_stranded_or_warn());
         }
     }
 
@@ -265,12 +265,13 @@ fn is_read_only(flags: i32) -> bool {
     flags & libc::O_ACCMODE == libc::O_RDONLY
 }
 
-/// How long the kernel may keep what it is told of a node: not at all for a file with set-id bits. A write can end those, and
-/// the kernel, which leaves that to us (FUSE_HANDLE_KILLPRIV_V2), would go on to execute the file with them.
+/// How long the kernel may keep what it is told of a node: not at all what is provisional, and not for a file with set-id bits. A
+/// write can end those, and the kernel, which leaves that to us (FUSE_HANDLE_KILLPRIV_V2), would go on to execute the file with
+/// them.
 fn validity(attributes: &Attributes) -> Duration {
     const SET_ID: u32 = 0o6000;
     let mortal = attributes.kind == Kind::File && attributes.mode & SET_ID != 0;
-    if mortal { Duration::ZERO } else { FOR_GOOD }
+    if mortal || attributes.provisional { Duration::ZERO } else { FOR_GOOD }
 }
 
 fn reply_entry(reply: ReplyEntry, result: Result<Attributes>) {

@@ -114,6 +114,8 @@ pub struct Attributes {
     pub size: u64,
     /// Memory in units of 512 bytes.
     pub blocks: u64,
+    /// Size and memory may be told otherwise later, without a change of the file; never so here.
+    pub provisional: bool,
     /// Last access, as utimens(2) set it: reads do not change it.
     pub accessed: SystemTime,
     /// Last modification; writes through a mapping do not change it.
@@ -760,9 +762,25 @@ impl Index {
         self.orphaned().len()
     }
 
-    /// Whether an inode of this id exists.
-    pub fn exists(&self, node: NodeId) -> bool {
-        self.path(node).is_ok()
+    /// Whether an inode of this id exists. A look-up that fails for want of memory or descriptors says nothing about that.
+    ///
+    /// # Errors
+    /// What open_by_handle_at(2) answers.
+    pub fn exists(&self, node: NodeId) -> Result<bool> {
+        match self.path(node) {
+            Err(Error::Os(Errno::STALE)) => Ok(false),
+            found => found.map(|_| true),
+        }
+    }
+
+    /// One of the paths of a node, below the root: the kernel's, of the name that it was found by last.
+    ///
+    /// # Errors
+    /// What open_by_handle_at(2) and readlink(2) answer.
+    pub fn path_of(&self, node: NodeId) -> Result<String> {
+        let path = rustix::fs::readlink(fd_path(self.path(node)?.as_fd()), Vec::new())?;
+        let path = path.to_string_lossy().into_owned();
+        Ok(path.strip_prefix(&format!("{MOUNT_POINT}/{TREE}")).map(str::to_owned).unwrap_or(path))
     }
 }
 
@@ -860,6 +878,7 @@ fn from_stat(node: NodeId, stat: &Stat) -> Attributes {
         device: (major(stat.st_rdev), minor(stat.st_rdev)),
         size: stat.st_size as u64,
         blocks: stat.st_blocks as u64,
+        provisional: false,
         accessed: from_timestamp(stat.st_atime, stat.st_atime_nsec as u32),
         modified: from_timestamp(stat.st_mtime, stat.st_mtime_nsec as u32),
         changed: from_timestamp(stat.st_ctime, stat.st_ctime_nsec as u32),

@@ -8,34 +8,36 @@
 //! ```
 //!
 //! > **P1.** Pages of holdings + pages of tokens + free pages = the pool's size; and the memory of the reserves plus
-//! > the memory of all files' `data` is that size in bytes, but for the one step of a move that is under way.
+//! > the memory of all files' `data` plus what is short = that size in bytes plus the float, but for the one piece
+//! > that is moving ([`moves`]).
 //!
 //! The account (pages) is a mutex that is held for an addition; memory (folios) moves outside of it. A [`Token`]
 //! stands for pages that nobody else can have; taking from it cannot fail for want of space. A file's pages belong
 //! to it whole, but their memory stays in the reserve as far as it lies behind the 2 MiB folio with the end of file: no
 //! program can reach it there, and none must reach memory that has not been cleared (see [`crate::sealed`]).
 //!
-//! **Moves.** Memory goes from one sealed file to another in pieces of at most [`PIECE`]: the target takes a piece from
-//! the machine, then the source gives as much back. Never the other way round: between the two another process could
-//! take it. So the machine needs one piece more than the pool, for as long as a move lasts.
+//! **Moves.** Memory goes from one sealed file to another in pieces: the source gives one, then the target takes as much. What
+//! another process catches in between is the *float*'s, which belongs to no page ([`moves`]).
 //!
 //! **A death in between.** The reserves are mounted at [`RESERVES`], and what the size of the pool is meant to be is noted there: when it
-//! grows, once the memory is there; when it shrinks, before any goes. A move takes before it gives, so whoever opens the pool
-//! ([`Pool::open`]) finds what there should be and perhaps a piece more, which it gives back to the machine.
+//! grows, once the memory is there; when it shrinks, before any goes. So whoever opens the pool ([`Pool::open`]) finds what there
+//! should be; or more, which it gives back to the machine; or a piece less, which it takes from the machine when there is some.
 //!
-//! **Locks**, in order: that of the pool's size, a file's own (the caller's), the reserves' in the order of their nodes,
-//! the account. Nobody waits for pages with any of them but the first: [`Pool::patiently`].
+//! **Locks**, in order: that of the pool's size, a file's own (the caller's), that of the piece that moves, the reserves' in the
+//! order of their nodes, the account. Nobody waits for pages with any of them but the first: [`Pool::patiently`].
 
 mod holding;
+mod moves;
 mod recovery;
 
 pub use holding::{Change, Holding, Progress};
+pub use moves::{PIECE, float_of};
 pub use recovery::RESERVES;
 
 use crate::error::{Error, Result};
 use crate::sealed::{Reach, Sealed};
 use crate::steps::{self, Step};
-use crate::sys::{self, MARGIN, refuse_more_than_available};
+use crate::sys::{self, refuse_more_than_available};
 use crate::units::{FOLIO_SIZE, PageSize, Range};
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -44,10 +46,6 @@ use std::time::{Duration, Instant};
 
 /// Most memory that the pool takes from the machine, or gives back to it, at once when its size changes.
 pub const STEP: u64 = 64 << 20;
-
-/// Most memory that moves between a file and the reserves at once, chosen so that a piece takes some milliseconds: others
-/// wait for that long.
-pub const PIECE: u64 = 32 << 20;
 
 /// How long to wait for one more page of the files that were unlinked and whose last user may be gone: the kernel tells
 /// of that (FORGET) by itself, but not before unlink(2) returns. In naps, as time also passes while the machine is too
@@ -68,6 +66,8 @@ pub struct Pool {
     freed: Condvar,
     /// Held while the pool's size changes.
     resizing: Mutex<()>,
+    /// Held while a piece moves.
+    moving: Mutex<()>,
     /// Mounted at [`RESERVES`].
     outlives_us: bool,
     huge_at_mount: u64,
@@ -108,8 +108,8 @@ impl Drop for Opened<'_> {
     }
 }
 
-/// Pages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Pages, and bytes that the pool lacks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Account {
     /// The pool's size.
     pub total: u64,
@@ -123,6 +123,10 @@ pub struct Account {
     in_tokens: u64,
     /// How often pages have become free.
     returns: u64,
+    /// Bytes that the pool lacks of its pages and its float.
+    pub short: u64,
+    /// Free pages that are not handed out, as what is short is more than the float.
+    pub missing: u64,
 }
 
 /// What holdings have together.
@@ -150,6 +154,11 @@ impl Account {
     fn give_back(&mut self, pages: u64) {
         self.free += pages;
         self.returns += u64::from(pages > 0);
+    }
+
+    /// Free pages that can be handed out.
+    pub fn available(&self) -> u64 {
+        self.free.saturating_sub(self.missing)
     }
 
     /// Pages that holdings have.
@@ -187,7 +196,8 @@ impl Token<'_> {
         let mut account = self.pool.account();
         account.reserved -= pages;
         account.in_tokens -= pages;
-        account.total -= pages;
+        let left = account.total - pages;
+        account.set_total(left, self.pool.page_size.bytes());
     }
 }
 
@@ -212,7 +222,9 @@ impl Pool {
         pages: u64,
         mut progress: impl FnMut(u64) -> Result<()>,
     ) -> Result<Self> {
-        refuse_more_than_available(pages * page_size.bytes())?;
+        let total = pages * page_size.bytes();
+        let float = float_of(total);
+        refuse_more_than_available(total + float)?;
         let nodes = sys::memory_nodes()?;
         let mut reserves = Vec::new();
         for node in &nodes {
@@ -222,17 +234,23 @@ impl Pool {
         }
         let mut taken = 0;
         for (n, reserve) in reserves.iter().enumerate() {
-            let share = pages / nodes.len() as u64 + u64::from((n as u64) < pages % nodes.len() as u64);
-            reserve.grow(share * page_size.bytes(), |step| {
+            let share =
+                |all: u64| all / nodes.len() as u64 + u64::from((n as u64) < all % nodes.len() as u64);
+            let bytes = share(pages) * page_size.bytes() + share(float / FOLIO_SIZE) * FOLIO_SIZE;
+            reserve.grow(bytes, |step| {
                 taken += step;
                 log::debug!("{taken} bytes taken");
-                progress(taken)
+                progress(taken.min(total))
             })?;
         }
-        let account =
-            Account { total: pages, free: pages, reserved: 0, orphaned: 0, in_tokens: 0, returns: 0 };
-        let (account, freed, resizing) = (Mutex::new(account), Condvar::new(), Mutex::new(()));
-        Ok(Self { page_size, reserves, account, freed, resizing, outlives_us: false, huge_at_mount: 0 })
+        Ok(Self::on(page_size, reserves, Account { total: pages, free: pages, ..Account::default() }))
+    }
+
+    /// A pool on `reserves`, with this account, that ends with the process.
+    fn on(page_size: PageSize, reserves: Vec<Reserve>, account: Account) -> Self {
+        let (account, freed) = (Mutex::new(account), Condvar::new());
+        let (resizing, moving) = (Mutex::default(), Mutex::default());
+        Self { page_size, reserves, account, freed, resizing, moving, outlives_us: false, huge_at_mount: 0 }
     }
 
     /// Grain of reservation.
@@ -261,8 +279,8 @@ impl Pool {
     /// [`Error::Full`], or [`Error::Returning`] where the pages of unlinked files would make it possible.
     pub fn reserve(&self, pages: u64) -> Result<Token<'_>> {
         let mut account = self.account();
-        if account.free < pages {
-            let hopeful = account.free + account.orphaned >= pages;
+        if account.available() < pages {
+            let hopeful = account.available() + account.orphaned >= pages;
             return Err(if hopeful { Error::Returning } else { Error::Full });
         }
         account.free -= pages;
@@ -336,7 +354,10 @@ impl Pool {
             .map_err(|_| Error::Busy("more pages are in use than the pool would have; remove files first"))?;
         self.note_size(pages)?;
         steps::done(Step::ReduceNoted);
-        if let Err(error) = self.cut_reserves((before - pages) * self.page_size.bytes()) {
+        let surplus = self.bytes_of(before) - self.bytes_of(pages);
+        let lacked = self.lack_less(surplus);
+        if let (cut, Err(error)) = self.cut_reserves(surplus - lacked) {
+            self.note_short(lacked + cut);
             self.note_size(before)?;
             return Err(error);
         }
@@ -345,17 +366,27 @@ impl Pool {
         Ok(())
     }
 
-    /// Gives `bytes` of the reserves back to the machine, which nobody has been promised.
-    fn cut_reserves(&self, bytes: u64) -> Result<()> {
+    /// Gives `bytes` of the reserves back to the machine, which are promised to no file. Returns how many it has given.
+    fn cut_reserves(&self, bytes: u64) -> (u64, Result<()>) {
         let mut left = bytes;
         while left > 0 {
             let (_, mut richest) = self.lock_richest();
             let step = left.min(STEP).min(richest.size());
             let size = richest.size() - step;
-            richest.cut(size)?;
+            let cut = if step > 0 { moves::shorten(&mut richest, size) } else { Err(Error::NoMemory) };
+            if cut.is_err() {
+                return (bytes - left, cut);
+            }
             left -= step;
         }
-        Ok(())
+        (bytes, Ok(()))
+    }
+
+    /// Gives `bytes` that the pool has too much back to the machine. What stays here, the next worker gives back.
+    fn give_surplus(&self, bytes: u64) {
+        if let (given, Err(error)) = self.cut_reserves(bytes) {
+            log::warn!("the pool has {} bytes too many: {error}", bytes - given);
+        }
     }
 
     /// Takes `bytes` from the machine for the reserve that has the least.
@@ -369,119 +400,33 @@ impl Pool {
         });
         if grown.is_err() {
             log::warn!("the machine has no memory for {bytes} bytes more; {added} bytes are given back");
-            self.cut_reserves(added)?;
+            self.cut_reserves(added).1?;
         }
         grown
     }
 
     fn enlarge(&self, pages: u64) -> Result<()> {
-        self.grow_poorest(pages * self.page_size.bytes())?;
+        let (before, after) = (self.balance().total, self.balance().total + pages);
+        let more = self.bytes_of(after) - self.bytes_of(before);
+        self.grow_poorest(more)?;
         steps::done(Step::EnlargeGrown);
-        if let Err(error) = self.note_size(self.balance().total + pages) {
-            self.cut_reserves(pages * self.page_size.bytes())?;
+        if let Err(error) = self.note_size(after) {
+            self.cut_reserves(more).1?;
             return Err(error);
         }
         steps::done(Step::EnlargeNoted);
         let mut account = self.account();
-        account.total += pages;
+        account.set_total(after, self.page_size.bytes());
         account.give_back(pages);
         self.freed.notify_all();
         Ok(())
     }
 
-    /// Whether memory is moved to or from a reserve at this moment: the next move has to wait.
-    pub fn is_moving(&self) -> bool {
-        self.reserves.iter().any(|reserve| reserve.sealed.try_lock().is_err())
-    }
-
-    /// The reserve with the most memory. All of them are locked to find it, so that it has some where there is any.
-    fn lock_richest(&self) -> (&Reserve, Opened<'_>) {
-        let locked: Vec<_> = self.reserves.iter().map(|reserve| (reserve, reserve.lock())).collect();
-        let richest = locked.into_iter().max_by_key(|(_, sealed)| sealed.size());
-        richest.expect("there is a node with memory")
-    }
-
-    /// Moves a piece of memory for the start of `range`, which has none, into `target`, and makes that up to `size` bytes long as it
-    /// goes. Returns the length of the piece.
-    ///
-    /// # Errors
-    /// [`Error::NoMemory`] where the machine has no memory for a piece. Nothing has moved, but `target` may be longer.
-    fn move_piece_out(&self, target: &mut Sealed, range: Range, size: u64) -> Result<u64> {
-        let (reserve, mut source) = self.lock_richest();
-        let piece = range.len().min(affordable_piece()?).min(source.size());
-        assert!(piece > 0, "a token was given for memory that the reserves do not have");
-        let _bound = self.bind_to(reserve.node)?;
-        let taken = Range::at(range.start, piece);
-        target.take(taken, size)?;
-        steps::done(Step::MoveOutTaken);
-        let left = source.size() - piece;
-        if let Err(error) = source.cut(left) {
-            if source.size() > left {
-                target.give(taken)?;
-                return Err(error);
-            }
-            log::warn!("a reserve may have free blocks until memory moves the next time: {error}");
-        }
-        steps::done(Step::MoveOutGiven);
-        Ok(piece)
-    }
-
-    /// Moves a piece of memory from the end of `range`, as far as that has any, back into the reserves: `give` takes it out of `source`.
-    /// Returns which part it was; none where there is no memory.
-    ///
-    /// # Errors
-    /// [`Error::NoMemory`] where the machine has no memory for a piece.
-    fn move_piece_in(
-        &self,
-        source: &mut Sealed,
-        range: Range,
-        give: impl FnOnce(&mut Sealed, Range) -> Result<()>,
-    ) -> Result<Option<Range>> {
-        let Some(piece) = self.last_piece_within(source, range)? else { return Ok(None) };
-        let mut target = self.reserve_for(source, piece).lock();
-        let size = target.size();
-        target.take(Range::at(size, piece.len()), size + piece.len())?;
-        steps::done(Step::MoveInTaken);
-        if let Err(error) = give(source, piece) {
-            if piece.folios().any(|folio| source.has_memory(folio)) {
-                target.cut(size)?;
-            }
-            return Err(error);
-        }
-        steps::done(Step::MoveInGiven);
-        Ok(Some(piece))
-    }
-
-    /// The last run of folios with memory in `range`, of one node and at most a piece long.
-    fn last_piece_within(&self, source: &Sealed, range: Range) -> Result<Option<Range>> {
-        let mut folios = range.folios().rev().skip_while(|folio| !source.has_memory(*folio));
-        let Some(last) = folios.next() else { return Ok(None) };
-        let most = affordable_piece()? / FOLIO_SIZE;
-        let node = self.node_of(source, last);
-        let before = folios
-            .take(most as usize - 1)
-            .take_while(|folio| source.has_memory(*folio) && self.node_of(source, *folio) == node)
-            .count() as u64;
-        let end = last.range().end;
-        Ok(Some(Range::new(end - (before + 1) * FOLIO_SIZE, end)))
-    }
-
-    fn node_of(&self, source: &Sealed, folio: crate::units::Folio) -> Option<u32> {
-        if self.reserves.len() == 1 { None } else { source.node_of(folio) }
-    }
-
-    fn reserve_for(&self, source: &Sealed, step: Range) -> &Reserve {
-        let node = step.folios().next().and_then(|folio| self.node_of(source, folio));
-        self.reserves.iter().find(|reserve| Some(reserve.node) == node).unwrap_or(&self.reserves[0])
-    }
-
-    /// Until the guard is dropped, this thread takes new memory from `node`.
-    fn bind_to(&self, node: u32) -> Result<Option<NodeBinding>> {
-        if self.reserves.len() == 1 {
-            return Ok(None);
-        }
-        sys::mapping::bind_thread_to_node(Some(node))?;
-        Ok(Some(NodeBinding))
+    /// Whether the next move has to wait: for another one, for a reserve, or for memory that the pool lacks.
+    pub fn move_must_wait(&self) -> bool {
+        self.moving.try_lock().is_err()
+            || self.reserves.iter().any(|reserve| reserve.sealed.try_lock().is_err())
+            || self.is_float_used_up()
     }
 
     /// Looks the free memory through for memory errors, and replaces what has one: nobody is ever given it. A step at a time, so
@@ -510,11 +455,11 @@ impl Pool {
         for reserve in &self.reserves {
             folios += reserve.lock().collapse_untouched()?;
         }
-        self.huge_at_mount = folios * FOLIO_SIZE;
+        self.huge_at_mount = (folios * FOLIO_SIZE).min(self.balance().total * self.page_size.bytes());
         Ok(())
     }
 
-    /// Bytes of the reserves that were in 2 MiB folios when the pool was mounted.
+    /// Bytes of the pool's pages that were in 2 MiB folios when it was mounted.
     pub fn huge_at_mount(&self) -> u64 {
         self.huge_at_mount
     }
@@ -546,6 +491,7 @@ impl Pool {
     /// Checks P1, and that what is reserved is reserved for somebody, given what all holdings together have; says what does
     /// not hold. The caller keeps pages from moving meanwhile, and the size with [`Pool::keep_size`].
     pub fn check(&self, held: Held) -> Vec<String> {
+        let _all_moved = self.moving();
         let reserves: u64 =
             self.reserves.iter().map(|reserve| reserve.lock().folio_count() * FOLIO_SIZE).sum();
         let (account, bytes) = (self.balance(), reserves + held.bytes);
@@ -557,12 +503,13 @@ impl Pool {
                 account.held()
             ));
         }
-        if bytes != account.total * self.page_size.bytes() {
-            wrong.push(format!("P1: {bytes} bytes are there for {} pages", account.total));
+        if bytes + account.short != self.bytes_of(account.total) {
+            let (short, meant) = (account.short, self.bytes_of(account.total));
+            wrong.push(format!("P1: {bytes} bytes are there, and {short} are short, of {meant}"));
         }
-        if reserves < account.free * self.page_size.bytes() {
-            wrong
-                .push(format!("P1: {} pages are free, and the reserves have {reserves} bytes", account.free));
+        if reserves < account.available() * self.page_size.bytes() {
+            let free = account.available();
+            wrong.push(format!("P1: {free} pages are free, and the reserves have {reserves} bytes"));
         }
         if account.reserved != account.in_tokens + held.stuck {
             let (reserved, tokens, stuck) = (account.reserved, account.in_tokens, held.stuck);
@@ -597,24 +544,5 @@ impl Reserve {
             progress(step.len())?;
         }
         Ok(())
-    }
-}
-
-/// How much a move may take from the machine before it gives as much back.
-fn affordable_piece() -> Result<u64> {
-    match sys::memory_available()? {
-        available if available >= PIECE + MARGIN => Ok(PIECE),
-        available if available >= 2 * FOLIO_SIZE => Ok(FOLIO_SIZE),
-        _ => Err(Error::NoMemory),
-    }
-}
-
-struct NodeBinding;
-
-impl Drop for NodeBinding {
-    fn drop(&mut self) {
-        if let Err(error) = sys::mapping::bind_thread_to_node(None) {
-            log::error!("a thread stays bound to a NUMA node: {error}");
-        }
     }
 }

@@ -6,7 +6,6 @@ use crate::sealed::{Reach, Sealed};
 use crate::sys::calls;
 use crate::units::{FOLIO_SIZE, PageSize};
 use rustix::fs::{CWD, Mode, OFlags, XattrFlags};
-use std::sync::{Condvar, Mutex};
 
 /// Where the reserves are mounted in the daemon's namespace, each below the number of its NUMA node.
 pub const RESERVES: &str = "/reserve";
@@ -49,39 +48,61 @@ impl Pool {
             reserves.push(Reserve::open(node)?);
         }
         reserves.sort_by_key(|reserve| reserve.node);
-        let account = Account { total, free: 0, reserved: total, orphaned: 0, in_tokens: 0, returns: 0 };
-        let (account, freed, resizing) = (Mutex::new(account), Condvar::new(), Mutex::new(()));
-        Ok(Self { page_size, reserves, account, freed, resizing, outlives_us: true, huge_at_mount })
+        let account = Account { total, reserved: total, ..Account::default() };
+        Ok(Self { outlives_us: true, huge_at_mount, ..Self::on(page_size, reserves, account) })
     }
 
     /// The account of a pool that was just opened, before [`Pool::adopt`].
     #[cfg(test)]
     pub(super) fn forget_account(&self) {
         let mut account = self.account();
-        *account = Account { free: 0, reserved: account.total, orphaned: 0, ..*account };
+        *account = Account { total: account.total, reserved: account.total, ..Account::default() };
     }
 
-    /// Completes the account: all files together have `pages`, and `bytes` of memory. What the reserves have more than P1 says
-    /// was being moved, and goes back to the machine; what they have less is taken from it.
+    /// Completes the account: all files together have `pages`, and `bytes` of memory. What there is more than P1 says goes back
+    /// to the machine. What there is less is short: it was moving, or a program has taken it out of its file.
     ///
     /// # Errors
-    /// [`Error::Corrupt`] where files have more than there is; [`Error::NoMemory`].
+    /// [`Error::Corrupt`] where files have more than there is.
     pub fn adopt(&self, pages: u64, bytes: u64) -> Result<()> {
         let total = self.balance().total;
         let free = total.checked_sub(pages);
         let free = free.ok_or_else(|| Error::Corrupt(format!("files have {pages} of {total} pages")))?;
         let reserves: u64 =
             self.reserves.iter().map(|reserve| reserve.lock().folio_count() * FOLIO_SIZE).sum();
-        let (has, meant) = (reserves + bytes, total * self.page_size.bytes());
-        if has > meant {
-            self.cut_reserves(has - meant)?;
-        } else if has < meant {
-            log::warn!("{} bytes of the pool were lost; they are taken from the machine again", meant - has);
-            self.grow_poorest(meant - has)?;
+        let (has, meant) = (reserves + bytes, self.bytes_of(total));
+        self.cut_reserves(has.saturating_sub(meant)).1?;
+        {
+            let mut account = self.account();
+            (account.reserved, account.free) = (0, free);
+            account.set_short(meant.saturating_sub(has), self.page_size.bytes());
         }
-        let mut account = self.account();
-        account.reserved = 0;
-        account.free = free;
+        self.refill();
+        match self.balance().missing {
+            0 => {}
+            pages => log::warn!("memory for {pages} pages is missing; it is taken again when there is some"),
+        }
+        Ok(())
+    }
+}
+
+impl Pool {
+    /// Corrects the account by a file of which `counted` pages and bytes were adopted, and which `has` so many.
+    ///
+    /// # Errors
+    /// [`Error::Full`] where it has more pages than were counted, and they are not free; nothing has changed.
+    pub fn correct(&self, counted: (u64, u64), has: (u64, u64)) -> Result<()> {
+        match has.0.checked_sub(counted.0) {
+            Some(more) => self.reserve(more)?.hand_over(more as i64),
+            None => self.release(counted.0 - has.0),
+        }
+        let surplus = {
+            let mut account = self.account();
+            let lacking = account.short + counted.1;
+            account.set_short(lacking.saturating_sub(has.1), self.page_size.bytes());
+            has.1.saturating_sub(lacking)
+        };
+        self.give_surplus(surplus);
         Ok(())
     }
 }

@@ -351,7 +351,15 @@ fn open(data: &File, id: NodeId) -> Result<File> {
 /// # Errors
 /// [`Error::Corrupt`] where it is not; ENOENT where none is there.
 pub fn check_version(directory: &Path) -> Result<()> {
-    read_superblock(&File::open(directory.join("ledger"))?).map(drop)
+    superblock_at(directory).map(drop)
+}
+
+/// The superblock of the sealed file whose superblock is mounted there, which need not be opened for that.
+///
+/// # Errors
+/// [`Error::Corrupt`] for one that is damaged or of another version.
+pub fn superblock_at(directory: &Path) -> Result<Superblock> {
+    read_superblock(&File::open(directory.join("ledger"))?)
 }
 
 fn read_superblock(file: &File) -> Result<Superblock> {

@@ -46,7 +46,7 @@ mod record;
 mod recovery;
 
 pub use holes::{Hole, Holes};
-pub use ledger::{Bytes, Notes, check_version};
+pub use ledger::{Bytes, Notes, check_version, superblock_at};
 use ledger::{LEDGER, Ledger};
 pub use record::Superblock;
 

@@ -1,0 +1,314 @@
+//! Moves of memory between a file and the reserves, piece by piece, and the float that is at stake meanwhile.
+//!
+//! ```text
+//!            reserve                      machine                     file
+//!   free pages      | float        gives ---> takes
+//!   ================|=====-------->  piece  ---------------------->  =====      move out
+//!   ================|=====<--------  piece  <----------------------  =====      move in
+//! ```
+//!
+//! Memory changes hands by way of the machine: tmpfs has no other way. The source gives a piece, and the target takes as
+//! much at once. So a move needs no memory beyond the pool, however little the machine has left. Between the two calls another
+//! process can catch what was given. For that the pool holds some memory more than its pages, the *float* ([`float_of`]).
+//! A piece is never larger than what is left of the float, and one piece moves at a time: what is lost is the float's. Where
+//! nothing of the float is left, a free page takes its place, and a piece is a folio. Pages of files, and pages that are
+//! reserved, are never at stake.
+//!
+//! **Short.** What the pool has less than its pages and its float is noted in the account ([`Account::short`]). It is taken from the
+//! machine again when there is some ([`Pool::refill`]): by the patrol each second, and by a move that finds the float
+//! used up. A move that finds neither float nor free page then is refused. Nothing is noted for the next worker: the worker
+//! sees by the bytes that are there how much is short. Where that is more than the float, as many free pages are *missing*:
+//! they are not handed out. That is so when a program has given memory of its file to the machine by MADV_REMOVE, and the
+//! worker died before it took the memory back.
+//!
+//! A machine that is short of memory is asked for one folio at a time. The kernel keeps what a processor has just freed on that
+//! processor's own list (mm/page_alloc.c, `free_frozen_page_commit`), from which the very next allocation is served.
+
+use super::{Account, Opened, Pool, Reserve, Token};
+use crate::error::{Error, Result};
+use crate::sealed::Sealed;
+use crate::steps::{self, Step};
+use crate::sys::{self, MARGIN, refuse_more_than_available};
+use crate::units::{FOLIO_SIZE, Range};
+use std::sync::MutexGuard;
+
+/// Most memory that moves between a file and the reserves at once, chosen so that a piece takes some milliseconds: others
+/// wait for that long.
+pub const PIECE: u64 = 32 << 20;
+
+/// The float of a small pool.
+const LEAST_FLOAT: u64 = 2 * FOLIO_SIZE;
+
+/// How large the float of a pool is whose pages have so many bytes.
+pub fn float_of(bytes: u64) -> u64 {
+    (bytes / 64).next_multiple_of(FOLIO_SIZE).clamp(LEAST_FLOAT, PIECE)
+}
+
+impl Account {
+    /// Has the pool lack so many bytes of its pages of `page_size` bytes and their float.
+    pub(super) fn set_short(&mut self, short: u64, page_size: u64) {
+        self.short = short;
+        self.missing = short.saturating_sub(float_of(self.total * page_size)).div_ceil(page_size);
+    }
+
+    /// Has the pool consist of so many pages of `page_size` bytes.
+    pub(super) fn set_total(&mut self, total: u64, page_size: u64) {
+        self.total = total;
+        self.set_short(self.short, page_size);
+    }
+}
+
+/// Held while a piece moves.
+type Moving<'a> = MutexGuard<'a, ()>;
+
+/// A piece that is going to move.
+struct Piece<'pool> {
+    _moving: Moving<'pool>,
+    /// How long it may be.
+    most: u64,
+    /// A free page, where nothing of the float is left: it is promised to no file until the piece has moved.
+    _at_stake: Option<Token<'pool>>,
+}
+
+impl Pool {
+    /// What all the memory of a pool of so many pages comes to.
+    pub(super) fn bytes_of(&self, pages: u64) -> u64 {
+        let bytes = pages * self.page_size.bytes();
+        bytes + float_of(bytes)
+    }
+
+    /// Waits until no piece moves, and keeps others from moving one. Comes before the reserves' locks.
+    pub(super) fn moving(&self) -> Moving<'_> {
+        self.moving.lock().expect("no panic while memory moves")
+    }
+
+    /// The pool lacks so many bytes more.
+    pub(super) fn note_short(&self, bytes: u64) {
+        let mut account = self.account();
+        let short = account.short + bytes;
+        account.set_short(short, self.page_size.bytes());
+    }
+
+    /// The pool lacks up to so many bytes less: it has taken them, or needs them no more. Returns how many it lacked of these.
+    pub(super) fn lack_less(&self, bytes: u64) -> u64 {
+        let mut account = self.account();
+        let lacked = account.short.min(bytes);
+        let short = account.short - lacked;
+        account.set_short(short, self.page_size.bytes());
+        lacked
+    }
+
+    /// Bytes of the float that are there.
+    fn float_at_hand(&self) -> u64 {
+        let account = self.account();
+        float_of(account.total * self.page_size.bytes()).saturating_sub(account.short)
+    }
+
+    /// No piece can move before the pool has taken some memory from the machine, or put a free page at stake.
+    pub(super) fn is_float_used_up(&self) -> bool {
+        self.float_at_hand() < FOLIO_SIZE
+    }
+
+    /// Takes what the pool lacks from the machine, as far as that can give it. Moves go on in between.
+    pub fn refill(&self) {
+        while self.balance().short > 0 && self.refill_step(&self.moving()) {}
+    }
+
+    /// Takes a piece of what the pool lacks. Returns whether the machine had one.
+    fn refill_step(&self, _moving: &Moving<'_>) -> bool {
+        let short = self.account().short;
+        let affordable = |step: &u64| *step > 0 && refuse_more_than_available(*step).is_ok();
+        let step = [short.min(PIECE), short.min(FOLIO_SIZE)].into_iter().find(affordable);
+        let Some(step) = step else { return false };
+        if let Err(error) = self.lengthen(&mut self.lock_poorest().1, step) {
+            log::warn!("the pool lacks {short} bytes still: {error}");
+            return false;
+        }
+        self.give_surplus(step - self.lack_less(step)); // the pool may have shrunk meanwhile
+        self.freed.notify_all(); // pages that were missing
+        true
+    }
+
+    /// Begins to move a piece. A machine that is short of memory is asked for a folio.
+    fn begin_piece(&self) -> Result<Piece<'_>> {
+        let moving = self.moving();
+        while self.is_float_used_up() && self.refill_step(&moving) {}
+        let is_short = sys::memory_available()? < PIECE + MARGIN;
+        let most = if is_short { FOLIO_SIZE } else { PIECE };
+        match most.min(self.float_at_hand()) {
+            0 => {
+                let at_stake = self.reserve(1).map_err(|_| Error::NoMemory)?;
+                Ok(Piece { _moving: moving, most: FOLIO_SIZE, _at_stake: Some(at_stake) })
+            }
+            most => Ok(Piece { _moving: moving, most, _at_stake: None }),
+        }
+    }
+
+    /// Moves a piece of memory for the start of `range`, which has none, into `target`, and makes that up to `size` bytes long as it
+    /// goes. Returns the length of the piece.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`] where nothing is left to put at stake, or others were faster to take what was given. Nothing has moved, but
+    /// `target` may be longer.
+    pub(super) fn move_piece_out(&self, target: &mut Sealed, range: Range, size: u64) -> Result<u64> {
+        let begun = self.begin_piece()?;
+        let (reserve, mut source) = self.lock_richest();
+        let _bound = self.bind_to(reserve.node)?;
+        let piece = range.len().min(begun.most).min(source.size());
+        match self.exchange(&mut source, target, Range::at(range.start, piece), size) {
+            Err(Error::NoMemory) if piece > FOLIO_SIZE && self.float_at_hand() >= FOLIO_SIZE => {
+                self.exchange(&mut source, target, Range::at(range.start, FOLIO_SIZE), size)
+            }
+            result => result,
+        }
+    }
+
+    /// The reserve `source` gives as much as `target` takes for `piece`. Returns how much that is.
+    fn exchange(&self, source: &mut Sealed, target: &mut Sealed, piece: Range, size: u64) -> Result<u64> {
+        let left = source.size().checked_sub(piece.len()).filter(|_| !piece.is_empty());
+        let left = left.ok_or(Error::NoMemory)?; // pages are missing
+        shorten(source, left)?;
+        steps::done(Step::MoveOutGiven);
+        if let Err(error) = target.take(piece, size) {
+            self.take_back(source, piece.len());
+            return Err(error);
+        }
+        steps::done(Step::MoveOutTaken);
+        Ok(piece.len())
+    }
+
+    /// Moves a piece of memory from the end of `range`, as far as that has any, back into the reserves: `give` takes it out of
+    /// `source`. Returns which part it was; none where there is no memory.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`] where nothing is left to put at stake; nothing has moved. What `give` answers.
+    pub(super) fn move_piece_in(
+        &self,
+        source: &mut Sealed,
+        range: Range,
+        give: impl FnOnce(&mut Sealed, Range) -> Result<()>,
+    ) -> Result<Option<Range>> {
+        if !range.folios().any(|folio| source.has_memory(folio)) {
+            return Ok(None);
+        }
+        let begun = self.begin_piece()?;
+        let Some(piece) = self.last_piece_within(source, range, begun.most) else { return Ok(None) };
+        let mut target = self.reserve_for(source, piece).lock();
+        let given = give(source, piece);
+        if given.is_err() && piece.folios().any(|folio| source.has_memory(folio)) {
+            return given.map(|()| None);
+        }
+        steps::done(Step::MoveInGiven);
+        self.take_back(&mut target, piece.len());
+        steps::done(Step::MoveInTaken);
+        given.map(|()| Some(piece))
+    }
+
+    /// A reserve takes what was given just now. Where another process was faster, the float is short of it.
+    fn take_back(&self, reserve: &mut Sealed, bytes: u64) {
+        if let Err(error) = self.lengthen(reserve, bytes) {
+            log::warn!(
+                "another process has caught {bytes} bytes of the pool, which takes them again later: {error}"
+            );
+            self.note_short(bytes);
+        }
+    }
+
+    fn lengthen(&self, reserve: &mut Sealed, bytes: u64) -> Result<()> {
+        let size = reserve.size();
+        reserve.take(Range::at(size, bytes), size + bytes)
+    }
+
+    /// The last run of folios with memory in `range`, of one node and at most `most` bytes long.
+    fn last_piece_within(&self, source: &Sealed, range: Range, most: u64) -> Option<Range> {
+        let mut folios = range.folios().rev().skip_while(|folio| !source.has_memory(*folio));
+        let last = folios.next()?;
+        let node = self.node_of(source, last);
+        let before = folios
+            .take((most / FOLIO_SIZE) as usize - 1)
+            .take_while(|folio| source.has_memory(*folio) && self.node_of(source, *folio) == node)
+            .count() as u64;
+        let end = last.range().end;
+        Some(Range::new(end - (before + 1) * FOLIO_SIZE, end))
+    }
+
+    fn node_of(&self, source: &Sealed, folio: crate::units::Folio) -> Option<u32> {
+        if self.reserves.len() == 1 { None } else { source.node_of(folio) }
+    }
+
+    fn reserve_for(&self, source: &Sealed, piece: Range) -> &Reserve {
+        let node = piece.folios().next().and_then(|folio| self.node_of(source, folio));
+        self.reserves.iter().find(|reserve| Some(reserve.node) == node).unwrap_or(&self.reserves[0])
+    }
+
+    /// Until the guard is dropped, this thread takes new memory from `node`.
+    fn bind_to(&self, node: u32) -> Result<Option<NodeBinding>> {
+        if self.reserves.len() == 1 {
+            return Ok(None);
+        }
+        sys::mapping::bind_thread_to_node(Some(node))?;
+        Ok(Some(NodeBinding))
+    }
+
+    /// The reserve with the most memory. All of them are locked to find it, so that it has some where there is any.
+    pub(super) fn lock_richest(&self) -> (&Reserve, Opened<'_>) {
+        let richest = self.lock_all().max_by_key(|(_, sealed)| sealed.size());
+        richest.expect("there is a node with memory")
+    }
+
+    /// The reserve with the least memory.
+    fn lock_poorest(&self) -> (&Reserve, Opened<'_>) {
+        let poorest = self.lock_all().min_by_key(|(_, sealed)| sealed.size());
+        poorest.expect("there is a node with memory")
+    }
+
+    fn lock_all(&self) -> impl Iterator<Item = (&Reserve, Opened<'_>)> {
+        let locked: Vec<_> = self.reserves.iter().map(|reserve| (reserve, reserve.lock())).collect();
+        locked.into_iter()
+    }
+}
+
+/// Makes a reserve `left` bytes long. Where only its limit of blocks could not be lowered, that is done by the next move.
+pub(super) fn shorten(reserve: &mut Sealed, left: u64) -> Result<()> {
+    match reserve.cut(left) {
+        Err(error) if reserve.size() <= left => {
+            log::warn!("a reserve may have free blocks until memory moves the next time: {error}");
+            Ok(())
+        }
+        result => result,
+    }
+}
+
+struct NodeBinding;
+
+impl Drop for NodeBinding {
+    fn drop(&mut self) {
+        if let Err(error) = sys::mapping::bind_thread_to_node(None) {
+            log::error!("a thread stays bound to a NUMA node: {error}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_float_is_a_64th_of_the_pool_within_limits() {
+        assert_eq!(float_of(0), LEAST_FLOAT);
+        assert_eq!(float_of(16 << 20), LEAST_FLOAT);
+        assert_eq!(float_of(1 << 30), 16 << 20);
+        assert_eq!(float_of(64 << 30), PIECE);
+    }
+
+    #[test]
+    fn what_is_short_beyond_the_float_makes_pages_missing() {
+        let page = FOLIO_SIZE;
+        let mut account = Account { total: 8, free: 8, ..Account::default() };
+        for (short, missing) in [(0, 0), (LEAST_FLOAT, 0), (LEAST_FLOAT + 1, 1), (LEAST_FLOAT + 2 * page, 2)]
+        {
+            account.set_short(short, page);
+            assert_eq!((account.short, account.missing), (short, missing));
+        }
+    }
+}
