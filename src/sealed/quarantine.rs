@@ -33,7 +33,7 @@ use crate::sys::mapping::Window;
 use crate::sys::tmpfs;
 use crate::units::{FOLIO_SIZE, Folio, Range, SUBPAGE_SIZE, SUBPAGES_PER_FOLIO, Subpage};
 use std::fs::File;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Bytes that are copied at a time.
@@ -275,7 +275,7 @@ impl Sealed {
             if !fresh.is_empty() {
                 steps::done(Step::QuarantinePunched);
             }
-            match self.set_limit(0) {
+            match self.lower_limit(|| self.shut_strays_but(fresh).map(drop)) {
                 Ok(()) if self.are_empty(fresh)? => return Ok(()),
                 Ok(()) | Err(Error::Busy(_)) => {}
                 Err(error) => return Err(error),
@@ -292,6 +292,34 @@ impl Sealed {
             }
             self.shut_strays_but(fresh)?;
         }
+    }
+
+    /// Lowers the limit while `free` frees the blocks of strays. A program that hammers a hole takes a block back within
+    /// microseconds, sooner than a second call can come: so a second thread lowers the limit over and over meanwhile.
+    fn lower_limit(&self, free: impl Fn() -> Result<()>) -> Result<()> {
+        const TRIES: u32 = 2_000;
+        let first = self.set_limit(0);
+        if !matches!(first, Err(Error::Busy(_))) {
+            return first;
+        }
+        let (stop, lowered) = (AtomicBool::new(false), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            let spin = || {
+                while !stop.load(Ordering::Relaxed) && !lowered.load(Ordering::Relaxed) {
+                    lowered.fetch_or(self.set_limit(0).is_ok(), Ordering::Relaxed);
+                }
+            };
+            std::thread::Builder::new().spawn_scoped(scope, spin)?;
+            let mut tries = 0;
+            let mut freed = Ok(());
+            while freed.is_ok() && tries < TRIES && !lowered.load(Ordering::Relaxed) {
+                tries += 1;
+                freed = free();
+            }
+            stop.store(true, Ordering::Relaxed);
+            freed
+        })?;
+        if lowered.into_inner() { Ok(()) } else { self.set_limit(0) }
     }
 
     fn are_empty(&self, runs: &[Range]) -> Result<bool> {
