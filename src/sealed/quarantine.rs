@@ -275,7 +275,7 @@ impl Sealed {
             if !fresh.is_empty() {
                 steps::done(Step::QuarantinePunched);
             }
-            match self.lower_limit(|| self.shut_strays_but(fresh).map(drop)) {
+            match self.lower_limit(|| self.shut_strays_but(fresh)) {
                 Ok(()) if self.are_empty(fresh)? => return Ok(()),
                 Ok(()) | Err(Error::Busy(_)) => {}
                 Err(error) => return Err(error),
@@ -296,8 +296,8 @@ impl Sealed {
 
     /// Lowers the limit while `free` frees the blocks of strays. A program that hammers a hole takes a block back within
     /// microseconds, sooner than a second call can come: so a second thread lowers the limit over and over meanwhile.
-    fn lower_limit(&self, free: impl Fn() -> Result<()>) -> Result<()> {
-        const TRIES: u32 = 2_000;
+    fn lower_limit(&self, free: impl Fn() -> Result<u64>) -> Result<()> {
+        const IDLE: u32 = 8; // so often no stray is found: blocks are taken for another reason, a pin
         let first = self.set_limit(0);
         if !matches!(first, Err(Error::Busy(_))) {
             return first;
@@ -310,14 +310,14 @@ impl Sealed {
                 }
             };
             std::thread::Builder::new().spawn_scoped(scope, spin)?;
-            let mut tries = 0;
-            let mut freed = Ok(());
-            while freed.is_ok() && tries < TRIES && !lowered.load(Ordering::Relaxed) {
-                tries += 1;
+            let (mut idle, mut tries) = (0, 0);
+            let mut freed = Ok(0);
+            while freed.is_ok() && idle < IDLE && tries < 2_000 && !lowered.load(Ordering::Relaxed) {
                 freed = free();
+                (idle, tries) = if matches!(freed, Ok(0)) { (idle + 1, tries) } else { (0, tries + 1) };
             }
             stop.store(true, Ordering::Relaxed);
-            freed
+            freed.map(drop)
         })?;
         if lowered.into_inner() { Ok(()) } else { self.set_limit(0) }
     }
