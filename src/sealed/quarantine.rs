@@ -297,7 +297,7 @@ impl Sealed {
     /// Lowers the limit while `free` frees the blocks of strays. A program that hammers a hole takes a block back within
     /// microseconds, sooner than a second call can come: so a second thread lowers the limit over and over meanwhile.
     fn lower_limit(&self, free: impl Fn() -> Result<u64>) -> Result<()> {
-        const IDLE: u32 = 8; // so often no stray is found: blocks are taken for another reason, a pin
+        const IDLE: u32 = 200; // so often no stray is found: blocks are taken for another reason, a pin
         let first = self.set_limit(0);
         if !matches!(first, Err(Error::Busy(_))) {
             return first;
