@@ -269,13 +269,33 @@ impl Sealed {
     /// # Errors
     /// [`Error::Busy`] where the folio is pinned, or a hole is touched faster than it can be punched.
     pub(super) fn seal(&self, fresh: &[Range]) -> Result<()> {
+        self.punch_fresh(fresh)?;
+        match self.set_limit(0) {
+            Ok(()) if self.are_empty(fresh)? => return Ok(()),
+            Ok(()) | Err(Error::Busy(_)) => {}
+            Err(error) => return Err(error),
+        }
+        // A program that hammers a hole takes a block back within microseconds, sooner than a second call of one thread
+        // can come. So another thread lowers the limit over and over while this one shuts strays.
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let lower = || {
+                while !stop.load(Ordering::Relaxed) {
+                    let _ = self.set_limit(0); // this thread's own calls say what is wrong
+                }
+            };
+            std::thread::Builder::new().spawn_scoped(scope, lower)?;
+            let sealed = self.seal_among_strays(fresh);
+            stop.store(true, Ordering::Relaxed);
+            sealed
+        })
+    }
+
+    fn seal_among_strays(&self, fresh: &[Range]) -> Result<()> {
         let (mut patience, mut whole) = (Patience::new(), 0);
         loop {
-            fresh.iter().try_for_each(|run| tmpfs::punch(self.data(), *run))?;
-            if !fresh.is_empty() {
-                steps::done(Step::QuarantinePunched);
-            }
-            match self.lower_limit(|| self.shut_strays_but(fresh)) {
+            self.punch_fresh(fresh)?;
+            match self.set_limit(0) {
                 Ok(()) if self.are_empty(fresh)? => return Ok(()),
                 Ok(()) | Err(Error::Busy(_)) => {}
                 Err(error) => return Err(error),
@@ -294,32 +314,12 @@ impl Sealed {
         }
     }
 
-    /// Lowers the limit while `free` frees the blocks of strays. A program that hammers a hole takes a block back within
-    /// microseconds, sooner than a second call can come: so a second thread lowers the limit over and over meanwhile.
-    fn lower_limit(&self, free: impl Fn() -> Result<u64>) -> Result<()> {
-        const IDLE: u32 = 200; // so often no stray is found: blocks are taken for another reason, a pin
-        let first = self.set_limit(0);
-        if !matches!(first, Err(Error::Busy(_))) {
-            return first;
+    fn punch_fresh(&self, fresh: &[Range]) -> Result<()> {
+        fresh.iter().try_for_each(|run| tmpfs::punch(self.data(), *run))?;
+        if !fresh.is_empty() {
+            steps::done(Step::QuarantinePunched);
         }
-        let (stop, lowered) = (AtomicBool::new(false), AtomicBool::new(false));
-        std::thread::scope(|scope| {
-            let spin = || {
-                while !stop.load(Ordering::Relaxed) && !lowered.load(Ordering::Relaxed) {
-                    lowered.fetch_or(self.set_limit(0).is_ok(), Ordering::Relaxed);
-                }
-            };
-            std::thread::Builder::new().spawn_scoped(scope, spin)?;
-            let (mut idle, mut tries) = (0, 0);
-            let mut freed = Ok(0);
-            while freed.is_ok() && idle < IDLE && tries < 2_000 && !lowered.load(Ordering::Relaxed) {
-                freed = free();
-                (idle, tries) = if matches!(freed, Ok(0)) { (idle + 1, tries) } else { (0, tries + 1) };
-            }
-            stop.store(true, Ordering::Relaxed);
-            freed.map(drop)
-        })?;
-        if lowered.into_inner() { Ok(()) } else { self.set_limit(0) }
+        Ok(())
     }
 
     fn are_empty(&self, runs: &[Range]) -> Result<bool> {
