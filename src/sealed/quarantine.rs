@@ -50,20 +50,27 @@ const SPLIT_NAP: Duration = Duration::from_millis(1);
 struct Patience {
     tries: u32,
     started: Instant,
+    time: Duration,
 }
 
 impl Patience {
     const TRIES: u32 = 1_000;
     const TIME: Duration = Duration::from_millis(100);
+    const LONG: Duration = Duration::from_secs(5);
 
     fn new() -> Self {
-        Self { tries: 0, started: Instant::now() }
+        Self { tries: 0, started: Instant::now(), time: Self::TIME }
+    }
+
+    /// From now on it ends after `time`.
+    fn last(&mut self, time: Duration) {
+        self.time = time;
     }
 
     /// Counts a try. Patience ends after so many, and not before so much time.
     fn is_over(&mut self) -> bool {
         self.tries += 1;
-        self.tries > Self::TRIES && self.started.elapsed() > Self::TIME
+        self.tries > Self::TRIES && self.started.elapsed() > self.time
     }
 }
 
@@ -277,11 +284,11 @@ impl Sealed {
         }
         // A program that hammers a hole takes a block back within microseconds, sooner than a second call of one thread
         // can come. So another thread lowers the limit over and over while this one shuts strays.
-        let stop = AtomicBool::new(false);
+        let (stop, mount) = (AtomicBool::new(false), self.mount()?);
         std::thread::scope(|scope| {
             let lower = || {
                 while !stop.load(Ordering::Relaxed) {
-                    let _ = self.set_limit(0); // this thread's own calls say what is wrong
+                    let _ = tmpfs::set_limit(&mount, self.limit()); // the calls of the other thread say what is wrong
                 }
             };
             std::thread::Builder::new().spawn_scoped(scope, lower)?;
@@ -310,7 +317,10 @@ impl Sealed {
                 }
                 std::thread::sleep(SPLIT_NAP);
             }
-            self.shut_strays_but(fresh)?;
+            // Each punch is one more chance for the other thread. As long as there are strays, no pin is to blame.
+            while self.shut_strays_but(fresh)? > 0 {
+                patience.last(Patience::LONG);
+            }
         }
     }
 

@@ -80,17 +80,25 @@ pub fn detach(path: &str) -> Result<()> {
 
 /// Changes how many blocks a superblock's files may take.
 ///
+/// A fault that has read the old limit can be counted right after the kernel has compared the new one with what is taken
+/// (mm/shmem.c, shmem_reconfigure and shmem_inode_acct_blocks, Linux 6.18). Then more is taken than the limit, and the
+/// number of free blocks wraps around.
+///
 /// # Errors
-/// [`Error::Busy`] for fewer than they have taken already.
+/// [`Error::Busy`] for fewer than they have taken already; the limit may be the new one all the same.
 #[track_caller]
-pub fn set_limit(mount: impl AsFd, blocks: u64) -> Result<()> {
-    assert!(blocks > 0, "tmpfs takes 0 for unlimited");
+pub fn set_limit(mount: impl AsFd, limit: u64) -> Result<()> {
+    const MORE_TAKEN: Error = Error::Busy("more blocks are taken than that");
+    assert!(limit > 0, "tmpfs takes 0 for unlimited");
+    let mount = mount.as_fd();
     let context = fspick(mount, "", FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH)?;
-    fsconfig_set_string(context.as_fd(), "nr_blocks", blocks.to_string())?;
+    fsconfig_set_string(context.as_fd(), "nr_blocks", limit.to_string())?;
     fsconfig_reconfigure(context.as_fd()).map_err(|errno| match errno {
-        Errno::INVAL => Error::Busy("more blocks are taken than that"),
+        Errno::INVAL => MORE_TAKEN,
         other => Error::Os(other),
-    })
+    })?;
+    let now = blocks(mount)?;
+    if now.free > now.limit { Err(MORE_TAKEN) } else { Ok(()) }
 }
 
 /// Blocks (4 KiB) of a superblock.
