@@ -296,7 +296,7 @@ impl Object {
     /// The memory that the program gave up is taken from the machine again. While it has none, the holes stay open, and
     /// the log says so once.
     fn shut(&self, holding: &mut Holding) {
-        match holding.sealed().shut_strays().and_then(|_| mend(holding)) {
+        match holding.sealed_mut().reclaim_from_strays() {
             Ok(()) => self.is_stuck_open.store(false, Ordering::Relaxed),
             Err(error) if !self.is_stuck_open.swap(true, Ordering::Relaxed) => {
                 log::error!(

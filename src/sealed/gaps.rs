@@ -108,12 +108,24 @@ impl Sealed {
     /// # Errors
     /// [`Error::NoMemory`].
     pub fn reclaim_removed(&mut self) -> Result<bool> {
-        let blocks = tmpfs::blocks(&self.data)?;
-        if blocks.limit != self.limit() {
+        let is_torn = tmpfs::blocks(&self.data)?.free > 0;
+        self.reclaim(is_torn)
+    }
+
+    /// The same where a touched hole may have all that is free: then no block is, until the hole is shut.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`].
+    pub fn reclaim_from_strays(&mut self) -> Result<()> {
+        self.reclaim(true).map(drop)
+    }
+
+    fn reclaim(&mut self, is_torn: bool) -> Result<bool> {
+        if tmpfs::blocks(&self.data)?.limit != self.limit() {
             self.ledger.trim_all()?;
             self.seal(&[])?;
         }
-        let reclaimed = blocks.free > 0 && self.fill_gaps()?;
+        let reclaimed = is_torn && self.fill_gaps()?;
         if self.punched {
             steps::done(Step::UnpunchFilled);
             self.notes().discard(PUNCHED)?;

@@ -293,6 +293,16 @@ impl Sealed {
     /// Gives every block of `range` memory, out of the free blocks that there are for it. A touch of a hole that is going to
     /// fail can have one of them for an instant, which shows nowhere: the next try finds it back.
     fn fill(&mut self, range: Range) -> Result<()> {
+        match self.try_fill(range) {
+            Err(Error::Full) => {
+                let fill = || drop(self.try_fill(range));
+                quarantine::meanwhile(fill, || self.fill_among_strays(range))
+            }
+            result => result,
+        }
+    }
+
+    fn fill_among_strays(&self, range: Range) -> Result<()> {
         const FRUITLESS_TRIES: u32 = 100;
         const NAP: Duration = Duration::from_micros(100);
         let mut fruitless = 0;

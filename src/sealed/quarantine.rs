@@ -282,20 +282,9 @@ impl Sealed {
             Ok(()) | Err(Error::Busy(_)) => {}
             Err(error) => return Err(error),
         }
-        // A program that hammers a hole takes a block back within microseconds, sooner than a second call of one thread
-        // can come. So another thread lowers the limit over and over while this one shuts strays.
-        let (stop, mount) = (AtomicBool::new(false), self.mount()?);
-        std::thread::scope(|scope| {
-            let lower = || {
-                while !stop.load(Ordering::Relaxed) {
-                    let _ = tmpfs::set_limit(&mount, self.limit()); // the calls of the other thread say what is wrong
-                }
-            };
-            std::thread::Builder::new().spawn_scoped(scope, lower)?;
-            let sealed = self.seal_among_strays(fresh);
-            stop.store(true, Ordering::Relaxed);
-            sealed
-        })
+        let mount = self.mount()?;
+        let lower = || drop(tmpfs::set_limit(&mount, self.limit()));
+        meanwhile(lower, || self.seal_among_strays(fresh))
     }
 
     fn seal_among_strays(&self, fresh: &[Range]) -> Result<()> {
@@ -318,7 +307,7 @@ impl Sealed {
                 std::thread::sleep(SPLIT_NAP);
             }
             // Each punch is one more chance for the other thread. As long as there are strays, no pin is to blame.
-            while self.shut_strays_but(fresh)? > 0 {
+            while self.shut_strays_but(fresh)? > 0 && !patience.is_over() {
                 patience.last(Patience::LONG);
             }
         }
@@ -430,6 +419,23 @@ fn write_among_strays(file: &File, bytes: &[u8], offset: u64, free: impl Fn() ->
             result => return result,
         }
     }
+}
+
+/// Runs `work`, which frees blocks, and `take`, which takes them, over and over in another thread. A program that hammers a
+/// hole takes a block back within microseconds, sooner than a second call of one thread can come. `work` says what fails.
+pub(super) fn meanwhile<T>(take: impl Fn() + Sync, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let spin = || {
+            while !stop.load(Ordering::Relaxed) {
+                take();
+            }
+        };
+        std::thread::Builder::new().spawn_scoped(scope, spin)?;
+        let done = work();
+        stop.store(true, Ordering::Relaxed);
+        done
+    })
 }
 
 /// How many subpages `runs` have.
