@@ -19,6 +19,7 @@
 //! is an unmount to the daemon.
 
 use std::fmt;
+use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 
@@ -81,12 +82,18 @@ impl Message {
 #[derive(Debug)]
 pub struct Control {
     lines: BufReader<UnixStream>,
+    _lock: Option<File>,
 }
 
 impl Control {
     /// Over a connected socket.
     pub fn new(socket: UnixStream) -> Self {
-        Self { lines: BufReader::new(socket) }
+        Self { lines: BufReader::new(socket), _lock: None }
+    }
+
+    /// Holds `lock` until this is dropped: by the worker that has told the helper that it serves, or at its end.
+    pub fn hold(&mut self, lock: File) {
+        self._lock = Some(lock);
     }
 
     /// The same end once more, of which nothing has been received.

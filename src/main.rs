@@ -71,7 +71,7 @@ fn end_at_a_panic() {
 }
 
 /// What there is to supervise: a pool that is going to be mounted, or another daemon's.
-fn start(matches: &ArgMatches) -> Result<(Options, OwnedFd), String> {
+fn start(matches: &ArgMatches, control: &mut Control) -> Result<(Options, OwnedFd), String> {
     let Some(pid) = matches.get_one::<i32>("take-over") else {
         let device = inherited(matches, "fuse-fd")?;
         let options = options(matches)?;
@@ -82,7 +82,9 @@ fn start(matches: &ArgMatches) -> Result<(Options, OwnedFd), String> {
     let predecessor = Predecessor::find(*pid, *connection)?;
     settle_in(&predecessor.options, || predecessor.enter_namespace())?;
     log::info!("taking over from daemon {pid}");
-    predecessor.succeed()
+    let (options, device, only_one) = predecessor.succeed()?;
+    control.hold(only_one);
+    Ok((options, device))
 }
 
 fn settle_in(
@@ -99,7 +101,7 @@ fn run() -> Result<(), String> {
     let matches = command().get_matches();
     close_what_is_not_ours(&matches)?;
     let mut control = Control::new(UnixStream::from(inherited(&matches, "control-fd")?));
-    let (options, device) = start(&matches).inspect_err(|why| {
+    let (options, device) = start(&matches, &mut control).inspect_err(|why| {
         let _ = control.send(&Message::Failed(why.clone()));
     })?;
     let mounting = !matches.contains_id("take-over");

@@ -36,8 +36,9 @@ pub struct Predecessor {
     pub options: Options,
     /// /dev/fuse, as it has it open.
     pub device: OwnedFd,
-    /// Locked for as long as this exists: two that take over at once would both go on.
-    _only_one: File,
+    /// Locked until the worker of the new daemon serves: two that take over at once would both go on, and one that is
+    /// taken over from before it serves would be said to have failed.
+    only_one: File,
 }
 
 /// Held by a daemon that takes over; in the private root of the one that it takes over from.
@@ -65,7 +66,7 @@ impl Predecessor {
         if has_ended(&process) {
             return Err(none("it has ended".into())); // all of this may be another's
         }
-        Ok(Self { process, files, options: left.options, device, _only_one: only_one })
+        Ok(Self { process, files, options: left.options, device, only_one })
     }
 
     /// Goes where its files are.
@@ -81,7 +82,7 @@ impl Predecessor {
     ///
     /// # Errors
     /// A sentence.
-    pub fn succeed(self) -> Result<(Options, OwnedFd), String> {
+    pub fn succeed(self) -> Result<(Options, OwnedFd, File), String> {
         let failed = |errno: Errno| format!("ending the other daemon: {errno}");
         match pidfd_send_signal(&self.process, Signal::KILL) {
             Ok(()) => {}
@@ -92,7 +93,7 @@ impl Predecessor {
                 return Err(failed(errno));
             }
         }
-        Ok((self.options, self.device))
+        Ok((self.options, self.device, self.only_one))
     }
 }
 
