@@ -2,8 +2,6 @@
 //! with in an emergency. The operation then either succeeds all the same, or it is refused and everything is as before;
 //! and the next try works.
 
-#![allow(dead_code, unused_imports)] // for operations on quarantines and the pool, which are still to come
-
 mod support;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -17,8 +15,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
-use support::{COLLAPSE, FOLIO, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, get, poison, set};
+use support::{
+    COLLAPSE, FOLIO, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, get, limits, poison, set,
+};
 
 const FAIL: &str = "trusted.hugetlb2.fail";
 const ERRORS: &[&str] = &["ENOMEM", "EMFILE", "ENOSPC"];
@@ -33,7 +32,7 @@ struct Operation {
     /// What the pool is mounted with besides.
     options: &'static str,
     prepare: fn(&Pool),
-    change: fn(&Stage<'_>) -> Result<(), Errno>,
+    change: fn(&mut Stage<'_>) -> Result<(), Errno>,
     verify: fn(&Pool),
 }
 
@@ -60,10 +59,9 @@ impl Stage<'_> {
         fallocate(self.file(), mode, offset, length)
     }
 
+    /// As programs do: where a write has ended early, another one goes on.
     fn write(&self, length: u64, offset: u64) -> Result<(), Errno> {
-        let written = self.file().write_at(&vec![9; length as usize], offset).map_err(errno)?;
-        assert_eq!(written as u64, length, "a short write is neither refused nor done");
-        Ok(())
+        self.file().write_all_at(&vec![9; length as usize], offset).map_err(errno)
     }
 
     fn resize(&self, size: u64) -> Result<(), Errno> {
@@ -203,13 +201,15 @@ fn collect(directory: &Path, entries: &mut BTreeMap<PathBuf, Entry>) {
 /// The bytes of each subpage; none of one that cannot be read.
 fn subpages(path: &Path) -> Vec<Vec<u8>> {
     let (file, size) = (open(path), fs::metadata(path).expect("it is there").len());
-    let mut bytes = vec![0; size as usize];
-    let pieces = bytes.chunks_mut(SUBPAGE as usize).enumerate();
-    let read = pieces.map(|(number, piece)| match file.read_exact_at(piece, number as u64 * SUBPAGE) {
-        Ok(()) => piece.to_vec(),
-        Err(_) => Vec::new(),
-    });
-    read.collect()
+    let mut found = Vec::new();
+    let mut piece = vec![0; 1 << 20]; // one request
+    while (found.len() as u64) * SUBPAGE < size {
+        match file.read_at(&mut piece, found.len() as u64 * SUBPAGE) {
+            Ok(length) => found.extend(piece[..length].chunks(SUBPAGE as usize).map(<[u8]>::to_vec)),
+            Err(_) => found.push(Vec::new()), // a read ends before the first subpage that is lost
+        }
+    }
+    found
 }
 
 fn attributes(path: &Path) -> BTreeMap<String, String> {
@@ -275,9 +275,10 @@ fn assert_free(pool: &Pool, pages: u64) {
     assert_eq!(pool.free_pages(), pages);
 }
 
-fn polls_for_errors(file: &File) -> Result<(), Errno> {
+/// Polls as one who waits, if not for long: the daemon notes who is to be woken. The kernel makes POLLERR of any error.
+fn poll_for_a_quarantine(file: &File) -> Result<(), Errno> {
     let mut fds = [PollFd::new(file, PollFlags::PRI)];
-    poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
+    poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 1 }))?;
     if fds[0].revents().contains(PollFlags::ERR) { Err(Errno::NOMEM) } else { Ok(()) }
 }
 
@@ -317,7 +318,8 @@ const OPERATIONS: &[Operation] = &[
         prepare: sevens,
         change: |stage| {
             drop(File::open(stage.path()).map_err(errno)?);
-            wait_for(stage.pool, "opened_natively", 0);
+            let is_closed = || stage.pool.counter("opened_natively") == 0;
+            limits::until(limits::ANSWER, "the end of a native reader", is_closed); // close(2) does not wait
             Ok(())
         },
         verify: assert_sevens,
@@ -328,6 +330,21 @@ const OPERATIONS: &[Operation] = &[
         prepare: sevens,
         change: |stage| fs::remove_file(stage.path()).map_err(errno),
         verify: |pool| assert_eq!(fs::read_dir(pool.path()).unwrap().count(), 0),
+    },
+    Operation {
+        name: "unlink and close, which erases",
+        options: MEDIATED,
+        prepare: sevens,
+        change: |stage| {
+            fs::remove_file(stage.path()).map_err(errno)?;
+            stage.open = None;
+            // Where the daemon keeps the file, as a request of this test's would be one whose calls are counted.
+            let objects = format!("/proc/{}/root/objects", stage.pool.daemon().pid);
+            let is_empty = || fs::read_dir(&objects).expect("the daemon runs").next().is_none();
+            limits::until(limits::ANSWER, "the end of a file without a name", is_empty);
+            Ok(())
+        },
+        verify: |pool| fs::write(file(pool), vec![7; (PAGES * FOLIO) as usize]).unwrap(),
     },
     Operation {
         name: "unlink one of two names",
@@ -576,6 +593,90 @@ const OPERATIONS: &[Operation] = &[
             assert_eq!(pool.counter("punched_bytes"), 0);
         },
     },
+    Operation {
+        name: "quarantine",
+        options: MEDIATED,
+        prepare: sevens,
+        change: |stage| set(stage.path(), POISON, format!("{} {SUBPAGE}", FOLIO + SUBPAGE)),
+        verify: |pool| {
+            assert_eq!(pool.counter("quarantined_soft"), 1);
+            set(file(pool), REPAIR, "salvage all").unwrap();
+            assert_sevens(pool);
+        },
+    },
+    Operation {
+        name: "repair with zeros",
+        options: MEDIATED,
+        prepare: lose_one,
+        change: |stage| set(stage.path(), REPAIR, "zero all"),
+        verify: |pool| {
+            assert_runs(pool, &[(FOLIO + SUBPAGE, 7), (SUBPAGE, 0), (2 * FOLIO - 2 * SUBPAGE, 7)]);
+        },
+    },
+    Operation {
+        name: "salvage",
+        options: MEDIATED,
+        prepare: lose_one,
+        change: |stage| set(stage.path(), REPAIR, "salvage all"),
+        verify: assert_sevens,
+    },
+    Operation {
+        name: "repair by a write",
+        options: MEDIATED,
+        prepare: lose_one,
+        change: |stage| stage.write(3 * SUBPAGE, FOLIO),
+        verify: |pool| assert_runs(pool, &[(FOLIO, 7), (3 * SUBPAGE, 9), (2 * FOLIO - 3 * SUBPAGE, 7)]),
+    },
+    Operation {
+        name: "collapse",
+        options: MEDIATED,
+        prepare: sevens,
+        change: |stage| set(stage.path(), COLLAPSE, "all"),
+        verify: assert_sevens,
+    },
+    Operation {
+        name: "enlarge the pool",
+        options: MEDIATED,
+        prepare: sevens,
+        change: |stage| set(stage.pool.path(), SIZE_OF_POOL, (12 * FOLIO).to_string()),
+        verify: |pool| {
+            assert_free(pool, 9);
+            set(pool.path(), SIZE_OF_POOL, (PAGES * FOLIO).to_string()).unwrap();
+        },
+    },
+    Operation {
+        name: "reduce the pool",
+        options: MEDIATED,
+        prepare: sevens,
+        change: |stage| set(stage.pool.path(), SIZE_OF_POOL, (4 * FOLIO).to_string()),
+        verify: |pool| {
+            assert_free(pool, 1);
+            set(pool.path(), SIZE_OF_POOL, (PAGES * FOLIO).to_string()).unwrap();
+        },
+    },
+    Operation {
+        name: "poll for a quarantine",
+        options: MEDIATED,
+        prepare: sevens,
+        change: |stage| poll_for_a_quarantine(stage.file()),
+        verify: assert_sevens,
+    },
+    Operation {
+        name: "copy a range",
+        options: MEDIATED,
+        prepare: |pool| {
+            sevens(pool);
+            fs::write(other(pool), [9; 5000]).unwrap();
+        },
+        change: |stage| {
+            let (from, mut place, mut left) = (open(&stage.other()), FOLIO, 5000);
+            while left > 0 {
+                left -= rustix::fs::copy_file_range(&from, None, stage.file(), Some(&mut place), left)?;
+            }
+            Ok(())
+        },
+        verify: |pool| assert_runs(pool, &[(FOLIO, 7), (5000, 9), (2 * FOLIO - 5000, 7)]),
+    },
 ];
 
 // ---- the trials -----------------------------------------------------------------------------------------------------
@@ -597,17 +698,8 @@ fn set_stage<'a>(pool: &'a Pool, operation: &Operation) -> Stage<'a> {
 
 /// The kernel forgets a file after unlink(2) has returned.
 fn wait_for_oblivion(pool: &Pool) {
-    wait_for(pool, "orphans", 0);
-    wait_for(pool, "pages_free", PAGES);
-}
-
-/// Waits for what the kernel tells the daemon after a call has returned.
-fn wait_for(pool: &Pool, counter: &str, count: u64) {
-    let patience = Instant::now() + Duration::from_secs(10);
-    while pool.counter(counter) != count {
-        assert!(Instant::now() < patience, "{counter} does not become {count}: {:?}", pool.counters());
-        std::thread::yield_now();
-    }
+    pool.wait_for_orphans();
+    pool.wait_for_free_pages(PAGES);
 }
 
 /// The failures of a pool, by a descriptor for which the kernel asks the daemon for nothing else.
@@ -648,17 +740,17 @@ fn fail_one(
     error: &str,
     tally: &mut Tally,
 ) -> Result<bool, String> {
-    let stage = set_stage(pool, operation);
+    let mut stage = set_stage(pool, operation);
     let failures = Failures::of(pool);
     let before = Snapshot::of(pool);
     failures.arm(nth, error);
-    let result = (operation.change)(&stage);
+    let result = (operation.change)(&mut stage);
     let place = failures.place();
     let case = format!("{}: {error} of call {nth} ({})", operation.name, place.as_deref().unwrap_or("none"));
     let mut wrong = before_and_after(&before, pool, result);
     if result.is_err() {
         tally.refusals += 1;
-        if let Err(again) = (operation.change)(&stage) {
+        if let Err(again) = (operation.change)(&mut stage) {
             wrong.push(format!("refused for good: {again}"));
         }
     }

@@ -290,7 +290,7 @@ impl Fs {
         match attribute {
             Protocol::Poison => object.quarantine(value, &pace),
             Protocol::Repair => {
-                let resumed = self.was_due(ticket, object.is_repairable(value))?;
+                let resumed = self.was_due(ticket, object.is_repairable(value)?)?;
                 self.repair(&object, value, resumed, ticket)
             }
             Protocol::Collapse => object.collapse(value, &pace),

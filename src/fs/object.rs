@@ -840,12 +840,20 @@ impl Object {
     }
 
     /// Whether [`Object::repair`] would find something to do.
-    pub fn is_repairable(&self, value: &[u8]) -> bool {
+    ///
+    /// # Errors
+    /// Why that cannot be told.
+    pub fn is_repairable(&self, value: &[u8]) -> Result<bool> {
         let holding = self.read_lock();
         let requests = quarantine::parse_repair(value, holding.size());
-        requests.is_ok_and(|requests| {
-            requests.iter().all(|(verb, range)| check_repairable(&holding, *verb, *range).is_ok())
-        })
+        let is_possible = requests.and_then(|requests| {
+            requests.iter().try_for_each(|(verb, range)| check_repairable(&holding, *verb, *range))
+        });
+        match is_possible {
+            Ok(()) => Ok(true),
+            Err(Error::Invalid(_) | Error::NoData) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Repairs what is lost of `part`, which is of one folio.
@@ -1189,12 +1197,14 @@ fn injectable(holding: &Holding, value: &[u8]) -> Result<Subpage> {
 
 fn check_repairable(holding: &Holding, verb: Repair, range: Range) -> Result<()> {
     let sealed = holding.sealed();
-    let mut lost = sealed.lost_in(range).peekable();
-    let is_possible = match verb {
-        Repair::Zero => lost.peek().is_some(),
-        Repair::Salvage => lost.any(|subpage| sealed.rescued(subpage).is_ok()),
-    };
-    if is_possible { Ok(()) } else { Err(Error::NoData) }
+    for subpage in sealed.lost_in(range) {
+        match sealed.rescued(subpage) {
+            Err(Error::NoData) if verb == Repair::Salvage => {}
+            Err(error) if verb == Repair::Salvage => return Err(error),
+            _ => return Ok(()),
+        }
+    }
+    Err(Error::NoData)
 }
 
 #[cfg(test)]

@@ -28,7 +28,7 @@
 use super::OBJECTS;
 use crate::error::{Error, Result};
 use crate::pool::Holding;
-use crate::steps::{self, Step};
+use crate::steps::{self, Step, insist};
 use crate::sys::process::{Descriptors, descriptors};
 use crate::sys::{calls, mounts, tmpfs};
 use crate::units::NodeId;
@@ -95,15 +95,16 @@ impl Places {
         Err(Error::TooManyFiles)
     }
 
-    /// Takes the place of `node` away. The superblock ends with the last who uses it.
+    /// Takes the place of `node` away. The superblock ends with the last who uses it. Nothing tries this a second time, so a
+    /// shortage does not end it.
     pub fn remove(&self, node: NodeId) {
         let path = path(node);
-        match tmpfs::detach(text(&path)) {
+        match insist(|| tmpfs::detach(text(&path))) {
             Ok(()) => self.mounts.fetch_sub(1, Ordering::Relaxed),
             Err(error) => return log::error!("file {node}: its superblock stays mounted: {error}"),
         };
-        if let Err(errno) = calls::rmdir(&*path) {
-            log::error!("file {node}: its directory stays: {errno}");
+        if let Err(error) = insist(|| Ok(calls::rmdir(&*path)?)) {
+            log::error!("file {node}: its directory stays: {error}");
         }
     }
 }

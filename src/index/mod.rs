@@ -23,7 +23,7 @@
 
 use crate::error::{Error, Result};
 use crate::options::Options;
-use crate::steps::{self, Step};
+use crate::steps::{self, Step, insist};
 use crate::sys::handle;
 use crate::sys::identity::{Caller, Member, acting_as};
 use crate::sys::{calls, fd_path, tmpfs};
@@ -528,18 +528,19 @@ impl Index {
     /// Removes a node without names that the kernel does not know any more, so that nobody can reach it.
     ///
     /// # Errors
-    /// What unlinkat(2) answers.
+    /// What unlinkat(2) answers. A shortage is no reason to fail: no request comes that could try again.
     pub fn erase(&self, node: NodeId) -> Result<()> {
         let name = orphan_name(node);
-        let erased = match calls::unlinkat(&self.orphans, &name, AtFlags::empty()) {
-            Err(Errno::ISDIR) => calls::unlinkat(&self.orphans, &name, AtFlags::REMOVEDIR),
-            other => other,
+        let unlink = |flags| match calls::unlinkat(&self.orphans, &name, flags) {
+            Err(Errno::NOENT) => Ok(()),
+            result => Ok(result?),
         };
+        let erased = insist(|| match unlink(AtFlags::empty()) {
+            Err(Error::Os(Errno::ISDIR)) => unlink(AtFlags::REMOVEDIR),
+            result => result,
+        });
         self.orphaned().remove(&node);
-        match erased {
-            Ok(()) | Err(Errno::NOENT) => Ok(()),
-            Err(errno) => Err(errno.into()),
-        }
+        erased
     }
 
     /// Keeps a number for the next worker, or that there is none.

@@ -170,8 +170,14 @@ impl Ledger {
     }
 
     /// Strikes a memory error out, whose page is no longer in the file.
+    ///
+    /// # Errors
+    /// What setxattr(2) answers; nothing has changed.
     pub fn forget_poisoned(&mut self, subpage: Subpage) -> Result<()> {
-        if self.poisoned.remove(&subpage).is_some() { self.keep_poisoned() } else { Ok(()) }
+        let Some(time) = self.poisoned.remove(&subpage) else { return Ok(()) };
+        self.keep_poisoned().inspect_err(|_| {
+            self.poisoned.insert(subpage, time);
+        })
     }
 
     /// As many as an attribute holds; what is left out is found again when the kernel meets the next one.
@@ -257,16 +263,20 @@ impl Ledger {
 
     /// Reads what is kept of `range`, whole subpages of one folio, from the ledger's `file` into `bytes`: zeros where
     /// that is lost. Returns how many subpages are.
-    pub fn read(file: &File, range: Range, checksums: &Checksums, bytes: &mut [u8]) -> u64 {
-        let is_read = |range: Range, bytes: &mut [u8]| {
-            tmpfs::read_at(file, bytes, place(range).start).is_ok_and(|read| read == bytes.len())
+    ///
+    /// # Errors
+    /// A shortage: nothing is known to be lost.
+    pub fn read(file: &File, range: Range, checksums: &Checksums, bytes: &mut [u8]) -> Result<u64> {
+        let is_read = |range: Range, bytes: &mut [u8]| match tmpfs::read_at(file, bytes, place(range).start) {
+            Err(error) if error.is_shortage() => Err(error),
+            read => Ok(read.is_ok_and(|read| read == bytes.len())),
         };
-        let all = is_read(range, bytes);
+        let all = is_read(range, bytes)?;
         let subpages = range.steps(SUBPAGE_SIZE).zip(bytes.chunks_exact_mut(SUBPAGE_SIZE as usize));
         let mut lost = 0;
         for (subpage, bytes) in subpages {
             let checksum = checksums.of(Subpage::containing(subpage.start));
-            if !(all || is_read(subpage, bytes)) || crc32fast::hash(bytes) != checksum {
+            if !(all || is_read(subpage, bytes)?) || crc32fast::hash(bytes) != checksum {
                 bytes.fill(0);
                 lost += 1;
             }
@@ -276,7 +286,7 @@ impl Ledger {
                 "what was kept of {lost} quarantined subpages of {range} is lost: a memory error has hit the ledger"
             );
         }
-        lost
+        Ok(lost)
     }
 
     /// Frees what blocks the ledger has for `range`, which is in no record.

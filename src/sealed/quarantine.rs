@@ -147,15 +147,17 @@ impl Sealed {
         })
     }
 
-    /// What a quarantine that did not succeed has changed. It may have got no further than to raise the limit.
+    /// Undoes what a quarantine that did not succeed has changed. It may have got no further than to raise the limit, or as far
+    /// as to lower it again.
     fn undo_quarantine(&mut self, runs: &[Range], alarm: bool) -> Result<()> {
         let folio = Subpage::containing(runs[0].start).folio();
         if self.holes().contains(Subpage::containing(runs[0].start)) {
+            insist(|| self.set_limit(subpages(runs)))?;
             self.put_back(runs)?;
         }
-        self.update(|superblock| superblock.alarm = alarm)?;
-        self.ledger.trim(folio, &[])?;
-        self.seal(&[])
+        insist(|| self.update(|superblock| superblock.alarm = alarm))?;
+        insist(|| self.ledger.trim(folio, &[]))?;
+        insist(|| self.seal(&[]))
     }
 
     /// Gives `runs` their bytes back from the ledger, and strikes them out of the record.
@@ -163,7 +165,7 @@ impl Sealed {
     /// # Errors
     /// What the kernel answers; the ledger's copy is the true one as before.
     pub(super) fn put_back(&mut self, runs: &[Range]) -> Result<()> {
-        self.fill_and_strike(runs, Content::Known)
+        insist(|| self.fill_and_strike(runs, Content::Known))
             .inspect_err(|error| log::error!("{} could not be written back: {error}", runs[0]))
     }
 
@@ -188,7 +190,7 @@ impl Sealed {
         self.set_limit(subpages(runs))?;
         steps::done(Step::RepairRaised);
         if let Err(error) = self.fill_and_strike(runs, content) {
-            self.seal(runs)?;
+            insist(|| self.seal(runs))?;
             return Err(error);
         }
         // They are repaired. Where the rest fails, the next request that needs S1 finishes it ([`Sealed::reclaim_removed`]).
@@ -227,42 +229,43 @@ impl Sealed {
                 let (file, checksums) = (self.notes().file()?, self.ledger.checksums(folio)?);
                 inside.steps(PIECE).try_for_each(|piece| {
                     let mut bytes = vec![0; piece.subpages_out().len() as usize];
-                    ledger::Ledger::read(&file, piece.subpages_out(), &checksums, &mut bytes);
+                    ledger::Ledger::read(&file, piece.subpages_out(), &checksums, &mut bytes)?;
                     write(&bytes[..piece.len() as usize], piece.start)
                 })
             }
         }
     }
 
-    /// Lets the kernel's poisoned page go, which never comes back, and puts a healthy one in its place.
+    /// Lets the kernel's poisoned page go, which never comes back, and puts a healthy one in its place. From the punch on a touch
+    /// of the subpage would find zeros, so a shortage does not end this.
     fn replace_poisoned(&mut self, subpage: Subpage, content: Content<'_>) -> Result<()> {
         let inside = subpage.range().intersect(Range::new(0, self.size()));
         let mut patience = Patience::new();
         loop {
             tmpfs::punch(self.data(), subpage.range())?;
-            match tmpfs::write_all_at(self.data(), content.of(inside), inside.start) {
+            match insist(|| tmpfs::write_all_at(self.data(), content.of(inside), inside.start)) {
                 Ok(()) => break,
                 Err(Error::Full | Error::Poisoned) if !patience.is_over() => {} // a stray has the block, or the page is still there
                 Err(Error::Full | Error::Poisoned) => return Err(Error::Busy(UNWINNABLE)),
                 Err(error) => return Err(error),
             }
-            self.shut_strays()?;
+            insist(|| self.shut_strays())?;
         }
-        self.ledger.forget_poisoned(subpage)?;
-        self.shut_strays().map(drop)
+        insist(|| self.ledger.forget_poisoned(subpage))?;
+        insist(|| self.shut_strays()).map(drop)
     }
 
     /// What is kept of a quarantined subpage.
     ///
     /// # Errors
-    /// [`Error::NoData`] where nothing is known.
+    /// [`Error::NoData`] where nothing is known; a shortage, where that cannot be told.
     pub fn rescued(&self, subpage: Subpage) -> Result<Bytes> {
         if !self.holes().contains(subpage) {
             return Err(Error::NoData);
         }
         let (file, checksums) = (self.notes().file()?, self.ledger.checksums(subpage.folio())?);
         let mut bytes = [0; SUBPAGE_SIZE as usize];
-        match ledger::Ledger::read(&file, subpage.range(), &checksums, &mut bytes) {
+        match ledger::Ledger::read(&file, subpage.range(), &checksums, &mut bytes)? {
             0 => Ok(bytes),
             _ => Err(Error::NoData),
         }

@@ -7,6 +7,7 @@ use super::calls::{
 use super::{calls, meaning, uninterrupted};
 use crate::error::{Error, Result};
 use crate::faults::{Want, attempt};
+use crate::steps::insist;
 use crate::units::{Range, SUBPAGE_SIZE};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -97,7 +98,7 @@ pub fn set_limit(mount: impl AsFd, limit: u64) -> Result<()> {
         Errno::INVAL => MORE_TAKEN,
         other => Error::Os(other),
     })?;
-    let now = blocks(mount)?;
+    let now = insist(|| blocks(mount))?; // the limit is the new one already
     if now.free > now.limit { Err(MORE_TAKEN) } else { Ok(()) }
 }
 
