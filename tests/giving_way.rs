@@ -11,9 +11,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use support::{FOLIO, Pool, limits, set};
+use support::{FOLIO, Held, Pool, limits};
 
-const DIE: &str = "trusted.hugetlb2.die";
 /// The file has the lock of its own, and its pages are reserved.
 const ANNOUNCED: &str = "allocate: the size to come back to is noted";
 /// The file and a reserve are locked.
@@ -23,22 +22,6 @@ const TAKEN: &str = "move out: the file has taken as much";
 const MANY: usize = 10;
 /// So much that a change of it is no matter of a moment.
 const LONG: u64 = 4 * FOLIO;
-
-/// Stops all threads of the worker that come to a step, until it is dropped.
-struct Held<'a>(&'a Pool);
-
-impl<'a> Held<'a> {
-    fn at(pool: &'a Pool, step: &str) -> Self {
-        set(pool.path(), DIE, format!("hold {step}")).expect("a debug build");
-        Self(pool)
-    }
-}
-
-impl Drop for Held<'_> {
-    fn drop(&mut self) {
-        set(self.0.path(), DIE, "release").expect("it is held");
-    }
-}
 
 fn small_file(pool: &Pool, name: &str) -> PathBuf {
     let path = pool.join(name);

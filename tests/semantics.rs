@@ -1,5 +1,5 @@
 //! What other people's suites of tests (xfstests, LTP) ask for and get in a way of this filesystem's own. Each rule that
-//! is a limit stands in the README.
+//! is a limit stands in docs/SEMANTICS.md.
 
 mod support;
 

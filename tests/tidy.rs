@@ -1,5 +1,10 @@
-//! Style that a test can see.
+//! Style that a test can see, and claims of the documents that need no mount.
 
+#[path = "support/documents.rs"]
+#[allow(dead_code)]
+mod documents;
+
+use documents::{document, documents, is_test_name, prose, quoted, rows, section};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -123,24 +128,141 @@ fn fuser_is_named_only_in_the_fuse_module() {
     }
 }
 
+// ---- documents ------------------------------------------------------------------------------------------------------
+
 #[test]
-fn every_test_that_the_readme_names_exists() {
-    let readme = read(&Path::new(ROOT).join("README.md"));
-    let tests: String = sources("tests")
-        .iter()
-        .chain(&sources("src"))
-        .chain(&sources("mount-helper"))
-        .map(|path| read(path))
-        .collect();
+fn documents_are_ascii_and_their_lines_fit() {
+    const WIDEST: usize = 120;
+    for (path, text) in documents() {
+        for (number, line) in text.lines().enumerate() {
+            let place = format!("{path}:{}", number + 1);
+            assert!(line.is_ascii(), "{place} is not ASCII");
+            assert!(line.starts_with('|') || line.len() <= WIDEST, "{place} has {} columns", line.len());
+            assert!(!line.ends_with(' '), "{place} ends with a space");
+        }
+    }
+}
+
+#[test]
+fn documents_name_the_actor() {
+    const OPENINGS: [&str; 4] = ["What ", "Who ", "Whether ", "How "];
+    const RIDDLES: [&str; 5] = ["nobody", "somebody", "anybody", "whoever", "Whoever"];
+    for (path, text) in documents() {
+        let text = prose(&text);
+        let sentences = text.split(['.', '|', '\n']).map(|part| part.trim_start_matches([' ', '-', '*']));
+        for sentence in sentences {
+            let opens = OPENINGS.iter().any(|opening| sentence.starts_with(opening));
+            assert!(!opens, "{path}: a sentence that names no actor: {sentence:?}");
+        }
+        for riddle in RIDDLES {
+            assert!(!text.contains(riddle), "{path} says {riddle}");
+        }
+    }
+}
+
+#[test]
+fn each_test_that_a_document_names_exists() {
+    let places = ["tests", "src", "mount-helper"].into_iter().flat_map(sources);
+    let tests: String = places.map(|path| read(&path)).collect();
     let mut named = 0;
-    for line in readme.lines() {
-        for name in line.split('`').skip(1).step_by(2).filter(|word| word.matches('_').count() >= 3) {
+    for (path, text) in documents() {
+        let lines = text.lines().filter(|line| !line.starts_with("```"));
+        for name in lines.flat_map(quoted).filter(|word| is_test_name(word)) {
             assert!(
                 tests.contains(&format!("fn {name}()")),
-                "README names the test {name}, which is not there"
+                "{path} names the test {name}, which is not there"
             );
             named += 1;
         }
     }
-    assert!(named >= 12, "the behaviour table was not found: {named} tests named");
+    assert!(named >= 100, "the tables of behaviour were not found: {named} tests named");
+}
+
+#[test]
+fn each_row_of_behaviour_names_its_test() {
+    let (_, text) =
+        documents().into_iter().find(|(path, _)| path == "docs/SEMANTICS.md").expect("it is there");
+    let rows = rows(&text);
+    assert!(rows.len() >= 50, "the tables of behaviour were not found");
+    for row in rows {
+        let proof = row.last().expect("a cell");
+        assert!(quoted(proof).any(is_test_name), "{:?} has no test", row[0]);
+    }
+}
+
+/// GitHub's anchor of a heading.
+fn anchor(heading: &str) -> String {
+    let kept = |c: &char| c.is_ascii_alphanumeric() || matches!(c, ' ' | '-' | '_');
+    heading.chars().filter(kept).map(|c| if c == ' ' { '-' } else { c.to_ascii_lowercase() }).collect()
+}
+
+#[test]
+fn links_between_documents_lead_somewhere() {
+    for (path, text) in documents() {
+        let directory = Path::new(&path).parent().expect("a file has a directory").to_owned();
+        let targets = text.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+        for target in targets.filter(|target| !target.contains("://")) {
+            let (file, place) = target.split_once('#').unwrap_or((target, ""));
+            let file = if file.is_empty() { path.clone().into() } else { directory.join(file) };
+            let there = Path::new(ROOT).join(&file);
+            assert!(there.exists(), "{path}: the link {target} leads nowhere");
+            let has =
+                || read(&there).lines().any(|line| anchor(line.trim_start_matches(['#', ' '])) == place);
+            assert!(place.is_empty() || has(), "{path}: the heading of {target} is not there");
+        }
+    }
+}
+
+/// The code says a message with line breaks and placeholders: the quoted part has neither.
+#[test]
+fn each_message_of_the_table_of_troubles_is_in_the_code() {
+    let operations = document("docs/OPERATIONS.md");
+    let table = section(&operations, "Trouble");
+    let code: String =
+        ["src", "mount-helper"].into_iter().flat_map(sources).map(|path| read(&path)).collect();
+    let lines = code.split("\\\n").map(str::trim_start);
+    let code: String = lines.collect();
+    let rows = rows(table);
+    assert!(rows.len() >= 10, "the table of troubles was not found");
+    for row in rows {
+        let message = quoted(&row[0]).next().expect("a message");
+        assert!(code.contains(message), "the message {message:?} is not in the code");
+    }
+}
+
+/// The picture has the median ratios of a run; the table has the times of the same run, too.
+#[test]
+fn the_figures_are_those_of_the_picture() {
+    let picture = document("benches/compare.svg");
+    let of_class = |class: &str| -> Vec<&str> {
+        let lines = picture.lines().filter(|line| line.contains(&format!("class=\"{class}\">")));
+        lines.filter_map(|line| line.strip_suffix("</text>")?.rsplit('>').next()).collect()
+    };
+    let bars = of_class("end").into_iter().zip(of_class(""));
+    let figures = rows(&document("docs/FIGURES.md"));
+    let mut count = 0;
+    for (what, ratio) in bars {
+        let row = figures.iter().find(|row| row[0] == what);
+        let row = row.unwrap_or_else(|| panic!("docs/FIGURES.md has no row {what:?}"));
+        let here = row.last().expect("a cell");
+        assert!(here.starts_with(ratio), "{what:?}: {here:?}, and {ratio:?} in the picture");
+        count += 1;
+    }
+    assert!(count >= 20, "the bars of the picture were not found");
+    let readme = document("README.md");
+    let readme = rows(section(&readme, "Figures"));
+    assert!(!readme.is_empty(), "the table of figures was not found");
+    for row in readme {
+        let same = |figure: &&Vec<String>| figure[..2] == row[..2] && figure.last() == row.last();
+        assert!(figures.iter().find(same).is_some(), "README.md: {row:?} is not in docs/FIGURES.md");
+    }
+}
+
+#[test]
+fn the_licences_and_the_version_are_there() {
+    for name in ["LICENSE-MIT", "LICENSE-APACHE"] {
+        assert!(Path::new(ROOT).join(name).is_file(), "Cargo.toml promises {name}");
+    }
+    let version = format!("\n## [{}]", env!("CARGO_PKG_VERSION"));
+    assert!(document("CHANGELOG.md").contains(&version), "CHANGELOG.md has nothing about {version:?}");
 }

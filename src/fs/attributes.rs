@@ -360,3 +360,25 @@ impl Fs {
         Ok(self.index.attributes(node)?.kind == Kind::File)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_readme_has_each_attribute() {
+        let readme = include_str!("../../README.md");
+        let row = |line: &'static str| {
+            let (name, rest) = line.strip_prefix("| `")?.split_once("` | ")?;
+            PREFIXES.iter().any(|prefix| name.as_bytes().starts_with(prefix)).then_some((name, rest))
+        };
+        let documented: Vec<_> = readme.lines().filter_map(row).collect();
+        let only_for_tests = ["trusted.hugetlb2.die", "trusted.hugetlb2.fail"];
+        let offered = TABLE.iter().filter(|(name, ..)| !only_for_tests.contains(name));
+        assert!(offered.clone().map(|row| row.0).eq(documented.iter().map(|row| row.0)), "{documented:?}");
+        for ((name, _, on), (_, rest)) in offered.zip(documented) {
+            let place = if *on == On::File { "file | " } else { "root | " };
+            assert!(rest.starts_with(place), "{name} is on {rest}");
+        }
+    }
+}

@@ -123,3 +123,15 @@ fn set_identity(uid: u32, gid: u32) {
         libc::setfsuid(uid);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documents_have_each_capability() {
+        let operations = include_str!("../../docs/OPERATIONS.md");
+        let names: Vec<&str> = NEEDED.iter().map(|(_, name)| *name).collect();
+        assert!(operations.contains(&format!("\n| mounting | {} |\n", names.join(", "))));
+    }
+}

@@ -53,8 +53,8 @@ impl Image {
             ("init".to_owned(), programs.join("examples/lab-guest")),
             ("hugetlb2".to_owned(), programs.join("hugetlb2")),
             ("hugetlb2fsd".to_owned(), programs.join("hugetlb2fsd")),
-            ("handler-c".to_owned(), readme::build_c()?),
-            ("handler-rust".to_owned(), readme::build_rust()?),
+            ("handler-c".to_owned(), handlers::build_c()?),
+            ("handler-rust".to_owned(), handlers::build_rust()?),
         ];
         files.extend(
             SUITES.iter().zip(&suites).map(|(suite, program)| (format!("suite-{suite}"), program.clone())),
@@ -130,8 +130,8 @@ fn write_archive(path: &Path, files: &[(String, PathBuf)]) -> std::io::Result<()
     cpio::newc::trailer(&mut out)?.flush()
 }
 
-/// The programs in the README, built as they stand there.
-mod readme {
+/// The programs of docs/HANDLERS.md, built as they stand there.
+mod handlers {
     use super::{ROOT, cargo_build, directory, run};
     use std::fs;
     use std::path::{Path, PathBuf};
@@ -170,15 +170,12 @@ libc = "0.2"
         Ok(cargo_build(&package, &["--offline"])?.join("handler-rust"))
     }
 
-    /// The program in this language of the section on programs.
+    /// The program in this language.
     fn block(language: &str) -> Result<String, String> {
-        let readme = read(&Path::new(ROOT).join("README.md"))?;
-        let section = readme.split("\n## ").find_map(|section| section.strip_prefix("In a program\n"));
+        let document = read(&Path::new(ROOT).join("docs/HANDLERS.md"))?;
         let fence = format!("\n```{language}\n");
-        let program = section
-            .and_then(|section| section.split_once(&fence))
-            .and_then(|(_, rest)| rest.split_once("\n```\n"));
-        let (program, _) = program.ok_or_else(|| format!("README.md has no program in {language}"))?;
+        let program = document.split_once(&fence).and_then(|(_, rest)| rest.split_once("\n```\n"));
+        let (program, _) = program.ok_or_else(|| format!("docs/HANDLERS.md has no program in {language}"))?;
         Ok(format!("{program}\n"))
     }
 

@@ -17,7 +17,7 @@ tests!(
 /// A file below a page, so that to punch releases none: a released page is SIGBUS to who maps it.
 const LENGTH: u64 = 1_900_000;
 
-/// sendfile is left out: it does not see what is stored through a mapping afterwards (README, limits).
+/// sendfile is left out: it does not see what is stored through a mapping afterwards (docs/SEMANTICS.md, limits).
 const WEIGHTS: &str = "
 [opsize]
 max = 200000

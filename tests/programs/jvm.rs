@@ -36,12 +36,19 @@ public class Churn {
 }
 "#;
 
+/// The option of docs/OPERATIONS.md, for a pool that is mounted elsewhere.
+fn documented(pool: &Path) -> String {
+    const DOCUMENT: &str = include_str!("../../docs/OPERATIONS.md");
+    let option = DOCUMENT.lines().find(|line| line.starts_with("-XX:")).expect("the option");
+    option.replace("/mnt/h2", &pool.display().to_string())
+}
+
 fn java(heap: &Path, collector: &str) -> (tempfile::TempDir, Command) {
     let work = tempfile::tempdir().unwrap();
     let source = work.path().join("Churn.java");
     std::fs::write(&source, PROGRAM).unwrap();
     let mut command = Command::new("java");
-    command.arg(format!("-XX:+Use{collector}GC")).arg(format!("-XX:AllocateHeapAt={}", heap.display()));
+    command.arg(format!("-XX:+Use{collector}GC")).arg(documented(heap));
     command.args([format!("-Xms{HEAP_MEBIBYTES}m"), format!("-Xmx{HEAP_MEBIBYTES}m")]);
     command.arg("-XX:+AlwaysPreTouch").arg(source);
     (work, command)

@@ -1,4 +1,4 @@
-//! QEMU whose memory is a file here, by the README's line: huge entries, and no death for want of memory.
+//! QEMU whose memory is a file here, by the lines of docs/OPERATIONS.md: huge entries, and no death for want of memory.
 //!
 //! The machines are stopped before their first instruction: their memory is mapped and taken by then.
 
@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 tests!(
-    a_machine_by_the_readmes_line_is_mapped_huge,
+    a_machine_by_the_documented_line_is_mapped_huge,
     a_machine_whose_backend_replaces_libvirts_is_mapped_huge,
     a_machine_without_align_is_named_with_what_helps,
     a_machine_that_does_not_fit_is_refused_by_qemu,
@@ -17,20 +17,39 @@ tests!(
 const BYTES: u64 = 32 * FOLIO;
 const PLAIN: &str = "memory-backend-file,mem-path=FILE,share=on";
 
-/// The line that the README has, which does not name the size and the id.
+const DOCUMENT: &str = include_str!("../../docs/OPERATIONS.md");
+
+/// The documented line, which does not name the size and the id.
 fn documented() -> String {
-    let readme = include_str!("../../README.md");
-    let line = readme.split_once("-object memory-backend-file").expect("the line for QEMU").1;
-    let line = line.split('`').next().expect("its end");
-    format!("memory-backend-file{}", line.replace("/mnt/h2/vm0", "FILE"))
+    let line = DOCUMENT.lines().find_map(|line| line.strip_prefix("-object ")).expect("the line for QEMU");
+    line.replace("/mnt/h2/vm0", "FILE")
 }
 
-/// A machine of [`BYTES`], whose memory is `memory` with FILE for a path.
-fn machine(memory: &str, file: &Path) -> Command {
-    let memory = memory.replace("FILE", &file.display().to_string());
+/// The arguments that the documented lines put into a domain of libvirt.
+fn documented_for_libvirt(file: &Path) -> Vec<String> {
+    let argument =
+        |line: &str| Some(line.trim().strip_prefix("<qemu:arg value='")?.strip_suffix("'/>")?.to_owned());
+    let arguments = DOCUMENT.lines().filter_map(argument);
+    let here = |argument: String| {
+        argument
+            .replace("size=64G", &format!("size={BYTES}"))
+            .replace("/mnt/h2/vm0", &file.display().to_string())
+    };
+    arguments.map(here).collect()
+}
+
+/// A machine with [`BYTES`] of memory.
+fn machine() -> Command {
     let mut qemu = Command::new("qemu-system-x86_64");
     qemu.args(["-accel", "tcg", "-nodefaults", "-nographic", "-S", "-monitor", "stdio"]);
     qemu.args(["-m", &format!("{}M", BYTES >> 20)]);
+    qemu
+}
+
+/// The same, whose memory is `memory` with FILE for a path.
+fn machine_on(memory: &str, file: &Path) -> Command {
+    let memory = memory.replace("FILE", &file.display().to_string());
+    let mut qemu = machine();
     qemu.arg("-object").arg(format!("{memory},id=h2,size={BYTES}"));
     qemu
 }
@@ -58,10 +77,10 @@ impl Drop for Paused {
     }
 }
 
-fn a_machine_by_the_readmes_line_is_mapped_huge() {
+fn a_machine_by_the_documented_line_is_mapped_huge() {
     let pool = Pool::small(32);
     let file = pool.join("vm0");
-    let machine = Paused::start(machine(&documented(), &file).args(["-machine", "pc,memory-backend=h2"]));
+    let machine = Paused::start(machine_on(&documented(), &file).args(["-machine", "pc,memory-backend=h2"]));
     assert_eq!(huge_bytes(machine.pid(), &file), (BYTES, BYTES), "mapped, and by huge entries");
     let status = run(hugetlb2().arg("status").arg(pool.path()));
     assert!(!status.contains("not huge"), "{status}");
@@ -77,11 +96,11 @@ fn a_machine_by_the_readmes_line_is_mapped_huge() {
 fn a_machine_whose_backend_replaces_libvirts_is_mapped_huge() {
     let pool = Pool::small(32);
     let file = pool.join("vm0");
-    let mut command = machine(&documented(), &file);
+    let mut command = machine();
     command
         .arg("-object")
         .arg(format!(r#"{{"qom-type":"memory-backend-ram","id":"pc.ram","size":{BYTES}}}"#));
-    command.args(["-machine", "pc,usb=off,memory-backend=pc.ram", "-machine", "memory-backend=h2"]);
+    command.args(["-machine", "pc,usb=off,memory-backend=pc.ram"]).args(documented_for_libvirt(&file));
     let machine = Paused::start(&mut command);
     assert_eq!(huge_bytes(machine.pid(), &file), (BYTES, BYTES), "mapped, and by huge entries");
     drop(machine);
@@ -95,7 +114,7 @@ fn a_machine_without_align_is_named_with_what_helps() {
     let file = pool.join("vm0");
     let start = || {
         Paused::start(
-            machine(&format!("{PLAIN},prealloc=on"), &file).args(["-machine", "pc,memory-backend=h2"]),
+            machine_on(&format!("{PLAIN},prealloc=on"), &file).args(["-machine", "pc,memory-backend=h2"]),
         )
     };
     let machine = (0..4).map(|_| start()).find(|machine| huge_bytes(machine.pid(), &file) == (BYTES, 0));
@@ -117,7 +136,7 @@ fn a_machine_without_align_is_named_with_what_helps() {
 fn a_machine_that_does_not_fit_is_refused_by_qemu() {
     let pool = Pool::small(31);
     let file = pool.join("vm0");
-    let mut command = machine(&documented(), &file);
+    let mut command = machine_on(&documented(), &file);
     let (output, text) = outcome(command.args(["-machine", "pc,memory-backend=h2"]));
     assert_eq!(output.status.code(), Some(1), "{}: {text}", output.status);
     println!("QEMU  a full pool: {}", text.trim().replace('\n', "; "));

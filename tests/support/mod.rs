@@ -2,6 +2,7 @@
 //! that have files mapped.
 #![allow(dead_code, missing_docs)]
 
+pub mod documents;
 pub mod limits;
 
 use limits::{Remedy, Waiting};
@@ -28,6 +29,8 @@ pub const MAP: &str = "user.hugetlb2.map";
 pub const POOL: &str = "user.hugetlb2.pool";
 pub const SIZE: &str = "trusted.hugetlb2.size";
 pub const CHECK: &str = "trusted.hugetlb2.check";
+/// Of debug builds only.
+pub const DIE: &str = "trusted.hugetlb2.die";
 
 /// The program under test; it goes by the name that it is called by.
 pub fn hugetlb2() -> Command {
@@ -463,6 +466,24 @@ impl Worker {
 /// Kills the worker; the next call waits for the next one.
 pub fn kill_worker(pool: &Pool) {
     Worker::of(pool).kill();
+}
+
+// ---- holding a worker at a step ---------------------------------------------------------------------------------------
+
+/// Stops all threads of the worker that come to a step, until it is dropped.
+pub struct Held<'a>(&'a Pool);
+
+impl<'a> Held<'a> {
+    pub fn at(pool: &'a Pool, step: &str) -> Self {
+        set(pool.path(), DIE, format!("hold {step}")).expect("a debug build");
+        Self(pool)
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        set(self.0.path(), DIE, "release").expect("it is held");
+    }
 }
 
 // ---- chance ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-//! The README's programs, as they stand there, on a file with a real memory error and a quarantine that was asked for.
+//! The programs of docs/HANDLERS.md, as they stand there, on a file with a real memory error and a quarantine on request.
 
 use super::{HANDLER_C, HANDLER_RUST, cases};
 use crate::support::{FOLIO, POISON, Pool, SUBPAGE, Toucher, get, poison, run, set};
@@ -7,8 +7,8 @@ use std::process::Command;
 
 cases! {
     SMALL:
-        the_c_handler_in_the_readme_repairs_and_goes_on,
-        the_rust_handler_in_the_readme_repairs_and_goes_on;
+        the_c_handler_repairs_and_goes_on,
+        the_rust_handler_repairs_and_goes_on;
 }
 
 const INJECT: &str = "trusted.hugetlb2.inject";
@@ -20,11 +20,11 @@ const SOFT: u64 = 2 * FOLIO + 511 * SUBPAGE;
 const BUS_ADRERR: i32 = 2;
 const BUS_MCEERR_AR: i32 = 4;
 
-fn the_c_handler_in_the_readme_repairs_and_goes_on() {
+fn the_c_handler_repairs_and_goes_on() {
     repairs_and_goes_on(HANDLER_C);
 }
 
-fn the_rust_handler_in_the_readme_repairs_and_goes_on() {
+fn the_rust_handler_repairs_and_goes_on() {
     repairs_and_goes_on(HANDLER_RUST);
 }
 

@@ -63,7 +63,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         .flatten()
 }
 
-/// The README's programs in C and in Rust, in the machine.
+/// The programs of docs/HANDLERS.md in C and in Rust, in the machine.
 #[allow(dead_code)] // the host does not run them
 pub const HANDLER_C: &str = "/bin/handler-c";
 #[allow(dead_code)]
