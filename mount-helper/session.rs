@@ -4,6 +4,7 @@ use crate::daemons::Supervisor;
 use hugetlb2fs::control::{Control, Message};
 use hugetlb2fs::fuse::LARGEST_REQUEST;
 use hugetlb2fs::options::Options;
+use hugetlb2fs::sys::process::explain_signal;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::mount::{
@@ -123,7 +124,7 @@ impl Daemon {
     /// What can be said of a daemon that has closed the socket without a word.
     fn silent_end(&mut self) -> String {
         match self.child.try_wait().ok().flatten().and_then(|status| status.signal()) {
-            Some(signal) => format!("the daemon was ended by signal {signal}; see the kernel log"),
+            Some(signal) => format!("the daemon was {}", explain_signal(signal)),
             None => "the daemon ended without a word; see its log".to_owned(),
         }
     }

@@ -72,6 +72,7 @@ fn end_at_a_panic() {
 
 /// What there is to supervise: a pool that is going to be mounted, or another daemon's.
 fn start(matches: &ArgMatches, control: &mut Control) -> Result<(Options, OwnedFd), String> {
+    close_what_is_not_ours(matches)?;
     let Some(pid) = matches.get_one::<i32>("take-over") else {
         let device = inherited(matches, "fuse-fd")?;
         let options = options(matches)?;
@@ -99,7 +100,6 @@ fn settle_in(
 
 fn run() -> Result<(), String> {
     let matches = command().get_matches();
-    close_what_is_not_ours(&matches)?;
     let mut control = Control::new(UnixStream::from(inherited(&matches, "control-fd")?));
     let (options, device) = start(&matches, &mut control).inspect_err(|why| {
         let _ = control.send(&Message::Failed(why.clone()));

@@ -176,6 +176,10 @@ pub fn supervise(
         }
         let mut worker = match start(signals, &next, (control.take(), mounting, after), &mut work) {
             Ok(worker) => worker,
+            Err(error) if mounting => {
+                tell(last_words, no_process(&error));
+                return Ok(End::NeverServed);
+            }
             Err(_) => {
                 next = restarts.after_death(false); // no memory for a process: there may be some later
                 restarts.fruitless = restarts.fruitless.min(RESTARTS - 2);
@@ -268,14 +272,26 @@ fn wait(signals: Signals, worker: &Worker, limit: Option<Duration>) -> Result<Ev
 
 /// Tells the mount helper of a worker that was killed, as the worker cannot. One that ended by itself has said why.
 fn report(status: WaitStatus, helper: Option<Control>) {
-    let (Some(signal), Some(mut helper)) = (status.terminating_signal(), helper) else { return };
-    let mut why = format!("the daemon's worker was ended by signal {signal} before it served");
-    if signal == Signal::KILL.as_raw() {
-        why += ", most likely by the OOM killer (the kernel log says so then)";
-        why += &cgroup::tightest_limit("self").map(|limit| format!(": {limit}")).unwrap_or_default();
+    if let Some(signal) = status.terminating_signal() {
+        tell(helper, ended_by(signal));
     }
+}
+
+fn ended_by(signal: i32) -> String {
+    let why = format!("the daemon's worker was, before it served, {}", process::explain_signal(signal));
+    let limit = cgroup::tightest_limit("self").filter(|_| signal == Signal::KILL.as_raw());
+    limit.map_or(why.clone(), |limit| format!("{why}: {limit}"))
+}
+
+fn no_process(error: &Error) -> String {
+    format!("no process for the worker can be started: {}", process::explain_refusal(error))
+}
+
+fn tell(helper: Option<Control>, why: String) {
     log::error!("{why}");
-    let _ = helper.send(&Message::Failed(why)); // a helper that is gone need not know
+    if let Some(mut helper) = helper {
+        let _ = helper.send(&Message::Failed(why)); // a helper that is gone need not know
+    }
 }
 
 impl Worker {

@@ -15,7 +15,7 @@ use crate::logging;
 use crate::options::Options;
 use crate::pool::{self, Pool};
 use crate::supervisor::{Announcement, Death, Role};
-use crate::sys::{self, cgroup, identity, namespace};
+use crate::sys::{self, cgroup, identity, namespace, seccomp};
 use crate::units::PageSize;
 use crossbeam::channel::Sender;
 use rustix::fs::{FlockOperation, flock};
@@ -37,15 +37,11 @@ const LOCK: &str = "/worker";
 /// # Errors
 /// A sentence.
 pub fn prepare(namespace: impl FnOnce() -> Result<(), Error>) -> Result<(), String> {
-    let preparing =
-        |error: Error| format!("preparing the daemon: {error}{}", sys::filtered().unwrap_or_default());
+    let preparing = |error: Error| format!("preparing the daemon: {error}");
     let missing = identity::missing_capabilities().map_err(preparing)?;
-    if !missing.is_empty() {
-        return Err(format!(
-            "the daemon needs capabilities that it is started without: {}",
-            missing.join(", ")
-        ));
-    }
+    refuse_if_any("capabilities that it is started without", &missing)?;
+    let refused = seccomp::refused_calls().map_err(preparing)?;
+    refuse_if_any("system calls that the seccomp filter of its container or service refuses", &refused)?;
     let prepared = raise_descriptor_limit()
         .and_then(|()| sys::sigbus::survive_news()) // of a memory error; the patrol finds it anyway
         .and_then(|()| identity::keep_capabilities_across_fsuid())
@@ -56,6 +52,10 @@ pub fn prepare(namespace: impl FnOnce() -> Result<(), Error>) -> Result<(), Stri
         log::warn!("the OOM killer may choose this process (no CAP_SYS_RESOURCE?): {error}");
     }
     Ok(())
+}
+
+fn refuse_if_any(lacking: &str, names: &[&str]) -> Result<(), String> {
+    if names.is_empty() { Ok(()) } else { Err(format!("the daemon needs {lacking}: {}", names.join(", "))) }
 }
 
 /// Leaves the machine's mounts for a namespace with what [`run`] needs.
@@ -83,29 +83,27 @@ fn raise_descriptor_limit() -> Result<(), Error> {
 
 /// Runs a worker on `device` (/dev/fuse), in the process that was forked for it; returns the status to end with.
 pub fn run(options: &Options, device: &OwnedFd, role: Role) -> i32 {
-    let status = logging::start_writer().map_or(1, |()| fill_role(options, device, role));
-    logging::flush();
-    status
-}
-
-fn fill_role(options: &Options, device: &OwnedFd, role: Role) -> i32 {
+    let writes = logging::start_writer().map_err(no_thread);
     let done = match role {
-        Role::Refuse => refuse(device),
+        Role::Refuse => refuse(device), // without a writer its lines wait for the next worker's
         Role::Serve { announcement, mut control, mounting, after } => {
-            let served = serve(options, device, announcement, &mut control, (mounting, after));
+            let served =
+                writes.and_then(|()| serve(options, device, announcement, &mut control, (mounting, after)));
             if let (Err(why), Some(control)) = (&served, &mut control) {
                 let _ = control.send(&Message::Failed(why.clone())); // a helper that is gone need not know
             }
             served
         }
     };
-    done.map_or_else(
-        |why| {
-            log::error!("{why}");
-            1
-        },
-        |()| 0,
-    )
+    if let Err(why) = &done {
+        log::error!("{why}");
+    }
+    logging::flush();
+    i32::from(done.is_err())
+}
+
+fn no_thread(error: std::io::Error) -> String {
+    format!("no thread can be started: {}", sys::process::explain_refusal(error))
 }
 
 /// Answers everything with EIO until it is unmounted, killed, or replaced.
@@ -132,15 +130,15 @@ fn serve(
 ) -> Result<(), String> {
     let _only_one =
         take_turn().map_err(|error| format!("waiting for the worker before this one: {error}"))?;
-    let (sender, agent) =
-        agents::collapse::start().map_err(|error| format!("no thread for an agent: {error}"))?;
+    let (sender, agent) = agents::collapse::start().map_err(no_thread)?;
     let repaired = options.collapse.then_some(sender);
     let connected = match (mounting, &mut *control) {
         (true, Some(control)) => begin(options, device, control, repaired),
         _ => take_over(options, device, repaired, after),
     };
     let served = connected.and_then(|(fs, connection)| {
-        let patrol = agents::patrol::start(fs).map_err(|error| format!("no thread for an agent: {error}"))?;
+        let patrol = agents::patrol::start(fs).map_err(no_thread)?;
+        fuse::rehearse_threads().map_err(no_thread)?;
         let told = control.take().map(|mut control| control.send(&Message::Serving));
         if mounting && told.is_none_or(|told| told.is_err()) {
             return Err(HELPER_GONE.to_owned()); // it would have said that it is mounted

@@ -6,16 +6,17 @@ use rustix::fs::{CWD, FileType, Gid, Mode, Uid, chownat, fsetxattr, mknodat};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{File, OpenOptions, Permissions};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::mpsc;
 use std::time::Duration;
+use support::place::Namespace;
 use support::{
-    Daemon, POISON, Pool, await_text, counters, end, get, hugetlb2, kill_worker, limits, mount_hugetlb2,
-    poison, run, set, status_and_error,
+    Daemon, POISON, Pool, await_text, counters, get, hugetlb2, kill_worker, limits, mount_hugetlb2, poison,
+    run, set, status_and_error,
 };
 
 const SMALL: &str = "size=16M,pagesize=2M,mode=1777";
@@ -69,35 +70,19 @@ fn use_it(file: &Path) {
 
 /// A mount namespace whose /dev has no system log but the test's, and a pool that is mounted in it.
 struct Machine {
-    init: Child,
+    namespace: Namespace,
     directory: tempfile::TempDir,
 }
 
 impl Machine {
     fn start() -> Self {
-        const SCRIPT: &str = "umount -i -c -l -a -t fuse.hugetlb2
-            set -e
-            mount -t tmpfs dev /dev
-            mknod /dev/null c 1 3; mknod /dev/fuse c 10 229
-            echo ready
-            exec sleep infinity";
-        let mut init = Command::new("unshare")
-            .args(["-m", "sh", "-c", SCRIPT])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("unshare(1)");
-        let mut line = String::new();
-        let mut output = BufReader::new(init.stdout.take().expect("a pipe"));
-        limits::within(LIMIT, "unshare(1) to be ready", || output.read_line(&mut line)).expect("it speaks");
-        let machine = Self { init, directory: tempfile::tempdir().unwrap() };
-        assert_eq!(line, "ready\n");
-        machine
+        const DEVICES: &str = "mount -t tmpfs dev /dev
+            mknod /dev/null c 1 3; mknod /dev/fuse c 10 229";
+        Self { namespace: Namespace::prepared_by(DEVICES), directory: tempfile::tempdir().unwrap() }
     }
 
     fn see(&self, path: &Path) -> PathBuf {
-        PathBuf::from(format!("/proc/{}/root{}", self.init.id(), path.display()))
+        self.namespace.path(path)
     }
 
     /// Starts a system log, in place of another.
@@ -111,17 +96,10 @@ impl Machine {
 
     /// Mounts a pool, and returns where it is seen from here.
     fn mount(&self) -> PathBuf {
-        let mut mount = Command::new("nsenter");
-        mount.args(["-t", &self.init.id().to_string(), "-m", "--"]);
-        mount.arg(hugetlb2().get_program()).arg("mount");
+        let mut mount = self.namespace.command(hugetlb2().get_program().to_str().expect("a path"));
+        mount.arg("mount");
         run(mount.arg("source").arg(self.directory.path()).args(["-o", SMALL]));
         self.see(self.directory.path())
-    }
-}
-
-impl Drop for Machine {
-    fn drop(&mut self) {
-        end(&mut self.init, "unshare(1)"); // the mount goes with the namespace
     }
 }
 

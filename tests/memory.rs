@@ -4,8 +4,8 @@ mod support;
 
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
-use std::path::PathBuf;
 use std::process::Stdio;
+use support::cgroup::Cgroup;
 use support::{
     FOLIO, Pool, Toucher, kill_worker, limits, mount_hugetlb2, mount_hugetlb2_in, set, status_and_error, text,
 };
@@ -16,52 +16,15 @@ const FAILED: i32 = 32;
 
 // ---- cgroups --------------------------------------------------------------------------------------------------------
 
-/// A memory cgroup of the test's own, of either version; its processes must be gone when it is dropped.
-struct Cgroup {
-    directory: PathBuf,
-    limit: &'static str,
+/// A memory cgroup of the test's own.
+fn cgroup(name: &str) -> Cgroup {
+    Cgroup::new(name, "memory", ["memory.limit_in_bytes", "memory.max"])
 }
 
-impl Cgroup {
-    fn new(name: &str) -> Self {
-        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-        let mounted = |kind: &str, option: &str| {
-            let mut fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
-            let found =
-                fields.find(|fields| fields[2] == kind && fields[3].split(',').any(|one| one == option));
-            found.map(|fields| PathBuf::from(fields[1]))
-        };
-        let (parent, limit) = match mounted("cgroup", "memory") {
-            Some(parent) => (parent, "memory.limit_in_bytes"),
-            None => {
-                let parent = mounted("cgroup2", "rw").expect("memory cgroups of either version are mounted");
-                fs::write(parent.join("cgroup.subtree_control"), "+memory").expect("a memory controller");
-                (parent, "memory.max")
-            }
-        };
-        let directory = parent.join(format!("hugetlb2-{name}-{}", std::process::id()));
-        fs::create_dir(&directory).unwrap();
-        Self { directory, limit }
-    }
-
-    fn limit(&self, bytes: u64) {
-        fs::write(self.directory.join(self.limit), bytes.to_string()).unwrap();
-    }
-
-    /// Asserts that a message names the limit.
-    fn assert_named(&self, said: &str) {
-        let cgroup = self.directory.file_name().unwrap().to_str().unwrap();
-        assert!(said.contains(self.limit) && said.contains(cgroup), "{said}");
-    }
-}
-
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        if !std::thread::panicking() {
-            let gone = || fs::remove_dir(&self.directory).is_ok();
-            limits::until(limits::ANSWER, "a cgroup whose last process has ended", gone);
-        }
-    }
+/// Asserts that a message names the limit.
+fn assert_named(cgroup: &Cgroup, said: &str) {
+    let name = cgroup.directory.file_name().unwrap().to_str().unwrap();
+    assert!(said.contains(cgroup.limit) && said.contains(name), "{said}");
 }
 
 fn resize(pool: &Pool, bytes: u64) -> (i32, String) {
@@ -71,26 +34,26 @@ fn resize(pool: &Pool, bytes: u64) -> (i32, String) {
 
 #[test]
 fn a_mount_beyond_its_cgroups_limit_names_the_limit() {
-    let cgroup = Cgroup::new("mount");
+    let cgroup = cgroup("mount");
     cgroup.limit(64 * MIB);
     let place = tempfile::tempdir().unwrap();
     let mut mount = mount_hugetlb2_in(&cgroup.directory);
     let (status, said) =
         status_and_error(mount.arg("test-pool").arg(place.path()).args(["-o", "pagesize=2M,size=200M"]));
     assert_eq!(status, FAILED, "{said}");
-    cgroup.assert_named(&said);
+    assert_named(&cgroup, &said);
 }
 
 #[test]
 fn a_pool_does_not_grow_beyond_its_cgroups_limit() {
-    let cgroup = Cgroup::new("growth");
+    let cgroup = cgroup("growth");
     let pool = Pool::mount_by(mount_hugetlb2_in(&cgroup.directory), "pagesize=2M,size=64M");
     let worker = pool.counter("worker_pid");
     cgroup.limit(150 * MIB);
     let (status, said) = resize(&pool, 300 * MIB);
     assert_eq!(status, FAILED, "{said}");
-    cgroup.assert_named(&said);
-    cgroup.assert_named(&pool.await_log(cgroup.limit));
+    assert_named(&cgroup, &said);
+    assert_named(&cgroup, &pool.await_log(cgroup.limit));
     assert_eq!(
         (pool.counter("worker_pid"), pool.free_pages()),
         (worker, 32),

@@ -3,15 +3,15 @@
 mod support;
 
 use rustix::io::Errno;
-use rustix::mount::{UnmountFlags, unmount};
-use rustix::process::{Pid, Signal, getsid, kill_process};
+use rustix::process::{Pid, Signal, kill_process};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use support::limits::{self, Waiting};
+use support::limits;
+use support::place::{Namespace, Place};
 use support::{
     CHECK, Daemon, FOLIO, Pool, SIZE, Toucher, await_text, counters, end, get, hugetlb2, mount_hugetlb2, run,
     set, status_and_error, text, umount_hugetlb2,
@@ -27,114 +27,6 @@ const INTERRUPTED: i32 = 8;
 const FAILED: i32 = 32;
 
 // ---- where tests mount ----------------------------------------------------------------------------------------------
-
-/// A directory with a mount point and a log that no other test has, which says whose daemon a process is.
-struct Place {
-    directory: tempfile::TempDir,
-    _limit: Waiting,
-}
-
-impl Place {
-    fn new() -> Self {
-        let directory = tempfile::tempdir().expect("a directory for the test");
-        let mount_point = directory.path().join("mnt");
-        std::fs::create_dir(&mount_point).expect("a mount point");
-        Self { directory, _limit: limits::test(&mount_point, None) }
-    }
-
-    fn join(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    fn mount_point(&self) -> PathBuf {
-        self.join("mnt")
-    }
-
-    fn log(&self) -> PathBuf {
-        self.join("log")
-    }
-
-    /// The helper, told to mount here; `options` and the log are what is behind `-o`.
-    fn mount(&self, options: &str) -> Command {
-        self.mount_at(&self.mount_point(), options)
-    }
-
-    fn mount_at(&self, directory: &Path, options: &str) -> Command {
-        let mut command = mount_hugetlb2();
-        command.arg("source").arg(directory).arg("-o").arg(self.with_log(options));
-        command
-    }
-
-    fn with_log(&self, options: &str) -> String {
-        format!("{options},log={}", self.log().display())
-    }
-
-    /// The supervisor of the pool that is mounted here, if there is one.
-    fn daemons(&self) -> Vec<i32> {
-        let leads = |pid: &i32| {
-            let pid = Pid::from_raw(*pid);
-            pid.is_some_and(|process| getsid(pid) == Ok(process))
-        };
-        self.processes().into_iter().filter(leads).collect()
-    }
-
-    /// It and its worker.
-    fn processes(&self) -> Vec<i32> {
-        let flag = format!("--log={}", self.log().display());
-        let processes = std::fs::read_dir("/proc").expect("/proc").filter_map(Result::ok);
-        let ids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-        let is_ours = |pid: &i32| {
-            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            line.split(|byte| *byte == 0).any(|argument| argument == flag.as_bytes())
-        };
-        ids.filter(is_ours).collect()
-    }
-
-    /// Its line in mountinfo, if something is mounted here.
-    fn mount_info(&self) -> Option<MountInfo> {
-        MountInfo::of(&self.mount_point(), "/proc/self/mountinfo")
-    }
-
-    fn assert_nothing_is_left(&self) {
-        assert!(self.mount_info().is_none(), "something is mounted");
-        assert_eq!(self.processes(), [], "a daemon runs");
-    }
-
-    /// Asserts that the helper ends with `status`, says `word`, and has left nothing.
-    fn assert_refused(&self, command: &mut Command, status: i32, word: &str) {
-        assert_eq!(self.mount_info(), None, "{command:?}: something is mounted beforehand");
-        let (found, error) = status_and_error(command);
-        assert_eq!(found, status, "{command:?}: {error}");
-        assert!(error.contains(word), "{command:?}: {word:?} is not in {error:?}");
-        self.assert_nothing_is_left();
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        while unmount(self.mount_point(), UnmountFlags::DETACH).is_ok() {}
-    }
-}
-
-/// A line of mountinfo (proc(5)).
-#[derive(Debug, PartialEq, Eq)]
-struct MountInfo {
-    flags: String,
-    kind: String,
-    source: String,
-    options: String,
-}
-
-impl MountInfo {
-    fn of(mount_point: &Path, file: &str) -> Option<Self> {
-        let info = std::fs::read_to_string(file).expect("mountinfo");
-        let mut lines = info.lines().map(|line| line.split(' ').collect::<Vec<_>>());
-        let fields = lines.rfind(|fields| Path::new(fields[4]) == mount_point)?;
-        let end = fields.iter().position(|field| *field == "-").expect("a separator");
-        let word = |index: usize| fields[index].replace("\\040", " ").replace("\\134", "\\");
-        Some(Self { flags: word(5), kind: word(end + 1), source: word(end + 2), options: word(end + 3) })
-    }
-}
 
 fn memory_available() -> u64 {
     hugetlb2fs::sys::memory_available().expect("/proc/meminfo")
@@ -294,66 +186,6 @@ fn a_symbolic_link_to_a_directory_is_followed() {
 }
 
 // ---- what the system may lack ---------------------------------------------------------------------------------------
-
-/// A mount namespace in which the helpers are where mount(8) looks for them.
-struct Namespace {
-    init: Child,
-}
-
-impl Namespace {
-    /// Also lets go at once of the pools of tests that run beside this one: copies of their mounts came along.
-    fn new() -> Self {
-        const SCRIPT: &str = "umount -i -c -l -a -t fuse.hugetlb2
-            set -e
-            mount -t tmpfs helpers /usr/sbin
-            for name in mount.hugetlb2 mount.fuse.hugetlb2 umount.fuse.hugetlb2; do
-                ln -s \"$0\" /usr/sbin/$name
-            done
-            echo ready
-            exec sleep infinity";
-        let program = env!("CARGO_BIN_EXE_hugetlb2");
-        let mut init = Command::new("unshare")
-            .args(["-m", "sh", "-c", SCRIPT, program])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("unshare(1)");
-        let mut line = String::new();
-        let mut output = BufReader::new(init.stdout.take().expect("a pipe"));
-        limits::readable(limits::ANSWER, "the shell in a mount namespace", output.get_ref());
-        output.read_line(&mut line).expect("it speaks");
-        let namespace = Self { init };
-        assert_eq!(line, "ready\n");
-        namespace
-    }
-
-    fn pid(&self) -> String {
-        self.init.id().to_string()
-    }
-
-    /// A program that runs in it.
-    fn command(&self, program: &str) -> Command {
-        let mut command = Command::new("nsenter");
-        command.args(["-t", &self.pid(), "-m", "--", program]);
-        command
-    }
-
-    /// Where a path in it is seen from outside.
-    fn path(&self, path: &Path) -> PathBuf {
-        PathBuf::from(format!("/proc/{}/root{}", self.init.id(), path.display()))
-    }
-
-    fn mount_info(&self, place: &Place) -> Option<MountInfo> {
-        MountInfo::of(&place.mount_point(), &format!("/proc/{}/mountinfo", self.init.id()))
-    }
-}
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        end(&mut self.init, "the shell in a mount namespace");
-    }
-}
 
 #[test]
 fn without_the_fuse_device_nothing_starts() {

@@ -18,12 +18,13 @@ mod jobs;
 mod session;
 
 pub use device::{refuse_one, resend};
-pub use session::{Connection, Handshake, would_agree};
+pub use session::{Connection, Handshake, rehearse_threads, would_agree};
 
 use crate::error::{Error, Result};
 use crate::fs::{Allocation, Changes, Fs, Object, Pace, Reading, Ticket};
 use crate::index::{Attributes, Kind, New, Time};
 use crate::sys::identity::{Caller, Member};
+use crate::sys::process;
 use crate::units::NodeId;
 use attempts::{Attempts, Turn};
 use backing::{Borrower, Lent};
@@ -115,7 +116,9 @@ fn ticket(request: &Request) -> Ticket {
 impl Adapter {
     fn new(fs: Arc<Fs>, device: &OwnedFd, attempts: Arc<Attempts>) -> Result<Self, String> {
         let device = device.try_clone().map_err(|error| format!("dup: {error}"))?;
-        let jobs = Jobs::start().map_err(|error| format!("no threads for long requests: {error}"))?;
+        let jobs = Jobs::start().map_err(|error| {
+            format!("no threads for long requests can be started: {}", process::explain_refusal(error))
+        })?;
         let (waiting, holds) = (Arc::default(), Holds::default());
         Ok(Self { fs, device, jobs, waiting, holds, attempts, backings: backing::Issuer::default() })
     }

@@ -14,6 +14,7 @@ use super::{Adapter, THREADS, agree, backing, device, forget};
 use crate::error::Result;
 use crate::fs::Fs;
 use crate::sys::process;
+use crossbeam::channel::bounded;
 use fuser::{Config, Filesystem, KernelConfig, Request, Session, SessionACL};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
@@ -99,6 +100,25 @@ impl Connection {
     pub fn serve(self) -> Result<()> {
         Ok(self.0.run()?)
     }
+}
+
+/// Starts as many threads as [`Connection::serve`] will, and ends them. fuser starts its threads when the filesystem is
+/// said to serve, which is too late to find out that the kernel refuses them.
+///
+/// # Errors
+/// EAGAIN where one cannot be started.
+pub fn rehearse_threads() -> io::Result<()> {
+    let (hold, held) = bounded::<()>(0);
+    let start = |_| {
+        let held = held.clone();
+        std::thread::Builder::new().name("rehearsal".into()).spawn(move || _ = held.recv())
+    };
+    let started: io::Result<Vec<_>> = (0..THREADS).map(start).collect();
+    drop(hold); // all go on, and end
+    for thread in started? {
+        let _ = thread.join(); // a thread that panics ends the process
+    }
+    Ok(())
 }
 
 fn attempts() -> Result<Arc<Attempts>, String> {

@@ -426,6 +426,7 @@ fn write_among_strays(file: &File, bytes: &[u8], offset: u64, free: impl Fn() ->
 
 /// Runs `work`, which frees blocks, and `take`, which takes them, over and over in another thread. A program that hammers a
 /// hole takes a block back within microseconds, sooner than a second call of one thread can come. `work` says what fails.
+/// Where the kernel refuses a thread, `work` goes without; it fails more often then, beside a hammer.
 pub(super) fn meanwhile<T>(take: impl Fn() + Sync, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -434,7 +435,9 @@ pub(super) fn meanwhile<T>(take: impl Fn() + Sync, work: impl FnOnce() -> Result
                 take();
             }
         };
-        std::thread::Builder::new().spawn_scoped(scope, spin)?;
+        if let Err(error) = std::thread::Builder::new().spawn_scoped(scope, spin) {
+            log::warn!("no second thread beside a change of a file that a program touches: {error}");
+        }
         let done = work();
         stop.store(true, Ordering::Relaxed);
         done

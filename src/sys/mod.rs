@@ -12,6 +12,7 @@ pub mod mapping;
 pub mod mounts;
 pub mod namespace;
 pub mod process;
+pub mod seccomp;
 pub mod sigbus;
 pub mod tmpfs;
 pub mod userfault;
@@ -99,15 +100,6 @@ pub fn close_backing(device: impl AsFd, number: u32) -> Result<(), Error> {
     #[allow(unsafe_code)]
     let result = unsafe { libc::ioctl(device.as_fd().as_raw_fd(), BACKING_CLOSE, &raw const number) };
     if result < 0 { Err(std::io::Error::last_os_error().into()) } else { Ok(()) }
-}
-
-/// A hint for a system call that was refused: where a seccomp filter is in force for this process (proc(5), status), it may be
-/// the filter that refused.
-pub fn filtered() -> Option<&'static str> {
-    const FILTER: &str = "2";
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let mode = status.lines().find_map(|line| line.strip_prefix("Seccomp:"))?.trim();
-    (mode == FILTER).then_some(" (a seccomp filter is in force; it must allow this call)")
 }
 
 /// Seconds since the epoch.

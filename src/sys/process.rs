@@ -7,6 +7,7 @@ use rustix::process::{
     Pid, Resource, Signal, WaitOptions, WaitStatus, getppid, getrlimit, set_parent_process_death_signal,
     waitpid,
 };
+use std::fmt::Display;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -36,6 +37,21 @@ pub fn fork() -> Result<Fork> {
         -1 => Err(std::io::Error::last_os_error().into()),
         pid => Ok(Fork::Parent(Pid::from_raw(pid).expect("a process id is positive"))),
     }
+}
+
+/// Why a thread or a process was refused, with what limits their number (clone(2), EAGAIN).
+pub fn explain_refusal(error: impl Display) -> String {
+    format!("{error}; pids.max of the daemon's cgroup or kernel.threads-max is too low, or memory is short")
+}
+
+/// What is known of a process that a signal has ended.
+pub fn explain_signal(signal: i32) -> String {
+    let why = match Signal::from_named_raw(signal) {
+        Some(Signal::KILL) => ", most likely by the OOM killer (the kernel log says so then)",
+        Some(Signal::SYS) => ", by a seccomp filter: the kernel log has the number of the system call",
+        _ => "; see the kernel log",
+    };
+    format!("ended by signal {signal}{why}")
 }
 
 /// Links of /proc/self/task are its `.`, and one a thread (proc(5)). Allocates nothing.

@@ -251,6 +251,9 @@ pub fn size(file: impl AsFd) -> Result<u64> {
     Ok(rustix::fs::fstat(file)?.st_size as u64)
 }
 
+/// The same number on every architecture; the libc crate has none.
+pub(super) const SYS_CACHESTAT: libc::c_long = 451;
+
 /// How many 4 KiB subpages of `range` have memory, touched or not (cachestat(2), Linux 6.5).
 ///
 /// # Errors
@@ -271,7 +274,6 @@ pub fn resident(file: impl AsFd, range: Range) -> Result<u64> {
         evicted: u64,
         recently_evicted: u64,
     }
-    const SYS_CACHESTAT: libc::c_long = 451; // the same number on every architecture
     if range.is_empty() {
         return Ok(0); // a length of 0 would mean: to the end of the file
     }

@@ -2,8 +2,10 @@
 //! that have files mapped.
 #![allow(dead_code, missing_docs)]
 
+pub mod cgroup;
 pub mod documents;
 pub mod limits;
+pub mod place;
 
 use limits::{Remedy, Waiting};
 use rustix::fs::inotify;

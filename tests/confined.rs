@@ -1,0 +1,181 @@
+//! A daemon where the machine refuses what it needs: system calls (seccomp(2)), threads and processes (pids.max of cgroups(7)).
+
+mod support;
+
+use hugetlb2fs::sys::seccomp::NEEDED;
+use rustix::io::Errno;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    apply_filter,
+};
+use std::fs;
+use std::process::Stdio;
+use support::cgroup::Cgroup;
+use support::place::Place;
+use support::{
+    FOLIO, Pool, REPAIR, SUBPAGE, Toucher, Worker, limits, mount_hugetlb2_in, poison, set, status_and_error,
+    text,
+};
+
+const SMALL: &str = "size=16M,pagesize=2M";
+const SYSTEM: i32 = 2;
+const FAILED: i32 = 32;
+
+// ---- system calls ---------------------------------------------------------------------------------------------------
+
+/// A filter that answers the calls that match so, and lets all others through.
+fn filter(answer: SeccompAction, calls: &[(i64, Vec<SeccompRule>)]) -> BpfProgram {
+    let architecture = std::env::consts::ARCH.try_into().unwrap();
+    let rules = calls.iter().cloned().collect();
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, answer, architecture).unwrap();
+    filter.try_into().unwrap()
+}
+
+/// A filter that answers one call so, whatever its arguments.
+fn refusing(call: i64, answer: SeccompAction) -> BpfProgram {
+    filter(answer, &[(call, Vec::new())])
+}
+
+fn errno(errno: Errno) -> SeccompAction {
+    SeccompAction::Errno(errno.raw_os_error() as u32)
+}
+
+/// Starts the mount helper in a thread that has these filters, as the helper and the daemon have from then on. Returns
+/// exit status and standard error.
+fn mount_under(filters: &[BpfProgram], place: &Place) -> (i32, String) {
+    let mut mount = place.mount(SMALL);
+    let child = std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            filters.iter().for_each(|filter| apply_filter(filter).unwrap());
+            mount.stderr(Stdio::piped()).spawn().expect("the helper")
+        });
+        thread.join().unwrap()
+    });
+    let output = limits::collect(limits::PROGRAM, "the helper", child).unwrap();
+    (output.status.code().expect("it is not ended by a signal"), text(&output.stderr))
+}
+
+/// Asserts that the mount fails with `status`, says `words`, and has left nothing.
+fn assert_refused_under(filters: &[BpfProgram], status: i32, words: &str) {
+    let place = Place::new();
+    let (found, error) = mount_under(filters, &place);
+    assert!(found == status && error.contains(words), "{found}: {error}");
+    place.assert_nothing_is_left();
+}
+
+#[test]
+fn a_refused_system_call_is_named_by_the_mount() {
+    for (name, number) in NEEDED {
+        for answer in [Errno::PERM, Errno::NOSYS] {
+            let place = Place::new();
+            let (status, error) = mount_under(&[refusing(*number, errno(answer))], &place);
+            // The helper makes some of the calls itself.
+            assert!([SYSTEM, FAILED].contains(&status) && error.contains(name), "{name}: {status}, {error}");
+            place.assert_nothing_is_left();
+        }
+    }
+}
+
+#[test]
+fn several_refused_system_calls_are_named_at_once() {
+    let refused = ["setfsuid", "fspick", "open_by_handle_at"];
+    let of_these = NEEDED.iter().filter(|(name, _)| refused.contains(name));
+    let filters: Vec<_> = of_these.map(|(_, number)| refusing(*number, errno(Errno::PERM))).collect();
+    let words = "system calls that the seccomp filter of its container or service refuses: fspick, \
+                 open_by_handle_at, setfsuid\n";
+    assert_refused_under(&filters, FAILED, words);
+}
+
+#[test]
+fn a_filter_that_kills_the_daemon_is_told() {
+    let filters = [refusing(libc::SYS_pivot_root, SeccompAction::KillProcess)];
+    assert_refused_under(&filters, SYSTEM, "the daemon was ended by signal 31, by a seccomp filter");
+}
+
+// ---- threads and processes ------------------------------------------------------------------------------------------
+
+#[test]
+fn a_mount_without_threads_says_so() {
+    let flag = libc::CLONE_THREAD as u64;
+    let flag = SeccompCondition::new(0, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(flag), flag);
+    let threads = vec![SeccompRule::new(vec![flag.unwrap()]).unwrap()];
+    // glibc takes clone(2) where there is no clone3(2), whose flags a filter cannot see.
+    let filters = [
+        refusing(libc::SYS_clone3, errno(Errno::NOSYS)),
+        filter(errno(Errno::AGAIN), &[(libc::SYS_clone, threads)]),
+    ];
+    let words = "no thread can be started: Resource temporarily unavailable";
+    assert_refused_under(&filters, FAILED, words);
+}
+
+/// A cgroup whose processes and threads are counted.
+fn counting(name: &str) -> Cgroup {
+    Cgroup::new(name, "pids", ["pids.max", "pids.max"])
+}
+
+#[test]
+fn a_mount_with_too_few_threads_leaves_nothing() {
+    let (cgroup, place) = (counting("mount"), Place::new()); // the place goes first
+    let mut refused = 0;
+    for most in 1.. {
+        cgroup.limit(most);
+        let mut mount = mount_hugetlb2_in(&cgroup.directory);
+        mount.arg("source").arg(place.mount_point()).args(["-o", &place.with_log(SMALL)]);
+        let (status, error) = status_and_error(&mut mount);
+        if status == 0 {
+            break;
+        }
+        assert!(error.contains("Resource temporarily unavailable"), "{most}: {status} {error}");
+        place.assert_nothing_is_left();
+        refused += 1;
+    }
+    assert!(refused > 20, "{refused}");
+    fs::write(place.mount_point().join("file"), "text").unwrap();
+}
+
+#[test]
+fn a_worker_serves_on_where_threads_are_refused() {
+    let cgroup = counting("service");
+    let pool = Pool::mount_by(mount_hugetlb2_in(&cgroup.directory), SMALL);
+    let worker = Worker::of(&pool).pid;
+    let file = pool.join("file");
+    fs::write(&file, vec![7; FOLIO as usize]).unwrap();
+    let mut hammer = Toucher::mapping(&file, FOLIO);
+    assert_eq!(hammer.ask("hammer 0"), "ok");
+    cgroup.limit(1);
+    let mut quarantined = 0;
+    for _ in 0..100 {
+        match poison(&file, 0, SUBPAGE) {
+            Ok(()) => {
+                quarantined += 1;
+                set(&file, REPAIR, "salvage all").unwrap();
+            }
+            refused => assert_eq!(refused, Err(Errno::BUSY)),
+        }
+        pool.check();
+    }
+    drop(hammer);
+    assert_eq!(poison(&file, 0, SUBPAGE), Ok(()), "{quarantined} of 100");
+    fs::write(pool.join("another"), vec![7; FOLIO as usize]).unwrap();
+    assert_eq!(Worker::of(&pool).pid, worker);
+    pool.unmount();
+}
+
+#[test]
+fn a_dead_worker_is_replaced_once_a_process_can_be_had() {
+    let cgroup = counting("takeover");
+    let pool = Pool::mount_by(mount_hugetlb2_in(&cgroup.directory), SMALL);
+    fs::write(pool.join("file"), "text").unwrap();
+    cgroup.limit(1);
+    Worker::of(&pool).kill();
+    std::thread::scope(|scope| {
+        let read = scope.spawn(|| fs::read_to_string(pool.join("file")));
+        let wanted = || fs::read_to_string(cgroup.directory.join("pids.events")).unwrap() != "max 0\n";
+        limits::until(limits::ANSWER, "a process that is refused", wanted);
+        assert!(!read.is_finished());
+        cgroup.limit(1000);
+        assert_eq!(read.join().unwrap().unwrap(), "text");
+    });
+    pool.check();
+    pool.unmount();
+}

@@ -1,0 +1,181 @@
+//! A place to mount at, by the mount helper's protocol, and other mount namespaces.
+
+use super::limits::{self, Waiting};
+use super::{end, mount_hugetlb2, program, status_and_error};
+use rustix::mount::{UnmountFlags, unmount};
+use rustix::process::{Pid, getsid};
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+/// A directory with a mount point and a log that no other test has, which says whose daemon a process is.
+pub struct Place {
+    pub directory: tempfile::TempDir,
+    _limit: Waiting,
+}
+
+impl Place {
+    pub fn new() -> Self {
+        let directory = tempfile::tempdir().expect("a directory for the test");
+        let mount_point = directory.path().join("mnt");
+        std::fs::create_dir(&mount_point).expect("a mount point");
+        Self { directory, _limit: limits::test(&mount_point, None) }
+    }
+
+    pub fn join(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    pub fn mount_point(&self) -> PathBuf {
+        self.join("mnt")
+    }
+
+    pub fn log(&self) -> PathBuf {
+        self.join("log")
+    }
+
+    /// The helper, told to mount here; `options` and the log are what is behind `-o`.
+    pub fn mount(&self, options: &str) -> Command {
+        self.mount_at(&self.mount_point(), options)
+    }
+
+    pub fn mount_at(&self, directory: &Path, options: &str) -> Command {
+        let mut command = mount_hugetlb2();
+        command.arg("source").arg(directory).arg("-o").arg(self.with_log(options));
+        command
+    }
+
+    pub fn with_log(&self, options: &str) -> String {
+        format!("{options},log={}", self.log().display())
+    }
+
+    /// The supervisor of the pool that is mounted here, if there is one.
+    pub fn daemons(&self) -> Vec<i32> {
+        let leads = |pid: &i32| {
+            let pid = Pid::from_raw(*pid);
+            pid.is_some_and(|process| getsid(pid) == Ok(process))
+        };
+        self.processes().into_iter().filter(leads).collect()
+    }
+
+    /// It and its worker.
+    pub fn processes(&self) -> Vec<i32> {
+        let flag = format!("--log={}", self.log().display());
+        let processes = std::fs::read_dir("/proc").expect("/proc").filter_map(Result::ok);
+        let ids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+        let is_ours = |pid: &i32| {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            line.split(|byte| *byte == 0).any(|argument| argument == flag.as_bytes())
+        };
+        ids.filter(is_ours).collect()
+    }
+
+    /// Its line in mountinfo, if something is mounted here.
+    pub fn mount_info(&self) -> Option<MountInfo> {
+        MountInfo::of(&self.mount_point(), "/proc/self/mountinfo")
+    }
+
+    pub fn assert_nothing_is_left(&self) {
+        assert!(self.mount_info().is_none(), "something is mounted");
+        assert_eq!(self.processes(), [0; 0], "a daemon runs");
+    }
+
+    /// Asserts that the helper ends with `status`, says `word`, and has left nothing.
+    pub fn assert_refused(&self, command: &mut Command, status: i32, word: &str) {
+        assert_eq!(self.mount_info(), None, "{command:?}: something is mounted beforehand");
+        let (found, error) = status_and_error(command);
+        assert_eq!(found, status, "{command:?}: {error}");
+        assert!(error.contains(word), "{command:?}: {word:?} is not in {error:?}");
+        self.assert_nothing_is_left();
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        while unmount(self.mount_point(), UnmountFlags::DETACH).is_ok() {}
+    }
+}
+
+/// A line of mountinfo (proc(5)).
+#[derive(Debug, PartialEq, Eq)]
+pub struct MountInfo {
+    pub flags: String,
+    pub kind: String,
+    pub source: String,
+    pub options: String,
+}
+
+impl MountInfo {
+    pub fn of(mount_point: &Path, file: &str) -> Option<Self> {
+        let info = std::fs::read_to_string(file).expect("mountinfo");
+        let mut lines = info.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+        let fields = lines.rfind(|fields| Path::new(fields[4]) == mount_point)?;
+        let end = fields.iter().position(|field| *field == "-").expect("a separator");
+        let word = |index: usize| fields[index].replace("\\040", " ").replace("\\134", "\\");
+        Some(Self { flags: word(5), kind: word(end + 1), source: word(end + 2), options: word(end + 3) })
+    }
+}
+
+/// A mount namespace of its own, as long as this lives.
+pub struct Namespace {
+    init: Child,
+}
+
+impl Namespace {
+    /// One in which the helpers are where mount(8) looks for them.
+    pub fn new() -> Self {
+        const HELPERS: &str = "mount -t tmpfs helpers /usr/sbin
+            for name in mount.hugetlb2 mount.fuse.hugetlb2 umount.fuse.hugetlb2; do
+                ln -s \"$0\" /usr/sbin/$name
+            done";
+        Self::prepared_by(HELPERS)
+    }
+
+    /// One that a script has prepared; `$0` is the program under test. The namespace lets go at once of the pools of tests
+    /// that run beside this one: copies of their mounts came along.
+    pub fn prepared_by(script: &str) -> Self {
+        let script =
+            format!("umount -i -c -l -a -t fuse.hugetlb2\nset -e\n{script}\necho ready\nexec sleep infinity");
+        let mut init = Command::new("unshare")
+            .args(["-m", "sh", "-c", &script])
+            .arg(program())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("unshare(1)");
+        let mut line = String::new();
+        let mut output = BufReader::new(init.stdout.take().expect("a pipe"));
+        limits::readable(limits::ANSWER, "the shell in a mount namespace", output.get_ref());
+        output.read_line(&mut line).expect("it speaks");
+        let namespace = Self { init };
+        assert_eq!(line, "ready\n");
+        namespace
+    }
+
+    pub fn pid(&self) -> String {
+        self.init.id().to_string()
+    }
+
+    /// A program that runs in it.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command.args(["-t", &self.pid(), "-m", "--", program]);
+        command
+    }
+
+    /// Where a path in it is seen from outside.
+    pub fn path(&self, path: &Path) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root{}", self.init.id(), path.display()))
+    }
+
+    pub fn mount_info(&self, place: &Place) -> Option<MountInfo> {
+        MountInfo::of(&place.mount_point(), &format!("/proc/{}/mountinfo", self.init.id()))
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        end(&mut self.init, "the shell in a mount namespace");
+    }
+}
