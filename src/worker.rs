@@ -39,9 +39,12 @@ const LOCK: &str = "/worker";
 pub fn prepare(namespace: impl FnOnce() -> Result<(), Error>) -> Result<(), String> {
     let preparing = |error: Error| format!("preparing the daemon: {error}");
     let missing = identity::missing_capabilities().map_err(preparing)?;
-    refuse_if_any("capabilities that it is started without", &missing)?;
+    refuse_if_any("the daemon needs capabilities that it is started without", &missing)?;
     let refused = seccomp::refused_calls().map_err(preparing)?;
-    refuse_if_any("system calls that the seccomp filter of its container or service refuses", &refused)?;
+    refuse_if_any(
+        "the daemon needs system calls that the seccomp filter of its container or service refuses",
+        &refused,
+    )?;
     let prepared = raise_descriptor_limit()
         .and_then(|()| sys::sigbus::survive_news()) // of a memory error; the patrol finds it anyway
         .and_then(|()| identity::keep_capabilities_across_fsuid())
@@ -54,8 +57,8 @@ pub fn prepare(namespace: impl FnOnce() -> Result<(), Error>) -> Result<(), Stri
     Ok(())
 }
 
-fn refuse_if_any(lacking: &str, names: &[&str]) -> Result<(), String> {
-    if names.is_empty() { Ok(()) } else { Err(format!("the daemon needs {lacking}: {}", names.join(", "))) }
+fn refuse_if_any(why: &str, names: &[&str]) -> Result<(), String> {
+    if names.is_empty() { Ok(()) } else { Err(format!("{why}: {}", names.join(", "))) }
 }
 
 /// Leaves the machine's mounts for a namespace with what [`run`] needs.
