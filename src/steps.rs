@@ -1,7 +1,8 @@
 //! The steps of every change that takes more than one: after each of them the process may die, and the next has to cope.
 //!
 //! The code says [`done`] where a step is done. A test arms a step ([`arm`]), and the process kills itself when it comes there;
-//! [`Step::ALL`] is how the test knows that it has tried them all. In a release build nothing of that is left.
+//! [`Step::ALL`] is how the test knows that it has tried them all, and [`tally`] which of them a change leads over. In a release
+//! build nothing of that is left.
 //!
 //! A test can also have threads stop at a step ([`hold`]), to see what others can do while a change is under way.
 //!
@@ -114,6 +115,7 @@ mod armed {
     static LEFT: AtomicU64 = AtomicU64::new(0);
     static HELD: Mutex<Option<Step>> = Mutex::new(None);
     static RELEASED: Condvar = Condvar::new();
+    static TALLY: [AtomicU64; Step::ALL.len()] = [const { AtomicU64::new(0) }; Step::ALL.len()];
 
     fn held() -> MutexGuard<'static, Option<Step>> {
         HELD.lock().expect("no panic while a step is compared")
@@ -136,8 +138,14 @@ mod armed {
         ARMED.store(step as u32, Ordering::SeqCst);
     }
 
+    /// How often each step was done since this was last called, or since the process began.
+    pub fn tally() -> impl Iterator<Item = (Step, u64)> {
+        Step::ALL.iter().map(|step| (*step, TALLY[*step as usize].swap(0, Ordering::SeqCst)))
+    }
+
     /// A step is done.
     pub fn done(step: Step) {
+        TALLY[step as usize].fetch_add(1, Ordering::SeqCst);
         if ARMED.load(Ordering::SeqCst) == step as u32 && LEFT.fetch_sub(1, Ordering::SeqCst) == 1 {
             super::die()
         }
@@ -147,7 +155,7 @@ mod armed {
 }
 
 #[cfg(debug_assertions)]
-pub use armed::{arm, done, hold, release};
+pub use armed::{arm, done, hold, release, tally};
 
 /// A step is done.
 #[cfg(not(debug_assertions))]

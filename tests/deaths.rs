@@ -4,6 +4,8 @@ mod support;
 
 use rustix::fs::{CWD, FallocateFlags, RenameFlags, fallocate, renameat_with};
 use rustix::process::{Pid, Signal, kill_process};
+use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -210,8 +212,11 @@ fn three_hundred_random_deaths_fail_no_call_and_lose_no_byte() {
 // ---- at every step --------------------------------------------------------------------------------------------------
 
 const DIE: &str = "trusted.hugetlb2.die";
+const STEPS: &str = "trusted.hugetlb2.steps";
 /// Steps that there were when this was written. There may come more.
-const FEWEST_STEPS: usize = 55;
+const FEWEST_STEPS: usize = 56;
+/// Most deaths at one step of one situation: what is done more often repeats itself.
+const MOST_DEATHS: u64 = 3;
 
 /// A change that leads over steps, and what must hold when its call has returned, as if nothing had happened.
 struct Situation {
@@ -599,45 +604,63 @@ fn punch(pool: &Pool, offset: u64, length: u64) {
     fallocate(open(pool), FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, length).unwrap();
 }
 
-/// Runs a situation with a worker that dies when `step` is done for the `nth` time. Returns whether it came to that.
-fn die_in(situation: &Situation, step: &str, nth: u64) -> bool {
+/// Runs a situation in a pool of its own, with what is to be done before its change and at its end.
+fn run<T>(situation: &Situation, begin: impl FnOnce(&Pool), end: impl FnOnce(&Pool) -> T) -> T {
     let options = format!("pagesize=2M,size={},io=native{}", 8 * FOLIO, situation.options);
     let pool = Pool::mount(&options);
     (situation.prepare)(&pool);
-    let worker = pool.counter("worker_pid");
-    set(pool.path(), DIE, format!("{nth} {step}")).unwrap();
+    begin(&pool);
     (situation.change)(&pool);
-    let died = pool.counter("worker_pid") != worker;
     pool.check();
     (situation.verify)(&pool);
-    let died = died || pool.counter("worker_pid") != worker;
+    let result = end(&pool);
     pool.check();
     pool.unmount();
-    died
+    result
+}
+
+/// All steps, and how often each was done since the last time.
+fn tally(pool: &Pool) -> Vec<(String, u64)> {
+    let text = get(pool.path(), STEPS).expect("a worker that was built for tests");
+    let row = |line: &str| {
+        let (count, step) = line.split_once(' ').expect("a number and a step");
+        (step.to_owned(), count.parse().expect("a number"))
+    };
+    text.lines().map(row).collect()
+}
+
+/// The steps that a situation leads over, and how often, when no worker dies.
+fn steps_of(situation: &Situation) -> Vec<(String, u64)> {
+    run(situation, |pool| drop(tally(pool)), tally)
+}
+
+/// Runs a situation with a worker that dies when `step` is done for the `nth` time. Returns whether it came to that.
+fn die_in(situation: &Situation, step: &str, nth: u64) -> bool {
+    println!("{}: a death after {nth} times {step:?}", situation.name);
+    let worker = Cell::new(0);
+    let begin = |pool: &Pool| {
+        worker.set(pool.counter("worker_pid"));
+        set(pool.path(), DIE, format!("{nth} {step}")).unwrap();
+    };
+    run(situation, begin, |pool| pool.counter("worker_pid") != worker.get())
 }
 
 #[test]
 fn a_death_after_any_step_of_any_change_is_as_if_it_had_not_been() {
-    let pool = Pool::small(1);
-    let steps = get(pool.path(), DIE).expect("a worker that was built for tests");
-    pool.unmount();
-    let steps: Vec<&str> = steps.lines().collect();
-    assert!(steps.len() >= FEWEST_STEPS, "there are {} steps only", steps.len());
-    let mut deaths = 0;
-    for step in &steps {
-        let mut led_there = Vec::new();
-        for situation in SITUATIONS {
-            let mut nth = 1;
-            while nth <= 3 && die_in(situation, step, nth) {
-                led_there.push(situation.name);
-                nth += 1;
-            }
+    let mut led_there: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+    for situation in SITUATIONS {
+        for (step, count) in steps_of(situation) {
+            let deaths =
+                (1..=count.min(MOST_DEATHS)).take_while(|nth| die_in(situation, &step, *nth)).count();
+            led_there.entry(step).or_default().extend(std::iter::repeat_n(situation.name, deaths));
         }
-        println!("{step}: {}", led_there.join(", "));
-        assert!(!led_there.is_empty(), "nothing leads to the step {step}");
-        deaths += led_there.len();
     }
-    println!("{deaths} deaths at {} steps in {} situations", steps.len(), SITUATIONS.len());
+    led_there.iter().for_each(|(step, situations)| println!("{step}: {}", situations.join(", ")));
+    let deaths: usize = led_there.values().map(Vec::len).sum();
+    println!("{deaths} deaths at {} steps in {} situations", led_there.len(), SITUATIONS.len());
+    assert!(led_there.len() >= FEWEST_STEPS, "there are {} steps only", led_there.len());
+    let without: Vec<_> = led_there.iter().filter(|(_, situations)| situations.is_empty()).collect();
+    assert!(without.is_empty(), "nothing leads to the steps {without:?}");
 }
 
 // ---- between the pieces of a page -----------------------------------------------------------------------------------

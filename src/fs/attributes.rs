@@ -52,6 +52,9 @@ enum Protocol {
     /// Only for tests: what to die after.
     #[cfg(debug_assertions)]
     Die,
+    /// Only for tests: how often each step was done.
+    #[cfg(debug_assertions)]
+    Steps,
     /// Only for tests: which system call is to fail, and what has come of it.
     #[cfg(debug_assertions)]
     Fail,
@@ -77,6 +80,8 @@ const TABLE: &[(&str, Protocol, On)] = &[
     ("trusted.hugetlb2.unavailable", Protocol::Unavailable, On::Root),
     #[cfg(debug_assertions)]
     ("trusted.hugetlb2.die", Protocol::Die, On::Root),
+    #[cfg(debug_assertions)]
+    ("trusted.hugetlb2.steps", Protocol::Steps, On::Root),
     #[cfg(debug_assertions)]
     ("trusted.hugetlb2.fail", Protocol::Fail, On::Root),
 ];
@@ -114,6 +119,12 @@ fn arm(value: &[u8]) -> Result<()> {
     let (nth, step) = armed.ok_or_else(|| Error::invalid("expected a number and the name of a step"))?;
     crate::steps::arm(step, nth);
     Ok(())
+}
+
+/// How often each step was done since this was last asked for, `<n> <step>` a line.
+#[cfg(debug_assertions)]
+fn steps_text() -> String {
+    steps::tally().fold(String::new(), |text, (step, count)| text + &format!("{count} {}\n", step.name()))
 }
 
 /// `<n> ENOMEM` or the like: the n-th system call from now on that can answer that answers it.
@@ -161,6 +172,8 @@ impl Fs {
             }
             #[cfg(debug_assertions)]
             Protocol::Die => Ok(Step::ALL.iter().fold(String::new(), |text, step| text + step.name() + "\n")),
+            #[cfg(debug_assertions)]
+            Protocol::Steps => Ok(steps_text()),
             #[cfg(debug_assertions)]
             Protocol::Fail => Ok(faults::report()),
             _ => Err(Error::NoData),
@@ -373,7 +386,7 @@ mod tests {
             PREFIXES.iter().any(|prefix| name.as_bytes().starts_with(prefix)).then_some((name, rest))
         };
         let documented: Vec<_> = readme.lines().filter_map(row).collect();
-        let only_for_tests = ["trusted.hugetlb2.die", "trusted.hugetlb2.fail"];
+        let only_for_tests = ["trusted.hugetlb2.die", "trusted.hugetlb2.steps", "trusted.hugetlb2.fail"];
         let offered = TABLE.iter().filter(|(name, ..)| !only_for_tests.contains(name));
         assert!(offered.clone().map(|row| row.0).eq(documented.iter().map(|row| row.0)), "{documented:?}");
         for ((name, _, on), (_, rest)) in offered.zip(documented) {
