@@ -135,7 +135,7 @@ impl Fs {
         if flags.contains(XattrFlags::CREATE) && self.first_found(node, name, ticket)? == Some(false) {
             flags.remove(XattrFlags::CREATE); // what is there now is what this request has put there
         }
-        self.inode_changed(node, || self.index.set_attribute(node, name, (value, flags.bits() as i32), by))
+        self.inode_changed(node, || self.index.set_attribute(node, name, value, flags.bits() as i32, by))
     }
 
     /// Removes an attribute of the inode itself.
