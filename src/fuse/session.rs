@@ -9,8 +9,10 @@
 //! (`fuse_dev.pq`), and sends it again when asked. Clones of the device (`clone_fd`) would end those requests with
 //! ECONNABORTED instead.
 
+use super::adapter::{Adapter, forget};
 use super::attempts::Attempts;
-use super::{Adapter, THREADS, agree, backing, device, forget};
+use super::features::agree;
+use super::{THREADS, backing, device};
 use crate::error::Result;
 use crate::fs::Fs;
 use crate::sys::process;
