@@ -36,11 +36,17 @@ pub fn read(path: &Path, name: &str) -> Result<Option<String>, Errno> {
     match getxattr(path, name, &mut value[..]) {
         Ok(length) => {
             value.truncate(length);
-            Ok(Some(String::from_utf8_lossy(&value).into_owned()))
+            Ok(Some(harmless(&String::from_utf8_lossy(&value))))
         }
         Err(Errno::NODATA) => Ok(None),
         Err(errno) => Err(errno),
     }
+}
+
+/// Text for a terminal. Names of files are users' text, and a filesystem that is none of ours answers as it likes.
+fn harmless(text: &str) -> String {
+    let escaped = |c: char| (c.is_control() && c != '\n').then(|| c.escape_default().to_string());
+    text.chars().map(|c| escaped(c).unwrap_or_else(|| c.to_string())).collect()
 }
 
 /// Writes an attribute.
@@ -166,5 +172,15 @@ fn no_memory(directory: &Path) -> String {
             format!("the machine has not that much memory, or the daemon's cgroup has not: {limit}")
         }
         None => "the machine has not that much memory".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_filesystem_answers_has_no_effect_on_a_terminal() {
+        assert_eq!(harmless("a\u{1b}[2Jb\tc\n"), "a\\u{1b}[2Jb\\tc\n");
     }
 }

@@ -1,7 +1,7 @@
 //! The command hugetlb2: for people. Everything it does goes through the filesystem's attributes.
 
 use crate::mappers::{self, Misaligned};
-use crate::{attributes, daemons, demo, mount, say, session, touch};
+use crate::{attributes, daemons, demo, mount, mounts, say, session, touch};
 use clap::{Parser, Subcommand, ValueEnum};
 use hugetlb2fs::quarantine;
 use rustix::fs::{major, minor, statvfs};
@@ -155,28 +155,8 @@ fn print_json(value: &Value) -> Result<(), String> {
 
 // ---- pools ----------------------------------------------------------------------------------------------------------
 
-/// A mounted pool.
-struct Mounted {
-    /// `st_dev` of its files, as mountinfo writes it.
-    device: String,
-    mount_point: PathBuf,
-}
-
-/// All pools (proc(5), mountinfo).
-fn mounted() -> Result<Vec<Mounted>, String> {
-    let text =
-        std::fs::read_to_string("/proc/self/mountinfo").map_err(|error| format!("mountinfo: {error}"))?;
-    let is_ours =
-        |line: &&str| line.split(" - ").nth(1).is_some_and(|rest| rest.starts_with("fuse.hugetlb2 "));
-    let parse = |line: &str| {
-        let mut fields = line.split(' ').skip(2);
-        Some(Mounted { device: fields.next()?.to_owned(), mount_point: unescape(fields.nth(1)?) })
-    };
-    Ok(text.lines().filter(is_ours).filter_map(parse).collect())
-}
-
 fn mount_points() -> Result<Vec<PathBuf>, String> {
-    Ok(mounted()?.into_iter().map(|pool| pool.mount_point).collect())
+    Ok(mounts::all()?.into_iter().map(|pool| pool.mount_point).collect())
 }
 
 /// The metadata of a regular file in a pool. No other file will do: an ordinary filesystem would take our attributes for
@@ -184,16 +164,10 @@ fn mount_points() -> Result<Vec<PathBuf>, String> {
 fn pool_file(file: &Path) -> Result<Metadata, String> {
     let metadata = std::fs::metadata(file).map_err(|error| format!("{}: {error}", file.display()))?;
     let device = format!("{}:{}", major(metadata.dev()), minor(metadata.dev()));
-    if metadata.is_file() && mounted()?.iter().any(|pool| pool.device == device) {
+    if metadata.is_file() && mounts::all()?.iter().any(|pool| pool.device == device) {
         return Ok(metadata);
     }
     Err(format!("{}: not a regular file of a hugetlb2 pool", file.display()))
-}
-
-/// mountinfo writes space, tab, newline and backslash as three octal digits.
-fn unescape(text: &str) -> PathBuf {
-    let octal = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")];
-    PathBuf::from(octal.iter().fold(text.to_owned(), |text, (code, plain)| text.replace(code, plain)))
 }
 
 /// How long a worker is waited for before it is said to hang.

@@ -6,6 +6,7 @@ mod daemons;
 mod demo;
 mod mappers;
 mod mount;
+mod mounts;
 mod namespace;
 mod options;
 mod session;

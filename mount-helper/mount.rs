@@ -1,6 +1,7 @@
 //! mount.hugetlb2, by the protocol of mount(8) for external helpers.
 
 use crate::attributes;
+use crate::mounts;
 use crate::namespace::Namespaces;
 use crate::options::Requested;
 use crate::say;
@@ -140,6 +141,8 @@ fn open_directory(directory: &Path, nonempty: bool) -> Result<OwnedFd, Failure> 
 /// as it was.
 fn remount(directory: &Path, requested: &Requested, fake: bool) -> Result<(), Failure> {
     let failed = |why: String| Failure::Mount(format!("{}: {why}", directory.display()));
+    let directory = mounts::enter(directory).map_err(|errno| failed(errno.to_string()))?;
+    mounts::require_pool(directory).map_err(failed)?;
     let pool = attributes::pool(directory).map_err(failed)?;
     let asked = |name: &str| requested.given.iter().any(|given| given == name);
     let in_force = attributes::options(directory).map_err(failed)?;

@@ -6,7 +6,7 @@
 
 use crate::namespace::Namespaces;
 use crate::session::Failure;
-use crate::{attributes, daemons, say};
+use crate::{attributes, daemons, mounts, say};
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -68,11 +68,13 @@ fn carry_out(matches: &ArgMatches) -> Result<(), Failure> {
     let directory: &PathBuf = matches.get_one("dir").expect("clap has required it");
     let (lazy, force) = (matches.get_flag("lazy"), matches.get_flag("force"));
     Namespaces::open(matches.get_one::<String>("namespace"))?.enter_target()?;
-    let daemon = if lazy { None } else { daemons::supervisor_of(directory).ok() };
     let failed = |why: String| Failure::Mount(format!("{}: {why}", directory.display()));
+    let name = mounts::enter_parent(directory).map_err(|errno| failed(errno.to_string()))?;
+    mounts::require_pool(&name).map_err(failed)?;
+    let daemon = if lazy { None } else { daemons::supervisor_of(&name).ok() };
     let flags = if lazy { UnmountFlags::DETACH } else { UnmountFlags::empty() };
-    match unmount(directory, flags) {
-        Err(Errno::BUSY) if force => end_connection(directory).map_err(failed)?,
+    match unmount(&name, flags | UnmountFlags::NOFOLLOW) {
+        Err(Errno::BUSY) if force => end_connection(&name).map_err(failed)?,
         other => other.map_err(|errno| failed(errno.to_string()))?,
     }
     if let Some(daemon) = daemon {
@@ -83,14 +85,14 @@ fn carry_out(matches: &ArgMatches) -> Result<(), Failure> {
 
 /// Has every call to a pool fail for good, where that is the only way out: MNT_FORCE ends the connection before the kernel
 /// looks for users (fs/fuse/inode.c, fuse_umount_begin).
-fn end_connection(directory: &Path) -> Result<(), String> {
-    if matches!(attributes::pool_within(directory, ANSWER), Some(Ok(_))) {
+fn end_connection(mount_point: &Path) -> Result<(), String> {
+    if matches!(attributes::pool_within(mount_point, ANSWER), Some(Ok(_))) {
         return Err(
             "it is in use, and its daemon answers: nothing is forced (see lsof(8), or detach it by -l)"
                 .into(),
         );
     }
-    unmount(directory, UnmountFlags::FORCE).map_err(|errno| match errno {
+    unmount(mount_point, UnmountFlags::FORCE | UnmountFlags::NOFOLLOW).map_err(|errno| match errno {
         Errno::BUSY => {
             "its daemon did not answer, so all calls fail from now on; it is still in use".to_owned()
         }

@@ -16,7 +16,7 @@ use crate::fuse::Handshake;
 use crate::index::MOUNT_POINT;
 use crate::options::Options;
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 const TITLE: &str = "hugetlb2 handover";
 const VERSION: u32 = 1;
@@ -36,7 +36,7 @@ impl Handover {
     /// # Errors
     /// What the kernel answers.
     pub fn write(&self) -> Result<()> {
-        let (path, draft) = (format!("{MOUNT_POINT}/handover"), format!("{MOUNT_POINT}/handover.new"));
+        let (path, draft) = (Self::path(Path::new("/")), format!("{MOUNT_POINT}/handover.new"));
         std::fs::write(&draft, self.encode())?;
         Ok(std::fs::rename(draft, path)?)
     }
@@ -46,8 +46,12 @@ impl Handover {
     /// # Errors
     /// [`Error::Corrupt`] for another version or a text that does not parse; ENOENT.
     pub fn read(root: &Path) -> Result<Self> {
-        let path = root.join(MOUNT_POINT.trim_start_matches('/')).join("handover");
-        Self::decode(&std::fs::read_to_string(path)?).map_err(Error::Corrupt)
+        Self::decode(&std::fs::read_to_string(Self::path(root))?).map_err(Error::Corrupt)
+    }
+
+    /// The file, below `root`.
+    pub fn path(root: &Path) -> PathBuf {
+        root.join(MOUNT_POINT.trim_start_matches('/')).join("handover")
     }
 
     fn encode(&self) -> String {

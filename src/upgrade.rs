@@ -41,9 +41,6 @@ pub struct Predecessor {
     only_one: File,
 }
 
-/// Held by a daemon that takes over; in the private root of the one that it takes over from.
-const LOCK: &str = "upgrade";
-
 impl Predecessor {
     /// Looks at the supervisor with this process id, which serves `connection`, the minor device number of a mount. Changes
     /// nothing.
@@ -54,6 +51,9 @@ impl Predecessor {
         let none = |why: String| format!("process {pid} is no daemon that could be taken over from: {why}");
         let process = Pid::from_raw(pid).ok_or_else(|| none("no process id".into()))?;
         let process = pidfd_open(process, PidfdFlags::empty()).map_err(|errno| none(errno.to_string()))?;
+        if !is_roots(pid).map_err(|error| none(error.to_string()))? {
+            return Err(none("it is another user's".into()));
+        }
         if !is_of_our_pid_namespace(pid).map_err(|error| none(error.to_string()))? {
             return Err(none("it is in another process id namespace: start the upgrade there".into()));
         }
@@ -115,8 +115,19 @@ fn is_of_our_pid_namespace(pid: i32) -> Result<bool, Error> {
     Ok(namespace("self")? == namespace(&pid.to_string())?)
 }
 
+/// Whether root runs it, in our user namespace. The root directory of another user's process holds what that user
+/// has prepared. The owner of /proc/PID tells nothing: the kernel says root where a process is not dumpable (prctl(2)).
+fn is_roots(pid: i32) -> Result<bool, Error> {
+    let namespace = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/user"));
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let users = status.lines().find_map(|line| line.strip_prefix("Uid:")).unwrap_or_default();
+    let is_root = users.split_ascii_whitespace().eq(["0"; 4]);
+    Ok(is_root && namespace("self")? == namespace(&pid.to_string())?)
+}
+
+/// The lock is on what the other leaves, so nothing is created.
 fn lock(root: &Path) -> Result<File, Error> {
-    let lock = File::options().create(true).truncate(false).write(true).open(root.join(LOCK))?;
+    let lock = File::open(Handover::path(root))?;
     match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(lock),
         Err(Errno::WOULDBLOCK) => Err(Error::Busy("another daemon is taking over from it just now")),
