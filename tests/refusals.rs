@@ -261,10 +261,10 @@ const KEEP: &str = "io=mediated,punch=keep";
 
 /// Asserts runs of bytes, from the start of the file to its end.
 fn assert_runs(pool: &Pool, runs: &[(u64, u8)]) {
-    let bytes = fs::read(file(pool)).unwrap();
-    let found: Vec<(u64, u8)> =
-        bytes.chunk_by(|one, next| one == next).map(|run| (run.len() as u64, run[0])).collect();
-    assert_eq!(found, runs);
+    let (bytes, mut meant) = (fs::read(file(pool)).unwrap(), Vec::new());
+    runs.iter().for_each(|(length, byte)| meant.resize(meant.len() + *length as usize, *byte));
+    let found = || bytes.chunk_by(|one, next| one == next).map(|run| (run.len(), run[0])).collect::<Vec<_>>();
+    assert!(bytes == meant, "{:?} are not {runs:?}", found());
 }
 
 fn assert_sevens(pool: &Pool) {
