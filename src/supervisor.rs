@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn deaths_without_use_are_followed_by_longer_and_longer_pauses_and_then_by_refusal() {
+    fn useless_workers_bring_longer_pauses_and_then_refusal() {
         let mut restarts = Restarts::default();
         let mut last = Duration::ZERO;
         for _ in 1..RESTARTS {
@@ -347,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_is_tried_after_each_refusal_and_refusals_grow_to_a_limit() {
+    fn each_refusal_ends_in_a_try_and_grows_to_a_limit() {
         let mut restarts = Restarts { fruitless: RESTARTS - 1 };
         let mut last = Duration::ZERO;
         for _ in 0..100 {

@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_within_are_those_wholly_covered_and_pages_touching_those_met() {
+    fn pages_within_are_covered_and_pages_touching_are_met() {
         let size = PageSize::Huge;
         let range = Range::new(1, 3 * FOLIO_SIZE);
         assert_eq!(size.pages_within(range), Page(1)..Page(3));

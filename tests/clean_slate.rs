@@ -170,7 +170,7 @@ fn what_was_cut_off_is_not_there_when_the_file_grows_again() {
 }
 
 #[test]
-fn what_a_mapping_wrote_behind_the_end_is_not_there_when_the_file_grows() {
+fn a_growth_shows_zeros_where_a_mapping_wrote_past_the_end() {
     let pool = dirty_pool(3);
     for size in SIZES {
         for (how, grown) in [
@@ -351,7 +351,7 @@ fn collapsing_a_file_while_it_grows_and_shrinks_shows_zeros() {
 }
 
 #[test]
-fn collapsing_a_file_while_pages_are_punched_and_taken_shows_zeros() {
+fn collapses_beside_punches_and_growths_show_zeros() {
     const PAGES: u64 = 4;
     let pool = dirty_pool(PAGES + 1);
     let file = open(&pool.join("file"));
@@ -416,7 +416,7 @@ fn kill_worker(pool: &Pool) {
 }
 
 #[test]
-fn a_large_read_of_what_was_punched_and_kept_is_zeros_and_gives_it_no_memory() {
+fn a_large_read_of_a_gap_is_zeros_and_takes_no_memory() {
     let pool = keeping_pool(3);
     let file = stale_file(&pool);
     fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, FOLIO, FOLIO).unwrap();
@@ -432,7 +432,7 @@ fn a_large_read_of_what_was_punched_and_kept_is_zeros_and_gives_it_no_memory() {
 }
 
 #[test]
-fn what_was_punched_and_kept_is_zeros_and_no_sigbus_at_the_next_touch() {
+fn a_touched_gap_is_zeros_and_no_sigbus() {
     let pool = keeping_pool(3);
     for (offset, length) in [
         (0, 1),
@@ -471,7 +471,7 @@ fn what_was_punched_and_kept_is_zeros_and_no_sigbus_at_the_next_touch() {
 }
 
 #[test]
-fn what_was_punched_and_kept_is_nobody_elses_and_stays_in_the_account() {
+fn gaps_belong_to_their_file_and_stay_in_the_account() {
     let pool = keeping_pool(4);
     let file = stale_file(&pool);
     let size = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
@@ -539,7 +539,7 @@ fn fill_all(pool: &Pool, mapping: &Mapping, range: Range) {
 }
 
 #[test]
-fn what_was_punched_and_kept_is_filled_by_userfaultfd_whoever_looks_and_dies_meanwhile() {
+fn userfaultfd_fills_gaps_beside_readers_and_deaths() {
     let pool = keeping_pool(3);
     let file = stale_file(&pool);
     let mapping = mapped(&file, Range::new(0, 3 * FOLIO));
@@ -559,7 +559,7 @@ fn what_was_punched_and_kept_is_filled_by_userfaultfd_whoever_looks_and_dies_mea
 }
 
 #[test]
-fn a_punched_and_kept_file_is_quarantined_grown_cut_and_allocated_as_any_other() {
+fn a_file_with_gaps_can_be_changed_like_any_other() {
     let pool = keeping_pool(5);
     let path = pool.join("file");
     let file = stale_file(&pool);

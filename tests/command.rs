@@ -82,7 +82,7 @@ fn status_in_json_has_every_counter_as_a_number() {
 }
 
 #[test]
-fn status_without_a_directory_finds_all_pools_and_those_of_strange_names() {
+fn status_without_a_directory_finds_all_pools() {
     let pool = Pool::small(1);
     let odd = Pool::small(2);
     let place = tempfile::tempdir().unwrap();
@@ -172,7 +172,7 @@ fn repair_salvages_or_zeroes_what_is_quarantined() {
 }
 
 #[test]
-fn map_shows_how_each_range_is_mapped_and_collapse_makes_it_huge_again() {
+fn map_shows_how_ranges_are_mapped_and_collapse_mends_it() {
     let pool = Pool::mount("pagesize=2M,size=16M,collapse=off");
     let file = pool.join("file");
     std::fs::write(&file, vec![7; 2 * FOLIO as usize]).unwrap();
@@ -202,7 +202,7 @@ fn an_empty_file_has_an_empty_map() {
 }
 
 #[test]
-fn a_request_that_makes_no_sense_is_explained_and_nothing_is_done() {
+fn a_senseless_request_is_explained_and_changes_nothing() {
     let (pool, file) = pool_with_file();
     for (action, rest, word) in [
         ("poison", &["x", "1"][..], "\"x\" is not a number (offset)"),
@@ -320,7 +320,7 @@ fn the_help_names_every_action() {
 }
 
 #[test]
-fn a_pool_whose_daemon_has_died_is_shown_as_such_beside_the_others() {
+fn status_shows_a_dead_daemon_beside_the_other_pools() {
     let (pool, dead) = (Pool::small(1), Pool::small(1));
     run(Command::new("kill").arg("-KILL").arg(dead.daemon().pid.to_string()));
     dead.daemon().wait();
@@ -378,7 +378,7 @@ fn name_of(process: &Value) -> String {
 }
 
 #[test]
-fn the_daemon_of_another_process_id_namespace_is_named_by_its_numbers_here() {
+fn a_daemon_of_another_pid_namespace_has_the_numbers_of_ours() {
     let container = Container::start();
     let value = &json_output(&["status"], &container.mount_point(), &[])[0];
     assert_eq!(name_of(&value["daemon_pid"]), "hugetlb2fsd");
@@ -392,7 +392,7 @@ fn the_daemon_of_another_process_id_namespace_is_named_by_its_numbers_here() {
 }
 
 #[test]
-fn a_daemon_that_cannot_be_seen_is_not_given_another_process_for_it() {
+fn a_daemon_out_of_sight_is_not_taken_for_another_process() {
     let pool = Pool::small(2);
     let mut inside = Command::new("unshare");
     inside

@@ -336,7 +336,7 @@ fn the_page_of_a_removed_file_is_there_for_the_next_one() {
 // ---- the last pages -------------------------------------------------------------------------------------------------
 
 #[test]
-fn files_that_compete_for_the_last_pages_never_have_more_than_the_pool() {
+fn files_that_compete_never_have_more_pages_than_the_pool() {
     const PAGES: u64 = 8;
     const ROUNDS: u64 = 300;
     let pool = Pool::small(PAGES);
@@ -404,7 +404,7 @@ fn mark_new_pages(file: &File, before: u64, now: u64, byte: u8) {
 // ---- one file, two processes ----------------------------------------------------------------------------------------
 
 #[test]
-fn two_processes_that_write_disjoint_parts_of_a_file_both_find_all_of_it() {
+fn two_writers_of_disjoint_parts_lose_nothing() {
     const STRIPE: u64 = 10_000; // so that two stripes share a subpage, and a page
     const STRIPES: u64 = 4 * PAGE / STRIPE;
     let pool = Pool::small(4);

@@ -225,7 +225,7 @@ fn syncing_is_possible_and_needs_to_do_nothing() {
 // ---- sizes ----------------------------------------------------------------------------------------------------------
 
 #[test]
-fn a_file_can_have_any_size_and_what_was_cut_off_comes_back_as_zeros() {
+fn a_file_has_any_size_and_grows_by_zeros() {
     let pool = Pool::small(4);
     let (_, file) = create(&pool, "file");
     let sizes = [0, 1, 4095, 4096, 4097, FOLIO - 1, FOLIO, FOLIO + 1, 3 * FOLIO + 5000];
@@ -306,7 +306,7 @@ fn fallocate_lengthens_a_file_and_takes_pages() {
 }
 
 #[test]
-fn keep_size_takes_pages_behind_the_end_and_truncate_gives_them_back() {
+fn keep_size_takes_pages_past_the_end_until_a_truncation() {
     for mode in [FallocateFlags::KEEP_SIZE, ZERO_KEEP] {
         for shorter_by in [1, 0] {
             let pool = Pool::small(4);
@@ -322,7 +322,7 @@ fn keep_size_takes_pages_behind_the_end_and_truncate_gives_them_back() {
 }
 
 #[test]
-fn opening_an_empty_file_with_truncation_gives_back_what_was_kept_behind_its_end() {
+fn o_trunc_frees_the_pages_behind_the_end_of_an_empty_file() {
     let pool = Pool::small(2);
     let (path, file) = create(&pool, "file");
     fallocate(&file, FallocateFlags::KEEP_SIZE, 0, 2 * FOLIO).unwrap();
@@ -412,7 +412,7 @@ fn modes_of_fallocate_that_are_not_there_are_eopnotsupp() {
 // ---- released pages -------------------------------------------------------------------------------------------------
 
 #[test]
-fn a_released_page_reads_as_zeros_and_is_sigbus_to_a_mapping_until_it_is_written() {
+fn a_released_page_reads_zeros_and_is_sigbus_until_written() {
     let pool = Pool::small(3);
     let (path, file) = filled(&pool, "file", 3 * FOLIO, 7);
     let mut toucher = Toucher::mapping(&path, 3 * FOLIO);
@@ -447,7 +447,7 @@ fn fallocate_takes_released_pages_again() {
 }
 
 #[test]
-fn a_write_into_a_released_page_is_enospc_when_somebody_else_has_it() {
+fn a_write_into_a_page_that_another_file_has_is_enospc() {
     let pool = Pool::small(2);
     let (_, file) = filled(&pool, "file", 2 * FOLIO, 7);
     fallocate(&file, PUNCH, FOLIO, FOLIO).unwrap();
@@ -778,7 +778,7 @@ fn map(file: &File, offset: u64, length: u64, sharing: Sharing) -> Mapping {
 }
 
 #[test]
-fn shared_mappings_at_any_place_and_system_calls_see_the_same_bytes() {
+fn mappings_and_system_calls_see_the_same_bytes() {
     let pool = Pool::small(3);
     let (path, file) = filled(&pool, "file", 3 * FOLIO, 7);
     let places = [

@@ -676,7 +676,7 @@ fn die_in(situation: &Situation, step: &str, nth: u64) -> bool {
 }
 
 #[test]
-fn a_death_after_any_step_of_any_change_is_as_if_it_had_not_been() {
+fn a_death_after_any_step_leaves_no_trace() {
     let mut led_there: BTreeMap<String, Vec<&str>> = BTreeMap::new();
     for situation in SITUATIONS {
         for (step, count) in steps_of(situation) {
@@ -707,7 +707,7 @@ fn die_halfway(pool: &Pool, way: &str, change: impl FnOnce()) {
 }
 
 #[test]
-fn a_death_in_the_middle_of_a_gigantic_page_is_as_if_it_had_not_been() {
+fn a_death_within_a_gigantic_page_leaves_no_trace() {
     let pool = Pool::mount(&format!("pagesize=1G,size={GIB}"));
     let file = File::options().read(true).write(true).create_new(true).open(file(&pool)).unwrap();
     let first = |byte: u8| {

@@ -18,7 +18,7 @@ fn mounts_of_the_demonstration() -> usize {
 }
 
 #[test]
-fn the_demonstration_holds_what_it_claims_and_leaves_nothing_behind() {
+fn the_demonstration_shows_its_claims_and_leaves_nothing() {
     let _memory = MEMORY.lock();
     let report: Value = serde_json::from_str(&run(hugetlb2().args(["demo", "--json"]))).expect("JSON");
     assert_eq!(report["ok"], true);
@@ -39,7 +39,7 @@ fn the_demonstration_holds_what_it_claims_and_leaves_nothing_behind() {
 }
 
 #[test]
-fn what_another_user_has_prepared_for_the_demonstration_is_not_followed() {
+fn the_demonstration_follows_nothing_of_another_user() {
     let _memory = MEMORY.lock();
     const NOBODY: u32 = 65534;
     let place = tempfile::tempdir().unwrap();

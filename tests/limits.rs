@@ -28,7 +28,7 @@ fn a_program_that_does_not_end_is_killed_and_named() {
 }
 
 #[test]
-fn a_process_that_does_not_answer_is_killed_and_the_question_named() {
+fn a_silent_process_is_killed_and_the_question_named() {
     let mut toucher = Toucher::start();
     toucher.freeze();
     let said = panic_of(|| toucher.ask_within(SHORT, "walk"));

@@ -174,7 +174,7 @@ fn what_a_death_has_cost_the_float_comes_back_by_itself() {
 }
 
 #[test]
-fn memory_that_a_program_has_taken_out_of_a_file_stops_no_takeover() {
+fn memory_that_a_program_removed_stops_no_takeover() {
     let pool = Pool::small(32);
     let (path, other) = (pool.join("file"), pool.join("other"));
     fs::write(&path, vec![7; 10 * FOLIO as usize]).unwrap();

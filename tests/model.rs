@@ -1187,7 +1187,7 @@ fn any_sequence_of_operations_does_what_the_model_says() {
 }
 
 #[test]
-fn any_sequence_of_operations_does_what_the_model_says_where_punched_pages_are_kept() {
+fn with_punched_pages_kept_operations_do_what_the_model_says() {
     play_all(true);
 }
 

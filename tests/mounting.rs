@@ -45,7 +45,7 @@ fn signal(pid: i32, signal: Signal) {
 // ---- options --------------------------------------------------------------------------------------------------------
 
 #[test]
-fn each_wrong_option_is_refused_by_name_with_what_would_be_right() {
+fn each_wrong_option_is_refused_with_the_right_form() {
     let place = Place::new();
     for (options, word) in [
         ("pagesize=2M", "option size is required"),
@@ -105,7 +105,7 @@ fn sloppy_ignores_unknown_options_and_still_checks_ours() {
 }
 
 #[test]
-fn what_is_meant_for_others_and_the_accepted_flags_change_nothing() {
+fn options_for_other_programs_and_accepted_flags_do_nothing() {
     let place = Place::new();
     let options = format!("defaults,noauto,nofail,_netdev,x-systemd.automount,x-a=b,comment=c,{SMALL}");
     run(place.mount(&options).args(["-n", "-t", "hugetlb2"]));
@@ -200,7 +200,7 @@ fn without_the_fuse_device_nothing_starts() {
 }
 
 #[test]
-fn a_fuse_device_that_is_none_fails_the_mount_after_the_pool_was_filled_and_leaves_nothing() {
+fn a_false_fuse_device_fails_the_mount_and_leaves_nothing() {
     let (place, namespace) = (Place::new(), Namespace::new());
     run(namespace.command("mount").args(["-t", "tmpfs", "none", "/dev"]));
     run(namespace.command("touch").arg("/dev/fuse"));
@@ -213,7 +213,7 @@ fn a_fuse_device_that_is_none_fails_the_mount_after_the_pool_was_filled_and_leav
 }
 
 #[test]
-fn more_than_the_machine_has_is_refused_before_any_of_it_is_taken() {
+fn more_memory_than_there_is_is_refused_at_once() {
     let place = Place::new();
     let before = memory_available();
     let total = hugetlb2fs::sys::memory_total().unwrap();
@@ -380,7 +380,7 @@ fn a_helper_that_is_killed_while_it_mounts_leaves_nothing() {
 }
 
 #[test]
-fn a_daemon_whose_helper_dies_before_the_end_gives_everything_back() {
+fn a_daemon_whose_mount_helper_dies_gives_everything_back() {
     let place = Place::new();
     let script = "kill -STOP $PPID; exec \"$DAEMON\" \"$@\""; // the helper does nothing more
     File::create(place.log()).unwrap();
@@ -675,7 +675,7 @@ fn user_of(file: &Path) -> Child {
 }
 
 #[test]
-fn a_forced_umount_of_a_pool_in_use_is_refused_as_long_as_it_answers() {
+fn a_forced_umount_of_a_pool_that_answers_is_refused() {
     let (place, namespace) = (Place::new(), Namespace::new());
     run(&mut namespace.mount_8(&place, "hugetlb2", &place.with_log(SMALL)));
     let mount_point = namespace.path(&place.mount_point());
@@ -712,7 +712,7 @@ fn a_forced_umount_of_a_pool_that_is_not_in_use_unmounts() {
 }
 
 #[test]
-fn a_lazy_umount_takes_the_path_away_at_once_and_the_memory_with_its_last_user() {
+fn a_lazy_umount_returns_memory_when_its_last_user_ends() {
     let place = Place::new();
     run(&mut place.mount(SMALL));
     let daemon = Daemon::of(&place.mount_point());

@@ -179,7 +179,7 @@ fn a_descriptor_that_was_closed_is_in_nobodys_way() {
 }
 
 #[test]
-fn a_file_with_quarantined_subpages_is_read_by_the_daemon_until_it_is_opened_after_the_repair() {
+fn the_daemon_reads_a_quarantined_file_until_a_later_open() {
     let pool = native(4);
     let path = sevens(&pool, "file");
     poison(&path, PLACE, 1).unwrap();
@@ -213,7 +213,7 @@ fn the_next_worker_knows_who_reads_natively() {
 }
 
 #[test]
-fn with_io_mediated_the_daemon_reads_and_with_auto_where_the_kernel_does_not_look_for_errors() {
+fn the_io_option_decides_if_the_daemon_reads() {
     let looks = Path::new("/sys/devices/system/node/node0/memory_failure").exists();
     for (io, meant) in [("mediated", 0), ("auto", u64::from(looks))] {
         let pool = Pool::mount(&format!("pagesize=2M,size={},io={io}", 2 * FOLIO));
@@ -319,7 +319,7 @@ impl History {
 }
 
 #[test]
-fn no_order_of_opens_injections_reads_and_repairs_shows_what_is_not_there() {
+fn no_order_of_opens_and_repairs_shows_wrong_bytes() {
     const THREADS: u64 = 48; // nearly all of which wait for a refusal, most of the time
     let orders = (ACTS.len() as u64).pow(LENGTH);
     let pool = native(2 * THREADS);
@@ -351,7 +351,7 @@ fn no_order_of_opens_injections_reads_and_repairs_shows_what_is_not_there() {
 }
 
 #[test]
-fn readers_that_come_and_go_beside_quarantines_and_repairs_never_read_zeros() {
+fn readers_beside_quarantines_and_repairs_never_see_zeros() {
     const ROUNDS: usize = 400;
     let pool = native(4);
     let path = sevens(&pool, "file");

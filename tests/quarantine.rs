@@ -257,7 +257,7 @@ fn only_regular_files_have_the_attributes_of_files() {
 }
 
 #[test]
-fn the_poison_attribute_is_there_only_when_something_is_quarantined() {
+fn a_file_without_a_quarantine_has_no_poison_attribute() {
     let pool = Pool::small(1);
     let file = patterned(&pool, "file", FOLIO);
     rustix::fs::setxattr(&file, "user.own", b"1", rustix::fs::XattrFlags::empty()).unwrap();
@@ -413,7 +413,7 @@ fn a_file_goes_bad_and_is_repaired_over_and_over() {
 // ---- read(2), lseek(2) ----------------------------------------------------------------------------------------------
 
 #[test]
-fn a_read_ends_before_the_first_quarantined_subpage_and_is_eio_at_it() {
+fn a_read_ends_before_a_quarantined_subpage_and_is_eio_at_it() {
     let pool = Pool::small(1);
     let file = patterned(&pool, "file", FOLIO);
     set(&file, POISON, "0x4000 1\n0x9000 1").unwrap();
@@ -478,7 +478,7 @@ fn cp_rescues_everything_that_is_not_lost() {
 // ---- write(2) -------------------------------------------------------------------------------------------------------
 
 #[test]
-fn a_write_that_covers_a_quarantined_subpage_repairs_it_and_holds_the_data() {
+fn a_write_over_a_quarantined_subpage_repairs_it() {
     for (what, size, lost, offset, length) in [
         ("exactly", FOLIO, vec![0x5000], 0x5000, 0x1000),
         ("more, unaligned", FOLIO, vec![0x5000], 0x4ffd, 0x1007),
@@ -510,7 +510,7 @@ fn a_write_that_covers_a_quarantined_subpage_repairs_it_and_holds_the_data() {
 }
 
 #[test]
-fn a_write_that_covers_a_quarantined_subpage_in_part_ends_before_it() {
+fn a_write_of_a_part_of_a_quarantined_subpage_ends_before_it() {
     let pool = Pool::small(1);
     let file = patterned(&pool, "file", FOLIO);
     poison(&file, 0x5000, 1).unwrap();
@@ -648,7 +648,7 @@ fn punching_or_zeroing_what_is_quarantined_discards_it() {
 }
 
 #[test]
-fn punching_or_zeroing_a_quarantined_subpage_in_part_is_eio_and_changes_nothing() {
+fn erasing_a_part_of_a_quarantined_subpage_changes_nothing() {
     let pool = Pool::small(3);
     let file = patterned(&pool, "file", 3 * FOLIO);
     poison(&file, 0x5000, 1).unwrap();
@@ -729,7 +729,7 @@ fn a_copy_that_a_private_mapping_has_made_stays() {
 }
 
 #[test]
-fn all_subpages_of_a_folio_can_be_lost_and_its_neighbours_stay_huge() {
+fn a_folio_can_be_lost_and_its_neighbours_stay_huge() {
     let pool = Pool::small(3);
     let file = patterned(&pool, "file", 3 * FOLIO);
     let mut toucher = Toucher::mapping(&file, 3 * FOLIO);
@@ -763,7 +763,7 @@ fn neighbouring_folios_break_apart_one_by_one() {
 }
 
 #[test]
-fn after_repair_the_huge_mapping_is_back_in_a_process_that_mapped_it_all_along() {
+fn a_repair_restores_huge_mappings_of_running_processes() {
     let pool = Pool::small(2);
     let file = patterned(&pool, "file", 2 * FOLIO);
     let mut toucher = Toucher::mapping(&file, 2 * FOLIO);
@@ -985,7 +985,7 @@ fn epoll_wakes_when_the_quarantine_grows() {
 }
 
 #[test]
-fn the_alarm_ends_when_the_attribute_is_read_and_not_when_its_length_is() {
+fn a_read_of_the_attribute_ends_the_alarm_not_of_its_length() {
     let pool = Pool::small(1);
     let file = patterned(&pool, "file", FOLIO);
     let (fd, other) = (open(&file), open(&file)); // for writing too: who only reads may do so natively, and forbids what follows
@@ -1052,7 +1052,7 @@ fn numbered(subpage: u64) -> Vec<u8> {
 }
 
 #[test]
-fn a_hundred_lost_subpages_of_a_gigantic_page_cost_a_hundred_subpages() {
+fn a_hundred_lost_subpages_cost_a_hundred_subpages() {
     const PIECE: u64 = 256;
     let pool = Pool::gigantic(1);
     let file = pool.join("file");
@@ -1127,7 +1127,7 @@ fn assert_numbered(bytes: &[u8], offset: u64) {
 // ---- injection ------------------------------------------------------------------------------------------------------
 
 #[test]
-fn injecting_is_refused_with_the_reason_where_the_kernel_cannot_and_nothing_changes() {
+fn injecting_is_refused_with_the_reason_if_the_kernel_cannot() {
     const INJECT: &str = "trusted.hugetlb2.inject";
     let pool = Pool::small(1);
     let file = pool.join("file");

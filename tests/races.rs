@@ -58,7 +58,7 @@ fn assert_no_faults(toucher: &mut Toucher) {
 }
 
 #[test]
-fn a_quarantine_holds_from_when_the_request_returns_though_the_subpage_is_hammered() {
+fn a_quarantine_of_a_hammered_subpage_holds_at_once() {
     let _alone = alone();
     let pool = Pool::small(1);
     let file = filled(&pool, FOLIO, 7);
@@ -79,7 +79,7 @@ fn a_quarantine_holds_from_when_the_request_returns_though_the_subpage_is_hammer
 }
 
 #[test]
-fn a_quarantine_holds_against_two_processes_that_hammer_the_subpage() {
+fn a_quarantine_holds_against_two_hammering_processes() {
     let _alone = alone();
     let pool = Pool::small(1);
     let file = filled(&pool, FOLIO, 7);
@@ -94,7 +94,7 @@ fn a_quarantine_holds_against_two_processes_that_hammer_the_subpage() {
 }
 
 #[test]
-fn a_quarantine_leaves_other_holes_shut_though_they_are_hammered() {
+fn a_quarantine_leaves_other_hammered_holes_shut() {
     let _alone = alone();
     let pool = Pool::small(2);
     let file = filled(&pool, 2 * FOLIO, 7);
@@ -120,7 +120,7 @@ fn a_quarantine_leaves_other_holes_shut_though_they_are_hammered() {
 }
 
 #[test]
-fn a_repair_leaves_other_holes_shut_and_a_page_handed_out_in_passing_is_counted() {
+fn a_repair_leaves_other_holes_shut_and_counts_strays() {
     let _alone = alone();
     let pool = Pool::small(1);
     let file = filled(&pool, FOLIO, 7);
@@ -158,7 +158,7 @@ fn a_repair_leaves_other_holes_shut_and_a_page_handed_out_in_passing_is_counted(
 }
 
 #[test]
-fn a_covering_write_leaves_other_holes_shut_though_they_are_hammered() {
+fn a_covering_write_leaves_other_hammered_holes_shut() {
     let _alone = alone();
     let pool = Pool::small(1);
     let file = filled(&pool, FOLIO, 7);
@@ -200,7 +200,7 @@ fn truncating_under_hammers_discards_the_holes() {
 // ---- neighbours -----------------------------------------------------------------------------------------------------
 
 #[test]
-fn neighbouring_bytes_never_change_while_a_subpage_goes_bad_and_is_repaired() {
+fn quarantine_and_repair_never_change_the_bytes_beside() {
     let pool = Pool::small(1);
     let file = filled(&pool, FOLIO, 7);
     let fd = open(&file);
@@ -296,7 +296,7 @@ fn a_pinned_folio_is_refused_with_its_bytes_as_before() {
 }
 
 #[test]
-fn a_pinned_folio_with_the_end_of_file_is_refused_with_its_bytes_as_before() {
+fn a_pinned_folio_at_the_end_of_file_is_refused_unchanged() {
     for size in [100, SUBPAGE, SUBPAGE + 1, 3 * SUBPAGE + 5] {
         let pool = Pool::small(1);
         let file = filled(&pool, size, 7);
@@ -312,7 +312,7 @@ fn a_pinned_folio_with_the_end_of_file_is_refused_with_its_bytes_as_before() {
 }
 
 #[test]
-fn a_pin_in_a_folio_that_was_split_before_is_refused_soon_or_does_no_harm() {
+fn a_pin_in_a_split_folio_is_refused_soon_or_does_no_harm() {
     let pool = Pool::small(1);
     let file = filled(&pool, FOLIO, 7);
     let mut toucher = Toucher::mapping(&file, FOLIO);
@@ -353,7 +353,7 @@ fn a_pin_in_a_folio_that_was_split_before_is_refused_soon_or_does_no_harm() {
 }
 
 #[test]
-fn a_failed_quarantine_of_a_pinned_folio_leaves_the_holes_of_others_shut() {
+fn a_failed_quarantine_leaves_the_holes_of_others_shut() {
     let _alone = alone();
     let pool = Pool::small(2);
     let file = filled(&pool, 2 * FOLIO, 7);
@@ -372,7 +372,7 @@ fn a_failed_quarantine_of_a_pinned_folio_leaves_the_holes_of_others_shut() {
 
 /// Large reads are delivered from where the file is mapped, by a kernel that would find zeros in a hole.
 #[test]
-fn large_reads_beside_quarantines_and_resizes_end_before_what_is_lost() {
+fn large_reads_beside_quarantines_end_before_lost_bytes() {
     const ROUNDS: u64 = 300;
     const PLACE: u64 = FOLIO + 100 * SUBPAGE;
     let pool = Pool::small(4);

@@ -83,7 +83,7 @@ fn a_read_does_not_change_the_time_of_access() {
 
 /// xfstests generic/215 asks for the opposite: the kernel does not tell a FUSE server of a store.
 #[test]
-fn a_store_through_a_mapping_does_not_change_the_time_of_modification() {
+fn a_store_through_a_mapping_changes_no_time() {
     let pool = Pool::small(1);
     let file = open(&pool, "file", OFlags::empty());
     file.set_len(FOLIO).unwrap();

@@ -52,7 +52,7 @@ fn a_new_worker_serves_after_one_was_killed_while_idle() {
 }
 
 #[test]
-fn what_is_open_mapped_locked_and_unlinked_survives_twenty_takeovers() {
+fn all_that_programs_hold_survives_twenty_takeovers() {
     let pool = Pool::small(8);
     let path = sevens(&pool);
     let file = File::options().read(true).write(true).open(&path).unwrap();
@@ -139,7 +139,7 @@ fn a_directory_can_be_read_on_after_each_entry() {
 }
 
 #[test]
-fn an_unlinked_file_whose_last_user_goes_while_no_worker_is_there_gives_its_pages_back() {
+fn an_unlinked_file_closed_without_a_worker_returns_its_pages() {
     let pool = Pool::small(8);
     let path = sevens(&pool);
     let file = File::open(&path).unwrap();
@@ -191,7 +191,7 @@ fn kill_children(parent: u64) -> usize {
 }
 
 #[test]
-fn workers_that_die_again_and_again_end_in_refusal_and_a_hangup_signal_in_service() {
+fn repeated_deaths_end_in_refusal_and_sighup_ends_that() {
     let pool = Pool::mount(&format!("pagesize=2M,size={},io=native", 8 * FOLIO));
     let path = sevens(&pool);
     let mut mapper = Toucher::mapping(&path, SIZE);
@@ -278,7 +278,7 @@ fn a_file_that_cannot_be_opened_is_refused_alone() {
 }
 
 #[test]
-fn a_file_that_is_removed_while_it_cannot_be_opened_gives_its_pages_back() {
+fn a_removed_file_that_cannot_be_opened_returns_its_pages() {
     let pool = Pool::small(8);
     let path = sevens(&pool);
     let damage = Damage::to_only_file_of(&pool);

@@ -107,7 +107,7 @@ fn names(path: impl AsRef<Path>) -> Vec<Vec<u8>> {
 // ---- directories ----------------------------------------------------------------------------------------------------
 
 #[test]
-fn a_directory_counts_itself_its_parents_entry_and_its_subdirectories() {
+fn a_directory_counts_its_links() {
     let pool = Pool::small(1);
     let directory = pool.join("d");
     fs::create_dir(&directory).unwrap();
@@ -122,7 +122,7 @@ fn a_directory_counts_itself_its_parents_entry_and_its_subdirectories() {
 }
 
 #[test]
-fn what_cannot_be_done_to_a_directory_or_a_file_is_refused_by_its_name() {
+fn files_and_directories_refuse_each_with_its_errno() {
     let pool = Pool::small(1);
     let (directory, file) = (pool.join("d"), pool.join("d/f"));
     fs::create_dir(&directory).unwrap();
@@ -159,7 +159,7 @@ fn only_one_of_many_creates_a_file_exclusively() {
 }
 
 #[test]
-fn an_open_directory_that_is_removed_has_no_links_and_takes_nothing_in() {
+fn a_removed_open_directory_has_no_links_and_takes_no_entry() {
     let pool = Pool::small(1);
     let directory = pool.join("d");
     fs::create_dir(&directory).unwrap();
@@ -341,7 +341,7 @@ fn an_unlinked_open_file_has_no_links_and_can_get_none() {
 }
 
 #[test]
-fn an_open_file_can_be_linked_through_its_descriptor_while_it_has_a_name() {
+fn a_descriptor_can_be_linked_while_the_file_has_a_name() {
     let pool = Pool::small(1);
     fs::write(pool.join("a"), "x").unwrap();
     let open = File::open(pool.join("a")).unwrap();
@@ -390,7 +390,7 @@ fn a_symlink_is_an_inode_of_its_own() {
 }
 
 #[test]
-fn endless_symlinks_and_symlinks_that_must_not_be_followed_are_eloop() {
+fn endless_and_forbidden_symlinks_are_eloop() {
     let pool = Pool::small(1);
     symlink("b", pool.join("a")).unwrap();
     symlink("a", pool.join("b")).unwrap();
@@ -529,7 +529,7 @@ const CHANGES: [(&str, Change); 4] = [
 ];
 
 #[test]
-fn set_id_bits_go_when_somebody_unprivileged_changes_the_contents() {
+fn an_unprivileged_change_of_contents_clears_set_id_bits() {
     let pool = shared_pool();
     for (name, change) in CHANGES {
         let path = pool.join(name);
@@ -543,7 +543,7 @@ fn set_id_bits_go_when_somebody_unprivileged_changes_the_contents() {
 
 /// The kernel executes a file with the bits that it remembers.
 #[test]
-fn set_id_bits_that_a_user_has_ended_do_not_come_back_to_life_when_the_file_is_executed() {
+fn cleared_set_id_bits_do_not_come_back_at_an_execution() {
     let pool = shared_pool();
     let path = pool.join("id");
     fs::copy("/usr/bin/id", &path).unwrap();
@@ -1054,7 +1054,7 @@ fn an_acl_is_set_by_the_owner_only() {
 
 /// posix_acl_update_mode(): setting an access ACL is a chmod.
 #[test]
-fn setting_an_acl_drops_set_group_id_for_those_outside_the_group() {
+fn setting_an_acl_from_outside_the_group_clears_set_group_id() {
     let pool = shared_pool();
     let path = pool.join("file");
     touch(&path);
@@ -1171,7 +1171,7 @@ fn above_the_root_there_is_only_the_root() {
 }
 
 #[test]
-fn entries_that_exist_throughout_appear_exactly_once_while_others_come_and_go() {
+fn lasting_entries_appear_once_while_others_come_and_go() {
     const COUNT: usize = 5000;
     let pool = Pool::small(1);
     let directory = pool.join("d");

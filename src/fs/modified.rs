@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_done_at_this_reading_is_not_done_again_unless_for_the_first_time_unprivileged() {
+    fn a_tick_sets_the_time_once_and_again_if_unprivileged() {
         let count = within_a_tick(|| {
             let (modified, count) = (Modified::default(), Cell::new(0));
             for unprivileged in [false, false, true, true, false] {
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_done_again_after_a_failure_and_after_the_inode_has_changed() {
+    fn a_failure_or_a_changed_inode_has_the_time_set_again() {
         let count = within_a_tick(|| {
             let (modified, count) = (Modified::default(), Cell::new(0));
             assert!(modified.note(true, || Err(Error::NoMemory)).is_err());

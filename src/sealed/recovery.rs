@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn a_quarantine_that_has_no_record_is_undone_and_keeps_what_was_stored_since() {
+    fn an_unrecorded_quarantine_is_undone_and_keeps_later_stores() {
         let sealed = sevens();
         sealed.set_limit(1).unwrap();
         let ledger = sealed.notes().file().unwrap();
@@ -197,7 +197,7 @@ mod tests {
     /// The states of a quarantine and of a repair in which the record names the subpage: the limit is raised, and the hole
     /// has memory or not.
     #[test]
-    fn a_recorded_subpage_is_a_hole_whatever_a_program_has_stored_there() {
+    fn a_recorded_subpage_is_a_hole_in_spite_of_stores() {
         for (punched, stored) in [(false, false), (false, true), (true, false), (true, true)] {
             let mut sealed = sevens();
             sealed.quarantine(LOST.range(), TIME).unwrap();
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn a_repair_that_has_struck_the_record_keeps_what_was_stored_since() {
+    fn a_repair_with_its_record_struck_keeps_later_stores() {
         for freed in [false, true] {
             let mut sealed = sevens();
             sealed.quarantine(LOST.range(), TIME).unwrap();
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn a_block_that_the_ledger_has_lost_is_not_known_and_opens_no_hole() {
+    fn a_lost_block_of_the_ledger_is_unknown_and_opens_no_hole() {
         let mut sealed = sevens();
         sealed.quarantine(Range::at(LOST.offset(), 2 * SUBPAGE_SIZE), TIME).unwrap();
         let ledger = sealed.notes().file().unwrap();

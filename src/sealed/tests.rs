@@ -123,7 +123,7 @@ fn what_is_quarantined_is_known_to_whoever_opens_the_file_next() {
 }
 
 #[test]
-fn a_folio_of_which_everything_is_quarantined_still_belongs_to_the_file() {
+fn a_wholly_quarantined_folio_still_belongs_to_the_file() {
     let mut sealed = sealed(FOLIO_SIZE);
     for subpage in (0..SUBPAGES_PER_FOLIO).map(Subpage) {
         sealed.quarantine(subpage.range(), TIME).unwrap();
@@ -141,7 +141,7 @@ fn a_folio_of_which_everything_is_quarantined_still_belongs_to_the_file() {
 }
 
 #[test]
-fn a_hole_that_was_filled_while_a_block_was_free_is_found_and_shut() {
+fn a_hole_that_took_a_free_block_is_found_and_shut() {
     let mut sealed = sealed(2 * FOLIO_SIZE);
     sealed.quarantine(Subpage(5).range(), TIME).unwrap();
     sealed.quarantine(Subpage(900).range(), TIME).unwrap();
@@ -161,7 +161,7 @@ fn a_hole_that_was_filled_while_a_block_was_free_is_found_and_shut() {
 }
 
 #[test]
-fn a_hole_that_caught_a_block_is_shut_before_the_limit_is_lowered() {
+fn a_hole_with_a_block_is_shut_before_the_limit_falls() {
     let mut sealed = sealed(FOLIO_SIZE);
     sealed.quarantine(Subpage(5).range(), TIME).unwrap();
     let mapping = Mapping::new(sealed.data(), folios(1), Sharing::Shared, true).unwrap();
@@ -209,7 +209,7 @@ fn a_pinned_folio_is_left_as_it_was() {
 }
 
 #[test]
-fn gaps_are_left_to_who_touches_them_by_all_but_who_needs_the_blocks() {
+fn only_a_touch_or_a_need_of_blocks_fills_gaps() {
     let mut sealed = sealed(3 * FOLIO_SIZE - 5000);
     let gaps = [Range::at(3 * SUBPAGE_SIZE, SUBPAGE_SIZE), Range::new(FOLIO_SIZE, sealed.size())];
     gaps.iter().for_each(|gap| sealed.punch(*gap).unwrap());

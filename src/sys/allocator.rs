@@ -52,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_beginning_of_large_zeroed_memory_is_present_and_the_rest_is_not() {
+    fn only_the_beginning_of_large_zeroed_memory_is_present() {
         let resident = || {
             let text = std::fs::read_to_string("/proc/thread-self/statm").unwrap();
             text.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * PAGE

@@ -27,13 +27,10 @@ pub const TESTS: &[(&str, fn())] = &[
         a_virtual_machine_goes_on_from_a_copy_of_its_memory,
     ),
     ("a_virtual_machine_moves_to_another_process", a_virtual_machine_moves_to_another_process),
+    ("a_machine_that_cannot_move_by_postcopy_stays", a_machine_that_cannot_move_by_postcopy_stays),
     (
-        "a_virtual_machine_that_cannot_move_by_postcopy_stays_where_it_is",
-        a_virtual_machine_that_cannot_move_by_postcopy_stays_where_it_is,
-    ),
-    (
-        "a_virtual_machine_moves_by_postcopy_where_punched_pages_are_kept",
-        a_virtual_machine_moves_by_postcopy_where_punched_pages_are_kept,
+        "a_machine_moves_by_postcopy_with_punched_pages_kept",
+        a_machine_moves_by_postcopy_with_punched_pages_kept,
     ),
 ];
 
@@ -273,7 +270,7 @@ fn a_virtual_machine_moves_to_another_process() {
 
 /// For postcopy (userfaultfd), QEMU punches all of the target's memory, to have it filled by faults. Pages that are punched go
 /// back to the pool by default, and a fault cannot ask the pool: SIGBUS ends the target before the source has left.
-fn a_virtual_machine_that_cannot_move_by_postcopy_stays_where_it_is() {
+fn a_machine_that_cannot_move_by_postcopy_stays() {
     let (pool, work) = (pool(2), tempfile::tempdir().unwrap());
     let (memory, other) = (pool.join("vm0"), pool.join("vm1"));
     let mut vm = Vm::start(&memory, work.path());
@@ -294,7 +291,7 @@ fn a_virtual_machine_that_cannot_move_by_postcopy_stays_where_it_is() {
 
 /// The machine runs at the target, and what it touches comes from the source at that moment, whoever looks at the memory meanwhile
 /// and though the worker dies.
-fn a_virtual_machine_moves_by_postcopy_where_punched_pages_are_kept() {
+fn a_machine_moves_by_postcopy_with_punched_pages_kept() {
     let work = tempfile::tempdir().unwrap();
     let pool = Pool::mount(&format!("pagesize=2M,size={}M,punch=keep", 2 * MEBIBYTES));
     let (memory, other) = (pool.join("vm0"), pool.join("vm1"));

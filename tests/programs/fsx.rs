@@ -10,7 +10,7 @@ use std::time::Duration;
 
 tests!(
     fsx_finds_every_byte_where_it_must_be,
-    fsx_does_not_notice_that_the_worker_is_killed_again_and_again,
+    fsx_does_not_notice_deaths_of_the_worker,
     fsx_does_not_notice_quarantines_and_repairs_beside_it,
 );
 
@@ -69,7 +69,7 @@ fn fsx_finds_every_byte_where_it_must_be() {
     }
 }
 
-fn fsx_does_not_notice_that_the_worker_is_killed_again_and_again() {
+fn fsx_does_not_notice_deaths_of_the_worker() {
     let pool = Pool::small(4);
     let stop = AtomicBool::new(false);
     let deaths = std::thread::scope(|scope| {

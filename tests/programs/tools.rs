@@ -11,10 +11,10 @@ use std::process::Command;
 tests!(
     ordinary_tools_do_what_they_do_elsewhere,
     copies_carry_times_owners_and_attributes,
-    copies_that_step_over_holes_carry_quarantines_and_lose_nothing_else,
+    sparse_copies_carry_quarantines_and_all_other_bytes,
     rsync_carries_a_quarantine_onto_a_copy_that_it_need_not_read,
     tools_that_cannot_read_a_quarantined_subpage_say_so,
-    somebody_without_permission_is_refused_and_with_permission_is_not,
+    permissions_decide_about_programs_of_other_users,
     tools_that_look_under_the_surface_say_something_sensible,
 );
 
@@ -100,7 +100,7 @@ fn quarantined(pool: &Pool) -> PathBuf {
     file
 }
 
-fn copies_that_step_over_holes_carry_quarantines_and_lose_nothing_else() {
+fn sparse_copies_carry_quarantines_and_all_other_bytes() {
     let (from, to) = (Pool::small(8), Pool::small(8));
     let (file, copy) = (quarantined(&from), to.join("file"));
     // tar sets attributes twice: before there are contents, which is refused with a warning, and after.
@@ -168,7 +168,7 @@ fn tools_that_cannot_read_a_quarantined_subpage_say_so() {
     to.unmount();
 }
 
-fn somebody_without_permission_is_refused_and_with_permission_is_not() {
+fn permissions_decide_about_programs_of_other_users() {
     let pool = Pool::small(4);
     let file = pool.join("file");
     fs::write(&file, "text").unwrap();

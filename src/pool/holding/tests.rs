@@ -163,7 +163,7 @@ fn soft_holes_refuse_what_would_move_memory_around_them() {
 }
 
 #[test]
-fn a_shrinking_that_ends_before_its_first_piece_leaves_the_pages_behind_the_end() {
+fn a_shrinking_without_a_piece_leaves_pages_behind_the_end() {
     let pool = pool();
     let mut holding = file(&pool, 4);
     let allocation = holding.begin_allocation(&pool, pages(4, 6)).unwrap();
@@ -221,7 +221,7 @@ fn a_growth_given_up_after_any_piece_leaves_all_as_before() {
 }
 
 #[test]
-fn a_shrinking_given_up_leaves_the_file_as_short_as_it_has_become() {
+fn a_shrinking_given_up_leaves_the_file_shorter() {
     for pieces in 0.. {
         let pool = pool();
         let mut holding = file(&pool, PAGES);
@@ -314,7 +314,7 @@ fn a_death_after_any_piece_of_a_shrinking_leaves_it_shorter() {
 }
 
 #[test]
-fn a_death_after_any_piece_of_a_release_leaves_every_page_whole_or_released() {
+fn a_death_within_a_release_leaves_no_page_in_part() {
     for done in 0..=3 {
         let pool = pool();
         let mut holding = file(&pool, PAGES);

@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 cases! {
-    GIGANTIC: a_memory_error_takes_a_page_from_hugetlbfs_and_a_subpage_from_us;
+    GIGANTIC: an_error_costs_hugetlbfs_a_page_and_hugetlb2fs_a_subpage;
 }
 
 const BAD: u64 = GIB / 2 + 5 * SUBPAGE;
@@ -20,7 +20,7 @@ struct Lost {
     to_read: u64,
 }
 
-fn a_memory_error_takes_a_page_from_hugetlbfs_and_a_subpage_from_us() {
+fn an_error_costs_hugetlbfs_a_page_and_hugetlb2fs_a_subpage() {
     let pool = Pool::gigantic(1);
     let ours = suffer(&pool.join("file"));
     let theirs = suffer_on_hugetlbfs();

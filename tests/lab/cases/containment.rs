@@ -22,12 +22,12 @@ cases! {
         an_error_in_the_ledger_loses_what_was_kept_and_opens_no_hole,
         an_error_in_a_pinned_folio_is_contained_as_the_kernel_can,
         an_error_beside_memory_that_a_program_removed_stays_alone,
-        errors_beside_what_was_punched_and_kept_fill_none_of_it_and_are_repaired,
-        errors_that_come_while_a_file_is_resized_are_kept_or_discarded_with_their_place,
-        errors_that_come_while_others_are_repaired_are_repaired_in_their_turn,
+        errors_beside_gaps_fill_no_gap_and_are_repaired,
+        a_resize_keeps_or_discards_errors_with_their_place,
+        errors_that_arrive_during_a_repair_are_repaired_later,
         every_request_survives_memory_errors_under_it,
-        an_error_that_hits_while_no_worker_is_there_is_found_by_the_next,
-        errors_beside_memory_that_was_removed_do_not_keep_the_next_worker_from_starting,
+        the_next_worker_finds_errors_of_the_time_without_one,
+        a_worker_starts_in_spite_of_errors_and_removed_memory,
         errors_are_known_to_the_next_worker_with_their_times,
         a_worker_that_the_oom_killer_takes_is_replaced,
         the_patrol_costs_next_to_nothing_at_rest;
@@ -189,7 +189,7 @@ fn an_error_beside_memory_that_a_program_removed_stays_alone() {
 }
 
 /// Whether errors are looked for, found again by another worker, repaired, or punched: what is missing stays so.
-fn errors_beside_what_was_punched_and_kept_fill_none_of_it_and_are_repaired() {
+fn errors_beside_gaps_fill_no_gap_and_are_repaired() {
     const OTHER: u64 = BAD + 2 * SUBPAGE;
     const GAP: u64 = BAD + 8 * SUBPAGE;
     let pool = Pool::mount(&format!("pagesize=2M,size={},punch=keep", 4 * FOLIO));
@@ -224,7 +224,7 @@ fn errors_beside_what_was_punched_and_kept_fill_none_of_it_and_are_repaired() {
     pool.unmount();
 }
 
-fn errors_that_come_while_a_file_is_resized_are_kept_or_discarded_with_their_place() {
+fn a_resize_keeps_or_discards_errors_with_their_place() {
     let pool = pool(16);
     let path = sevens(&pool);
     let file = File::options().read(true).write(true).open(&path).unwrap();
@@ -263,7 +263,7 @@ fn errors_that_come_while_a_file_is_resized_are_kept_or_discarded_with_their_pla
 }
 
 /// Errors that the daemon is not told of, at whatever instruction of a repair they come.
-fn errors_that_come_while_others_are_repaired_are_repaired_in_their_turn() {
+fn errors_that_arrive_during_a_repair_are_repaired_later() {
     const ERRORS: u64 = 40;
     let pool = pool(4);
     let path = sevens(&pool);
@@ -355,7 +355,7 @@ fn punch(file: &File, offset: u64, length: u64) {
 
 // ---- beside a worker's death ----------------------------------------------------------------------------------------
 
-fn an_error_that_hits_while_no_worker_is_there_is_found_by_the_next() {
+fn the_next_worker_finds_errors_of_the_time_without_one() {
     let pool = pool(4);
     let path = sevens(&pool);
     let mut toucher = Toucher::mapping(&path, SIZE);
@@ -374,7 +374,7 @@ fn an_error_that_hits_while_no_worker_is_there_is_found_by_the_next() {
 
 /// One that was known, and one that came when no worker was there to know; what was removed has to be filled around both, and
 /// around a hole.
-fn errors_beside_memory_that_was_removed_do_not_keep_the_next_worker_from_starting() {
+fn a_worker_starts_in_spite_of_errors_and_removed_memory() {
     const KNOWN: u64 = BAD + 2 * SUBPAGE;
     const HOLE: u64 = BAD + 4 * SUBPAGE;
     const REMOVED: u64 = BAD + 6 * SUBPAGE;

@@ -19,7 +19,7 @@ cases! {
         an_error_keeps_its_block_until_it_is_punched,
         writing_over_an_error_or_allocating_it_does_not_heal_it,
         a_punched_error_is_healthy_when_it_is_filled_again,
-        truncating_at_an_error_discards_it_and_truncating_into_it_does_not,
+        a_truncation_at_an_error_discards_it_and_one_inside_not,
         a_real_error_costs_its_subpage_only,
         quarantine_and_repair_heal_a_real_error,
         a_repair_heals_a_real_error_that_nobody_has_looked_for,
@@ -123,7 +123,7 @@ fn a_punched_error_is_healthy_when_it_is_filled_again() {
     sufferer.mapping.advise_range(Range::at(FOLIO, FOLIO), 25).expect("MADV_COLLAPSE");
 }
 
-fn truncating_at_an_error_discards_it_and_truncating_into_it_does_not() {
+fn a_truncation_at_an_error_discards_it_and_one_inside_not() {
     let sufferer = Sufferer::new();
     sufferer.file.set_len(BAD + 100).unwrap();
     assert_eq!(sufferer.read_bad(), Err(Errno::IO));

@@ -16,25 +16,25 @@ use std::time::Instant;
 
 cases! {
     SMALL:
-        an_injected_error_is_listed_and_counted_at_once_and_logged_once,
+        an_injected_error_is_listed_counted_and_logged_once,
         the_patrol_finds_an_error_that_nobody_touches,
-        injection_takes_one_place_that_has_memory_and_refuses_all_else,
+        injection_accepts_only_one_place_with_memory,
         an_error_costs_readers_and_mappers_its_subpage_only,
         zeroing_heals_an_error_whose_bytes_cannot_be_salvaged,
-        a_write_that_covers_an_error_repairs_it_and_one_that_covers_a_part_ends_there,
+        a_write_over_an_error_repairs_it_and_over_a_part_ends_there,
         punching_and_truncating_discard_an_error,
         a_file_with_an_error_grows_and_shrinks,
         a_file_grows_from_within_a_lost_subpage,
         unlinking_a_file_with_errors_gives_all_its_pages_back,
         errors_are_told_apart_wherever_they_are,
-        soft_and_hw_stand_side_by_side_and_are_repaired_in_either_order,
+        soft_and_hardware_errors_are_repaired_in_either_order,
         an_error_in_an_unlinked_file_is_found_and_repaired,
         an_error_behind_the_end_does_not_keep_a_file_from_growing,
         a_write_that_meets_an_unknown_error_succeeds,
         a_request_that_meets_an_unknown_error_knows_of_it,
         the_kernel_itself_reads_up_to_an_error_and_never_through_it,
         a_large_read_ends_before_an_error_that_nobody_knew_of,
-        a_write_that_lengthens_a_file_repairs_what_it_covers_known_or_not;
+        a_write_past_the_end_repairs_known_and_unknown_errors;
 }
 
 pub const INJECT: &str = "trusted.hugetlb2.inject";
@@ -127,7 +127,7 @@ fn assert_whole(pool: &Pool, path: &Path, size: u64) {
 
 // ---- being told -----------------------------------------------------------------------------------------------------
 
-fn an_injected_error_is_listed_and_counted_at_once_and_logged_once() {
+fn an_injected_error_is_listed_counted_and_logged_once() {
     let pool = pool();
     let (path, file) = sevens(&pool, SIZE);
     assert_eq!((listed(&path), pool.counter("quarantined_hw")), (hw(&[]), 0));
@@ -165,7 +165,7 @@ fn the_patrol_finds_an_error_that_nobody_touches() {
     pool.unmount();
 }
 
-fn injection_takes_one_place_that_has_memory_and_refuses_all_else() {
+fn injection_accepts_only_one_place_with_memory() {
     let pool = pool();
     let (path, file) = sevens(&pool, 3 * FOLIO);
     fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, SIZE, FOLIO).unwrap();
@@ -247,7 +247,7 @@ fn zeroing_heals_an_error_whose_bytes_cannot_be_salvaged() {
     assert_eq!(corrupted(), before + SUBPAGE, "not after the pool's end either");
 }
 
-fn a_write_that_covers_an_error_repairs_it_and_one_that_covers_a_part_ends_there() {
+fn a_write_over_an_error_repairs_it_and_over_a_part_ends_there() {
     let pool = pool();
     let (path, file) = sevens(&pool, SIZE);
     let page = SUBPAGE as usize;
@@ -398,7 +398,7 @@ fn errors_are_told_apart_wherever_they_are() {
     }
 }
 
-fn soft_and_hw_stand_side_by_side_and_are_repaired_in_either_order() {
+fn soft_and_hardware_errors_are_repaired_in_either_order() {
     for (first, second) in [(BAD, BAD + SUBPAGE), (BAD + SUBPAGE, BAD)] {
         for hw_is_new in [false, true] {
             let pool = pool();
@@ -576,7 +576,7 @@ pub fn a_large_read_ends_before_an_error_that_nobody_knew_of() {
     assert_whole(&pool, &path, SIZE);
 }
 
-pub fn a_write_that_lengthens_a_file_repairs_what_it_covers_known_or_not() {
+pub fn a_write_past_the_end_repairs_known_and_unknown_errors() {
     const LAST: u64 = FOLIO - SUBPAGE;
     let bytes = [8; 2 * SUBPAGE as usize];
     for known in [true, false] {

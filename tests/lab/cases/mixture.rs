@@ -9,7 +9,7 @@ use std::fs::{self, File};
 use std::path::PathBuf;
 
 cases! {
-    SMALL: any_mixture_of_real_errors_and_requests_of_two_processes_does_what_a_model_says;
+    SMALL: real_errors_and_requests_mixed_do_what_a_model_says;
 }
 
 const SEED: u64 = 0x0bad_cafe_0bad_cafe;
@@ -228,7 +228,7 @@ impl Drop for World {
     }
 }
 
-fn any_mixture_of_real_errors_and_requests_of_two_processes_does_what_a_model_says() {
+fn real_errors_and_requests_mixed_do_what_a_model_says() {
     println!("seed {SEED:#x}");
     let mut world = World::new();
     for act in 0..ACTS {

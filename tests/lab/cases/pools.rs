@@ -5,7 +5,7 @@ use crate::support::{COLLAPSE, FOLIO, GIB, MAP, POISON, Pool, REPAIR, SUBPAGE, T
 use std::os::unix::fs::FileExt;
 
 cases! {
-    SMALL: a_pool_mounts_and_serves, a_soft_quarantine_takes_its_subpage_only_and_repair_gives_it_back;
+    SMALL: a_pool_mounts_and_serves, a_quarantine_takes_one_subpage_and_repair_returns_it;
     TWO_NODES: a_pool_takes_evenly_from_two_nodes_and_files_give_back;
     GIGANTIC: a_pool_of_one_gigantic_page_serves;
 }
@@ -21,7 +21,7 @@ fn a_pool_mounts_and_serves() {
     pool.unmount();
 }
 
-fn a_soft_quarantine_takes_its_subpage_only_and_repair_gives_it_back() {
+fn a_quarantine_takes_one_subpage_and_repair_returns_it() {
     const BAD: u64 = FOLIO + SUBPAGE;
     let pool = Pool::mount("pagesize=2M,size=8M,collapse=off");
     let path = pool.join("file");
