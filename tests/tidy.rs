@@ -72,6 +72,13 @@ fn a_module_uses_only_those_above_it() {
 }
 
 #[test]
+fn the_map_of_the_code_has_each_module() {
+    let lib = read(&Path::new(ROOT).join("src/lib.rs"));
+    let row = |line: &str| Some(line.strip_prefix("//! | [`")?.split_once("`] |")?.0.to_owned());
+    assert_eq!(lib.lines().filter_map(row).collect::<Vec<_>>(), layers());
+}
+
+#[test]
 fn unsafe_code_is_only_in_sys() {
     // fuser asks for it by the number of what the kernel was given before, and its types are not for `sys`.
     const ELSEWHERE: &[&str] = &["src/fuse/backing.rs"];
