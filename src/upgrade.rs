@@ -16,6 +16,7 @@ use crate::fs::{OBJECTS, refuse_too_few_descriptors};
 use crate::fuse;
 use crate::handover::Handover;
 use crate::options::Options;
+use crate::pool::RESERVES;
 use crate::sealed;
 use crate::sys::process;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -61,7 +62,7 @@ impl Predecessor {
         let only_one = lock(&root).map_err(|error| none(error.to_string()))?;
         let left = Handover::read(&root).map_err(|error| none(error.to_string()))?;
         fuse::would_agree(&left.handshake)?;
-        let files = check_objects(&root).map_err(|error| none(error.to_string()))?;
+        let files = check_versions(&root).map_err(|error| none(error.to_string()))?;
         let device = device_of(pid, &process, connection).map_err(|error| none(error.to_string()))?;
         if has_ended(&process) {
             return Err(none("it has ended".into())); // all of this may be another's
@@ -97,11 +98,17 @@ impl Predecessor {
     }
 }
 
-/// Whether every object is of a version that is known here; how many there are.
-fn check_objects(root: &Path) -> Result<u64, Error> {
+/// Whether every sealed file is of a version that is known here; how many regular files there are.
+fn check_versions(root: &Path) -> Result<u64, Error> {
+    count_known(root, RESERVES)?;
+    count_known(root, OBJECTS)
+}
+
+/// How many sealed files are mounted in a directory, all of which must be of a known version.
+fn count_known(root: &Path, directory: &str) -> Result<u64, Error> {
     let mut count = 0;
-    for object in std::fs::read_dir(root.join(OBJECTS.trim_start_matches('/')))? {
-        match sealed::check_version(&object?.path()) {
+    for place in std::fs::read_dir(root.join(directory.trim_start_matches('/')))? {
+        match sealed::check_version(&place?.path()) {
             Ok(()) | Err(Error::Os(Errno::NOENT)) => count += 1, // NOENT: one that goes or comes just now
             Err(error) => return Err(error),
         }

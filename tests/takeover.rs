@@ -467,7 +467,26 @@ fn an_upgrade_that_cannot_be_is_refused_and_the_other_goes_on() {
     fs::write(&handover, text.replacen("handover 1", "handover 7", 1)).unwrap();
     refused(env!("CARGO_BIN_EXE_hugetlb2fsd"), "of version 7, and this program knows 1");
     fs::write(&handover, text).unwrap();
+    let file = fs::metadata(pool.join("file")).unwrap().ino();
+    for place in [format!("objects/{file:016x}"), "reserve/0".to_owned()] {
+        let ledger = format!("/proc/{supervisor}/root/{place}/ledger");
+        let mut header = [0; 40];
+        rustix::fs::getxattr(&ledger, HEADER, &mut header[..]).unwrap();
+        set(&ledger, HEADER, of_version(1, header)).unwrap();
+        refused(env!("CARGO_BIN_EXE_hugetlb2fsd"), "an object of version 1");
+        set(&ledger, HEADER, header).unwrap();
+    }
     pool.unmount();
+}
+
+/// What a sealed file keeps about itself (docs/FORMAT.md).
+const HEADER: &str = "trusted.superblock";
+
+fn of_version(version: u8, mut header: [u8; 40]) -> [u8; 40] {
+    header[8] = version;
+    let checksum = crc32fast::hash(&header[..32]);
+    header[32..36].copy_from_slice(&checksum.to_le_bytes());
+    header
 }
 
 #[test]
