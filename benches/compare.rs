@@ -1,16 +1,21 @@
-//! What it costs, side by side with what a user would use instead, in one run on this machine.
+//! The cost of hugetlb2 beside the filesystems that a user would use instead, in one run on this
+//! machine.
 //!
-//! `cargo bench --bench compare` takes some minutes, root, and as much memory as there is, up to 18 GiB. Behind `--`:
+//! `cargo bench --bench compare` takes some minutes, root, and as much memory as there is, up to 18
+//! GiB. Arguments behind `--`:
 //!
-//! - `--short` takes few rounds of little memory, under 40 seconds in all; so does a run by `cargo test`;
-//! - `--json` prints one JSON object;
-//! - `--svg FILE` writes a picture of the ratios, too;
-//! - names of parts, such as `allocation`, measure these only;
-//! - `--memory GIB` takes no more than that for hugetlbfs and ours together, and skips or shortens what needs more.
+//! - `--short` takes few rounds of little memory, under 40 seconds in all. A run by `cargo test` is
+//!   short, too.
+//! - `--json` prints one JSON object.
+//! - `--svg FILE` also writes a picture of the ratios.
+//! - The name of a part, such as `allocation`, measures this part only.
+//! - `--memory GIB` limits the memory of hugetlbfs and ours together. The program skips or shortens
+//!   a row that needs more.
 //!
-//! Sides are measured in turn, round by round; what is printed is the median over the rounds and the ratio of the medians.
-//! On a virtual machine the host backs memory lazily, so every side's memory is touched once before anything is timed.
-//! A row that the machine cannot do is left out, with the reason.
+//! Each round measures all sides in turn. A row prints the medians over the rounds and the ratios
+//! of the medians. On a virtual machine the host backs memory lazily, so the program touches the
+//! memory of every side once before it measures. The program leaves out a row that the machine
+//! cannot do, and prints the reason.
 
 #[path = "compare/access.rs"]
 mod access;
@@ -47,7 +52,7 @@ use std::process::Command;
 use std::time::Instant;
 use table::{Samples, Table};
 
-/// Rows that go together: their name, and what fills them in.
+/// Rows that belong together: a name, and the function that measures them.
 type Part = (&'static str, fn(&Plan, &mut Table));
 
 const PARTS: &[Part] = &[
@@ -82,9 +87,9 @@ fn main() {
     }
 }
 
-/// How much is to be done.
+/// The extent of the measurements.
 pub struct Plan {
-    /// Few rounds of little memory.
+    /// True for few rounds of little memory.
     pub short: bool,
     most: u64,
     base: PathBuf,
@@ -92,22 +97,22 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// How often each side has its turn.
+    /// The number of rounds; each side has its turn in each round.
     pub fn rounds(&self) -> usize {
         self.at_most(7)
     }
 
-    /// So often, or less in a short run.
+    /// Returns `rounds`, or 2 in a short run.
     pub fn at_most(&self, rounds: usize) -> usize {
         if self.short { 2 } else { rounds }
     }
 
-    /// What is walked at random, out of a gigabyte.
+    /// The bytes that random accesses touch.
     pub fn span(&self) -> u64 {
         if self.short { 128 << 20 } else { GIB }
     }
 
-    /// Whether hugetlbfs and ours may have so much together.
+    /// Fails with a reason if hugetlbfs and ours may not have `bytes` together.
     pub fn afford(&self, bytes: u64) -> Result<(), String> {
         let short = if self.short { 5 * GIB } else { u64::MAX };
         match bytes {
@@ -117,7 +122,8 @@ impl Plan {
         }
     }
 
-    /// Whether a side may have so much, and the machine has `available` before.
+    /// As [`Plan::afford`], and fails if less than `available` bytes of the machine are available,
+    /// too.
     pub fn afford_beside(&self, bytes: u64, available: u64) -> Result<(), String> {
         self.afford(bytes)?;
         match memory_available() {
@@ -126,7 +132,7 @@ impl Plan {
         }
     }
 
-    /// A directory to mount something on.
+    /// Makes a directory for a mount.
     fn new_directory(&self, name: &str) -> PathBuf {
         self.directories.set(self.directories.get() + 1);
         let path = self.base.join(format!("{}-{}", name.replace(' ', "-"), self.directories.get()));
@@ -134,7 +140,8 @@ impl Plan {
         path
     }
 
-    /// Mounts one of each kind with `bytes`; those that cannot be are left out of `what`.
+    /// Mounts one filesystem of each kind with `bytes`. The table notes a kind that cannot be
+    /// mounted as skipped in `what`.
     fn mount_all(&self, kinds: &[Kind], bytes: u64, what: &str, table: &mut Table) -> Vec<Side> {
         let mut sides = Vec::new();
         for kind in kinds {
@@ -147,7 +154,7 @@ impl Plan {
     }
 }
 
-/// Where and when.
+/// The hardware, the kernel and the day of the run.
 pub struct Machine {
     hardware: String,
     kernel: String,
@@ -174,7 +181,7 @@ impl Machine {
     }
 }
 
-/// Measures each side in turn, round by round; each round begins with the next of them.
+/// Measures all sides in each round. Each round begins with the next side.
 fn in_turn<T>(rounds: usize, sides: &[(&str, T)], mut measure: impl FnMut(&T) -> f64) -> Vec<Samples> {
     let mut samples: Vec<Samples> = sides.iter().map(|(name, _)| ((*name).to_owned(), Vec::new())).collect();
     for round in 0..rounds {
@@ -200,7 +207,7 @@ fn set_attribute(path: &Path, name: &str, value: &str) {
     rustix::fs::setxattr(path, name, value.as_bytes(), flags).expect("setxattr");
 }
 
-/// Numbers that are the same in every run (xorshift).
+/// A generator of the same numbers in every run (xorshift).
 struct Random(u64);
 
 impl Random {

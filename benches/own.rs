@@ -1,7 +1,9 @@
-//! What our own code costs, without FUSE around it and without anybody to compare with but an earlier run of the same.
+//! The cost of our own code without FUSE around it. The only comparison is an earlier run of this
+//! bench.
 //!
-//! `cargo bench --bench own` takes some minutes, root, and 1.2 GiB of memory; `-- --test` runs everything once. What is slow
-//! to set up (100,000 real quarantines) is set up once, and smaller where nothing is measured.
+//! `cargo bench --bench own` takes some minutes, root, and 1.2 GiB of memory; `-- --test` runs
+//! everything once. A slow preparation (100,000 real quarantines) is made once. A run that measures
+//! nothing prepares less.
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput};
 use hugetlb2fs::index::{DirEntry, Index, New};
@@ -21,7 +23,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 const MANY: u64 = 100_000;
-/// Instead of [`MANY`] quarantines where nothing is measured.
+/// The number of quarantines, in place of [`MANY`], in a run that measures nothing.
 const SOME: u64 = 1_000;
 const GIB: u64 = 1 << 30;
 
@@ -39,7 +41,8 @@ fn main() {
     criterion.final_summary();
 }
 
-/// Where figures of earlier runs are, for a process that is going to leave all mounts behind as the daemon does.
+/// Opens the directory with the figures of earlier runs. This process will leave all its mounts
+/// behind, as the daemon does.
 fn results() -> OwnedFd {
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("../criterion");
     std::fs::create_dir_all(&directory).expect("a directory");
@@ -47,14 +50,14 @@ fn results() -> OwnedFd {
     open_tree(CWD, &directory, flags).expect("open_tree; needs root")
 }
 
-/// Nothing is measured: criterion's `--test`, or a run by `cargo test`.
+/// True if this run measures nothing: criterion's `--test`, or a run by `cargo test`.
 fn only_tested() -> bool {
     let arguments: Vec<String> = std::env::args().collect();
     let has = |name: &str| arguments.iter().any(|argument| argument == name);
     has("--test") || !has("--bench")
 }
 
-/// The time that `timed` takes `n` times, with `untimed` before each of them.
+/// Runs `untimed` and then `timed`, `n` times. Returns the time of all `timed` together.
 fn time<S>(
     n: u64,
     state: &mut S,
@@ -71,7 +74,7 @@ fn time<S>(
     total
 }
 
-// ---- quarantine -----------------------------------------------------------------------------------------------------
+// ---- quarantine ---------------------------------------------------------------------------------
 
 fn quarantine_lookups(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("quarantine");
@@ -80,7 +83,7 @@ fn quarantine_lookups(criterion: &mut Criterion) {
     let most = if only_tested() { SOME } else { MANY };
     let mut quarantined = 0;
     for records in [0, 10, most] {
-        // Every second one, so that no two are neighbours.
+        // Every second subpage, so that no two are neighbours.
         (quarantined..records).for_each(|n| {
             sealed.quarantine(Subpage(2 * n + 1).range(), 1_700_000_000).expect("a quarantine")
         });
@@ -103,7 +106,7 @@ fn quarantine_lookups(criterion: &mut Criterion) {
 fn ranges(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("ranges");
     group.throughput(Throughput::Elements(MANY));
-    // In runs of three, the way that neighbours are lost together; and each alone.
+    // In runs of three, because an error often hits neighbours, and each alone.
     let runs = || (0..MANY).map(|n| (Subpage(n + n / 3).range(), Kind::Soft, 1_700_000_000));
     let alone = || (0..MANY).map(|n| (Subpage(2 * n).range(), Kind::Soft, 1_700_000_000));
     group.bench_function("coalesce 100,000 in runs", |bencher| bencher.iter(|| coalesce(runs()).len()));
@@ -113,7 +116,7 @@ fn ranges(criterion: &mut Criterion) {
     group.finish();
 }
 
-// ---- pool -----------------------------------------------------------------------------------------------------------
+// ---- pool ---------------------------------------------------------------------------------------
 
 fn moves(criterion: &mut Criterion) {
     const POOL: u64 = 128 << 20;
@@ -141,7 +144,7 @@ fn moves(criterion: &mut Criterion) {
     group.finish();
 }
 
-// ---- attributes -----------------------------------------------------------------------------------------------------
+// ---- attributes ---------------------------------------------------------------------------------
 
 fn attributes(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("attributes");
@@ -155,7 +158,7 @@ fn attributes(criterion: &mut Criterion) {
     group.finish();
 }
 
-// ---- index ----------------------------------------------------------------------------------------------------------
+// ---- index --------------------------------------------------------------------------------------
 
 fn index(criterion: &mut Criterion) {
     const NAMES: u64 = 1_000;
@@ -195,7 +198,8 @@ fn rename(index: &Index, from: &str, to: &str) {
     index.rename(from, to, RenameFlags::empty()).expect("rename");
 }
 
-/// Reads it in as many calls as it takes: each goes on where the one before came to.
+/// Reads the directory in several calls: each continues at the end of the one before. Returns the
+/// number of entries.
 fn count(index: &Index, directory: &OwnedFd) -> u64 {
     let (mut entries, mut next) = (0, 0);
     loop {

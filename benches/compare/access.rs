@@ -1,4 +1,4 @@
-//! What it costs to touch memory through mmap(2): at random, and from one end to the other.
+//! The cost of a touch of memory through mmap(2): at random, and from one end to the other.
 
 use super::sides::{GIB, Kind};
 use super::{Plan, Random, Table, in_turn, milliseconds};
@@ -7,7 +7,7 @@ use std::hint::black_box;
 
 const LINE: u64 = 64;
 
-/// Fills in the rows of this module.
+/// Measures the rows of this module.
 pub fn measure(plan: &Plan, table: &mut Table) {
     let steps = if plan.short { 1 << 18 } else { 1 << 21 };
     let sides = plan.mount_all(&Kind::ALL, GIB, "access through mmap", table);
@@ -30,12 +30,12 @@ pub fn measure(plan: &Plan, table: &mut Table) {
     table.compare("sequential read, sum of a word a line of 1 GiB", "ms", sums);
 }
 
-/// What one of `count` things takes that `run` does.
+/// Nanoseconds for each of the `count` steps of `run`.
 pub fn nanoseconds_each(count: u64, run: impl FnOnce()) -> f64 {
     milliseconds(run) * 1e6 / count as f64
 }
 
-/// For each of `lines` the one that comes next in one random cycle through all of them (Sattolo).
+/// Returns, for each of `lines`, its successor in one random cycle through all of them (Sattolo).
 pub fn cycle(lines: &[u32]) -> Vec<u32> {
     let mut order = lines.to_vec();
     let mut random = Random::new();
@@ -45,14 +45,14 @@ pub fn cycle(lines: &[u32]) -> Vec<u32> {
     order
 }
 
-/// Writes to each line where the next one is.
+/// Writes the place of the next line into each line.
 pub fn lay_out(mapping: &Mapping, lines: &[u32], order: &[u32]) {
     for (line, next) in lines.iter().zip(order) {
         mapping.store_word(u64::from(*line) * LINE, u64::from(*next) * LINE);
     }
 }
 
-/// Reads where the next line is, from line to line.
+/// Follows the lines: each holds the place of the next one.
 pub fn chase(mapping: &Mapping, steps: u64) {
     let mut at = 0;
     for _ in 0..steps {
@@ -68,7 +68,8 @@ fn write(mapping: &Mapping, steps: u64) {
     }
 }
 
-/// A word a line: that is all of the memory, and the processor has little else to do.
+/// Reads one word of each cache line. That brings in all of the memory and leaves the processor
+/// little else to do.
 fn sum(mapping: &Mapping) {
     let words = (0..GIB).step_by(LINE as usize).map(|at| mapping.load_word(at));
     black_box(words.fold(0, u64::wrapping_add));

@@ -1,10 +1,12 @@
-//! From an empty file to one of which every page has been touched.
+//! From an empty file to a file with every page touched.
 //!
-//! Where the time goes differs: ours clears memory when the file takes it, hugetlbfs and tmpfs when it is touched, unless
-//! hugetlbfs is asked to by fallocate(2). So the first and the third row stand for a part, and the second for all of it.
+//! The filesystems spend the time at different moments. Ours clears memory when the file takes it.
+//! hugetlbfs and tmpfs clear it at the first touch; fallocate(2) has hugetlbfs clear it at once. So
+//! the first and the third row show a part of the time, and the second row shows all of it.
 //!
-//! One side at a time has memory, round by round, and touches all of it before it is timed: a host that backs memory lazily
-//! takes it back within seconds of its being free (page reporting), and to have it again is many times what is measured here.
+//! In each round, one side at a time has memory, and touches all of it before the measurement. A
+//! host that backs memory lazily takes free memory back within seconds (page reporting). To back it
+//! again takes many times as long as the operation that is measured here.
 
 use super::sides::{GIB, Kind, map};
 use super::table::Samples;
@@ -16,7 +18,7 @@ use std::fs::File;
 const SUBPAGE: u64 = 4096;
 const FOLIO: u64 = 2 << 20;
 
-/// How a file gets its memory.
+/// A way in which a file gets its memory.
 struct Way {
     name: &'static str,
     kind: Kind,
@@ -31,17 +33,17 @@ const WAYS: [Way; 5] = [
     Way { name: "tmpfs huge", kind: Kind::TmpfsHuge, by_fallocate: false },
 ];
 
-/// In milliseconds.
+/// Times in milliseconds.
 struct Times {
-    /// Of the call that makes it so long.
+    /// The call that gives the file its size.
     ready: f64,
-    /// Of that, and of touching every subpage.
+    /// That call and the touches of every subpage together.
     touched: f64,
-    /// The longest that a touch took.
+    /// The longest first touch of a folio.
     worst: f64,
 }
 
-/// Fills in the rows of this module.
+/// Measures the rows of this module.
 pub fn measure(plan: &Plan, table: &mut Table) {
     sizes(plan, 1, plan.at_most(7), table);
     if !plan.short {
@@ -100,7 +102,7 @@ fn lengthen(file: &File, way: &Way, bytes: u64) {
     }
 }
 
-/// Writes to every subpage; returns the longest that the first write to a folio took, in milliseconds.
+/// Writes to every subpage. Returns the time of the longest first write to a folio in milliseconds.
 fn touch(mapping: &Mapping, bytes: u64) -> f64 {
     let store = |at| mapping.store(at, 1).expect("no subpage is lost");
     let mut worst = 0.0f64;

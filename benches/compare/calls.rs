@@ -1,7 +1,8 @@
-//! What system calls cost: read(2) and write(2), open, stat, create, a long directory.
+//! The cost of system calls: read(2) and write(2), open, stat, create, a long directory.
 //!
-//! Ours has two mounts. In the first, files are read and written by a descriptor that may do both. In the second they are
-//! read by one that may only read, which the kernel can serve by itself where the option `io=native` is known.
+//! Ours has two mounts. In the first, the calls use a descriptor for reading and writing. In the
+//! second, they use a descriptor for reading only; with the option `io=native` the kernel itself
+//! serves such reads.
 
 use super::limits;
 use super::sides::{Kind, Side};
@@ -17,21 +18,21 @@ const FILE: u64 = 128 << 20;
 const SMALL: usize = 4 << 10;
 const LARGE: usize = 1 << 20;
 
-/// What is called upon, in one filesystem.
+/// A filesystem and the things in it that the calls use.
 struct Subject {
-    /// Before its filesystem, which ends when nothing in it is open any more.
+    /// Stands before `side` to be dropped first: the filesystem ends when no file of it is open.
     file: File,
     side: Side,
-    /// Calls in one sample of what is done to one block of 4 KiB or to one name.
+    /// Calls in one sample of an operation on one block of 4 KiB or on one name.
     calls: u64,
-    /// In a directory.
+    /// Names in a directory.
     names: u64,
 }
 
-/// One kind of call, how many of them it is, and all of them.
+/// A kind of call: its name, the number of calls in a sample, and the function that makes them.
 type Call = (&'static str, fn(&Subject) -> u64, fn(&Subject));
 
-/// Those that a descriptor can do which only reads.
+/// Calls that a descriptor for reading only can make.
 const READING: &[Call] = &[
     ("read of 4 KiB, random", |on| on.calls, read_randomly),
     ("read of 1 MiB, sequential", blocks, |on| read_all(&on.file, 0, FILE)),
@@ -56,7 +57,7 @@ fn blocks(_: &Subject) -> u64 {
     FILE / LARGE as u64
 }
 
-/// Fills in the rows of this module.
+/// Measures the rows of this module.
 pub fn measure(plan: &Plan, table: &mut Table) {
     let mut subjects: Vec<(&str, Subject)> = Vec::new();
     match Side::ours(plan, 2 * FILE, "pagesize=2M") {
@@ -76,7 +77,7 @@ pub fn measure(plan: &Plan, table: &mut Table) {
     for (what, mut samples) in READING.iter().map(|call| samples(call, plan, &subjects)) {
         table.compare(what, "us", samples.clone());
         if subjects.last().is_some_and(|(name, _)| is_read_only(name)) {
-            samples.rotate_right(1); // it comes first, as ours
+            samples.rotate_right(1); // the last side comes first, as ours
             samples.retain(|(name, _)| name != Kind::Ours.name());
             table.compare(&format!("{what}, read-only descriptor"), "us", samples);
         }
@@ -103,7 +104,7 @@ fn read_only(plan: &Plan) -> Result<(&'static str, Subject), String> {
     Ok((READ_ONLY[usize::from(native)], subject))
 }
 
-/// Whether ours has the option `io=`.
+/// True if ours has the option `io=`.
 fn knows_native() -> bool {
     let mut command = Command::new(env!("CARGO_BIN_EXE_hugetlb2"));
     command.arg0("mount.hugetlb2").arg("--help");
@@ -112,7 +113,7 @@ fn knows_native() -> bool {
 }
 
 impl Subject {
-    /// With a file all of whose memory has been touched.
+    /// Makes a file and touches all of its memory.
     fn new(plan: &Plan, side: Side) -> Self {
         let file = side.file("file");
         file.set_len(FILE).expect("ftruncate");
@@ -121,7 +122,7 @@ impl Subject {
         Self { file, side, calls, names }
     }
 
-    /// With a directory besides that has many names of that file.
+    /// Makes also a directory with many names of that file.
     fn with_names(plan: &Plan, side: Side) -> Self {
         let subject = Self::new(plan, side);
         let names = subject.path("names");
@@ -140,7 +141,7 @@ impl Subject {
         (0..self.calls).for_each(|_| call());
     }
 
-    /// Offsets of blocks, the same ones for every side.
+    /// Offsets of blocks, equal for every side.
     fn places(&self) -> impl Iterator<Item = u64> {
         const STRIDE: u64 = 20_011; // a prime, so that no block comes twice
         (0..self.calls).map(|n| n * STRIDE % (FILE / SMALL as u64) * SMALL as u64)
@@ -156,8 +157,9 @@ fn write_randomly(on: &Subject) {
     on.places().for_each(|at| on.file.write_all_at(&[1; SMALL], at).expect("write"));
 }
 
-/// Runs with a buffer of [`LARGE`] bytes that starts with a page, as those of dd, fio and databases do. 1 MiB that does not is a page more
-/// than FUSE takes in a request, and so two of them.
+/// Runs `run` with a buffer of [`LARGE`] bytes that begins on a page boundary, as the buffers of
+/// dd, fio and databases do. An unaligned buffer of 1 MiB touches one page more than a FUSE request
+/// can hold, so the kernel sends two requests.
 fn with_buffer(run: impl FnOnce(&mut [u8])) {
     let mut room = vec![1; LARGE + SMALL];
     let start = room.as_ptr().align_offset(SMALL);

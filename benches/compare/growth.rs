@@ -1,4 +1,4 @@
-//! Whether calls become slower the more files there are. Each number of files has a mount of its own.
+//! The cost of calls as the number of files grows. Each number of files has a mount of its own.
 
 use super::sides::Side;
 use super::{Plan, Table, in_turn, microseconds, set_attribute};
@@ -6,18 +6,18 @@ use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use std::fs::{self, File};
 use std::path::PathBuf;
 
-/// Descriptors that a worker may need besides those that it has for files.
+/// Descriptors that a worker may need besides the descriptors of files.
 const OTHER_DESCRIPTORS: u64 = 1000;
 /// Calls in a sample.
 const CALLS: u64 = 64;
-/// As many files as every mount has.
+/// Every mount has at least this number of files.
 const FEW: u64 = 10;
 const POOL: u64 = 64 << 20;
 
-/// One kind of call, done [`CALLS`] times.
+/// A kind of call, made [`CALLS`] times.
 type Call = (&'static str, fn(&Many));
 
-/// Each finds what those above it have left.
+/// Each row finds the files as the rows above it have left them.
 const CALLS_TABLE: &[Call] = &[
     ("create of an empty file", |many| {
         new_ones(many).for_each(|path| drop(File::create(path).expect("create")))
@@ -36,7 +36,7 @@ struct Many {
     files: u64,
 }
 
-/// Fills in the rows of this module.
+/// Measures the rows of this module.
 pub fn measure(plan: &Plan, table: &mut Table) {
     let counts: &[u64] = if plan.short { &[10, 300] } else { &[10, 1000, 6000, 10_000] };
     let mut mounts = Vec::new();
@@ -61,7 +61,7 @@ pub fn measure(plan: &Plan, table: &mut Table) {
     }
 }
 
-/// The samples of all rounds, side by side.
+/// Joins the samples of all rounds, side by side.
 fn joined(rounds: Vec<Vec<super::Samples>>) -> Vec<super::Samples> {
     let mut rounds = rounds.into_iter();
     let mut all = rounds.next().unwrap_or_default();
@@ -105,7 +105,8 @@ fn new_ones(many: &Many) -> impl Iterator<Item = PathBuf> + '_ {
     (0..CALLS).map(|n| many.path(&format!("new{n}")))
 }
 
-/// A few of those that there are, from all over them: how many there are is to make the difference, not how many are used.
+/// Returns [`FEW`] of the old files, evenly spread, so that the number of used files is the same on
+/// each mount.
 fn old_ones(many: &Many) -> impl Iterator<Item = PathBuf> + '_ {
     (0..CALLS).map(|n| many.path(&(n % FEW * (many.files / FEW)).to_string()))
 }

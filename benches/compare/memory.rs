@@ -1,4 +1,4 @@
-//! Memory that is in nobody's pool: the daemon's own, and the kernel's to keep account.
+//! Memory outside of the pool: the daemon's own, and the kernel's for its accounts.
 
 use super::sides::{Kind, Side};
 use super::{Plan, Table, quarantine};
@@ -10,7 +10,7 @@ const POOL: u64 = 64 << 20;
 const COUNT: u64 = 1000;
 const MIB: u64 = 1 << 20;
 
-/// Fills in the rows of this module.
+/// Measures the rows of this module.
 pub fn measure(plan: &Plan, table: &mut Table) {
     let side = match Side::ours(plan, POOL, "pagesize=2M,collapse=off") {
         Ok(side) => side,
@@ -34,7 +34,8 @@ pub fn measure(plan: &Plan, table: &mut Table) {
     table.note(&struct_pages());
 }
 
-/// hugetlbfs can free most of them again (hugetlb_free_vmemmap); a tmpfs folio, and so a page of ours, keeps them.
+/// A text about the kernel's page structures. hugetlbfs can free most of these structures again
+/// (hugetlb_free_vmemmap); a tmpfs folio, and so a page of ours, keeps them.
 fn struct_pages() -> String {
     const PER_GIB: u64 = (1 << 30) / 4096 * 64 / MIB;
     let switch = fs::read_to_string("/proc/sys/vm/hugetlb_optimize_vmemmap");
@@ -47,7 +48,7 @@ fn struct_pages() -> String {
     format!("struct page: 64 bytes per 4 KiB, {PER_GIB} MiB a GiB, {total} MiB on this machine; {theirs}")
 }
 
-/// In KiB.
+/// The resident memory of a process in KiB.
 fn resident(process: Pid) -> f64 {
     let status = fs::read_to_string(format!("/proc/{process}/status")).expect("its status");
     let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));

@@ -1,10 +1,11 @@
-//! What it costs to take a pool from the machine and to give it back, and whether a large one is slower to use.
+//! The cost to take a pool from the machine and to give it back, and the effect of a large pool on
+//! a growth.
 
 use super::sides::{GIB, Kind, Side};
 use super::table::Samples;
 use super::{Plan, Table, microseconds, milliseconds};
 
-/// Fills in the rows of this module.
+/// Measures the rows of this module.
 pub fn measure(plan: &Plan, table: &mut Table) {
     mount_and_unmount(plan, 2, table);
     if !plan.short {
@@ -17,7 +18,8 @@ pub fn measure(plan: &Plan, table: &mut Table) {
     growing_by_a_page(plan, table);
 }
 
-/// Most that can be taken here in one piece, with the reason where that is not all that was wanted.
+/// Returns the largest size in GiB that the machine can give. If that is less than 16, also returns
+/// the reason.
 fn size(plan: &Plan) -> (u64, Option<String>) {
     let mut why = None;
     for gib in [16, 8] {
@@ -29,7 +31,8 @@ fn size(plan: &Plan) -> (u64, Option<String>) {
     (4, why)
 }
 
-/// Ours until umount(2) has returned and the daemon has ended; hugetlbfs with what is written to nr_hugepages.
+/// For ours, an unmount ends when umount(2) has returned and the daemon has ended. For hugetlbfs,
+/// both times include the write to nr_hugepages.
 fn mount_and_unmount(plan: &Plan, gib: u64, table: &mut Table) {
     let mut kinds: Vec<(Kind, Vec<f64>, Vec<f64>)> =
         [Kind::Ours, Kind::Gigantic, Kind::Huge].map(|kind| (kind, Vec::new(), Vec::new())).into();
@@ -61,7 +64,7 @@ fn once(plan: &Plan, kind: Kind, bytes: u64) -> Result<(f64, f64), String> {
     Ok((mount, milliseconds(|| drop(side))))
 }
 
-/// One pool at a time.
+/// Measures one pool at a time.
 fn growing_by_a_page(plan: &Plan, table: &mut Table) {
     let sizes: &[u64] = if plan.short { &[1, 2] } else { &[1, 8, 16] };
     let mut pools: Vec<(u64, Samples)> =
@@ -83,12 +86,14 @@ fn growing_by_a_page(plan: &Plan, table: &mut Table) {
     table.growth("growing a file by one page of 2 MiB", "us", samples);
 }
 
-/// The median of some pages: on a virtual machine, the host may have to find the memory for one first.
+/// Returns the median over some pages: on a virtual machine, the host may first have to find the
+/// memory for a page.
 fn grow(side: &Side) -> f64 {
     const PAGE: u64 = 2 << 20;
     const PAGES: u64 = 128;
     let file = side.file("growing");
-    file.set_len((1 + PAGES) * PAGE).expect("ftruncate"); // makes its object, and has the host find much of it
+    // Makes the object. The host finds much of the memory now.
+    file.set_len((1 + PAGES) * PAGE).expect("ftruncate");
     file.set_len(PAGE).expect("ftruncate");
     let page = |pages: u64| microseconds(|| file.set_len(pages * PAGE).expect("ftruncate"));
     let mut times: Vec<f64> = (2..2 + PAGES).map(page).collect();

@@ -1,4 +1,5 @@
-//! What a quarantine costs those who go on using the file, and what it costs to make and to end one.
+//! The cost of a quarantine for the programs that go on using the file, and the cost to make and to
+//! end one.
 
 use super::access::{chase, cycle, lay_out, nanoseconds_each};
 use super::sides::{GIB, Kind, Side};
@@ -13,16 +14,17 @@ const REPAIR: &str = "user.hugetlb2.repair";
 const COLLAPSE: &str = "user.hugetlb2.collapse";
 const SUBPAGE: u64 = 4096;
 const LINES_PER_SUBPAGE: u32 = 64;
-/// Of ranges, so that a value is not longer than an attribute can be (64 KiB).
+/// Ranges in one value: an attribute holds at most 64 KiB.
 const RANGES_AT_ONCE: usize = 2000;
 
-/// Fills in the rows of this module.
+/// Measures the rows of this module.
 pub fn measure(plan: &Plan, table: &mut Table) {
     beside_quarantine(plan, table);
     requests(plan, table);
 }
 
-/// The same reads in the same file with more and more of it lost, and in another with nothing lost right before.
+/// Times random reads in a file while more and more of its subpages are quarantined. Right before
+/// each, times them in a file without a quarantine.
 fn beside_quarantine(plan: &Plan, table: &mut Table) {
     const WHAT: &str = "random reads beside quarantined subpages";
     let side = match Side::ours(plan, 2 * GIB, "collapse=off") {
@@ -57,7 +59,7 @@ fn beside_quarantine(plan: &Plan, table: &mut Table) {
     table.growth(WHAT, "ns a step", samples.0);
 }
 
-/// In the order in which states first came.
+/// The samples of each state, in the order in which the states first came.
 #[derive(Default)]
 struct SamplesOfStates(Vec<Samples>);
 
@@ -70,7 +72,8 @@ impl SamplesOfStates {
     }
 }
 
-/// So many subpages of the first `span` bytes, at random; not the first, where a chase begins.
+/// Returns `count` random subpages of the first `span` bytes. The first subpage is not among them,
+/// because a chase begins there.
 fn places(span: u64, count: usize) -> Vec<u64> {
     let mut random = Random::new();
     let mut seen = BTreeSet::from([0]);
@@ -86,7 +89,7 @@ fn lines_beside(span: u64, lost: &[u64]) -> Vec<u32> {
     whole.flat_map(lines).collect()
 }
 
-/// Quarantines subpages, many with a request.
+/// Quarantines subpages, many in each request.
 pub fn quarantine(path: &Path, subpages: &[u64]) {
     for some in subpages.chunks(RANGES_AT_ONCE) {
         let value: String = some.iter().map(|subpage| format!("{:#x} 4096\n", subpage * SUBPAGE)).collect();

@@ -1,7 +1,9 @@
-//! The filesystems that are compared, each mounted for as long as it is measured, and what they take from the machine.
+//! The filesystems that are compared. Each is mounted for the time of its measurement and takes
+//! memory from the machine.
 //!
-//! Whatever ends the program, the mounts are gone and the huge pages given back: a [`Side`] does so when it is dropped, also
-//! by a panic; [`undo_on_signals`] does it for all of them that there are.
+//! The mounts go away and the huge pages go back in whatever way the program ends: a [`Side`]
+//! undoes its own when it is dropped, also after a panic, and [`undo_on_signals`] undoes those of
+//! all sides.
 
 use super::Plan;
 use super::limits::{self, Remedy, Waiting};
@@ -23,16 +25,16 @@ use std::time::Duration;
 
 pub const GIB: u64 = 1 << 30;
 
-/// What is left to the machine when a side has taken its memory.
+/// Memory that a side leaves to the machine.
 const MARGIN: u64 = 2 * GIB;
 
-/// The measurements with one side take some minutes together.
+/// The limit of all measurements with one side, which take some minutes together.
 const MEASUREMENT: Duration = Duration::from_secs(1800);
 
 /// One of the filesystems.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Ours, with pages of 1 GiB.
+    /// Ours with pages of 1 GiB.
     Ours,
     /// hugetlbfs with pages of 1 GiB.
     Gigantic,
@@ -45,10 +47,10 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// All of them, ours first.
+    /// All kinds; ours comes first.
     pub const ALL: [Self; 5] = [Self::Ours, Self::Gigantic, Self::Huge, Self::TmpfsHuge, Self::TmpfsSmall];
 
-    /// As it is called in a row.
+    /// The name in a row.
     pub fn name(self) -> &'static str {
         match self {
             Self::Ours => "hugetlb2",
@@ -59,7 +61,8 @@ impl Kind {
         }
     }
 
-    /// Mounts one with `bytes` of memory; where that cannot be, says why.
+    /// Mounts a filesystem of this kind with `bytes` of memory, or returns the reason why that
+    /// cannot be.
     pub fn mount(self, plan: &Plan, bytes: u64) -> Result<Side, String> {
         match self {
             Self::Ours => Side::ours(plan, bytes, ""),
@@ -71,7 +74,7 @@ impl Kind {
     }
 }
 
-/// A size of hugetlbfs's pages.
+/// A page size of hugetlbfs.
 struct HugePages {
     bytes: u64,
     option: &'static str,
@@ -95,7 +98,7 @@ impl HugePages {
         fs::read_to_string(self.count).ok()?.trim().parse().ok()
     }
 
-    /// Has so many more of them, all or none.
+    /// Adds `pages` pages to hugetlbfs, all or none.
     fn reserve(&'static self, pages: u64) -> Result<(), String> {
         let none = || format!("the machine has no huge pages with {}", self.option);
         let before = self.count().ok_or_else(none)?;
@@ -116,17 +119,17 @@ impl HugePages {
     }
 }
 
-/// What is to be undone in the end.
+/// A mount, and memory taken for it, to be undone at the end.
 struct Taken {
     mount_point: PathBuf,
-    /// Of hugetlbfs and of ours.
+    /// Memory of hugetlbfs and of ours.
     bytes: u64,
     pages: Option<(&'static HugePages, u64)>,
 }
 
 impl Taken {
     fn undo(&self) {
-        let _ = unmount(&self.mount_point, UnmountFlags::DETACH); // one that was not mounted yet is not now
+        let _ = unmount(&self.mount_point, UnmountFlags::DETACH); // fails if nothing is mounted yet
         let _ = fs::remove_dir(&self.mount_point);
         if let Some((kind, pages)) = self.pages {
             kind.give_back(pages);
@@ -134,14 +137,15 @@ impl Taken {
     }
 }
 
-/// Locked while something is taken or undone, so that a signal finds it done.
+/// A thread holds the lock while it takes or undoes something, so that a signal finds that done.
 static TAKEN: Mutex<Vec<Taken>> = Mutex::new(Vec::new());
 
 fn taken() -> MutexGuard<'static, Vec<Taken>> {
-    TAKEN.lock().unwrap_or_else(PoisonError::into_inner) // a panic is a reason to undo things
+    // After a panic, too, things must be undone.
+    TAKEN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Has everything undone when somebody ends the program.
+/// Undoes everything when a signal ends the program.
 pub fn undo_on_signals(base: &Path) {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).expect("handlers for signals");
     let base = base.to_owned();
@@ -154,19 +158,19 @@ pub fn undo_on_signals(base: &Path) {
     });
 }
 
-/// A filesystem that is mounted for the length of a measurement.
+/// A filesystem that is mounted for the time of a measurement.
 pub struct Side {
-    /// As it is called in a row.
+    /// The name in a row.
     pub name: &'static str,
-    /// Where.
+    /// The mount point.
     pub mount_point: PathBuf,
-    /// Of ours, to wait for its end.
+    /// The daemon of ours, to wait for its end.
     daemon: Option<OwnedFd>,
     _limit: Waiting,
 }
 
 impl Side {
-    /// Ours with more options than its size.
+    /// Mounts ours with `options` besides its size.
     pub fn ours(plan: &Plan, bytes: u64, options: &str) -> Result<Self, String> {
         let mut side = Self::prepare(plan, Kind::Ours.name(), bytes, None, |mount_point| {
             let mut command = Command::new(env!("CARGO_BIN_EXE_hugetlb2"));
@@ -174,7 +178,7 @@ impl Side {
             command.arg("-o").arg(format!("size={bytes},{options}"));
             let output = limits::output(limits::PROGRAM, &mut command);
             let output = output.map_err(|error| format!("mount.hugetlb2: {error}"))?;
-            // One that fails is no reason to skip a row: it is what is measured here.
+            // A failure of ours is no reason to skip a row: ours is the subject of the measurement.
             assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
             Ok(())
         })?;
@@ -207,7 +211,8 @@ impl Side {
         pages: Option<(&'static HugePages, u64)>,
         mount: impl FnOnce(&Path) -> Result<(), String>,
     ) -> Result<Self, String> {
-        // In this order: the lock is gone when a side is dropped, by a panic too, as that locks again.
+        // `all` must be dropped before `side`, also by a panic: the drop of `side` takes the lock
+        // again.
         let mount_point = plan.new_directory(name);
         let remedy = Remedy::Disconnect { mount_point: mount_point.clone(), supervisor: None };
         let limit = limits::begin(MEASUREMENT, format!("the measurement in {name}"), remedy);
@@ -226,20 +231,20 @@ impl Side {
         mounted.map(|()| side)
     }
 
-    /// A file in it that can be read and written.
+    /// Opens or makes a file for reading and writing.
     pub fn file(&self, name: &str) -> File {
         let path = self.mount_point.join(name);
         File::options().read(true).write(true).create(true).truncate(false).open(path).expect("a file")
     }
 
-    /// A file of `bytes`, all of it mapped.
+    /// Makes a file of `bytes` and maps all of it.
     pub fn mapped(&self, name: &str, bytes: u64) -> Mapping {
         let file = self.file(name);
         file.set_len(bytes).expect("ftruncate");
         map(&file, bytes)
     }
 
-    /// Of ours: the process that a counter of the pool names.
+    /// The process that a counter of the pool names (ours only).
     pub fn process(&self, counter: &str) -> Pid {
         let mut counters = vec![0; 4096];
         let length = rustix::fs::getxattr(&self.mount_point, "user.hugetlb2.pool", &mut counters[..])
@@ -250,19 +255,19 @@ impl Side {
         pid.and_then(Pid::from_raw).expect("a process id")
     }
 
-    /// Of ours: how many descriptors the worker has.
+    /// The number of the worker's descriptors (ours only).
     pub fn descriptors(&self) -> u64 {
         let directory = format!("/proc/{}/fd", self.process("worker_pid"));
         fs::read_dir(directory).expect("descriptors").count() as u64
     }
 
-    /// Of ours: how many descriptors the worker may have.
+    /// The limit of the worker's descriptors (ours only).
     pub fn descriptor_limit(&self) -> u64 {
         let limits =
             fs::read_to_string(format!("/proc/{}/limits", self.process("worker_pid"))).expect("limits");
         let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"));
         let word = line.and_then(|line| line.split_ascii_whitespace().next()).expect("a limit");
-        word.parse().unwrap_or(u64::MAX) // unlimited
+        word.parse().unwrap_or(u64::MAX) // the word is "unlimited"
     }
 }
 
@@ -273,7 +278,7 @@ impl Drop for Side {
             all.remove(at).undo();
         }
         if let Some(daemon) = &self.daemon {
-            // Its memory is free when it has ended.
+            // The memory of the daemon is free when the daemon has ended.
             if !limits::is_readable(limits::ANSWER, daemon) {
                 eprintln!("the daemon of {} has not ended", self.mount_point.display());
             }
@@ -281,7 +286,7 @@ impl Drop for Side {
     }
 }
 
-/// Maps the first `bytes` of a file, to be read and written.
+/// Maps the first `bytes` of a file for reading and writing.
 pub fn map(file: &File, bytes: u64) -> Mapping {
     Mapping::new(file, Range::new(0, bytes), Sharing::Shared, true).expect("mmap")
 }

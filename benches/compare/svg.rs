@@ -1,13 +1,14 @@
-//! A picture of the ratios, in plain SVG: a bar for each row that has the one that we are measured by.
+//! A picture of the ratios in plain SVG, with a bar for each row that measures ours against
+//! hugetlbfs or tmpfs.
 //!
-//! The axis is logarithmic: twice as fast and twice as slow are as long.
+//! The axis is logarithmic: the bars of "twice as fast" and "twice as slow" are equally long.
 
 use super::Machine;
 use super::sides::Kind;
 use super::table::{Ratio, Row, Table, rounded};
 use std::fmt::Write as _;
 
-/// The end of rows that are a part of what the next one is all of: hugetlbfs only puts off what it has to do.
+/// Rows whose name ends so show a part of the next row: hugetlbfs does the rest of the work later.
 const PART: &str = "ready to map";
 
 const WIDTH: f64 = 960.0;
@@ -16,7 +17,7 @@ const FIGURES: f64 = 190.0;
 const LINE: f64 = 22.0;
 const HEAD: f64 = 88.0;
 
-/// Colours for a page that is light, and for one that is dark. Not all that draw SVG know variables.
+/// Colours for a light page and for a dark one. Not every program that draws SVG knows variables.
 const STYLE: &str = "
     text { font: 13px system-ui, sans-serif; fill: #1f2328 }
     .title { font-size: 17px; font-weight: 600 } .end { text-anchor: end } .middle { text-anchor: middle }
@@ -31,12 +32,12 @@ const STYLE: &str = "
 /// A bar.
 struct Bar<'a> {
     what: &'a str,
-    /// What it is measured by.
+    /// The name of the other filesystem.
     by: &'a str,
     ratio: f64,
 }
 
-/// The whole file.
+/// Returns the text of the SVG file.
 pub fn picture(table: &Table, machine: &Machine) -> String {
     let bars: Vec<Bar> = table.rows.iter().filter_map(bar).collect();
     let scale = Scale::of(&bars);
@@ -58,7 +59,8 @@ pub fn picture(table: &Table, machine: &Machine) -> String {
     svg + "</svg>\n"
 }
 
-/// hugetlbfs with pages of 1 GiB is what a user would have instead; where it cannot do the same, tmpfs.
+/// The bar compares with hugetlbfs with pages of 1 GiB, which a user would have instead. If the row
+/// has no such figure, it compares with tmpfs.
 fn bar(row: &Row) -> Option<Bar<'_>> {
     let compares = row.kind == Ratio::OursToIt && !row.what.ends_with(PART);
     let by = |kind: Kind| row.figures.iter().skip(1).find(|figure| figure.name == kind.name());
@@ -66,7 +68,7 @@ fn bar(row: &Row) -> Option<Bar<'_>> {
     Some(Bar { what: &row.what, by: &figure.name, ratio: figure.ratio })
 }
 
-/// Powers of ten that the bars lie between, and where they are drawn.
+/// The powers of ten around all bars, and their places in the picture.
 struct Scale {
     low: f64,
     high: f64,

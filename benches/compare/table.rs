@@ -1,4 +1,4 @@
-//! What was measured: rows of medians with their spread, and the ratios between them.
+//! The results: rows of medians with their spread, and the ratios between them.
 
 use super::Machine;
 use serde_json::{Map, Value, json};
@@ -6,18 +6,20 @@ use serde_json::{Map, Value, json};
 /// A side and its samples.
 pub type Samples = (String, Vec<f64>);
 
-/// What a figure's ratio is.
+/// The meaning of the ratios in a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ratio {
-    /// That of the first side, which is ours, to this one: more than 1 is more than there.
+    /// The median of the first side, which is ours, divided by the median of this side. More than
+    /// 1 means that ours has more.
     OursToIt,
-    /// That of this one to the first, which is the smallest of its kind: how cost grows.
+    /// The median of this side divided by the median of the first, which is the smallest of its
+    /// kind. The ratio shows the growth of a cost.
     ItToFirst,
 }
 
 /// One side in a row.
 pub struct Figure {
-    /// Whose.
+    /// The name of the side.
     pub name: String,
     /// Median, least and most.
     pub spread: (f64, f64, f64),
@@ -27,38 +29,38 @@ pub struct Figure {
 
 /// A row.
 pub struct Row {
-    /// What was done.
+    /// The operation.
     pub what: String,
-    /// In what it is counted.
+    /// The unit of the samples.
     unit: &'static str,
-    /// Which ratios it has.
+    /// The meaning of its ratios.
     pub kind: Ratio,
-    /// Of the sides.
+    /// A figure for each side.
     pub figures: Vec<Figure>,
 }
 
 /// All rows of a run.
 pub struct Table {
     json: bool,
-    /// Those that there are so far.
+    /// The rows up to now.
     pub rows: Vec<Row>,
     notes: Vec<String>,
     skipped: Vec<String>,
 }
 
 impl Table {
-    /// An empty one. Unless it is to be JSON in the end, rows are printed as they come.
+    /// Makes an empty table. Without `json`, it prints each row at once.
     pub fn new(json: bool) -> Self {
         Self { json, rows: Vec::new(), notes: Vec::new(), skipped: Vec::new() }
     }
 
-    /// A line of text.
+    /// Adds a line of text.
     pub fn note(&mut self, text: &str) {
         self.print(text);
         self.notes.push(text.to_owned());
     }
 
-    /// What could not be measured here, and why.
+    /// Notes that `what` could not be measured, and why.
     pub fn skip(&mut self, what: &str, why: &str) {
         self.print(&format!("skipped: {what}: {why}"));
         self.skipped.push(format!("{what}: {why}"));
@@ -70,12 +72,12 @@ impl Table {
         }
     }
 
-    /// Ours, which is the first, beside others.
+    /// Adds a row that compares ours, which comes first, with others.
     pub fn compare(&mut self, what: &str, unit: &'static str, samples: Vec<Samples>) {
         self.row(what, unit, Ratio::OursToIt, samples);
     }
 
-    /// The smallest, which is the first, beside larger ones.
+    /// Adds a row that compares the smallest, which comes first, with larger ones.
     pub fn growth(&mut self, what: &str, unit: &'static str, samples: Vec<Samples>) {
         self.row(what, unit, Ratio::ItToFirst, samples);
     }
@@ -94,7 +96,7 @@ impl Table {
         self.rows.push(row);
     }
 
-    /// Prints what is only known in the end.
+    /// Prints the JSON object, if JSON was asked for.
     pub fn finish(&self, machine: &Machine) {
         if self.json {
             let rows: Map<String, Value> =
@@ -108,7 +110,7 @@ impl Table {
 }
 
 impl Row {
-    /// Ratios first: times are this machine's.
+    /// Prints ratios first: the times are valid for this machine only.
     fn text(&self) -> String {
         let mut text = format!("{} ({})", self.what, self.unit);
         for (n, figure) in self.figures.iter().enumerate() {
@@ -135,7 +137,7 @@ impl Row {
     }
 }
 
-/// A ratio with the digits that count.
+/// Formats a ratio with its significant digits.
 pub fn rounded(ratio: f64) -> String {
     match ratio {
         ratio if ratio >= 100.0 => format!("{ratio:.0}"),

@@ -1,4 +1,4 @@
-//! How long calls wait when the daemon's worker dies.
+//! The time for which calls wait when the worker dies.
 
 use super::sides::Side;
 use super::{Plan, Table, milliseconds};
@@ -6,7 +6,7 @@ use rustix::process::{Signal, kill_process};
 use std::fs::{self, File};
 use std::io::ErrorKind;
 
-/// Fills in the row of this module.
+/// Measures the row of this module.
 pub fn measure(plan: &Plan, table: &mut Table) {
     let counts: &[u64] = if plan.short { &[10, 300] } else { &[10, 1000] };
     let mut samples = Vec::new();
@@ -24,7 +24,8 @@ pub fn measure(plan: &Plan, table: &mut Table) {
     table.growth("takeover, from kill -9 of the worker to the next answer", "ms", samples);
 }
 
-/// A name that was never looked up: the kernel knows no answer of its own.
+/// Kills the worker and asks for a name that no call has looked up before: for such a name the
+/// kernel has no answer of its own.
 fn kill_and_ask(side: &Side, round: usize) -> f64 {
     let path = side.mount_point.join(format!("no-such-file-{round}"));
     let worker = side.process("worker_pid");
