@@ -1,4 +1,4 @@
-//! One boot of a machine: starting QEMU, asking the guest for cases, and what became of them.
+//! One boot of a machine: starts QEMU, asks the guest for cases, and collects their results.
 
 use crate::cases::Machine;
 use crate::image::{Image, directory};
@@ -14,15 +14,18 @@ use std::time::{Duration, Instant};
 
 /// A boot takes 3 s on an idle machine.
 const BOOT_DEADLINE: Duration = Duration::from_secs(90);
-/// The longest case takes some 10 s on an idle machine.
+/// The longest case takes about 10 s on an idle machine.
 const CASE_DEADLINE: Duration = Duration::from_secs(120);
 const SHUT_DOWN_DEADLINE: Duration = Duration::from_secs(20);
 
-/// `no_timer_check`: on a busy host an emulated timer is late, and the kernel would take it for broken.
+/// `no_timer_check`: on a busy host an emulated timer is late, and the kernel would take it for
+/// broken.
 const COMMAND_LINE: &str = "console=ttyS0 panic=-1 mitigations=off random.trust_cpu=on no_timer_check";
 
-/// Without CMPXCHG16B: QEMU 7.2 leaves flags behind that are none (helper_cmpxchg16b_unlocked takes those of an earlier instruction for
-/// computed), and an interrupt right after it brings the kernel to a double fault. A wait for memory makes that likely, as in postcopy.
+/// Without CMPXCHG16B: QEMU 7.2 leaves wrong flags (helper_cmpxchg16b_unlocked takes the
+/// flags of an earlier instruction for computed). An interrupt right after the instruction then
+/// brings the kernel to a double fault. A wait for memory, as in postcopy, makes such an interrupt
+/// likely.
 const PROCESSOR: &str = "max,cx16=off";
 
 /// A running machine. Dropping it pulls the plug.
@@ -33,35 +36,35 @@ pub struct Boot {
     console: PathBuf,
 }
 
-/// What became of a case.
+/// The result of a case.
 pub enum Verdict {
     Passed,
     Failed(String),
     Skipped(String),
     /// The machine has ended.
     Ended,
-    /// It has not answered in time.
+    /// The machine has not answered in time.
     Hung,
 }
 
-/// All that is known of a case that was run.
+/// The result of a case, with all output.
 pub struct Report {
     pub verdict: Verdict,
-    /// What the case printed.
+    /// Output of the case.
     output: String,
-    /// What the kernel printed meanwhile.
+    /// Output of the kernel during the case.
     console: String,
 }
 
 impl Boot {
-    /// Boots a machine and waits until it asks for work.
+    /// Boots a machine and waits until the guest is ready for a case.
     pub fn start(machine: Machine) -> Result<Self, String> {
         let boot = Self::spawn(machine, &[])?;
         boot.wait_until_ready()?;
         Ok(boot)
     }
 
-    /// Starts QEMU for a machine, and tells it something besides.
+    /// Starts QEMU for a machine, with `more` arguments.
     pub fn spawn(machine: Machine, more: &[String]) -> Result<Self, String> {
         static BOOTS: AtomicU32 = AtomicU32::new(0);
         let image = Image::get()?;
@@ -81,7 +84,7 @@ impl Boot {
         Ok(Self { qemu, input, lines, console })
     }
 
-    /// Waits until it asks for work.
+    /// Waits until the guest is ready for a case.
     pub fn wait_until_ready(&self) -> Result<(), String> {
         match self.next_line(Instant::now() + BOOT_DEADLINE) {
             Ok(line) if line == "ready" => Ok(()),
@@ -97,7 +100,7 @@ impl Boot {
         self.qemu.id()
     }
 
-    /// Waits until QEMU has ended, and returns how.
+    /// Waits until QEMU has ended, and returns its exit status.
     pub fn wait_for_end(&mut self) -> std::process::ExitStatus {
         limits::exit(CASE_DEADLINE, "QEMU", &mut self.qemu)
     }
@@ -107,12 +110,12 @@ impl Boot {
         Ok(line.trim_end().to_owned())
     }
 
-    /// Whether it has ended by itself.
+    /// True if QEMU has ended by itself.
     pub fn has_ended(&mut self) -> bool {
         !matches!(self.qemu.try_wait(), Ok(None))
     }
 
-    /// Runs what goes by this name there.
+    /// Runs the case `name` in the guest.
     pub fn run(&mut self, name: &str) -> Report {
         let deadline = Instant::now() + CASE_DEADLINE;
         let start = self.console_bytes().len();
@@ -140,7 +143,7 @@ impl Boot {
         }
     }
 
-    /// Turns it off and waits for that.
+    /// Turns the machine off and waits for its end.
     pub fn shut_down(mut self) {
         let asked = writeln!(self.input, "off");
         let deadline = Instant::now() + SHUT_DOWN_DEADLINE;
@@ -163,7 +166,7 @@ impl Drop for Boot {
     }
 }
 
-/// A line `case NAME passed`, `case NAME failed WHY` or `case NAME skipped WHY`.
+/// Reads a line `case NAME passed`, `case NAME failed WHY` or `case NAME skipped WHY`.
 fn verdict(line: &str, name: &str) -> Option<Verdict> {
     let rest = line.strip_prefix("case ")?.strip_prefix(name)?.strip_prefix(' ')?;
     let (word, why) = rest.split_once(' ').unwrap_or((rest, ""));
@@ -199,8 +202,9 @@ fn command(image: &Image, machine: Machine, console: &std::path::Path) -> Comman
     command
 }
 
-/// Nodes with equal shares of the memory, one processor in each of the first two, and what the firmware tells of them (HMAT):
-/// another node is twice as far away and half as fast.
+/// The arguments for NUMA nodes with equal shares of the memory, and one processor in each of the
+/// first two. The firmware (HMAT) tells the kernel that another node is twice as far away and half
+/// as fast.
 fn numa(machine: Machine) -> Vec<String> {
     let share = machine.memory / machine.nodes;
     let mut arguments = Vec::new();
@@ -225,7 +229,7 @@ fn numa(machine: Machine) -> Vec<String> {
 }
 
 impl Report {
-    /// The test's result.
+    /// The result of the test.
     pub fn judge(self, name: &str, ends_kernel: Option<&str>) -> Result<Completion, Failed> {
         let why = match (&self.verdict, ends_kernel) {
             (Verdict::Ended, Some(words)) if self.console.contains(words) => {

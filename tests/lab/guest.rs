@@ -1,5 +1,6 @@
-//! Process 1 of the lab's machine: makes a root like any other, then runs the cases that the host asks for, each in a
-//! process of its own (this program again, with the case's name), so that one that dies takes nothing with it.
+//! Process 1 of the lab's machine. It makes a usual root and runs the cases that the host asks for.
+//! Each case has a process of its own (this program again, with the case's name), so that its death
+//! ends nothing else.
 
 mod cases;
 #[path = "../support/mod.rs"]
@@ -16,13 +17,14 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, ExitCode, ExitStatus};
 
-/// The second serial port, where the host is.
+/// The second serial port, with the host at its other end.
 const HOST: &str = "/dev/ttyS1";
 const PROGRAM: &str = "/bin/hugetlb2";
 const SELF: &str = "/bin/lab-guest";
-/// What a suite says when it has run the test that was asked for.
+/// A suite prints this line when it has run the one test.
 const RAN_ONE: &str = "test result: ok. 1 passed";
-/// A host that says nothing for so long is gone, and nobody would ever turn the machine off.
+/// If the host sends nothing for this time, it has ended, and no other process would turn the
+/// machine off.
 const IDLE_LIMIT: Timespec = Timespec { tv_sec: 600, tv_nsec: 0 };
 
 fn main() -> ExitCode {
@@ -38,9 +40,9 @@ fn main() -> ExitCode {
     ExitCode::FAILURE
 }
 
-// ---- process 1 ------------------------------------------------------------------------------------------------------
+// ---- process 1 ----------------------------------------------------------------------------------
 
-/// Moves to a tmpfs: the initramfs is a root that pivot_root(2) cannot leave, and the daemon must.
+/// Moves to a tmpfs: pivot_root(2) cannot leave the initramfs, and the daemon must call it.
 fn leave_the_initramfs() -> io::Result<()> {
     fs::create_dir("/newroot")?;
     mount("root", "/newroot", "tmpfs", MountFlags::empty(), None)?;
@@ -66,7 +68,7 @@ fn mount_the_usual() -> io::Result<()> {
     Ok(())
 }
 
-/// Runs cases until the host turns the machine off or is gone.
+/// Runs cases until the host turns the machine off or ends.
 fn serve() -> io::Result<()> {
     let port = File::options().read(true).write(true).open(HOST)?;
     let mut mode = tcgetattr(&port)?;
@@ -89,7 +91,7 @@ fn serve() -> io::Result<()> {
     }
 }
 
-/// Runs a case, forwards what it prints as it comes, and returns the words for the host.
+/// Runs a case, forwards each line of its output at once, and returns the words for the host.
 fn run_in_process(name: &str, host: &mut File) -> io::Result<String> {
     let (reader, writer) = io::pipe()?;
     let (mut command, proof) = match name.split_once("::") {
@@ -103,7 +105,7 @@ fn run_in_process(name: &str, host: &mut File) -> io::Result<String> {
     command.env("HUGETLB2_PROGRAM", PROGRAM).env("RUST_BACKTRACE", "0");
     command.stdout(writer.try_clone()?).stderr(writer);
     let mut child = command.spawn()?;
-    drop(command); // our copies of the pipe's end
+    drop(command); // closes our copies of the pipe's end
     let (mut latest, mut proven) = (String::new(), proof.is_none());
     for line in BufReader::new(reader).lines() {
         latest = line?;
@@ -122,12 +124,12 @@ fn words(status: ExitStatus, latest: &str) -> String {
     }
 }
 
-/// Daemons that have ended are our children.
+/// Collects daemons that have ended: they are children of process 1.
 fn reap() {
     while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {}
 }
 
-// ---- the process of a case ------------------------------------------------------------------------------------------
+// ---- the process of a case ----------------------------------------------------------------------
 
 fn run_case(name: &str) -> ExitCode {
     let Some(Case { run, .. }) = cases::all().find(|case| case.name == name) else {

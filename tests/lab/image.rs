@@ -1,4 +1,4 @@
-//! What a machine boots: Debian's kernel, and an initramfs of static programs.
+//! The files that a machine boots from: Debian's kernel, and an initramfs of static programs.
 
 use crate::support::limits;
 use std::fs::{self, File};
@@ -9,15 +9,15 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
-/// Test programs of the host that the machine runs, too.
+/// Test programs of the host that also run in the machine.
 pub const SUITES: &[&str] = &["quarantine"];
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// The compiler needs some minutes on a busy machine.
+/// On a busy machine the compiler needs some minutes.
 const BUILD: Duration = Duration::from_secs(1800);
 
-/// Paths of both.
+/// The paths of the files.
 #[derive(Clone)]
 pub struct Image {
     pub kernel: PathBuf,
@@ -26,13 +26,13 @@ pub struct Image {
     pub suites: Vec<PathBuf>,
 }
 
-/// Where the lab keeps what takes long to make.
+/// The lab's directory for files that take long to make.
 pub fn directory() -> PathBuf {
     Path::new(ROOT).join("target/lab")
 }
 
 impl Image {
-    /// The image of this run, made at the first call.
+    /// The image of this run. The first call makes it.
     pub fn get() -> Result<Self, String> {
         static IMAGE: OnceLock<Result<Image, String>> = OnceLock::new();
         IMAGE.get_or_init(Self::make).clone()
@@ -65,12 +65,12 @@ impl Image {
     }
 }
 
-/// Builds the programs without a need for libraries; returns where they are.
+/// Builds static programs, which need no libraries, and returns their directory.
 fn build() -> Result<PathBuf, String> {
     cargo_build(Path::new(ROOT), &["--bins", "--example=lab-guest"])
 }
 
-/// Builds one of [`SUITES`] likewise; cargo says where it is.
+/// Builds one of [`SUITES`] as a static program, and returns the path that cargo prints.
 fn build_suite(suite: &str) -> Result<PathBuf, String> {
     let arguments = ["test", "--no-run", "--message-format=json", "--test", suite];
     let messages = run(&mut cargo(Path::new(ROOT), &arguments))?;
@@ -82,13 +82,14 @@ fn build_suite(suite: &str) -> Result<PathBuf, String> {
     messages.lines().filter_map(executable).next_back().ok_or_else(|| format!("cargo has built no {suite}"))
 }
 
-/// Builds the package in a directory with these arguments; returns where the programs are.
+/// Builds the package in a directory with these arguments, and returns the directory of its
+/// programs.
 fn cargo_build(package: &Path, arguments: &[&str]) -> Result<PathBuf, String> {
     run(cargo(package, &["build"]).args(arguments))?;
     Ok(directory().join("build").join(TARGET).join("release"))
 }
 
-/// cargo for programs without a need for libraries, in a target directory of the lab's own.
+/// A command of cargo for static programs, in a target directory of the lab's own.
 fn cargo(package: &Path, arguments: &[&str]) -> Command {
     let mut cargo = Command::new(env!("CARGO"));
     cargo
@@ -97,13 +98,14 @@ fn cargo(package: &Path, arguments: &[&str]) -> Command {
         .args(["--quiet", "--release", "--target", TARGET, "--target-dir"])
         .arg(directory().join("build"))
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
-        .env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo") // a machine copies them into its memory
+        // A machine copies the programs into its memory.
+        .env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo")
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
-        .env_remove("CARGO_BIN_EXE_hugetlb2"); // of the host; the guest has its own
+        .env_remove("CARGO_BIN_EXE_hugetlb2"); // that is the host's program; the guest has its own
     cargo
 }
 
-/// Runs a compiler and returns its output; an error has what it printed.
+/// Runs a compiler and returns its output; the error holds the output, too.
 fn run(command: &mut Command) -> Result<String, String> {
     let program = command.get_program().to_string_lossy().into_owned();
     let output =
@@ -115,7 +117,8 @@ fn run(command: &mut Command) -> Result<String, String> {
     }
 }
 
-/// A cpio archive in the format that the kernel unpacks (Documentation/driver-api/early-userspace/buffer-format.rst).
+/// Writes a cpio archive in the format that the kernel unpacks
+/// (Documentation/driver-api/early-userspace/buffer-format.rst).
 fn write_archive(path: &Path, files: &[(String, PathBuf)]) -> std::io::Result<()> {
     const EXECUTABLE: u32 = 0o100_755;
     let mut out = File::create(path)?;
@@ -130,7 +133,7 @@ fn write_archive(path: &Path, files: &[(String, PathBuf)]) -> std::io::Result<()
     cpio::newc::trailer(&mut out)?.flush()
 }
 
-/// The programs of docs/HANDLERS.md, built as they stand there.
+/// The programs of docs/HANDLERS.md, built unchanged.
 mod handlers {
     use super::{ROOT, cargo_build, directory, run};
     use std::fs;
@@ -165,12 +168,12 @@ libc = "0.2"
             .map_err(|error| format!("making {}: {error}", package.display()))?;
         write(&package.join("Cargo.toml"), MANIFEST)?;
         write(&package.join("src/main.rs"), &block("rust")?)?;
-        // The libc of our own build is at hand; what else the lock file has is dropped.
+        // The libc of our own build is at hand. cargo drops the other packages of this lock file.
         write(&package.join("Cargo.lock"), &read(&Path::new(ROOT).join("Cargo.lock"))?)?;
         Ok(cargo_build(&package, &["--offline"])?.join("handler-rust"))
     }
 
-    /// The program in this language.
+    /// The program of docs/HANDLERS.md in this language.
     fn block(language: &str) -> Result<String, String> {
         let document = read(&Path::new(ROOT).join("docs/HANDLERS.md"))?;
         let fence = format!("\n```{language}\n");

@@ -1,9 +1,10 @@
-//! The lab: cases that need a kernel with real memory errors (CONFIG_MEMORY_FAILURE), several NUMA nodes, or a boot of
-//! their own. They run on Debian's kernel in a machine that QEMU emulates, with the programs that users run.
+//! The lab: cases that need a kernel with real memory errors (CONFIG_MEMORY_FAILURE), several NUMA
+//! nodes, or a boot of their own. They run on Debian's kernel in a machine that QEMU emulates, with
+//! the programs that users run.
 //!
 //! ```text
 //!   this program (host)                         the machine
-//!     |                                            | kernel, initramfs: /init = the example lab-guest
+//!     |                                            | boots kernel and initramfs (/init: lab-guest)
 //!     |  second serial port           ready        |
 //!     |<-------------------------------------------|
 //!     |  run NAME                                  |
@@ -16,10 +17,12 @@
 //!     |------------------------------------------->| reboot(2)
 //! ```
 //!
-//! The first serial port is the kernel's console. A machine is booted when the first case asks for one like it and
-//! serves one case after the other; it is left behind when a case has failed on it or did not end in time. Every case
-//! is a test of its own here: `cargo test --test lab NAME`. The kernel must have been fetched (`tests/lab/fetch-kernel`), and
-//! Debian's qemu-system-x86 be installed; `tests/run` sees to both.
+//! The first serial port is the kernel's console. The lab boots a machine when the first case asks
+//! for one of its kind. The machine runs one case after the other. After a case that failed or did
+//! not end in time, the lab gives the machine up.
+//!
+//! Every case is a test of its own here: `cargo test --test lab NAME`. The lab needs its kernel
+//! (`tests/lab/fetch-kernel`) and Debian's qemu-system-x86; `tests/run` installs both.
 
 mod boot;
 mod cases;
@@ -36,10 +39,10 @@ use std::collections::HashMap;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 
-/// A machine that may be running, for one case at a time.
+/// A machine, if it runs, for one case at a time.
 type Slot = Arc<Mutex<Option<Boot>>>;
 
-/// The machines that have been asked for.
+/// The machines that cases have asked for.
 #[derive(Default)]
 struct Lab {
     slots: Mutex<HashMap<Machine, Slot>>,
@@ -50,13 +53,14 @@ impl Lab {
         self.slots.lock().expect("no panic while the table is open").entry(machine).or_default().clone()
     }
 
-    /// Runs what the machine knows by `name`. What `ends_kernel` has a machine of its own.
+    /// Runs the case `name` on such a machine. A case with `ends_kernel` has a machine of its own.
     fn run(&self, name: &str, machine: Machine, ends_kernel: Option<&str>) -> Result<Completion, Failed> {
         let slot = match ends_kernel {
             Some(_) => Slot::default(),
             None => self.slot(machine),
         };
-        // A poisoned lock: another case's thread panicked with the machine in its hand, which is to be trusted no more.
+        // A poisoned lock means that another case's thread panicked while it used the machine. The
+        // machine is in an unknown state.
         let mut boot = slot.lock().unwrap_or_else(|poisoned| {
             let mut boot = poisoned.into_inner();
             *boot = None;
@@ -73,7 +77,7 @@ impl Lab {
         report.judge(name, ends_kernel)
     }
 
-    /// Ends the machines as an administrator would.
+    /// Shuts the machines down as an administrator would.
     fn shut_down(&self) {
         for slot in self.slots.lock().expect("no panic while the table is open").values() {
             if let Some(boot) = slot.lock().ok().and_then(|mut boot| boot.take()) {

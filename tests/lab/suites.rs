@@ -1,4 +1,5 @@
-//! Test programs of the host that run in the machine as well, test by test: one set of rules for both kernels.
+//! Test programs of the host that also run in the machine, test by test: both kernels must keep the
+//! same rules.
 
 use crate::cases::Machine;
 use crate::image::{Image, SUITES};
@@ -6,10 +7,10 @@ use crate::support::limits;
 use libtest_mimic::Failed;
 use std::process::Command;
 
-/// A page of 1 GiB, and room besides.
+/// Memory for a page of 1 GiB and for all else.
 pub const MACHINE: Machine = Machine { memory: 3072, nodes: 1, command_line: "" };
 
-/// What does not run there, and why.
+/// Tests that do not run in the machine, and the reasons.
 const ELSEWHERE: &[(&str, &str)] = &[
     ("quarantine::cp_carries_a_quarantine_with_the_attributes", "the machine has no cp(1)"),
     ("quarantine::cp_rescues_everything_that_is_not_lost", "the machine has no cp(1)"),
@@ -22,10 +23,10 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("quarantine::quarantining_needs_permission_to_write_the_file", "the machine has no setpriv(1)"),
 ];
 
-/// The names of all that run, `<suite>::<test>`.
+/// The names of all tests that run in the machine, `<suite>::<test>`.
 ///
 /// # Errors
-/// A suite that does not build or list its tests, or one without any.
+/// A suite cannot be built, does not list its tests, or has none.
 pub fn tests() -> Result<Vec<String>, Failed> {
     let image = Image::get()?;
     let mut names = Vec::new();

@@ -1,4 +1,5 @@
-//! Virtual machines whose memory is a file of ours: `-object memory-backend-file,mem-path=FILE,share=on,prealloc=on,align=2M`.
+//! Virtual machines with a file of ours for a memory:
+//! `-object memory-backend-file,mem-path=FILE,share=on,prealloc=on,align=2M`.
 
 use crate::boot::{Boot, Report, Verdict};
 use crate::cases::Machine;
@@ -36,10 +37,12 @@ pub const TESTS: &[(&str, fn())] = &[
 
 const MEBIBYTES: u64 = 512;
 const MACHINE: Machine = Machine { memory: MEBIBYTES, nodes: 1, command_line: "" };
-/// What it does to show that it is well: it makes a memory error of its own, among other things.
+/// The machine runs this case to show that it works. Among other things, it makes a memory error of
+/// its own.
 const WORK: &str = "this_kernel_has_real_memory_errors";
 
-/// What it does to show that its memory is as it was: it leaves some in the first run.
+/// The machine runs this case to show that its memory is unchanged. The first run leaves bytes in
+/// memory.
 const REMEMBER: &str = "memory_holds_what_was_left_in_it";
 
 const SIGBUS: i32 = 7;
@@ -52,7 +55,7 @@ struct Vm {
 }
 
 impl Vm {
-    /// On `memory`, which is made if it is not there.
+    /// Starts a machine on the file `memory`, and makes the file if there is none.
     fn spawn(memory: &Path, work: &Path, incoming: Option<&str>) -> Self {
         let monitor = work.join(memory.file_name().expect("a file"));
         let backend = format!(
@@ -73,12 +76,12 @@ impl Vm {
         vm
     }
 
-    /// Asserts that the machine does its work.
+    /// Asserts that the machine works.
     fn works(&mut self) {
         self.does(WORK);
     }
 
-    /// Asserts that the machine's memory is as it was the first time.
+    /// Asserts that the machine's memory holds the bytes of the first run.
     fn remembers(&mut self) {
         self.does(REMEMBER);
     }
@@ -88,7 +91,7 @@ impl Vm {
         assert!(matches!(report.verdict, Verdict::Passed), "{}", describe(&report));
     }
 
-    /// Says something to QEMU's monitor, and returns its answer.
+    /// Gives QEMU's monitor a command, and returns the answer.
     fn tell(&self, command: &str) -> String {
         let mut connected = None;
         limits::until(limits::ANSWER, "QEMU's monitor, which it makes as it starts", || {
@@ -104,7 +107,7 @@ impl Vm {
         answer
     }
 
-    /// Waits until the machine has left for where it was told to.
+    /// Waits until the machine has moved to its target.
     fn wait_until_gone(&self) -> String {
         self.wait_until_migration_is("completed")
     }
@@ -118,20 +121,20 @@ impl Vm {
             }
             assert!(!status.contains("Migration status: failed"), "{status}");
             assert!(Instant::now() < patience, "{status}");
-            std::thread::sleep(Duration::from_millis(50)); // it can only be asked
+            std::thread::sleep(Duration::from_millis(50)); // QEMU does not announce it
         }
     }
 
-    /// Waits until the machine that it was told to receive is there, paused as it was sent.
+    /// Waits until this target has received the machine, which is paused as at its source.
     fn wait_until_there(&self) {
         let patience = Instant::now() + Duration::from_secs(120);
         while self.tell("info status").contains("inmigrate") {
             assert!(Instant::now() < patience, "nothing has come");
-            std::thread::sleep(Duration::from_millis(50)); // it can only be asked
+            std::thread::sleep(Duration::from_millis(50)); // QEMU does not announce it
         }
     }
 
-    /// A subpage in the midst of memory that has not been written to.
+    /// Finds a subpage in the middle of memory that the machine has not written to.
     fn unused(&self) -> u64 {
         let memory = File::open(&self.memory).unwrap();
         let mut folio = vec![0; FOLIO as usize];
@@ -187,14 +190,15 @@ fn a_virtual_machine_goes_on_beside_quarantine_and_repair() {
     pool.unmount();
 }
 
-/// Without KVM, QEMU 7.2 has no handler for SIGBUS: the signal ends it. (With KVM it tells the guest of BUS_MCEERR_AR.)
+/// Without KVM, QEMU 7.2 has no handler for SIGBUS, so the signal ends it. (With KVM, QEMU tells
+/// the guest of BUS_MCEERR_AR.)
 fn a_virtual_machine_is_ended_by_a_quarantine_of_what_it_uses() {
     let (pool, work) = (pool(1), tempfile::tempdir().unwrap());
     let memory = pool.join("vm0");
     let mut vm = Vm::start(&memory, work.path());
     vm.works();
     vm.tell("stop");
-    // All that is not empty in the first 64 MiB, where the kernel is.
+    // Quarantines used subpages in the first 64 MiB, where the kernel is.
     let file = File::open(&memory).unwrap();
     let mut subpage = vec![0; SUBPAGE as usize];
     for place in ((16 << 20)..(64 << 20)).step_by(64 * SUBPAGE as usize) {
@@ -207,7 +211,7 @@ fn a_virtual_machine_is_ended_by_a_quarantine_of_what_it_uses() {
     let report = vm.boot.run(WORK);
     assert!(matches!(report.verdict, Verdict::Ended), "{}", describe(&report));
     assert_eq!(vm.boot.wait_for_end().signal(), Some(SIGBUS));
-    // And what it had in memory is not lost with it.
+    // The bytes that the machine had in memory are not lost.
     set(&memory, REPAIR, "salvage all").unwrap();
     pool.check();
     drop((vm, file));
@@ -215,7 +219,8 @@ fn a_virtual_machine_is_ended_by_a_quarantine_of_what_it_uses() {
     pool.unmount();
 }
 
-/// QEMU keeps what is not memory in a stream of its own (the capability x-ignore-shared); the memory is the file.
+/// With the capability x-ignore-shared, QEMU writes all but the memory to a stream; the memory is
+/// the file.
 fn a_virtual_machine_goes_on_from_a_copy_of_its_memory() {
     let (pool, work) = (pool(2), tempfile::tempdir().unwrap());
     let (memory, copy, state) = (pool.join("vm0"), pool.join("vm1"), work.path().join("state"));
@@ -268,8 +273,9 @@ fn a_virtual_machine_moves_to_another_process() {
     pool.unmount();
 }
 
-/// For postcopy (userfaultfd), QEMU punches all of the target's memory, to have it filled by faults. Pages that are punched go
-/// back to the pool by default, and a fault cannot ask the pool: SIGBUS ends the target before the source has left.
+/// For postcopy (userfaultfd), QEMU punches all of the target's memory, so that faults fill it. By
+/// default, punched pages go back to the pool, and a fault cannot ask the pool for a page. So
+/// SIGBUS ends the target before the source has left.
 fn a_machine_that_cannot_move_by_postcopy_stays() {
     let (pool, work) = (pool(2), tempfile::tempdir().unwrap());
     let (memory, other) = (pool.join("vm0"), pool.join("vm1"));
@@ -289,8 +295,8 @@ fn a_machine_that_cannot_move_by_postcopy_stays() {
     pool.unmount();
 }
 
-/// The machine runs at the target, and what it touches comes from the source at that moment, whoever looks at the memory meanwhile
-/// and though the worker dies.
+/// The machine runs at the target. The target fetches each page from the source when the machine
+/// touches it. Reads of the memory and a death of the worker change nothing about that.
 fn a_machine_moves_by_postcopy_with_punched_pages_kept() {
     let work = tempfile::tempdir().unwrap();
     let pool = Pool::mount(&format!("pagesize=2M,size={}M,punch=keep", 2 * MEBIBYTES));
@@ -301,7 +307,7 @@ fn a_machine_moves_by_postcopy_with_punched_pages_kept() {
     let mut target = Vm::spawn(&other, work.path(), Some(&to));
     target.tell("migrate_set_capability postcopy-ram on");
     vm.tell("migrate_set_capability postcopy-ram on");
-    vm.tell("migrate_set_parameter max-bandwidth 8M"); // so that there is something left for postcopy
+    vm.tell("migrate_set_parameter max-bandwidth 8M"); // so that some memory is left for postcopy
     vm.tell("migrate_set_parameter max-postcopy-bandwidth 16M");
     vm.tell(&format!("migrate -d {to}"));
     vm.tell("migrate_start_postcopy");

@@ -52,7 +52,7 @@ pub fn quoted(text: &str) -> impl Iterator<Item = &str> {
     text.split('`').skip(1).step_by(2)
 }
 
-/// No other name in the documents has so many words.
+/// True for a word with four underscores or more: no other name in the documents has so many.
 pub fn is_test_name(word: &str) -> bool {
     word.matches('_').count() >= 4
         && word.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')

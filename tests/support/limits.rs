@@ -1,19 +1,23 @@
-//! Limits: no test waits without end, and a limit that passes says what the test waited for.
+//! Limits: no test waits without end, and a limit that passes names the event that the test waited
+//! for.
 //!
-//! A wait is in a table from its beginning to its end. A thread, the watchdog, sleeps until the nearest limit. When
-//! a limit passes, the watchdog writes what was waited for to standard error and applies the wait's [`Remedy`]:
+//! A wait is in a table from its beginning to its end. A thread, the watchdog, sleeps until the
+//! nearest limit. When a limit passes, the watchdog writes the name of the event to standard error
+//! and applies the wait's [`Remedy`]:
 //!
 //! ```text
-//!   a wait for         the watchdog                           then
-//!   a process          kills the process                      the wait ends, and the test panics with its name
-//!   calls to a mount   disconnects the mount                  the calls fail, and the test panics
-//!   anything else      ends this program: it lists all waits and what each thread does, disconnects all mounts
-//!                      that are waited for, kills all processes that are waited for, and calls abort(3)
+//!   a wait for         the watchdog             then
+//!   a process          kills the process        the wait ends, and the test panics with its name
+//!   calls to a mount   disconnects the mount    the calls fail, and the test panics
+//!   anything else      ends this program: it lists all waits, describes all threads,
+//!                      disconnects the mounts and kills the processes of all waits, and calls
+//!                      abort(3)
 //! ```
 //!
-//! A wait that goes on for [`GRACE`] after its remedy ends the program, too. So does SIGTERM, by which timeout(1) ends
-//! a test program (`tests/run`). A thread that waits for the answer to a FUSE request cannot be killed
-//! (fs/fuse/dev.c, request_wait_answer), so a program that only died would stay.
+//! A wait that goes on for [`GRACE`] after its remedy ends the program, too. So does SIGTERM, by
+//! which timeout(1) ends a test program (`tests/run`). A program that only died would stay: a
+//! thread that waits for the answer to a FUSE request cannot be killed (fs/fuse/dev.c,
+//! request_wait_answer).
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::mount::{UnmountFlags, unmount};
@@ -30,24 +34,25 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, Once, PoisonError};
 use std::time::{Duration, Instant};
 
-/// A program that takes longer hangs: the slowest of our own takes some seconds on an idle machine. All limits have room for
-/// a machine that runs ten other programs meanwhile.
+/// The limit for a program: the slowest of our own takes some seconds on an idle machine. All
+/// limits leave room for a machine that runs ten other programs at the same time.
 pub const PROGRAM: Duration = Duration::from_secs(300);
 
-/// The same for an answer of a process, for the end of a process that was killed, and for what the kernel or
-/// the worker does by itself.
+/// The limit for an answer of a process, for the end of a killed process, and for all that the
+/// kernel or the worker does by itself.
 pub const ANSWER: Duration = Duration::from_secs(120);
 
 /// A remedy takes effect within this time.
 pub const GRACE: Duration = Duration::from_secs(10);
 
-/// What the watchdog does to have a wait end.
+/// The watchdog's way to end a wait.
 pub enum Remedy {
-    /// Ends this program: nothing less helps.
+    /// Ends this program, because nothing less helps.
     End,
     /// Kills the process that a pidfd names.
     Kill(OwnedFd),
-    /// Has every call to a mount fail (umount2(2), MNT_FORCE), takes the mount away, and kills its supervisor.
+    /// Makes every call to a mount fail (umount2(2), MNT_FORCE), takes the mount away, and kills
+    /// its supervisor.
     Disconnect { mount_point: PathBuf, supervisor: Option<OwnedFd> },
 }
 
@@ -58,27 +63,28 @@ impl Remedy {
             Self::Kill(process) => kill(process),
             Self::Disconnect { mount_point, supervisor } => {
                 let _ = unmount(mount_point, UnmountFlags::FORCE); // EBUSY while calls return
-                let _ = unmount(mount_point, UnmountFlags::DETACH); // EINVAL where nothing is mounted any more
+                // EINVAL if nothing is mounted any more.
+                let _ = unmount(mount_point, UnmountFlags::DETACH);
                 supervisor.iter().for_each(kill);
             }
         }
     }
 }
 
-/// ESRCH is what is wanted: the process has ended.
+/// ESRCH is no failure: the process has ended.
 fn kill(process: &OwnedFd) {
     let _ = pidfd_send_signal(process, Signal::KILL);
 }
 
-// ---- the table ------------------------------------------------------------------------------------------------------
+// ---- the table ----------------------------------------------------------------------------------
 
 struct Wait {
     what: String,
     limit: Duration,
-    /// When the watchdog acts next.
+    /// The time at which the watchdog acts next.
     until: Instant,
     remedy: Remedy,
-    /// The remedy has been applied.
+    /// True if the watchdog has applied the remedy.
     overdue: bool,
 }
 
@@ -91,7 +97,7 @@ impl Display for Wait {
 struct Table {
     waits: BTreeMap<u64, Wait>,
     next: u64,
-    /// What threads of this process have noted, by thread id.
+    /// The notes of this process's threads, by thread id.
     notes: BTreeMap<i32, String>,
 }
 
@@ -99,10 +105,10 @@ static TABLE: Mutex<Table> = Mutex::new(Table { waits: BTreeMap::new(), next: 0,
 static CHANGED: Condvar = Condvar::new();
 
 fn table() -> MutexGuard<'static, Table> {
-    TABLE.lock().unwrap_or_else(PoisonError::into_inner) // each change to it is one call
+    TABLE.lock().unwrap_or_else(PoisonError::into_inner) // each change of the table is one call
 }
 
-/// A wait that has begun. Its end is its drop, which panics where the limit has passed.
+/// A wait that has begun. Its drop ends it, and panics if the limit has passed.
 pub struct Waiting(u64);
 
 /// Begins a wait for `what`.
@@ -120,7 +126,7 @@ pub fn begin(limit: Duration, what: impl Into<String>, remedy: Remedy) -> Waitin
 }
 
 impl Waiting {
-    /// Replaces the remedy: the one who is waited for is another now.
+    /// Replaces the remedy: the test now waits for another process.
     pub fn amend(&self, remedy: Remedy) {
         table().waits.get_mut(&self.0).expect("it has not ended").remedy = remedy;
     }
@@ -133,14 +139,15 @@ impl Drop for Waiting {
     }
 }
 
-/// Says what this thread does, for the list that the watchdog prints when it ends the program.
+/// Notes the work of this thread, for the list that the watchdog prints when it ends the program.
 pub fn note(what: impl Into<String>) {
     table().notes.insert(rustix::thread::gettid().as_raw_nonzero().get(), what.into());
 }
 
-// ---- the watchdog ---------------------------------------------------------------------------------------------------
+// ---- the watchdog -------------------------------------------------------------------------------
 
-/// A thread that the list of threads shows by its own name, not by that of the test that began the first wait.
+/// Starts a thread with a name of its own. Otherwise the list of threads would show the name of the
+/// test that began the first wait.
 fn spawn(work: impl FnOnce() + Send + 'static) {
     std::thread::Builder::new().name("watchdog".to_owned()).spawn(work).expect("a thread");
 }
@@ -164,7 +171,7 @@ fn watch() {
 }
 
 impl Table {
-    /// Acts on the waits whose time has come.
+    /// Acts on the waits whose limit has passed.
     fn act(&mut self, now: Instant) {
         for wait in self.waits.values_mut().filter(|wait| wait.until <= now) {
             if wait.overdue || matches!(wait.remedy, Remedy::End) {
@@ -179,7 +186,7 @@ impl Table {
     }
 }
 
-/// Ends this program, and what it waits for.
+/// Ends this program, and everything that it waits for.
 fn give_up(table: &Table, why: &str) {
     let mut list = format!("{why} ends this program, which waits for\n");
     for wait in table.waits.values() {
@@ -190,26 +197,28 @@ fn give_up(table: &Table, why: &str) {
     std::process::abort();
 }
 
-/// What each thread of this process does: its name, its note, and where in the kernel it is (proc(5)).
+/// Describes each thread of this process: its name, its note, and its place in the kernel
+/// (proc(5)).
 fn threads(notes: &BTreeMap<i32, String>) -> String {
     let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().filter_map(Result::ok);
     let describe = |task: std::fs::DirEntry| {
         let read = |name: &str| std::fs::read_to_string(task.path().join(name)).unwrap_or_default();
         let id: Option<i32> = task.file_name().to_str().and_then(|id| id.parse().ok());
         let note = id.and_then(|id| notes.get(&id)).map(String::as_str).unwrap_or_default();
-        let stack = read("stack"); // empty where this process may not look
+        let stack = read("stack"); // empty if this process may not look
         let stack: Vec<&str> = stack.lines().filter_map(|line| line.split(' ').nth(1)).take(5).collect();
         format!("  thread {} {note} {}\n", read("comm").trim_end(), stack.join(" < "))
     };
     tasks.map(describe).collect()
 }
 
-/// To standard error itself: what eprintln! writes is a test's output, which is shown when that test has ended.
+/// Writes to standard error itself: the output of eprintln! belongs to a test, and is shown when
+/// that test has ended.
 fn say(text: &str) {
     let _ = std::io::stderr().write_all(text.as_bytes());
 }
 
-// ---- waits ----------------------------------------------------------------------------------------------------------
+// ---- waits --------------------------------------------------------------------------------------
 
 /// Waits in `wait` for `what`; ends this program when the limit passes.
 pub fn within<T>(limit: Duration, what: &str, wait: impl FnOnce() -> T) -> T {
@@ -217,7 +226,8 @@ pub fn within<T>(limit: Duration, what: &str, wait: impl FnOnce() -> T) -> T {
     wait()
 }
 
-/// Looks again and again until `holds` returns true, where nothing but to look tells of it.
+/// Calls `holds` again and again until it returns true. Only for conditions that no event
+/// announces.
 pub fn until(limit: Duration, what: &str, mut holds: impl FnMut() -> bool) {
     let end = Instant::now() + limit;
     while !holds() {
@@ -226,7 +236,8 @@ pub fn until(limit: Duration, what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-/// Waits until poll(2) reports POLLIN of `file`: a pidfd whose process has ended, a pipe with something to read.
+/// Waits until poll(2) reports POLLIN of `file`: a pidfd whose process has ended, or a pipe with
+/// something to read.
 pub fn readable(limit: Duration, what: &str, file: impl AsFd) {
     assert!(is_readable(limit, file), "limit of {limit:?} for {what} has passed");
 }
@@ -236,13 +247,14 @@ pub fn is_readable(limit: Duration, file: impl AsFd) -> bool {
     poll(&mut [PollFd::new(&file, PollFlags::IN)], Some(&timeout)).expect("poll works") == 1
 }
 
-/// Runs a program to its end, without input, and returns what it printed. A program that is not started is an error.
+/// Runs a program to its end, without input, and returns its output. A program that cannot be
+/// started is an error.
 pub fn output(limit: Duration, command: &mut Command) -> std::io::Result<Output> {
     let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     collect(limit, &format!("{command:?}"), child)
 }
 
-/// Waits for the end of a child, and returns what it wrote to its pipes.
+/// Waits for the end of a child, and returns its output on the pipes.
 pub fn collect(limit: Duration, what: &str, child: Child) -> std::io::Result<Output> {
     let _waiting = begin(limit, format!("the end of {what}"), Remedy::Kill(process(&child)));
     child.wait_with_output()
@@ -251,28 +263,28 @@ pub fn collect(limit: Duration, what: &str, child: Child) -> std::io::Result<Out
 /// Waits for the end of a child.
 pub fn exit(limit: Duration, what: &str, child: &mut Child) -> ExitStatus {
     if let Some(status) = child.try_wait().expect("it is a child") {
-        return status; // to have been waited for before is no error
+        return status; // an earlier wait for the child is no error
     }
     let _waiting = begin(limit, format!("the end of {what}"), Remedy::Kill(process(child)));
     child.wait().expect("it is a child")
 }
 
-/// A pidfd of a child that has not been waited for.
+/// Opens a pidfd of a child that nothing has waited for yet.
 pub fn process(child: &Child) -> OwnedFd {
     let pid = Pid::from_raw(child.id() as i32).expect("a process id");
     pidfd_open(pid, PidfdFlags::empty()).expect("it has not been waited for")
 }
 
-// ---- the limit of a test --------------------------------------------------------------------------------------------
+// ---- the limit of a test ------------------------------------------------------------------------
 
 static TEST: AtomicU64 = AtomicU64::new(900);
 
-/// Gives each test of this program so many seconds instead of 900.
+/// Sets the limit of each test of this program, in seconds; the default is 900.
 pub fn allow(seconds: u64) {
     TEST.store(seconds, Ordering::Relaxed);
 }
 
-/// Has SIGTERM end this program as a limit that passes does.
+/// Makes SIGTERM end this program in the way in which a passed limit does.
 fn listen() {
     let mut signals = Signals::new([SIGTERM]).expect("a handler for SIGTERM");
     spawn(move || {
@@ -281,7 +293,7 @@ fn listen() {
     });
 }
 
-/// Begins the time of a test, which uses a mount: calls to the mount have no limit of their own.
+/// Begins the time of a test that uses a mount: calls to the mount have no limit of their own.
 pub fn test(mount_point: &Path, supervisor: Option<OwnedFd>) -> Waiting {
     static LISTENING: Once = Once::new();
     LISTENING.call_once(listen);

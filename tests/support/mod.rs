@@ -1,5 +1,5 @@
-//! What the tests stand on: real mounts that are gone at the end of a test whatever happens, and other processes
-//! that have files mapped.
+//! The base of the tests: real mounts, which go away at the end of a test in every case, and other
+//! processes that map files.
 #![allow(dead_code, missing_docs)]
 
 pub mod cgroup;
@@ -31,16 +31,16 @@ pub const MAP: &str = "user.hugetlb2.map";
 pub const POOL: &str = "user.hugetlb2.pool";
 pub const SIZE: &str = "trusted.hugetlb2.size";
 pub const CHECK: &str = "trusted.hugetlb2.check";
-/// Of debug builds only.
+/// Debug builds only.
 pub const DIE: &str = "trusted.hugetlb2.die";
 
-/// The program under test; it goes by the name that it is called by.
+/// The program under test. It acts by the name under which it is called (argv[0]).
 pub fn hugetlb2() -> Command {
     Command::new(program())
 }
 
-/// What cargo has built for these tests, unless the environment names another: the lab's machine has it elsewhere, and what
-/// runs there is no test to cargo.
+/// The program that cargo has built for these tests, unless the environment names another. The
+/// lab's machine needs that: its program lies elsewhere, and cargo does not run the tests there.
 fn program() -> PathBuf {
     const BUILT: Option<&str> = option_env!("CARGO_BIN_EXE_hugetlb2");
     let named = std::env::var_os("HUGETLB2_PROGRAM").map(PathBuf::from);
@@ -53,7 +53,7 @@ pub fn mount_hugetlb2() -> Command {
     command
 }
 
-/// mount.hugetlb2 as a process of `cgroup`.
+/// Runs mount.hugetlb2 as a process of `cgroup`.
 pub fn mount_hugetlb2_in(cgroup: &Path) -> Command {
     const ENTER: &str = r#"echo $$ >"$0/cgroup.procs" && exec -a mount.hugetlb2 "$@""#;
     let mut command = Command::new("bash");
@@ -67,7 +67,7 @@ pub fn umount_hugetlb2() -> Command {
     command
 }
 
-/// Runs to the end and returns what was printed; panics unless it exits with 0.
+/// Runs a program to its end and returns its output. Panics unless it exits with 0.
 pub fn run(command: &mut Command) -> String {
     let output = limits::output(limits::PROGRAM, command).expect("the program can be started");
     assert!(
@@ -84,14 +84,14 @@ pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// Runs to the end and returns exit status and standard error.
+/// Runs a program to its end and returns its exit status and its standard error.
 pub fn status_and_error(command: &mut Command) -> (i32, String) {
     let output = limits::output(limits::PROGRAM, command).expect("the program can be started");
     let Output { status, stderr, .. } = output;
     (status.code().expect("it is not ended by a signal"), text(&stderr))
 }
 
-/// A pool that is mounted for the length of a test.
+/// A pool that is mounted for the time of a test.
 pub struct Pool {
     directory: tempfile::TempDir,
     daemon: Option<Daemon>,
@@ -99,23 +99,23 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// `pages` pages of 2 MiB.
+    /// Mounts `pages` pages of 2 MiB.
     pub fn small(pages: u64) -> Self {
         Self::mount(&format!("pagesize=2M,size={}", pages * FOLIO))
     }
 
-    /// `pages` pages of 1 GiB.
+    /// Mounts `pages` pages of 1 GiB.
     pub fn gigantic(pages: u64) -> Self {
         Self::mount(&format!("pagesize=1G,size={}", pages * GIB))
     }
 
-    /// With these options; the daemon's log goes to the test's standard error when it fails, unless the options
-    /// say where it goes.
+    /// Mounts a pool with these options. When the test fails, it prints the daemon's log, unless
+    /// the options name a log.
     pub fn mount(options: &str) -> Self {
         Self::mount_by(mount_hugetlb2(), options)
     }
 
-    /// The same by a command that ends as mount.hugetlb2.
+    /// Mounts a pool by a command that ends as mount.hugetlb2.
     pub fn mount_by(mut mount: Command, options: &str) -> Self {
         let directory = tempfile::tempdir().expect("a directory for the test");
         std::fs::create_dir(directory.path().join("mnt")).expect("a mount point");
@@ -141,7 +141,7 @@ impl Pool {
         std::fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
     }
 
-    /// The log, once `text` is in it.
+    /// Waits until `text` is in the log, and returns the log.
     pub fn await_log(&self, text: &str) -> String {
         await_text(&self.directory.path().join("log"), text)
     }
@@ -168,7 +168,7 @@ impl Pool {
         self.daemon.as_ref().expect("it is mounted")
     }
 
-    /// Another daemon has taken over.
+    /// Notes that another daemon has taken over.
     pub fn note_new_daemon(&mut self) {
         let daemon = Daemon::of(&self.path());
         let supervisor = Some(daemon.fd.try_clone().expect("a descriptor"));
@@ -176,12 +176,13 @@ impl Pool {
         self.daemon = Some(daemon);
     }
 
-    /// Waits until so many pages are free: the kernel forgets a file some time after its last user is gone.
+    /// Waits until `pages` pages are free: the kernel forgets a file some time after its last user
+    /// has ended.
     pub fn wait_for_free_pages(&self, pages: u64) {
         limits::until(limits::ANSWER, &format!("{pages} free pages"), || self.free_pages() == pages);
     }
 
-    /// The same for files without a name: waits until none is there.
+    /// Waits until no file without a name is left; the kernel forgets such a file late, too.
     pub fn wait_for_orphans(&self) {
         limits::until(limits::ANSWER, "the last file without a name", || self.counter("orphans") == 0);
     }
@@ -226,7 +227,7 @@ pub fn await_text(path: &Path, text: &str) -> String {
     }
 }
 
-/// A daemon, to wait for its end.
+/// A daemon, and a descriptor to wait for its end.
 pub struct Daemon {
     pub pid: i32,
     fd: OwnedFd,
@@ -239,7 +240,8 @@ impl Daemon {
         Self { pid, fd }
     }
 
-    /// The process, whatever its number stands for later.
+    /// The process. The descriptor stays with it, even if the kernel gives its number to another
+    /// process later.
     pub fn process(&self) -> &OwnedFd {
         &self.fd
     }
@@ -263,7 +265,7 @@ pub fn counters(mount_point: &Path) -> BTreeMap<String, u64> {
     text.lines().map(row).collect()
 }
 
-// ---- attributes -----------------------------------------------------------------------------------------------------
+// ---- attributes ---------------------------------------------------------------------------------
 
 pub fn get(path: impl AsRef<Path>, name: &str) -> rustix::io::Result<String> {
     let mut value = vec![0; 64 << 10];
@@ -280,9 +282,10 @@ pub fn poison(path: impl AsRef<Path>, offset: u64, length: u64) -> rustix::io::R
     set(path, POISON, format!("{offset} {length}"))
 }
 
-// ---- another process ------------------------------------------------------------------------------------------------
+// ---- another process ----------------------------------------------------------------------------
 
-/// Another process that maps a file and touches it; see `mount-helper/touch.rs` for the language.
+/// Another process that maps a file and touches it. `mount-helper/touch.rs` defines the language of
+/// its commands.
 pub struct Toucher {
     child: Child,
     process: OwnedFd,
@@ -303,7 +306,7 @@ impl Toucher {
         Self { process: limits::process(&child), child, input, output }
     }
 
-    /// One that maps all of `file`, which has `length` bytes, shared and writable.
+    /// Starts a process that maps all of `file`, which has `length` bytes, shared and writable.
     pub fn mapping(file: &Path, length: u64) -> Self {
         let mut toucher = Self::start();
         toucher.map(file, 0, length, "shared rw");
@@ -318,7 +321,7 @@ impl Toucher {
         self.ask_within(limits::ANSWER, line)
     }
 
-    /// Returns the answer, which is empty if the process has ended.
+    /// Asks and returns the answer, which is empty if the process has ended.
     pub fn ask_within(&mut self, limit: Duration, line: &str) -> String {
         let what = format!("the answer of process {} to {line:?}", self.child.id());
         let process = self.process.try_clone().expect("a descriptor");
@@ -346,7 +349,7 @@ impl Toucher {
         }
     }
 
-    /// Whether the store succeeded; SIGBUS if not.
+    /// Stores a byte. Returns false if the store met SIGBUS.
     pub fn store(&mut self, offset: u64, byte: u8) -> bool {
         let answer = self.ask(&format!("store {offset} {byte}"));
         assert!(answer == "ok" || answer.starts_with("sigbus"), "store {offset}: {answer}");
@@ -362,14 +365,14 @@ impl Toucher {
             .collect()
     }
 
-    /// The number after `count`.
+    /// Asks and returns the number behind `count`.
     pub fn count(&mut self, line: &str) -> u64 {
         let answer = self.ask(line);
         let count = answer.strip_prefix("count ").unwrap_or_else(|| panic!("{line}: {answer}"));
         count.split(' ').next().expect("a word").parse().expect("a number")
     }
 
-    /// 2 MiB entries that map it.
+    /// The number of 2 MiB entries that map the file.
     pub fn huge(&mut self) -> u64 {
         self.count("huge")
     }
@@ -383,11 +386,12 @@ impl Drop for Toucher {
 
 /// Kills a child and waits for its end.
 pub fn end(child: &mut Child, what: &str) {
-    let _ = child.kill(); // one that has ended by itself is waited for all the same
+    let _ = child.kill(); // a child that has ended by itself needs the wait, too
     limits::exit(limits::ANSWER, what, child);
 }
 
-/// How much of a file a process maps, and how much of that by huge entries, in bytes (proc(5), /proc/PID/smaps).
+/// The bytes of a file that a process maps, and the bytes of these that huge entries map (proc(5),
+/// /proc/PID/smaps).
 pub fn huge_bytes(pid: u32, file: &Path) -> (u64, u64) {
     let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).expect("the process runs");
     let path = format!(" {}", file.display());
@@ -405,26 +409,27 @@ pub fn huge_bytes(pid: u32, file: &Path) -> (u64, u64) {
     (mapped, huge)
 }
 
-// ---- mounting -------------------------------------------------------------------------------------------------------
+// ---- mounting -----------------------------------------------------------------------------------
 
 impl Daemon {
-    /// One whose mount does not serve yet.
+    /// A daemon whose mount does not serve yet.
     pub fn with_pid(pid: i32) -> Self {
         let fd = pidfd_open(Pid::from_raw(pid).expect("a process id"), PidfdFlags::empty()).expect("it runs");
         Self { pid, fd }
     }
 }
 
-// ---- ending a worker ------------------------------------------------------------------------------------------------
+// ---- ending a worker ----------------------------------------------------------------------------
 
-/// A worker, to end it for certain: the number of a process may be another's a moment later.
+/// A worker, with a descriptor that cannot mean another process: the kernel may give the number of
+/// an ended process to another at once.
 pub struct Worker {
     pub pid: i32,
     pub process: OwnedFd,
 }
 
 impl Worker {
-    /// The one that serves now.
+    /// The worker that serves now.
     pub fn of(pool: &Pool) -> Self {
         let pid = pool.counter("worker_pid") as i32;
         let process =
@@ -436,7 +441,7 @@ impl Worker {
         pidfd_send_signal(&self.process, signal).expect("it runs");
     }
 
-    /// Returns when each of its threads stands still.
+    /// Stops the worker, and returns when each of its threads stands still.
     pub fn stop(&self) {
         self.signal(Signal::STOP);
         let is_stopped = |task: std::fs::DirEntry| {
@@ -446,16 +451,17 @@ impl Worker {
         let tasks =
             || std::fs::read_dir(format!("/proc/{}/task", self.pid)).expect("it runs").map(Result::unwrap);
         let what = format!("the stop of worker {}", self.pid);
-        limits::until(limits::ANSWER, &what, || tasks().all(is_stopped)); // only its parent could wait for that
+        // Only the parent could wait for that.
+        limits::until(limits::ANSWER, &what, || tasks().all(is_stopped));
     }
 
-    /// Returns when it is dead.
+    /// Kills the worker, and returns when it is dead.
     pub fn kill(self) {
         self.signal(Signal::KILL);
         self.wait();
     }
 
-    /// Returns when it is dead.
+    /// Returns when the worker is dead.
     pub fn wait(&self) {
         limits::readable(limits::ANSWER, &format!("the end of worker {}", self.pid), &self.process);
     }
@@ -465,14 +471,14 @@ impl Worker {
     }
 }
 
-/// Kills the worker; the next call waits for the next one.
+/// Kills the worker; the next call waits for the next worker.
 pub fn kill_worker(pool: &Pool) {
     Worker::of(pool).kill();
 }
 
-// ---- holding a worker at a step ---------------------------------------------------------------------------------------
+// ---- holding a worker at a step -----------------------------------------------------------------
 
-/// Stops all threads of the worker that come to a step, until it is dropped.
+/// Stops all threads of the worker that come to a step, until this value is dropped.
 pub struct Held<'a>(&'a Pool);
 
 impl<'a> Held<'a> {
@@ -488,9 +494,9 @@ impl Drop for Held<'_> {
     }
 }
 
-// ---- chance ----------------------------------------------------------------------------------------------------------
+// ---- chance -------------------------------------------------------------------------------------
 
-/// A generator of numbers that only needs to be different for each seed (splitmix64).
+/// A generator of numbers (splitmix64). The numbers only need to differ from seed to seed.
 pub struct Dice(pub u64);
 
 impl Dice {

@@ -1,4 +1,4 @@
-//! The same memory error, beside hugetlbfs.
+//! One memory error in a file of ours and in a file of hugetlbfs.
 
 use super::cases;
 use crate::support::{FOLIO, GIB, Pool, SUBPAGE, Toucher};
@@ -13,7 +13,7 @@ cases! {
 
 const BAD: u64 = GIB / 2 + 5 * SUBPAGE;
 
-/// Bytes of a file that an error in one subpage took with it.
+/// Bytes of a file that are lost by an error in one subpage.
 #[derive(Debug, PartialEq, Eq)]
 struct Lost {
     to_mmap: u64,
@@ -39,7 +39,7 @@ fn suffer_on_hugetlbfs() -> Lost {
     let directory = tempfile::tempdir().expect("a directory");
     mount("lab", directory.path(), "hugetlbfs", MountFlags::empty(), Some(c"pagesize=1G"))
         .expect("hugetlbfs");
-    // The kernel tells the console of every SIGBUS, which is slow.
+    // The kernel writes every SIGBUS to the console, which is slow.
     std::fs::write("/proc/sys/kernel/printk", "1").expect("the console's level");
     let lost = suffer(&directory.path().join("file"));
     std::fs::write("/proc/sys/kernel/printk", "7").expect("the console's level");
@@ -47,8 +47,9 @@ fn suffer_on_hugetlbfs() -> Lost {
     lost
 }
 
-/// Makes a file of 1 GiB, which a program maps, and poisons one of its subpages. Another process does that: the kernel
-/// sends it a signal at once where it maps the page.
+/// Makes a file of 1 GiB, which a program maps, and poisons one of its subpages. Another process
+/// makes the error: the kernel sends a signal at once to a process that maps the page and makes the
+/// error itself.
 fn suffer(path: &Path) -> Lost {
     let file = File::options().read(true).write(true).create_new(true).open(path).expect("a file");
     file.set_len(GIB).expect("a page");
@@ -63,8 +64,8 @@ fn suffer(path: &Path) -> Lost {
     }
 }
 
-/// Bytes lost, when `is_lost` knows of a subpage whether it is: looks at each of the 2 MiB around the error, and for
-/// every other 2 MiB at the first.
+/// Counts the lost bytes; `is_lost` is true for a lost subpage. Asks for each subpage of the 2 MiB
+/// around the error, and for the first subpage of every other 2 MiB.
 fn count_lost(mut is_lost: impl FnMut(u64) -> bool) -> u64 {
     let near = BAD / FOLIO * FOLIO;
     let far = (0..GIB).step_by(FOLIO as usize).filter(|start| *start != near);

@@ -1,4 +1,4 @@
-//! Memory errors where no program's bytes are, at bad moments, and beside a worker's death.
+//! Memory errors outside of programs' bytes, at bad moments, and beside a worker's death.
 
 use super::cases;
 use super::hw::{INJECT, inject, listed};
@@ -46,17 +46,18 @@ fn sevens(pool: &Pool) -> PathBuf {
     path
 }
 
-/// A file of the daemon's, by the root that it sees.
+/// A file of the daemon, by way of the daemon's root.
 fn inside(pool: &Pool, path: &str) -> PathBuf {
     PathBuf::from(format!("/proc/{}/root/{path}", pool.daemon().pid))
 }
 
-/// A memory error in any file.
+/// Makes a memory error in any file.
 fn strike(path: &Path, offset: u64) {
     try_to_strike(path, offset).unwrap();
 }
 
-/// The kernel does not promise to manage one in a page that somebody else holds at that instant.
+/// Tries to make a memory error. The kernel may fail if another process holds the page at that
+/// instant.
 fn try_to_strike(path: &Path, offset: u64) -> hugetlb2fs::error::Result<()> {
     let file = File::options().read(true).write(true).open(path).unwrap();
     let folio = Range::at(offset, 1).folios_out();
@@ -71,7 +72,7 @@ fn wait_until(what: &str, holds: impl FnMut() -> bool) {
     limits::until(limits::ANSWER, what, holds);
 }
 
-// ---- where no program's bytes are -----------------------------------------------------------------------------------
+// ---- where no program's bytes are ---------------------------------------------------------------
 
 fn an_error_in_free_memory_is_replaced_and_never_handed_out() {
     let pool = pool(4);
@@ -87,7 +88,7 @@ fn an_error_in_free_memory_is_replaced_and_never_handed_out() {
     assert!(toucher.walk().is_empty());
     assert_eq!(listed(&path), [""; 0]);
     drop(toucher);
-    // And in the moment before the patrol has come by.
+    // Now with an error that the patrol has not found yet.
     fs::remove_file(&path).unwrap();
     wait_until("the pages are back", || pool.free_pages() == 4);
     strike(&reserve, BAD);
@@ -110,7 +111,8 @@ fn an_error_in_the_ledger_loses_what_was_kept_and_opens_no_hole() {
     let mut toucher = Toucher::mapping(&path, SIZE);
     assert!(toucher.walk().is_empty());
     poison(&path, BAD, 2 * SUBPAGE).unwrap();
-    strike(&object_of(&pool).join("ledger"), FOLIO + BAD); // of the first of the two
+    // The ledger's copy of the first of the two.
+    strike(&object_of(&pool).join("ledger"), FOLIO + BAD);
     assert_eq!(toucher.walk(), [BAD, BAD + SUBPAGE]);
     pool.check();
     kill_worker(&pool);
@@ -131,7 +133,7 @@ fn an_error_in_the_ledger_loses_what_was_kept_and_opens_no_hole() {
     pool.unmount();
 }
 
-// ---- at bad moments -------------------------------------------------------------------------------------------------
+// ---- at bad moments -----------------------------------------------------------------------------
 
 fn an_error_in_a_pinned_folio_is_contained_as_the_kernel_can() {
     for pin in ["pin", "pin-for-io"] {
@@ -177,7 +179,7 @@ fn an_error_beside_memory_that_a_program_removed_stays_alone() {
     inject(&path, BAD);
     assert_eq!(toucher.ask(&format!("advise {} {SUBPAGE} {MADV_REMOVE}", BAD + 3 * SUBPAGE)), "ok");
     let file = File::options().write(true).open(&path).unwrap();
-    file.write_all_at(&[1; 10], BAD + 7 * SUBPAGE).unwrap(); // which takes the memory back
+    file.write_all_at(&[1; 10], BAD + 7 * SUBPAGE).unwrap(); // takes the memory back
     pool.check();
     assert_eq!(toucher.walk(), [BAD]);
     assert_eq!(toucher.load(BAD + 3 * SUBPAGE), Some(0));
@@ -188,7 +190,7 @@ fn an_error_beside_memory_that_a_program_removed_stays_alone() {
     pool.unmount();
 }
 
-/// Whether errors are looked for, found again by another worker, repaired, or punched: what is missing stays so.
+/// A search for errors, another worker, a repair and a punch leave the gaps empty.
 fn errors_beside_gaps_fill_no_gap_and_are_repaired() {
     const OTHER: u64 = BAD + 2 * SUBPAGE;
     const GAP: u64 = BAD + 8 * SUBPAGE;
@@ -215,7 +217,8 @@ fn errors_beside_gaps_fill_no_gap_and_are_repaired() {
     fallocate(&file, keep, OTHER, SUBPAGE).unwrap();
     assert_eq!(listed(&path), [""; 0]);
     assert!(all_missing() && is_missing("0x207000 0x1000"), "{}", get(&path, MAP).unwrap());
-    let mut toucher = Toucher::mapping(&path, SIZE); // the other keeps the kernel's mark of the errors
+    // The other process keeps the kernel's mark of the errors.
+    let mut toucher = Toucher::mapping(&path, SIZE);
     assert_eq!((toucher.load(BAD), toucher.load(OTHER)), (Some(0), Some(0)));
     assert_eq!((toucher.load(GAP), toucher.load(BAD + SUBPAGE)), (Some(0), Some(7)));
     assert!(toucher.walk().is_empty());
@@ -234,7 +237,7 @@ fn a_resize_keeps_or_discards_errors_with_their_place() {
             for round in 0..12 {
                 let place = (round * 37 % 512) * SUBPAGE;
                 match set(&path, INJECT, format!("hw {place}")) {
-                    Ok(()) | Err(Errno::INVAL) => {} // one that is there already
+                    Ok(()) | Err(Errno::INVAL) => {} // EINVAL: the error is there already
                     Err(errno) => panic!("{errno}"),
                 }
             }
@@ -262,7 +265,7 @@ fn a_resize_keeps_or_discards_errors_with_their_place() {
     pool.unmount();
 }
 
-/// Errors that the daemon is not told of, at whatever instruction of a repair they come.
+/// The errors hit at any instruction of a repair, and the filesystem is not told of them.
 fn errors_that_arrive_during_a_repair_are_repaired_later() {
     const ERRORS: u64 = 40;
     let pool = pool(4);
@@ -270,7 +273,7 @@ fn errors_that_arrive_during_a_repair_are_repaired_later() {
     let worker = pool.counter("worker_pid");
     let repair = || match set(&path, REPAIR, "zero all") {
         Ok(()) => true,
-        Err(Errno::NODATA) => false, // none is there just now
+        Err(Errno::NODATA) => false, // there is no error at the moment
         Err(errno) => panic!("{errno}: {}", pool.log()),
     };
     let place = |n: u64| FOLIO + n * 3 * SUBPAGE;
@@ -298,9 +301,10 @@ fn errors_that_arrive_during_a_repair_are_repaired_later() {
     pool.unmount();
 }
 
-/// The daemon touches file memory where it reads and writes for programs, zeroes what is cut off or punched, keeps and puts back
-/// what is quarantined, copies, maps for madvise(2), moves memory and looks for errors. All of that, over errors that it does not
-/// know of yet; the worker that did it is the same at the end.
+/// The daemon touches file memory in many requests: it reads and writes for programs, zeroes cut or
+/// punched bytes, rescues and restores quarantined bytes, copies, maps for madvise(2), moves memory
+/// and looks for errors. This case makes each such request over an error that the daemon does not
+/// know of yet. At the end the same worker serves.
 fn every_request_survives_memory_errors_under_it() {
     type Request = (&'static str, fn(&Path, &File));
     let requests: &[Request] = &[
@@ -336,7 +340,7 @@ fn every_request_survives_memory_errors_under_it() {
         let worker = pool.counter("worker_pid");
         let path = sevens(&pool);
         let file = File::options().read(true).write(true).open(&path).unwrap();
-        strike(&path, BAD); // by somebody else: the daemon is not told
+        strike(&path, BAD); // the daemon is not told
         request(&path, &file);
         assert_eq!(pool.counter("worker_pid"), worker, "{name} ended the worker: {}", pool.log());
         pool.check();
@@ -346,14 +350,14 @@ fn every_request_survives_memory_errors_under_it() {
     println!("{} requests", requests.len());
 }
 
-/// Whether it succeeded is another case's question.
+/// Ignores the result: another case tests it.
 fn tried<T, E>(_: Result<T, E>) {}
 
 fn punch(file: &File, offset: u64, length: u64) {
     tried(fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, length));
 }
 
-// ---- beside a worker's death ----------------------------------------------------------------------------------------
+// ---- beside a worker's death --------------------------------------------------------------------
 
 fn the_next_worker_finds_errors_of_the_time_without_one() {
     let pool = pool(4);
@@ -372,8 +376,8 @@ fn the_next_worker_finds_errors_of_the_time_without_one() {
     pool.unmount();
 }
 
-/// One that was known, and one that came when no worker was there to know; what was removed has to be filled around both, and
-/// around a hole.
+/// The worker knows one error; the other hits while no worker serves. The next worker must fill the
+/// removed memory around both errors and around a hole.
 fn a_worker_starts_in_spite_of_errors_and_removed_memory() {
     const KNOWN: u64 = BAD + 2 * SUBPAGE;
     const HOLE: u64 = BAD + 4 * SUBPAGE;
@@ -423,9 +427,10 @@ fn a_worker_that_the_oom_killer_takes_is_replaced() {
     let mut toucher = Toucher::mapping(&path, SIZE);
     assert!(toucher.walk().is_empty());
     let worker = pool.counter("worker_pid");
-    // A worker is nothing that the OOM killer would choose; and nobody else is to be chosen here.
+    // The OOM killer would not choose a worker; here it must choose no other process.
     fs::write(format!("/proc/{worker}/oom_score_adj"), "1000").unwrap();
-    fs::write("/proc/sysrq-trigger", "f").unwrap(); // the OOM killer, now (Documentation/admin-guide/sysrq.rst)
+    // Calls the OOM killer (Documentation/admin-guide/sysrq.rst).
+    fs::write("/proc/sysrq-trigger", "f").unwrap();
     wait_until("it is taken", || pool.counter("worker_pid") != worker);
     assert_eq!(fs::read(&path).unwrap(), vec![7; SIZE as usize]);
     assert!(toucher.walk().is_empty());
@@ -435,9 +440,9 @@ fn a_worker_that_the_oom_killer_takes_is_replaced() {
     pool.unmount();
 }
 
-// ---- cost -----------------------------------------------------------------------------------------------------------
+// ---- cost ---------------------------------------------------------------------------------------
 
-/// Nanoseconds that a process has spent on a processor (proc(5), schedstat), all its threads together.
+/// The nanoseconds of processor time of all threads of a process (proc(5), schedstat).
 fn time_spent(pid: u64) -> u64 {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(Result::unwrap);
     let spent = tasks.map(|task| {
@@ -453,7 +458,7 @@ fn the_patrol_costs_next_to_nothing_at_rest() {
     let path = sevens(&pool);
     let worker = pool.counter("worker_pid");
     let before = time_spent(worker);
-    std::thread::sleep(Duration::from_secs(SECONDS)); // what is measured is time
+    std::thread::sleep(Duration::from_secs(SECONDS)); // the case measures time
     let spent = time_spent(worker) - before;
     println!("the worker at rest: {} us a second, emulated", spent / SECONDS / 1000);
     assert!(spent < SECONDS * 100_000_000, "that is a tenth of a processor and no rest");

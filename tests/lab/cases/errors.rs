@@ -1,4 +1,5 @@
-//! Real memory errors: what the kernel does with one in tmpfs, and what that makes of a file of ours.
+//! Real memory errors: the kernel's treatment of an error in tmpfs, and its effect on a file of
+//! ours.
 
 use super::cases;
 use super::kernel::memory_failures;
@@ -27,7 +28,7 @@ cases! {
         a_write_over_errors_returns_its_true_prefix;
 }
 
-/// Where the error is: in the second of two folios.
+/// The place of the error, in the second of two folios.
 const BAD: u64 = FOLIO + 5 * SUBPAGE;
 const SIZE: u64 = 2 * FOLIO;
 const BUS_MCEERR_AR: i32 = 4;
@@ -36,9 +37,9 @@ fn bad() -> Range {
     Range::at(BAD, SUBPAGE)
 }
 
-// ---- tmpfs ----------------------------------------------------------------------------------------------------------
+// ---- tmpfs --------------------------------------------------------------------------------------
 
-/// A full tmpfs with one file of sevens, which is mapped and has an error.
+/// A full tmpfs with one mapped file of sevens that has an error.
 struct Sufferer {
     mount: OwnedFd,
     file: File,
@@ -60,7 +61,8 @@ impl Sufferer {
         Self { mount, file, mapping }
     }
 
-    /// Free blocks of the superblock (statfs), blocks of the file (stat), pages of the file (cachestat).
+    /// Free blocks of the superblock (statfs), blocks of the file (stat) and pages of the file
+    /// (cachestat).
     fn blocks(&self) -> (u64, u64, u64) {
         let free = tmpfs::blocks(&self.mount).unwrap().free;
         (
@@ -89,7 +91,8 @@ fn errno<T>(result: std::io::Result<T>) -> Result<T, Errno> {
 fn an_error_keeps_its_block_until_it_is_punched() {
     let sufferer = Sufferer::new();
     sufferer.assert_suffers();
-    tmpfs::punch(&sufferer.file, Range::at(BAD + 100, 200)).unwrap(); // zeroes, or would
+    // The punch of a part zeroes that part. Here it must not.
+    tmpfs::punch(&sufferer.file, Range::at(BAD + 100, 200)).unwrap();
     sufferer.assert_suffers();
     tmpfs::punch(&sufferer.file, bad()).unwrap();
     assert_eq!(sufferer.blocks(), (1, 1023, 1023));
@@ -101,7 +104,8 @@ fn writing_over_an_error_or_allocating_it_does_not_heal_it() {
     assert_eq!(errno(sufferer.file.write_at(&[9; 10], BAD + 10)), Err(Errno::IO));
     assert_eq!(sufferer.mapping.store(BAD, 9).unwrap_err().code, BUS_MCEERR_AR);
     tmpfs::allocate(&sufferer.file, Range::at(FOLIO, FOLIO)).unwrap();
-    let collapse = sufferer.mapping.advise_range(Range::at(FOLIO, FOLIO), 25); // MADV_COLLAPSE
+    // 25 is MADV_COLLAPSE.
+    let collapse = sufferer.mapping.advise_range(Range::at(FOLIO, FOLIO), 25);
     assert!(is(&collapse, Errno::AGAIN), "{collapse:?}");
     let populate = sufferer.mapping.advise_range(bad(), libc::MADV_POPULATE_WRITE);
     assert!(is(&populate, Errno::HWPOISON), "{populate:?}");
@@ -134,9 +138,9 @@ fn a_truncation_at_an_error_discards_it_and_one_inside_not() {
     assert_eq!(sufferer.mapping.walk(), []);
 }
 
-// ---- a pool ---------------------------------------------------------------------------------------------------------
+// ---- a pool -------------------------------------------------------------------------------------
 
-/// A file of sevens with an error; the process that maps it is returned.
+/// Makes a file of sevens with an error. Returns the process that maps the file.
 fn suffer(path: &Path) -> Toucher {
     std::fs::write(path, vec![7; SIZE as usize]).unwrap();
     let mut toucher = Toucher::mapping(path, SIZE);
@@ -217,7 +221,7 @@ fn a_file_with_a_real_error_gives_healthy_pages_back() {
     pool.unmount();
 }
 
-/// Over an error that nobody knows of yet, and a known one behind it.
+/// The write covers an error that no process knows of yet, and a known error behind it.
 fn a_write_over_errors_returns_its_true_prefix() {
     const LENGTH: u64 = 1 << 20;
     let (unknown, known) = (25 * SUBPAGE, LENGTH / 2);
@@ -242,7 +246,8 @@ fn a_write_over_errors_returns_its_true_prefix() {
     }
     file.write_all_at(&vec![2; (LENGTH - written) as usize], written).unwrap();
     let mut bytes = vec![0; LENGTH as usize];
-    file.read_exact_at(&mut bytes, 0).unwrap(); // the process that was hit keeps the kernel's mark in its page table
+    // The process that was hit cannot read it: its page table keeps the kernel's mark.
+    file.read_exact_at(&mut bytes, 0).unwrap();
     assert!(bytes.iter().all(|byte| *byte == 2));
     pool.check();
     drop((toucher, file));

@@ -1,4 +1,5 @@
-//! The programs of docs/HANDLERS.md, as they stand there, on a file with a real memory error and a quarantine on request.
+//! The programs of docs/HANDLERS.md, unchanged, on a file with a real memory error and a quarantine
+//! on request.
 
 use super::{HANDLER_C, HANDLER_RUST, cases};
 use crate::support::{FOLIO, POISON, Pool, SUBPAGE, Toucher, get, poison, run, set};

@@ -1,4 +1,5 @@
-//! Real memory errors as the filesystem deals with them: who is told, who sees what, and how a file becomes whole again.
+//! Real memory errors in the filesystem: the processes that learn of them, the bytes that they see,
+//! and the ways to make a file whole again.
 
 use super::cases;
 use crate::support::{
@@ -38,19 +39,19 @@ cases! {
 }
 
 pub const INJECT: &str = "trusted.hugetlb2.inject";
-/// Where the error is: in the second of two folios.
+/// The place of the error, in the second of two folios.
 const BAD: u64 = FOLIO + 5 * SUBPAGE;
 const SIZE: u64 = 2 * FOLIO;
 const BUS_MCEERR_AR: i32 = 4;
 const PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 
-/// Four pages; huge mappings come back when they are asked for only.
+/// A pool of four pages, which makes huge mappings again only on request.
 fn pool() -> Pool {
     Pool::mount("pagesize=2M,size=8M,collapse=off")
 }
 
-/// A file of sevens.
+/// Makes a file of sevens.
 fn sevens(pool: &Pool, size: u64) -> (PathBuf, File) {
     let path = pool.join("file");
     std::fs::write(&path, vec![7; size as usize]).unwrap();
@@ -62,7 +63,7 @@ pub fn inject(path: &Path, offset: u64) {
     set(path, INJECT, format!("hw {offset}")).unwrap();
 }
 
-/// An error that nobody has asked the filesystem for.
+/// Makes an error without asking the filesystem for it.
 fn strike(toucher: &mut Toucher, offset: u64) {
     assert_eq!(toucher.ask(&format!("advise {offset} {SUBPAGE} {}", libc::MADV_HWPOISON)), "ok");
 }
@@ -76,7 +77,7 @@ pub fn listed(path: &Path) -> Vec<String> {
     }
 }
 
-/// What [`listed`] says of single errors.
+/// The lines of [`listed`] for single errors.
 fn hw(offsets: &[u64]) -> Vec<String> {
     offsets.iter().map(|offset| format!("{offset:#x} 0x1000 hw")).collect()
 }
@@ -106,14 +107,14 @@ fn events(file: &File, timeout: &Timespec) -> PollFlags {
     fds[0].revents()
 }
 
-/// What the kernel keeps out of use for good, in bytes.
+/// The bytes that the kernel keeps out of use for good.
 fn corrupted() -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap();
     let line = text.lines().find_map(|line| line.strip_prefix("HardwareCorrupted:")).expect("it is counted");
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
 }
 
-/// Asserts that nothing is left of an error: all of the file can be read, mapped, and mapped huge.
+/// Asserts that no trace of an error is left: all of the file can be read, mapped, and mapped huge.
 fn assert_whole(pool: &Pool, path: &Path, size: u64) {
     assert_eq!(listed(path), [""; 0]);
     assert_eq!(pool.counter("quarantined_hw"), 0);
@@ -125,7 +126,7 @@ fn assert_whole(pool: &Pool, path: &Path, size: u64) {
     pool.check();
 }
 
-// ---- being told -----------------------------------------------------------------------------------------------------
+// ---- being told ---------------------------------------------------------------------------------
 
 fn an_injected_error_is_listed_counted_and_logged_once() {
     let pool = pool();
@@ -140,7 +141,8 @@ fn an_injected_error_is_listed_counted_and_logged_once() {
     assert_eq!(read(&file, BAD, 1), Err(Errno::IO));
     inject(&path, 0);
     assert_eq!(listed(&path), hw(&[0, BAD]));
-    let log = pool.await_log("memory error, 0x0 0x1000 quarantined (hw)"); // the later one
+    // The later of the two errors.
+    let log = pool.await_log("memory error, 0x0 0x1000 quarantined (hw)");
     assert_eq!(log.matches("memory error, 0x205000 0x1000 quarantined (hw)").count(), 1, "{log}");
     pool.check();
     drop(file);
@@ -190,7 +192,7 @@ fn injection_accepts_only_one_place_with_memory() {
     pool.unmount();
 }
 
-// ---- seeing it ------------------------------------------------------------------------------------------------------
+// ---- seeing it ----------------------------------------------------------------------------------
 
 fn an_error_costs_readers_and_mappers_its_subpage_only() {
     let pool = pool();
@@ -219,7 +221,7 @@ fn an_error_costs_readers_and_mappers_its_subpage_only() {
     pool.unmount();
 }
 
-// ---- becoming whole again -------------------------------------------------------------------------------------------
+// ---- ways to make a file whole again ------------------------------------------------------------
 
 fn zeroing_heals_an_error_whose_bytes_cannot_be_salvaged() {
     let pool = pool();
@@ -300,7 +302,7 @@ fn punching_and_truncating_discard_an_error() {
     pool.unmount();
 }
 
-// ---- sizes ----------------------------------------------------------------------------------------------------------
+// ---- sizes --------------------------------------------------------------------------------------
 
 fn a_file_with_an_error_grows_and_shrinks() {
     let pool = pool();
@@ -364,7 +366,7 @@ fn unlinking_a_file_with_errors_gives_all_its_pages_back() {
     pool.unmount();
 }
 
-// ---- many of them ---------------------------------------------------------------------------------------------------
+// ---- many errors --------------------------------------------------------------------------------
 
 fn errors_are_told_apart_wherever_they_are() {
     let last = SIZE + 3 * SUBPAGE;
@@ -375,7 +377,7 @@ fn errors_are_told_apart_wherever_they_are() {
         vec![0, 2 * SUBPAGE, BAD, SIZE, last],
     ] {
         let pool = pool();
-        let (path, file) = sevens(&pool, last + 10); // it ends within its last subpage
+        let (path, file) = sevens(&pool, last + 10); // the file ends within its last subpage
         places.iter().for_each(|place| inject(&path, *place));
         assert_eq!(listed(&path), hw(&places));
         assert_eq!(pool.counter("quarantined_hw"), places.len() as u64);
@@ -457,7 +459,7 @@ fn an_error_in_an_unlinked_file_is_found_and_repaired() {
 fn an_error_behind_the_end_does_not_keep_a_file_from_growing() {
     let pool = pool();
     let (path, file) = sevens(&pool, SIZE);
-    inject(&path, BAD); // known or not: nobody has asked
+    inject(&path, BAD); // no request has asked for the list of errors
     file.set_len(BAD - 10).unwrap();
     file.set_len(SIZE).unwrap();
     assert_holds(&file, BAD - 10, SIZE, 0);
@@ -480,7 +482,7 @@ fn an_error_behind_the_end_does_not_keep_a_file_from_growing() {
     pool.unmount();
 }
 
-// ---- before anybody knows -------------------------------------------------------------------------------------------
+// ---- errors that no process knows of ------------------------------------------------------------
 
 fn a_write_that_meets_an_unknown_error_succeeds() {
     let pool = pool();
@@ -494,7 +496,8 @@ fn a_write_that_meets_an_unknown_error_succeeds() {
     pool.check();
     strike(&mut toucher, BAD + SUBPAGE);
     file.write_all_at(&[8; 3 * SUBPAGE as usize], BAD).unwrap();
-    // Where the error met a 4 KiB entry, the kernel has left its mark there, which only a new page table does away with.
+    // If the error hit a 4 KiB entry, the kernel has left a mark in the page table. Only a new page
+    // table is without it.
     set(&path, COLLAPSE, "all").unwrap();
     assert_eq!(toucher.walk(), []);
     assert_holds(&file, BAD, BAD + 3 * SUBPAGE, 8);
@@ -555,7 +558,7 @@ pub fn the_kernel_itself_reads_up_to_an_error_and_never_through_it() {
     assert_whole(&pool, &path, SIZE);
 }
 
-/// Large reads are delivered from where the daemon has the file mapped, and that mapping is there already.
+/// The daemon answers large reads from its own mapping of the file, which is there already.
 pub fn a_large_read_ends_before_an_error_that_nobody_knew_of() {
     let pool = pool();
     let (path, file) = sevens(&pool, SIZE);
@@ -589,7 +592,7 @@ pub fn a_write_past_the_end_repairs_known_and_unknown_errors() {
         }
         file.write_all_at(&bytes, LAST).unwrap();
         assert_holds(&file, LAST, FOLIO + SUBPAGE, 8);
-        // Behind the end, where nothing has been lost.
+        // Behind the end, so that no byte is lost.
         strike(&mut toucher, FOLIO + SUBPAGE);
         if known {
             assert_eq!(listed(&path), hw(&[]));

@@ -1,4 +1,4 @@
-//! What the lab's kernel can do, without a pool.
+//! The abilities of the lab's kernel, without a pool.
 
 use super::{Case, Machine};
 use crate::support::Dice;
@@ -44,7 +44,7 @@ fn a_machine_with_two_nodes_tells_how_far_and_how_fast_they_are() {
     }
 }
 
-/// Memory errors that the kernel has dealt with on a NUMA node.
+/// The number of memory errors that the kernel has dealt with on a NUMA node.
 pub fn memory_failures(node: u32) -> u64 {
     let path = format!("/sys/devices/system/node/node{node}/memory_failure/total");
     let text = fs::read_to_string(path).expect("the kernel counts memory errors");
@@ -60,7 +60,7 @@ fn this_kernel_has_real_memory_errors() {
     assert_eq!(memory[4096], 7);
 }
 
-/// For a machine that moves: the first time this leaves something, and every time it looks whether it is there.
+/// For a machine that moves. The first run leaves bytes in memory; every run looks for them.
 fn memory_holds_what_was_left_in_it() {
     const LEFT: &str = "/tmp/left";
     const WORDS: u64 = (32 << 20) / 8;

@@ -1,4 +1,5 @@
-//! Any sequence of real memory errors and of what two processes do does what a model says.
+//! After any sequence of real memory errors and calls of two processes, the file is as a model
+//! says.
 
 use super::cases;
 use crate::support::{Dice, FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, set};
@@ -16,16 +17,16 @@ const SEED: u64 = 0x0bad_cafe_0bad_cafe;
 const ACTS: u64 = 600;
 const MOST: u64 = 5 * FOLIO;
 
-/// A file, two processes that use it, and what it must hold.
+/// A file, two processes that use it, and the bytes that it must hold.
 struct World {
     pool: Pool,
     processes: [Toucher; 2],
     path: PathBuf,
     bytes: Vec<u8>,
-    /// The subpages with an error, by their offset.
+    /// The offsets of the subpages with an error.
     lost: BTreeSet<u64>,
     random: Dice,
-    /// What was done, for the reader of a failure.
+    /// All steps, for the reader of a failure.
     done: Vec<String>,
 }
 
@@ -63,7 +64,7 @@ impl World {
         self.done.push(what);
     }
 
-    /// Has one of the two make a call on the file.
+    /// Has one of the two processes make a call on the file.
     fn ask(&mut self, command: &str, arguments: &str) -> String {
         let which = self.random.below(2) as usize;
         self.note(format!("process {which}: {command} {arguments}"));
@@ -74,7 +75,7 @@ impl World {
         self.bytes.len() as u64
     }
 
-    /// A place in the file, if it has one.
+    /// A random place in the file, if the file is not empty.
     fn place(&mut self) -> Option<u64> {
         (self.size() > 0).then(|| self.random.below(self.bytes.len() as u64))
     }
@@ -89,7 +90,8 @@ impl World {
         let end = (start + 1 + self.random.below(4 * SUBPAGE)).min(MOST);
         let byte = 1 + self.random.below(255) as u8;
         let answer = self.ask("pwrite", &format!("{start} {} {byte}", end - start));
-        // It ends before the first error that it covers in part, up to the end of the file.
+        // The write ends before the first error that it covers only in part. A write to the end
+        // of the file covers the last subpage whole.
         let covered = |lost: &u64| start <= *lost && (lost + SUBPAGE).min(self.size()) <= end;
         let obstacle = self.lost.range(start / SUBPAGE * SUBPAGE..end).find(|lost| !covered(lost)).copied();
         let end = obstacle.unwrap_or(end);
@@ -136,7 +138,7 @@ impl World {
         self.processes[which].ask("unmap");
     }
 
-    /// An error, of which the filesystem is told or not.
+    /// Makes an error, and tells the filesystem of it or not.
     fn lose(&mut self) {
         let Some(at) = self.place().map(|at| at / SUBPAGE * SUBPAGE) else { return };
         if self.lost.contains(&at) {
@@ -200,7 +202,7 @@ impl World {
         kill_process(worker, Signal::KILL).unwrap();
     }
 
-    /// What must hold after each act.
+    /// Asserts the rules that hold after each step.
     fn verify(&mut self) {
         let listed = match get(&self.path, POISON) {
             Ok(text) => text,

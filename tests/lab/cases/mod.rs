@@ -1,4 +1,5 @@
-//! The cases, and the machines that they need. The host reads the names, the guest runs the functions.
+//! The cases, and the machines that they need. The host reads the names, and the guest runs the
+//! functions.
 #![allow(missing_docs)]
 
 mod compare;
@@ -10,36 +11,36 @@ mod kernel;
 mod mixture;
 mod pools;
 
-/// What a machine has besides two processors.
+/// The properties of a machine besides its two processors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Machine {
     /// In MiB.
     pub memory: u64,
     /// NUMA nodes, with equal shares of the memory.
     pub nodes: u64,
-    /// What the kernel is told besides.
+    /// Further words for the kernel's command line.
     pub command_line: &'static str,
 }
 
 impl Machine {
     pub const SMALL: Self = Self { memory: 640, nodes: 1, command_line: "" };
     pub const TWO_NODES: Self = Self { memory: 1024, nodes: 2, command_line: "" };
-    /// With a page of 1 GiB for hugetlbfs, and room for one of ours.
+    /// With a page of 1 GiB for hugetlbfs, and memory for one of ours.
     pub const GIGANTIC: Self = Self { memory: 3072, nodes: 1, command_line: "hugepagesz=1G hugepages=1" };
 }
 
 /// A case.
-#[allow(dead_code)] // the host runs none, the guest does not care where it is
+#[allow(dead_code)] // the host calls no `run`, and the guest needs no `machine`
 pub struct Case {
     pub name: &'static str,
     pub machine: Machine,
-    /// For one that ends its kernel, on a machine that serves nothing else: what the console says then.
+    /// Set for a case that ends its kernel, on a machine of its own: the console's last words.
     pub ends_kernel: Option<&'static str>,
-    /// Panics where the rule does not hold.
+    /// Panics if the rule does not hold.
     pub run: fn(),
 }
 
-/// `MACHINE: name, name; ...`: a case for each function.
+/// `MACHINE: name, name; ...` makes a case for each function.
 macro_rules! cases {
     ($($machine:ident: $($name:ident),+;)+) => {
         pub const CASES: &[$crate::cases::Case] = &[$($(
@@ -54,7 +55,7 @@ macro_rules! cases {
 }
 use cases;
 
-/// All of them. Those that share a machine stand together.
+/// All cases. The cases of one machine stand together.
 pub fn all() -> impl Iterator<Item = &'static Case> {
     let by_kernel = [kernel::CASES, pools::CASES, errors::CASES];
     by_kernel
@@ -63,16 +64,17 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         .flatten()
 }
 
-/// The programs of docs/HANDLERS.md in C and in Rust, in the machine.
+/// The programs of docs/HANDLERS.md in C and in Rust, in the guest.
 #[allow(dead_code)] // the host does not run them
 pub const HANDLER_C: &str = "/bin/handler-c";
 #[allow(dead_code)]
 pub const HANDLER_RUST: &str = "/bin/handler-rust";
 
-/// Exit status of a case's process that says: skipped, for the reason in the last line.
+/// A case's process exits with this status to say: skipped. Its last line of output is the reason.
 pub const SKIPPED: i32 = 77;
 
-/// Ends a case that cannot run on this kernel. For its beginning: nothing is cleaned up.
+/// Ends a case that cannot run on this kernel. A case calls it at its beginning, because it cleans
+/// nothing up.
 #[allow(dead_code)]
 pub fn skip(reason: &str) -> ! {
     println!("{reason}");

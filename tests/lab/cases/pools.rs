@@ -1,4 +1,4 @@
-//! Pools on the lab's kernel and machines: what needs no memory error.
+//! Pools on the lab's kernel and machines, without memory errors.
 
 use super::cases;
 use crate::support::{COLLAPSE, FOLIO, GIB, MAP, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, poison, set};
@@ -52,7 +52,7 @@ fn a_quarantine_takes_one_subpage_and_repair_returns_it() {
 }
 
 fn a_pool_takes_evenly_from_two_nodes_and_files_give_back() {
-    const FLOAT: u64 = 2 * FOLIO; // of a small pool, which each node has half of
+    const FLOAT: u64 = 2 * FOLIO; // the float of a small pool, of which each node has half
     let pool = Pool::small(16);
     assert_eq!(pool.counter("float_bytes"), FLOAT);
     let reserves = || [pool.counter("reserve_bytes_node0"), pool.counter("reserve_bytes_node1")];
