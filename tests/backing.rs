@@ -1,4 +1,5 @@
-//! The numbers by which the kernel knows the memory of files (FUSE passthrough): one a file, closed once, none lost.
+//! The numbers by which the kernel knows the memory of files (FUSE passthrough). Each file has one
+//! number. The worker closes it once and loses none.
 
 mod support;
 
@@ -20,7 +21,7 @@ use support::{FOLIO, Pool, SUBPAGE, get, kill_worker, limits, set};
 const DIE: &str = "trusted.hugetlb2.die";
 const THREADS: u64 = 8;
 
-/// /dev/fuse, as the daemon has it open.
+/// Returns /dev/fuse as the daemon has it open.
 fn device(pool: &Pool) -> OwnedFd {
     let daemon = pool.daemon();
     let number = fs::read_dir(format!("/proc/{}/fd", daemon.pid))
@@ -31,7 +32,7 @@ fn device(pool: &Pool) -> OwnedFd {
     descriptor_of(daemon.process(), number.to_str().unwrap().parse().unwrap()).unwrap()
 }
 
-/// The number that the kernel gives out next.
+/// Returns the number that the kernel gives out next.
 fn next_number(device: &OwnedFd) -> u32 {
     let file = memfd_create("a file", MemfdFlags::CLOEXEC).unwrap();
     let number = BackingId::create_raw(device, file).unwrap();
@@ -39,22 +40,22 @@ fn next_number(device: &OwnedFd) -> u32 {
     number
 }
 
-/// The numbers that the kernel still knows; it forgets them here.
+/// Returns the numbers that the kernel still knows. The call closes them.
 fn open_numbers(device: &OwnedFd) -> Vec<u32> {
     (1..next_number(device)).filter(|number| sys::close_backing(device, *number).is_ok()).collect()
 }
 
-/// Waits until the kernel has forgotten all files that were removed.
+/// Waits until the kernel has forgotten all removed files.
 fn wait_for_the_end_of_files(pool: &Pool, pages: u64) {
     pool.wait_for_free_pages(pages);
     pool.wait_for_orphans();
 }
 
-/// One life of a file: what a program maps and reads there is what the same program wrote.
+/// Makes, uses and removes a file. A program maps and reads the bytes that it wrote.
 fn live(path: &Path, word: u64) {
     let mut file = File::options().read(true).write(true).create_new(true).open(path).unwrap();
     if word.is_multiple_of(2) {
-        drop(file); // the number goes on with the file
+        drop(file); // the file keeps its number
         file = File::options().read(true).write(true).open(path).unwrap();
     }
     file.write_all_at(&u128::from(word).to_ne_bytes(), 0).unwrap();
@@ -84,7 +85,8 @@ fn each_file_is_mapped_from_its_own_memory() {
             });
         }
         while Instant::now() < end {
-            thread::sleep(Duration::from_millis(40)); // the files live for a while under each worker
+            // The files live for a while under each worker.
+            thread::sleep(Duration::from_millis(40));
             kill_worker(&pool);
         }
         is_over.store(true, Ordering::Relaxed);
@@ -94,7 +96,7 @@ fn each_file_is_mapped_from_its_own_memory() {
     let log = pool.log();
     println!("{} files", lives.load(Ordering::Relaxed));
     println!("lines about numbers: {}", log.lines().filter(|line| line.contains("backing")).count());
-    pool.check(); // the next worker serves: what the dead one has lost is found by now
+    pool.check(); // the next worker serves, so the losses of the dead one are known now
     let device = device(&pool);
     assert_eq!(open_numbers(&device), [0; 0], "no file is left, and the kernel still knows numbers");
     assert!(!log.contains("Failed to close backing"), "{log}");
@@ -102,7 +104,7 @@ fn each_file_is_mapped_from_its_own_memory() {
     pool.unmount();
 }
 
-/// Makes and removes files until the worker dies of that, at `step`.
+/// Makes and removes files until the worker dies at `step`.
 fn die_at(pool: &Pool, step: &str) {
     let worker = pool.counter("worker_pid");
     set(pool.path(), DIE, format!("1 {step}")).unwrap();

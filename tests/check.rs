@@ -10,7 +10,8 @@ use support::{Dice, FOLIO, Pool};
 const LOOKS: usize = 300;
 const MOST_FOLIOS: u64 = 5;
 
-/// Makes, sizes, punches and removes a file of its own until it is told to stop. A full pool refuses some of that.
+/// Makes, sizes, punches and removes a file of its own until `stop` is set. A full pool refuses
+/// some of these requests.
 fn change_a_file(pool: &Pool, number: u64, stop: &AtomicBool) -> u64 {
     const PUNCH: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
     let (path, mut random, mut changes) = (pool.join(format!("file{number}")), Dice(number + 1), 0);

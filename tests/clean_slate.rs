@@ -1,7 +1,8 @@
-//! Nobody ever sees what somebody else left in memory.
+//! No program ever sees bytes that another program left in memory.
 //!
-//! Memory that a pool takes comes from the machine as others left it, and moves between files and reserves without being
-//! cleared on the way. These tests fill everything with one byte, give it back, and look for it.
+//! A pool takes memory from the machine with the bytes of earlier programs in it. The memory moves
+//! between files and reserves, and no step clears it. These tests fill all memory with one byte,
+//! give it back, and look for that byte.
 
 mod support;
 
@@ -17,21 +18,21 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use support::{COLLAPSE, FOLIO, MAP, POISON, Pool, REPAIR, SUBPAGE, get, hugetlb2, poison, run, set};
 
-/// What is left behind, and must never be seen.
+/// The byte that the tests leave in memory. No program may see it.
 const STALE: u8 = 0xab;
 
 const MADV_COLLAPSE: i32 = 25;
 
 const PUNCH: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
 
-/// Leaves the machine's free memory as a program leaves it that had secrets in it.
+/// Leaves [`STALE`] in the machine's free memory, as a program with secrets leaves its bytes there.
 fn dirty_the_machine() {
     const PIECES: usize = 8;
     let pieces: Vec<Vec<u8>> = (0..PIECES).map(|_| std::hint::black_box(vec![STALE; 32 << 20])).collect();
     drop(pieces);
 }
 
-/// A pool every byte of which a file had [`STALE`] in.
+/// A pool with [`STALE`] in every byte, left by a file.
 fn dirty_pool(pages: u64) -> Pool {
     dirty_the_machine();
     let pool = Pool::small(pages);
@@ -51,7 +52,7 @@ fn open(file: &Path) -> File {
     OpenOptions::new().read(true).write(true).create(true).truncate(false).open(file).unwrap()
 }
 
-/// Asserts that the whole file reads as `expected` and zeros behind that, by read(2) and by mmap(2).
+/// Asserts that the file holds `expected` and then zeros up to its end, by read(2) and by mmap(2).
 fn assert_holds(file: &File, expected: &[u8], what: &str) {
     let size = file.metadata().unwrap().len() as usize;
     let mut bytes = vec![0; size];
@@ -78,7 +79,8 @@ fn mapped(file: &File, range: Range) -> Mapping {
     Mapping::new(file, range, Sharing::Shared, true).unwrap()
 }
 
-/// The first byte of `range` that is not zero, and what it is; where a touch is SIGBUS, there is nothing to see.
+/// Returns the first byte of `range` that is not zero, and its place. Steps over subpages that are
+/// SIGBUS: they show nothing.
 fn first_seen(mapping: &Mapping, range: Range) -> Option<(u64, u8)> {
     let mut at = range.start;
     while at < range.end {
@@ -91,7 +93,7 @@ fn first_seen(mapping: &Mapping, range: Range) -> Option<(u64, u8)> {
     None
 }
 
-/// Sizes around everything that has a boundary.
+/// Sizes around every boundary.
 const SIZES: [u64; 12] = [
     1,
     100,
@@ -117,11 +119,12 @@ fn a_file_that_reuses_pages_shows_zeros_however_it_takes_them() {
             take(&file, size, how);
             assert_eq!(file.metadata().unwrap().len(), size);
             assert_holds(&file, &[], &format!("{how:?} {size:#x}"));
-            // As dirty as it can be for the next one, also behind the end of file.
+            // Makes the memory dirty for the next round, also behind the end of file.
             let end = size.next_multiple_of(FOLIO);
             let mapping = mapped(&file, Range::new(0, end));
             for at in (0..end).step_by(64) {
-                let _ = mapping.store(at, STALE); // SIGBUS behind the end where the folio is in small pages
+                // SIGBUS behind the end if small entries map the folio.
+                let _ = mapping.store(at, STALE);
             }
             drop((mapping, file));
             std::fs::remove_file(&path).unwrap();
@@ -185,7 +188,7 @@ fn a_growth_shows_zeros_where_a_mapping_wrote_past_the_end() {
             let end = size.next_multiple_of(FOLIO);
             let mapping = mapped(&file, Range::new(0, end));
             for at in (size..end).step_by(61) {
-                let _ = mapping.store(at, STALE); // SIGBUS where the folio is in small pages
+                let _ = mapping.store(at, STALE); // SIGBUS if small entries map the folio
             }
             let _ = mapping.store(end - 1, STALE);
             file.set_len(grown).unwrap();
@@ -277,7 +280,8 @@ fn collapsing_untouched_memory_shows_zeros() {
             take(&file, size, how);
             let all = Range::new(0, size.next_multiple_of(FOLIO));
             let mapping = mapped(&file, all);
-            // It may refuse (the file ends in this folio, say); it must not uncover anything.
+            // The call may be refused (for example, the file ends in this folio), but it must not
+            // uncover stale bytes.
             for folio in all.folios() {
                 let _ = mapping.advise_range(folio.range(), MADV_COLLAPSE);
             }
@@ -387,9 +391,9 @@ fn collapses_beside_punches_and_growths_show_zeros() {
     pool.check();
 }
 
-// ---- punched and kept -----------------------------------------------------------------------------------------------
+// ---- punched and kept ---------------------------------------------------------------------------
 
-/// A pool of so many dirty pages in which punched pages stay the file's.
+/// A pool of dirty pages that leaves punched pages to their file (`punch=keep`).
 fn keeping_pool(pages: u64) -> Pool {
     dirty_the_machine();
     let pool = Pool::mount(&format!("pagesize=2M,size={},punch=keep", pages * FOLIO));
@@ -397,14 +401,14 @@ fn keeping_pool(pages: u64) -> Pool {
     pool
 }
 
-/// A file of three folios of [`STALE`], which are all the pool has.
+/// A file of three folios of [`STALE`].
 fn stale_file(pool: &Pool) -> File {
     let file = open(&pool.join("file"));
     file.write_all_at(&vec![STALE; 3 * FOLIO as usize], 0).unwrap();
     file
 }
 
-/// Whether any of the file waits for a touch to give it memory.
+/// True if the file has a gap, which a touch would fill.
 fn has_gaps(pool: &Pool) -> bool {
     get(pool.join("file"), MAP).unwrap().contains(" punched -")
 }
@@ -505,7 +509,8 @@ fn a_write_leaves_what_was_punched_and_kept_elsewhere_as_it_is() {
     file.write_all_at(&[7; 10], 3 * SUBPAGE).unwrap();
     file.write_all_at(&[7; 10], 2 * FOLIO).unwrap();
     let map = get(pool.join("file"), MAP).unwrap();
-    assert!(map.contains("0x4000 0x1fd000 punched -"), "{map}"); // what is before may share the kernel's unit of memory
+    // Bytes before the gap may share the kernel's unit of memory.
+    assert!(map.contains("0x4000 0x1fd000 punched -"), "{map}");
     let mut bytes = [1; SUBPAGE as usize];
     file.read_exact_at(&mut bytes, 3 * SUBPAGE).unwrap();
     assert!(bytes[..10] == [7; 10] && bytes[10..].iter().all(|byte| *byte == 0));
@@ -517,8 +522,8 @@ fn content(subpage: Subpage) -> [u8; SUBPAGE as usize] {
     std::array::from_fn(|at| (subpage.0 as usize * 31 + at) as u8 | 1)
 }
 
-/// Fills what is touched in `range`, and all the rest of it, until nothing of it is missing. A death and everything that looks at
-/// memory come in between.
+/// Touches the last subpage of `range` and fills it by userfaultfd, then fills all other subpages.
+/// Meanwhile the worker dies twice, and a check and a collapse look at the memory.
 fn fill_all(pool: &Pool, mapping: &Mapping, range: Range) {
     let fault = Userfault::new(mapping, range).unwrap();
     let last = Subpage::containing(range.end - 1);
@@ -577,16 +582,16 @@ fn a_file_with_gaps_can_be_changed_like_any_other() {
     pool.await_log("fallocate(2) it first");
     fallocate(&file, FallocateFlags::KEEP_SIZE, 0, 3 * FOLIO).unwrap();
     assert!(!has_gaps(&pool));
-    poison(&path, FOLIO + SUBPAGE, 1).unwrap(); // in the midst of what was punched
+    poison(&path, FOLIO + SUBPAGE, 1).unwrap(); // among the subpages that were punched
     assert_eq!(mapping.walk().iter().map(|hit| hit.subpage.offset()).collect::<Vec<_>>(), [FOLIO + SUBPAGE]);
     pool.check();
-    // Elsewhere than the hole, all stays shut.
+    // Outside of the hole, a punch leaves no gap.
     sevens(Range::new(0, FOLIO));
     fallocate(&file, PUNCH, 0, FOLIO).unwrap();
     assert!(!has_gaps(&pool));
     assert_eq!(first_seen(&mapping, Range::new(0, FOLIO)), None);
     assert_eq!(mapping.walk().len(), 1);
-    // Over the hole, it is discarded with its record.
+    // A punch over the hole discards the hole with its record.
     punch();
     assert!(get(&path, POISON).is_err());
     assert_eq!(mapping.load(FOLIO + SUBPAGE), Ok(0));

@@ -1,4 +1,4 @@
-//! The command hugetlb2: what it says to people and, with --json, to programs.
+//! The command hugetlb2: its words for people and, with --json, for programs.
 
 mod support;
 
@@ -18,7 +18,7 @@ fn json_output(arguments: &[&str], path: &Path, rest: &[&str]) -> Value {
     serde_json::from_str(&output(&[&["--json"], arguments].concat(), path, rest)).expect("it is JSON")
 }
 
-/// Asserts that it fails, with `word` in what it says on standard error and, with --json, in `error`.
+/// Asserts that the command fails. Its standard error and, with --json, `error` contain `word`.
 fn assert_refused(arguments: &[&str], path: &Path, rest: &[&str], word: &str) {
     let (status, error) = status_and_error(hugetlb2().args(arguments).arg(path).args(rest));
     assert_eq!(status, 1, "{arguments:?} {rest:?}: {error}");
@@ -37,7 +37,7 @@ fn rows(text: &str) -> Vec<Vec<&str>> {
     text.lines().map(|line| line.split_ascii_whitespace().collect()).collect()
 }
 
-/// Three folios of sevens.
+/// A pool with a file of three folios of sevens.
 fn pool_with_file() -> (Pool, std::path::PathBuf) {
     let pool = Pool::small(8);
     let file = pool.join("file");
@@ -45,7 +45,7 @@ fn pool_with_file() -> (Pool, std::path::PathBuf) {
     (pool, file)
 }
 
-// ---- status and check -----------------------------------------------------------------------------------------------
+// ---- status and check ---------------------------------------------------------------------------
 
 #[test]
 fn status_shows_the_counters_of_a_pool() {
@@ -136,7 +136,7 @@ fn check_of_a_pool_in_use_finds_that_everything_holds() {
     assert_eq!(json_output(&["check"], &pool.path(), &[]), json!({ "ok": true, "wrong": [] }));
 }
 
-// ---- poison, repair, collapse, map ----------------------------------------------------------------------------------
+// ---- poison, repair, collapse, map --------------------------------------------------------------
 
 #[test]
 fn poison_quarantines_a_range_and_shows_what_is_quarantined() {
@@ -234,7 +234,7 @@ fn a_senseless_request_is_explained_and_changes_nothing() {
 #[test]
 fn a_file_that_is_not_a_pools_is_never_written_to() {
     let (pool, _) = pool_with_file();
-    // On a filesystem that would store the attribute like any other.
+    // This filesystem would store the attribute like any other.
     let place = tempfile::tempdir_in("/dev/shm").unwrap();
     let file = place.path().join("file");
     std::fs::write(&file, vec![7; SUBPAGE as usize]).unwrap();
@@ -258,7 +258,7 @@ fn only_who_may_write_a_file_may_poison_it() {
     let pool = Pool::mount("pagesize=2M,size=16M,mode=755");
     let file = pool.join("file");
     std::fs::write(&file, "text").unwrap();
-    // The pool's directory is in one that only root may search; a bind mount is not.
+    // Only root may search the directory around the pool. The bind mount lies in an open directory.
     let open = place.path().join("open");
     std::fs::create_dir(&open).unwrap();
     std::fs::set_permissions(place.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
@@ -286,7 +286,7 @@ fn only_who_may_write_a_file_may_poison_it() {
     assert_eq!(get(&file, support::POISON), Err(rustix::io::Errno::NODATA));
 }
 
-// ---- the command line itself ----------------------------------------------------------------------------------------
+// ---- the command line itself --------------------------------------------------------------------
 
 #[test]
 fn a_reader_that_goes_away_is_no_error_and_a_full_disk_is_one() {
@@ -334,9 +334,9 @@ fn status_shows_a_dead_daemon_beside_the_other_pools() {
     assert_refused(&["status"], &dead.path(), &[], "Transport endpoint is not connected");
 }
 
-// ---- a daemon of another process id namespace -----------------------------------------------------------------------
+// ---- a daemon of another process id namespace ---------------------------------------------------
 
-/// A process id namespace with a mount namespace and a /proc of its own, and a pool that was mounted in it.
+/// A process id namespace with a mount namespace, a /proc and a pool of its own.
 struct Container {
     init: Child,
     directory: tempfile::TempDir,

@@ -1,7 +1,8 @@
-//! Many threads and processes on few files and few pages: nothing hangs, nothing is lost, nobody is refused without
-//! a reason.
+//! Many threads and processes use few files and few pages. Nothing hangs, no byte is lost, and each
+//! refusal has a reason.
 //!
-//! Sequences are seeded, so that a failure's operations can be found again; how they interleave cannot.
+//! Seeds make the sequences, so a failure's operations can be found again. The order of the threads
+//! is not repeatable.
 
 mod support;
 
@@ -23,9 +24,9 @@ use support::{
 const PAGE: u64 = FOLIO;
 const THREADS: u64 = 8;
 
-// ---- means ----------------------------------------------------------------------------------------------------------
+// ---- means --------------------------------------------------------------------------------------
 
-/// Waits until all pages are free: those of the last files come back when the kernel has let go of them.
+/// Waits until all pages are free: the kernel forgets the last files some time after their removal.
 fn all_pages_come_back(pool: &Pool, pages: u64) {
     pool.wait_for_free_pages(pages);
     assert_eq!(pool.counter("pages_used"), 0);
@@ -48,9 +49,10 @@ fn errno(error: &std::io::Error) -> Errno {
     Errno::from_io_error(error).expect("a system call's error")
 }
 
-// ---- everything at once ---------------------------------------------------------------------------------------------
+// ---- everything at once -------------------------------------------------------------------------
 
-/// What there is to do, and the errors that are legal for it beside ENOENT: another thread may have the name.
+/// The chores with their weights, and the errors that each may meet. ENOENT is always legal:
+/// another thread may have removed the name.
 const CHORES: &[(Chore, u64, &[Errno])] = &[
     (Chore::Create, 6, &[]),
     (Chore::Write, 12, &[Errno::NOSPC, Errno::IO, Errno::BUSY]),
@@ -60,7 +62,8 @@ const CHORES: &[(Chore, u64, &[Errno])] = &[
     (Chore::Truncate, 6, &[Errno::NOSPC, Errno::BUSY]),
     (Chore::Allocate, 4, &[Errno::NOSPC, Errno::BUSY, Errno::IO]),
     (Chore::Punch, 4, &[Errno::BUSY, Errno::IO]),
-    // EINVAL: the file has become shorter, or the page was released. EBUSY: somebody holds the folio at the moment.
+    // EINVAL: the file has become shorter, or the page was released. EBUSY: another process holds
+    // the folio at the moment.
     (Chore::Quarantine, 5, &[Errno::INVAL, Errno::BUSY]),
     (Chore::Repair, 6, &[Errno::NODATA, Errno::INVAL]),
     (Chore::Collapse, 3, &[Errno::INVAL, Errno::BUSY]),
@@ -133,7 +136,7 @@ impl Worker<'_> {
         [1, SUBPAGE, 3 * SUBPAGE, PAGE, 2 * PAGE][self.dice.below(5) as usize]
     }
 
-    /// Every byte of every file is 0 or the number of a thread.
+    /// The mark of this thread: every byte of every file is 0 or the mark of a thread.
     fn byte(&self) -> u8 {
         self.number as u8 + 1
     }
@@ -228,7 +231,7 @@ impl Worker<'_> {
         }
     }
 
-    /// A touch may be a SIGBUS at any time: another thread quarantines, punches and truncates.
+    /// A touch may meet SIGBUS at any time: other threads quarantine, punch and truncate.
     fn map(&mut self) -> Outcome {
         let mapping = Mapping::new(&self.open()?, Range::new(0, 3 * PAGE), Sharing::Shared, true);
         let mapping = mapping.expect("it can be mapped");
@@ -256,7 +259,8 @@ impl Worker<'_> {
             }
             self.toucher.store(offset, self.byte());
         }
-        // Some stay mapped until the next, and keep the pages of a file that is unlinked by then.
+        // Some files stay mapped until the next chore of this kind. They keep their pages even if a
+        // thread unlinks them meanwhile.
         if self.dice.below(8) != 0 {
             assert_eq!(self.toucher.ask("unmap"), "ok");
         }
@@ -294,9 +298,10 @@ fn eight_threads_that_do_everything_to_four_files_lose_nothing() {
     pool.unmount();
 }
 
-// ---- files that come and go -----------------------------------------------------------------------------------------
+// ---- files that come and go ---------------------------------------------------------------------
 
-/// Each thread has at most one page at a time and the pool one for each, so that nobody need ever be refused.
+/// Each thread has at most one page at a time, and the pool has a page for each thread. So no
+/// thread is ever refused.
 #[test]
 fn the_page_of_a_removed_file_is_there_for_the_next_one() {
     const ROUNDS: u64 = 150;
@@ -333,14 +338,15 @@ fn the_page_of_a_removed_file_is_there_for_the_next_one() {
     pool.unmount();
 }
 
-// ---- the last pages -------------------------------------------------------------------------------------------------
+// ---- the last pages -----------------------------------------------------------------------------
 
 #[test]
 fn files_that_compete_never_have_more_pages_than_the_pool() {
     const PAGES: u64 = 8;
     const ROUNDS: u64 = 300;
     let pool = Pool::small(PAGES);
-    // What all threads know that they have: counted after growing, and no longer before shrinking.
+    // The pages that the threads certainly have. A thread adds pages after a growth and subtracts
+    // them before a shrinking.
     let had = AtomicU64::new(0);
     let refusals = AtomicU64::new(0);
     thread::scope(|scope| {
@@ -391,7 +397,7 @@ fn files_that_compete_never_have_more_pages_than_the_pool() {
     pool.unmount();
 }
 
-/// New pages come zeroed.
+/// Asserts that new pages are zeros, and marks them.
 fn mark_new_pages(file: &File, before: u64, now: u64, byte: u8) {
     for page in before..now {
         let mut bytes = vec![0xff; PAGE as usize];
@@ -401,11 +407,11 @@ fn mark_new_pages(file: &File, before: u64, now: u64, byte: u8) {
     }
 }
 
-// ---- one file, two processes ----------------------------------------------------------------------------------------
+// ---- one file, two processes --------------------------------------------------------------------
 
 #[test]
 fn two_writers_of_disjoint_parts_lose_nothing() {
-    const STRIPE: u64 = 10_000; // so that two stripes share a subpage, and a page
+    const STRIPE: u64 = 10_000; // two stripes share a subpage, and sometimes a page
     const STRIPES: u64 = 4 * PAGE / STRIPE;
     let pool = Pool::small(4);
     let path = pool.join("file");
@@ -429,7 +435,7 @@ fn two_writers_of_disjoint_parts_lose_nothing() {
     let bytes = std::fs::read(&path).unwrap();
     assert_eq!(bytes.len() as u64, STRIPES * STRIPE);
     assert_stripes(&bytes, STRIPE, |stripe| (stripe % 250 + 1) as u8);
-    // And once more through mappings, where there is no lock between the two at all.
+    // Now through mappings, for which no lock orders the two writers.
     thread::scope(|scope| {
         for parity in 0..2 {
             let path = &path;
@@ -456,14 +462,14 @@ fn assert_stripes(bytes: &[u8], stripe: u64, byte: impl Fn(u64) -> u8) {
     }
 }
 
-// ---- a pool that changes its size -----------------------------------------------------------------------------------
+// ---- a pool that changes its size ---------------------------------------------------------------
 
 #[test]
 fn a_pool_resized_in_use_accounts_for_every_page_at_every_look() {
     const PAGES: u64 = 8;
     const RESIZES: u64 = 200;
     const WORKERS: u64 = 3;
-    const MOST: u64 = 2; // pages that a worker has
+    const MOST: u64 = 2; // most pages of one worker
     let pool = Pool::small(PAGES);
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -509,7 +515,8 @@ fn a_pool_resized_in_use_accounts_for_every_page_at_every_look() {
     pool.unmount();
 }
 
-/// Returns how often the pool grew and shrank; only the latter may be refused, with EBUSY, and changes nothing then.
+/// Returns the number of growths and of shrinkings. The pool may only refuse a shrinking, with
+/// EBUSY, and then keeps its size.
 fn resize_at_random(pool: &Pool, count: u64) -> (u64, u64) {
     let mut dice = Dice(300);
     let (mut grown, mut shrunk) = (0, 0);

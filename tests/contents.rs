@@ -1,4 +1,4 @@
-//! What is in a file, and the memory that it takes.
+//! The contents of files, and the memory that they take.
 
 mod support;
 
@@ -23,14 +23,14 @@ type Heal = fn(&File);
 /// MADV_REMOVE of madvise(2).
 const REMOVE: u32 = 9;
 
-/// A file in the pool that this process has open.
+/// Makes a file and opens it in this process.
 fn create(pool: &Pool, name: &str) -> (PathBuf, File) {
     let path = pool.join(name);
     let file = File::options().read(true).write(true).create_new(true).open(&path).expect("a new file");
     (path, file)
 }
 
-/// One that holds `length` times `byte`.
+/// Makes a file that holds `length` times `byte`.
 fn filled(pool: &Pool, name: &str, length: u64, byte: u8) -> (PathBuf, File) {
     let (path, file) = create(pool, name);
     file.write_all_at(&vec![byte; length as usize], 0).expect("it fits");
@@ -49,12 +49,12 @@ fn size(file: &File) -> u64 {
     file.metadata().expect("stat").len()
 }
 
-/// Pages (of 2 MiB) that the file has.
+/// The number of pages (of 2 MiB) that the file has.
 fn pages(file: &File) -> u64 {
     file.metadata().expect("stat").blocks() * 512 / FOLIO
 }
 
-/// `length` bytes at `offset`, or as many as there are.
+/// Reads `length` bytes at `offset`, or fewer at the end of file.
 fn read(file: &File, offset: u64, length: u64) -> Vec<u8> {
     let mut bytes = vec![0xee; length as usize];
     let mut done = 0;
@@ -68,22 +68,22 @@ fn read(file: &File, offset: u64, length: u64) -> Vec<u8> {
     bytes
 }
 
-/// All of the file, as lengths of runs of one byte.
+/// All bytes of the file, as lengths of runs of equal bytes.
 fn runs(file: &File) -> Vec<(usize, u8)> {
     read(file, 0, size(file)).chunk_by(|one, next| one == next).map(|run| (run.len(), run[0])).collect()
 }
 
-/// Bytes that tell where they are.
+/// Bytes that depend on their place.
 fn pattern(length: u64) -> Vec<u8> {
     (0..length).map(|at| (at / 251 % 256) as u8 ^ (at % 249) as u8).collect()
 }
 
-/// What must not change when something is refused.
+/// The state that a refused request must not change.
 fn state(pool: &Pool, file: &File) -> (u64, u64, u64, Vec<(usize, u8)>) {
     (size(file), pages(file), pool.free_pages(), runs(file))
 }
 
-// ---- read and write -------------------------------------------------------------------------------------------------
+// ---- read and write -----------------------------------------------------------------------------
 
 #[test]
 fn what_is_written_at_any_place_is_read_there() {
@@ -222,7 +222,7 @@ fn syncing_is_possible_and_needs_to_do_nothing() {
     assert_eq!(runs(&file), [(10, 7)]);
 }
 
-// ---- sizes ----------------------------------------------------------------------------------------------------------
+// ---- sizes --------------------------------------------------------------------------------------
 
 #[test]
 fn a_file_has_any_size_and_grows_by_zeros() {
@@ -252,7 +252,7 @@ fn what_a_mapping_wrote_behind_the_end_does_not_come_to_light() {
     assert_eq!(toucher.walk(), []);
     file.set_len(100).unwrap();
     for offset in [100, 4095, 4096, FOLIO - 1] {
-        toucher.store(offset, 9); // may be SIGBUS or not, by how it is mapped
+        toucher.store(offset, 9); // SIGBUS or not, by the kind of the mapping
     }
     file.set_len(2 * FOLIO).unwrap();
     assert_eq!(runs(&file), [(100, 7), (2 * FOLIO as usize - 100, 0)]);
@@ -291,7 +291,7 @@ fn a_size_that_no_file_can_have_is_efbig_or_enospc() {
     pool.check();
 }
 
-// ---- fallocate ------------------------------------------------------------------------------------------------------
+// ---- fallocate ----------------------------------------------------------------------------------
 
 #[test]
 fn fallocate_lengthens_a_file_and_takes_pages() {
@@ -409,7 +409,7 @@ fn modes_of_fallocate_that_are_not_there_are_eopnotsupp() {
     assert_eq!(state(&pool, &file), before);
 }
 
-// ---- released pages -------------------------------------------------------------------------------------------------
+// ---- released pages -----------------------------------------------------------------------------
 
 #[test]
 fn a_released_page_reads_zeros_and_is_sigbus_until_written() {
@@ -496,7 +496,7 @@ fn released_pages_are_holes_and_all_else_is_data() {
     assert_eq!(data(&file, end), Err(Errno::NXIO));
 }
 
-// ---- a full pool ----------------------------------------------------------------------------------------------------
+// ---- a full pool --------------------------------------------------------------------------------
 
 #[test]
 fn a_full_pool_refuses_growth_and_changes_nothing() {
@@ -591,7 +591,7 @@ fn the_blocks_of_all_files_are_the_pages_that_are_not_free() {
     }
 }
 
-// ---- the end of a file ----------------------------------------------------------------------------------------------
+// ---- the end of a file --------------------------------------------------------------------------
 
 #[test]
 fn the_memory_of_an_unlinked_file_stays_until_it_is_closed() {
@@ -654,7 +654,7 @@ fn a_file_that_another_replaces_gives_its_memory_back() {
     pool.check();
 }
 
-// ---- locks ----------------------------------------------------------------------------------------------------------
+// ---- locks --------------------------------------------------------------------------------------
 
 #[test]
 fn locks_keep_other_processes_out_until_their_holder_is_gone() {
@@ -684,7 +684,7 @@ fn locks_keep_other_processes_out_until_their_holder_is_gone() {
     }
 }
 
-// ---- copies ---------------------------------------------------------------------------------------------------------
+// ---- copies -------------------------------------------------------------------------------------
 
 fn copy(from: &File, at: u64, to: &File, target: u64, length: u64) -> rustix::io::Result<u64> {
     let (mut at, mut target) = (at, target);
@@ -730,7 +730,7 @@ fn a_released_page_is_copied_as_zeros() {
     assert_eq!(pages(&from), 0);
 }
 
-/// What sendfile(2) puts into a pipe.
+/// The bytes that sendfile(2) puts into a pipe.
 fn send(file: &File, offset: u64, length: usize) -> Vec<u8> {
     let (mut reader, writer) = io::pipe().expect("a pipe");
     let mut offset = offset;
@@ -771,7 +771,7 @@ fn sendfile_sees_what_another_process_wrote() {
     assert_eq!(send(&file, 0, 100), [[2; 50], [1; 50]].concat());
 }
 
-// ---- mappings -------------------------------------------------------------------------------------------------------
+// ---- mappings -----------------------------------------------------------------------------------
 
 fn map(file: &File, offset: u64, length: u64, sharing: Sharing) -> Mapping {
     Mapping::new(file, Range::at(offset, length), sharing, true).expect("mmap")
@@ -844,7 +844,8 @@ fn whole_pages_are_mapped_by_huge_entries() {
     assert_eq!(toucher.huge(), 1, "of what begins within a page the rest is huge");
 }
 
-/// hugetlbfs lengthens a file in mmap(2) (fs/hugetlbfs/inode.c, hugetlbfs_file_mmap). A FUSE server is not told of it.
+/// hugetlbfs lengthens a file in mmap(2) (fs/hugetlbfs/inode.c, hugetlbfs_file_mmap). The kernel
+/// does not tell a FUSE server of an mmap(2).
 #[test]
 fn a_mapping_does_not_lengthen_its_file() {
     let pool = Pool::small(2);
@@ -919,7 +920,7 @@ fn what_a_mapper_removes_and_touches_again_is_zeros() {
     pool.check();
 }
 
-// ---- gigantic pages -------------------------------------------------------------------------------------------------
+// ---- gigantic pages -----------------------------------------------------------------------------
 
 fn gigantic_pages(path: &Path) -> u64 {
     fs::metadata(path).expect("stat").blocks() * 512 / GIB

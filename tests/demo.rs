@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use support::{hugetlb2, limits, run};
 
-/// Held by a test that has a pool of 2 GiB: one is enough for a machine.
+/// A test holds it while it has a pool of 2 GiB: the machine has memory for one.
 static MEMORY: Mutex<()> = Mutex::new(());
 
 fn mounts_of_the_demonstration() -> usize {
@@ -49,7 +49,8 @@ fn the_demonstration_follows_nothing_of_another_user() {
         std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o1777)).unwrap();
     }
     chown(&temporary, Some(NOBODY), None).unwrap();
-    // The number of the process, which used to name the directory, is known before it starts.
+    // The directory was once named by the number of the process, which is known before the process
+    // starts.
     let mut shell = Command::new("sh");
     shell.args(["-c", "read start; exec \"$0\" demo"]).arg(hugetlb2().get_program());
     shell.env("TMPDIR", &temporary).stdin(Stdio::piped()).stdout(Stdio::null());

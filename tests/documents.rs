@@ -1,4 +1,4 @@
-//! The commands, tables and programs of the documents, on mounted pools.
+//! The commands, tables and programs of the documents, run on mounted pools.
 
 mod support;
 
@@ -7,8 +7,9 @@ use std::process::{Command, Output};
 use support::documents::{blocks, document, quoted, rows, section};
 use support::{FOLIO, POOL, Pool, SUBPAGE, Worker, get, hugetlb2, limits, poison, run, text};
 
-/// Runs `script` in a mount namespace of its own, in which the helpers are where mount(8) looks for them, and there is a
-/// directory /mnt/h2. The pools of tests that run beside this one are let go of: copies of their mounts came along.
+/// Runs `script` in a mount namespace of its own. There mount(8) finds the helpers, and the
+/// directory /mnt/h2 exists. The namespace begins with copies of the mounts of other tests' pools,
+/// so the script first unmounts these copies.
 fn run_in_namespace(script: &str) -> String {
     const PREPARE: &str = "umount -i -c -l -a -t fuse.hugetlb2 || true
         mount -t tmpfs helpers /usr/sbin
@@ -27,7 +28,7 @@ fn run_in_namespace(script: &str) -> String {
     said
 }
 
-/// The commands for a pool that this machine has the memory for.
+/// The commands with a pool that fits into this machine's memory.
 fn made_small(commands: &str) -> String {
     const LOG: &str = "log=/mnt/log";
     let small = commands.replace("-o size=64G", &format!("-o pagesize=2M,size=64M,{LOG}"));
@@ -124,7 +125,7 @@ fn the_options_are_those_of_the_table() {
     assert_eq!(documented, known);
 }
 
-/// A filesystem's options in a line of mountinfo (proc(5)) are its last word.
+/// In a line of mountinfo (proc(5)), the options of the filesystem are the last word.
 #[test]
 fn nothing_of_a_pool_can_be_swapped_out() {
     let pool = Pool::small(4);
@@ -141,7 +142,7 @@ fn nothing_of_a_pool_can_be_swapped_out() {
     }
 }
 
-/// The lab runs it, and the one in Rust, on real memory errors, too.
+/// The lab runs this program and the one in Rust on real memory errors, too.
 #[test]
 fn the_c_program_goes_on_after_a_quarantine() {
     let pool = Pool::small(2);

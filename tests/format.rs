@@ -1,7 +1,8 @@
-//! docs/FORMAT.md against what daemons leave: each name and attribute in their mount namespaces has a row, and each row was
-//! seen; the bytes read as the tables of offsets say.
+//! Compares docs/FORMAT.md with the files of daemons. Each name and attribute in the daemons' mount
+//! namespaces has a row, and the test sees each row. The bytes are as the tables of offsets say.
 //!
-//! A process that one test starts holds copies of the descriptors of the others for a moment, so pools are detached, not unmounted.
+//! A child of another test holds copies of this test's descriptors for a moment. So the tests
+//! detach pools and do not unmount them.
 
 mod support;
 
@@ -21,20 +22,20 @@ const FORMAT: &str = "docs/FORMAT.md";
 const WITNESSED: &str = "exchange: what it found is noted";
 const ANNOUNCED: &str = "allocate: the size to come back to is noted";
 
-// ---- what is there --------------------------------------------------------------------------------------------------
+// ---- files of a daemon --------------------------------------------------------------------------
 
 /// The root of a daemon's mount namespace.
 fn root(pool: &Pool) -> PathBuf {
     PathBuf::from(format!("/proc/{}/root", pool.counter("daemon_pid")))
 }
 
-/// The contents of regular files.
+/// The ledgers of all regular files.
 fn ledgers(pool: &Pool) -> Vec<PathBuf> {
     let objects = fs::read_dir(root(pool).join("objects")).unwrap();
     objects.map(|object| object.unwrap().path().join("ledger")).collect()
 }
 
-/// The ledger of a regular file, whose inode number is the name of its place.
+/// The ledger of a regular file. The inode number names the file's directory of objects.
 fn ledger_of(pool: &Pool, file: &str) -> PathBuf {
     let id = fs::metadata(pool.join(file)).unwrap().ino();
     root(pool).join(format!("objects/{id:016x}/ledger"))
@@ -55,7 +56,7 @@ fn bytes(path: &Path, name: &str) -> Vec<u8> {
     value
 }
 
-/// Rows of the documented tables.
+/// The rows of the documented tables that a test has seen.
 #[derive(Default)]
 struct Seen {
     /// Path and kind.
@@ -65,7 +66,8 @@ struct Seen {
 }
 
 impl Seen {
-    /// Looks at everything that the daemon of a pool has, but for the machine's /proc, /sys and cgroups, and the names of users.
+    /// Looks at all files of a pool's daemon, except the machine's /proc, /sys and cgroups, and the
+    /// names of users.
     fn look(&mut self, pool: &Pool) {
         let root = root(pool);
         let device = root.metadata().unwrap().dev();
@@ -129,7 +131,7 @@ fn pairs(heading: &str) -> BTreeSet<(String, String)> {
     rows(section(&document(FORMAT), heading)).iter().map(|row| (word(&row[0]), word(&row[1]))).collect()
 }
 
-// ---- situations -----------------------------------------------------------------------------------------------------
+// ---- situations ---------------------------------------------------------------------------------
 
 fn open(pool: &Pool, name: &str) -> File {
     OpenOptions::new().read(true).write(true).create(true).truncate(false).open(pool.join(name)).unwrap()
@@ -146,7 +148,7 @@ fn punch(file: &File, page: u64) {
     fallocate(file, how, page * FOLIO, FOLIO).unwrap();
 }
 
-/// A queue that polls by so many open files, and these.
+/// Opens a file `count` times and makes a queue that polls all of these.
 fn polled(pool: &Pool, name: &str, count: u64) -> (OwnedFd, Vec<File>) {
     let files: Vec<File> = (0..count).map(|_| open(pool, name)).collect();
     let queue = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
@@ -157,7 +159,8 @@ fn polled(pool: &Pool, name: &str, count: u64) -> (OwnedFd, Vec<File>) {
     (queue, files)
 }
 
-/// Makes a directory with two names, away from the root: the kernel keeps a directory locked while names in it are exchanged.
+/// Makes a directory with two names. It is not the root, because the kernel keeps the directory
+/// locked while a program exchanges names in it.
 fn make_names(pool: &Pool) {
     fs::create_dir(pool.join("names")).unwrap();
     ["names/one", "names/other"].iter().for_each(|name| drop(open(pool, name)));
@@ -168,7 +171,7 @@ fn exchange(pool: &Pool) {
     renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).unwrap();
 }
 
-/// Has `look` run while an exchange of names is held after its first step.
+/// Runs `look` while an exchange of names is held after its first step.
 fn beside_an_exchange(pool: &Pool, look: impl FnOnce()) {
     thread::scope(|scope| {
         let held = Held::at(pool, WITNESSED);
@@ -216,18 +219,20 @@ fn each_name_that_outlives_a_process_is_documented() {
     assert_eq!(seen.names.into_iter().map(orphan).collect::<BTreeSet<_>>(), pairs("Names"));
     let mut attributes = pairs("Attributes");
     if memory_failures().is_none() {
-        attributes.retain(|(_, name)| name != "trusted.kept.poisoned"); // no kernel here that notes one
+        // This kernel reports no memory errors, so no daemon notes one.
+        attributes.retain(|(_, name)| name != "trusted.kept.poisoned");
     }
     assert_eq!(seen.attributes, attributes);
 }
 
-// ---- bytes ----------------------------------------------------------------------------------------------------------
+// ---- bytes --------------------------------------------------------------------------------------
 
-/// Fields by their names: offset and number of bytes.
+/// The offset and the number of bytes of each field, by its name.
 struct Layout(BTreeMap<String, (usize, usize)>);
 
 impl Layout {
-    /// The tables of offsets under a heading, each of which begins at 0 and leaves nothing out.
+    /// The tables of offsets under a heading. Asserts that each table begins at 0 and leaves no
+    /// byte out.
     fn all(heading: &str) -> Vec<Self> {
         let mut layouts: Vec<Self> = Vec::new();
         for row in rows(section(&document(FORMAT), heading)) {
@@ -247,14 +252,14 @@ impl Layout {
         self.0.values().map(|(offset, bytes)| offset + bytes).max().unwrap_or(0)
     }
 
-    /// The number in the field whose name begins with `name` and is at that offset.
+    /// The number in the field `field` of a record.
     fn number(&self, record: &[u8], field: &str) -> u64 {
         let (offset, bytes) = self.0.get(field).unwrap_or_else(|| panic!("no field {field}"));
         record[*offset..offset + bytes].iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte))
     }
 }
 
-/// The version that the document tells of an object.
+/// The documented version of an object.
 fn version(attribute: &str) -> u64 {
     let versions = rows(section(&document(FORMAT), "Versions"));
     let row = versions.iter().find(|row| row[2].contains(attribute)).expect("a row");

@@ -27,7 +27,7 @@ fn path_of(fd: &OwnedFd) -> PathBuf {
     fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap()
 }
 
-/// The kernel forgets what no program uses: names, inodes, and with them that they have ever been looked up.
+/// Makes the kernel forget the names and inodes that no program uses, and so all earlier look-ups.
 fn drop_caches() {
     fs::write("/proc/sys/vm/drop_caches", "2").unwrap();
 }
@@ -64,7 +64,8 @@ fn a_handle_outlives_caches_workers_and_names() {
     pool.unmount();
 }
 
-/// The handle that a FUSE mount would have for the inode that the daemon's own tmpfs has this handle for.
+/// Turns a handle of an inode in the daemon's own tmpfs into the handle that a FUSE mount would
+/// have for it.
 fn forged(of_inode: Handle) -> Handle {
     const FUSE: i32 = 0x81; // FILEID_INO64_GEN: node id, high half first, and generation
     let [generation, inode, _] = of_inode.words;

@@ -1,4 +1,4 @@
-//! A wait that nothing ends ends at its limit, and its end says what was waited for.
+//! A wait for an event that never comes ends at its limit, and then the test names the event.
 
 mod support;
 
@@ -13,7 +13,7 @@ use support::{Pool, Toucher, Worker, text};
 
 const SHORT: Duration = Duration::from_millis(300);
 
-/// The words with which `wait` panics, which it does soon after its limit.
+/// The words of the panic of `wait`. The panic comes soon after the limit.
 fn panic_of<T>(wait: impl FnOnce() -> T) -> String {
     let began = Instant::now();
     let panic = catch_unwind(AssertUnwindSafe(wait)).err().expect("the limit passes");
@@ -44,8 +44,8 @@ fn an_event_that_does_not_come_is_named() {
     assert!(said.contains("for the end of time has passed"), "{said}");
 }
 
-/// Has the test that calls this run once more in a process of its own, where `hang` runs. Returns what becomes of
-/// that process, or `None` in it.
+/// Runs the calling test once more in a process of its own, and `hang` in that process. Returns the
+/// output of that process, and `None` inside of it.
 fn in_a_process(test: &str, hang: impl FnOnce()) -> Option<Output> {
     const HANG: &str = "HUGETLB2_TEST_HANG";
     if std::env::var_os(HANG).is_some() {
@@ -57,7 +57,8 @@ fn in_a_process(test: &str, hang: impl FnOnce()) -> Option<Output> {
     Some(limits::output(limits::PROGRAM, &mut program).expect("this program again"))
 }
 
-/// A mount whose calls nothing answers, with its processes' ids on standard output.
+/// Makes a mount whose worker is stopped, so that its calls get no answer. Prints the ids of its
+/// processes.
 fn unanswered() -> Pool {
     limits::allow(1);
     let pool = Pool::small(1);
@@ -67,7 +68,7 @@ fn unanswered() -> Pool {
     pool
 }
 
-/// Asserts that neither the mount nor its processes outlive the process that waited for it.
+/// Asserts that the mount and its processes have ended with the process that waited for them.
 fn assert_gone(output: &Output) {
     let (said, errors) = (text(&output.stdout), text(&output.stderr));
     let pids = said.lines().find_map(|line| line.split_once("pids ")).expect("the mount was made").1;

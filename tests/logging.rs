@@ -1,4 +1,4 @@
-//! The daemon's log: calls do not wait for it, users cannot fill it, and it is found again.
+//! The daemon's log. Calls do not wait for it, users cannot fill it, and the daemon finds it again.
 
 mod support;
 
@@ -21,17 +21,18 @@ use support::{
 
 const SMALL: &str = "size=16M,pagesize=2M,mode=1777";
 const NOBODY: u32 = 65534;
-/// How long a line, or a call that must not wait for the log, may take.
+/// The limit for a line, and for a call that must not wait for the log.
 const LIMIT: Duration = limits::ANSWER;
 
-/// Runs `call` in a thread of its own, which is left behind where the limit passes.
+/// Runs `call` in a thread of its own. If the limit passes, the thread stays behind.
 fn in_time<T: Send + 'static>(what: &str, call: impl FnOnce() -> T + Send + 'static) -> T {
     let (sender, answer) = mpsc::channel();
     std::thread::spawn(move || sender.send(call()));
     answer.recv_timeout(LIMIT).unwrap_or_else(|_| panic!("{what}: no answer within {LIMIT:?}"))
 }
 
-/// Has the users from 10,000 on each be refused `times` requests, on a file that they may write.
+/// Makes users, from number 10,000 on, send `times` requests each that the worker refuses, on a
+/// file that they may write.
 fn be_refused(file: &Path, users: u32, times: u32) {
     let file = OpenOptions::new().read(true).write(true).open(file).unwrap();
     for user in 10_000..10_000 + users {
@@ -47,7 +48,7 @@ fn be_refused(file: &Path, users: u32, times: u32) {
     }
 }
 
-/// A file that all users may write.
+/// Makes a file that all users may write.
 fn open_file(directory: &Path) -> PathBuf {
     let file = directory.join("file");
     std::fs::write(&file, vec![7; 4096]).unwrap();
@@ -55,7 +56,7 @@ fn open_file(directory: &Path) -> PathBuf {
     file
 }
 
-/// What a user of the filesystem does, and what an admin looks at.
+/// Makes calls as a user of the filesystem and as an administrator.
 fn use_it(file: &Path) {
     let (file, directory) = (file.to_owned(), file.parent().unwrap().to_owned());
     in_time("a quarantine, a read and a look at the counters", move || {
@@ -66,9 +67,9 @@ fn use_it(file: &Path) {
     });
 }
 
-// ---- the system log -------------------------------------------------------------------------------------------------
+// ---- the system log -----------------------------------------------------------------------------
 
-/// A mount namespace whose /dev has no system log but the test's, and a pool that is mounted in it.
+/// A mount namespace with a pool in it. Its /dev has no system log but the test's.
 struct Machine {
     namespace: Namespace,
     directory: tempfile::TempDir,
@@ -85,7 +86,7 @@ impl Machine {
         self.namespace.path(path)
     }
 
-    /// Starts a system log, in place of another.
+    /// Starts a system log, which replaces an earlier one.
     fn listen(&self) -> UnixDatagram {
         let path = self.see(Path::new("/dev/log"));
         let _ = std::fs::remove_file(&path);
@@ -94,7 +95,7 @@ impl Machine {
         log
     }
 
-    /// Mounts a pool, and returns where it is seen from here.
+    /// Mounts a pool, and returns its path from outside of the namespace.
     fn mount(&self) -> PathBuf {
         let mut mount = self.namespace.command(hugetlb2().get_program().to_str().expect("a path"));
         mount.arg("mount");
@@ -126,7 +127,7 @@ fn a_system_log_that_hangs_keeps_no_call_waiting() {
     be_refused(&file, 40, 60);
     use_it(&file);
     assert!(counters(&pool)["log_lines_dropped"] > 0);
-    // Now the log reads on: it learns how much it has missed, and misses nothing more.
+    // Now the log reads on: it gets the number of lost messages, and loses no more.
     await_line(&log, "messages dropped: the log did not take them");
     assert_eq!(set(&file, POISON, "a last word"), Err(Errno::INVAL));
     let line = await_line(&log, "a last word");
@@ -166,12 +167,12 @@ fn a_system_log_that_was_restarted_is_found() {
     await_line(&third, "1 messages dropped");
 }
 
-/// Waits until the daemon has given a line up.
+/// Waits until the daemon has dropped a line.
 fn await_none_waiting(pool: &Path) {
     limits::until(limits::ANSWER, "the line to be given up", || counters(pool)["log_lines_dropped"] > 0);
 }
 
-// ---- a file ---------------------------------------------------------------------------------------------------------
+// ---- a file -------------------------------------------------------------------------------------
 
 #[test]
 fn a_signal_has_a_rotated_log_opened_anew() {
@@ -225,7 +226,7 @@ fn a_full_disk_costs_lines_and_nothing_else() {
     be_refused(&file, 10, 60);
     use_it(&file);
     std::fs::remove_file(disk.join("full")).unwrap();
-    // The first lines that find room again tell of those that did not.
+    // The first lines for which there is room tell of the dropped lines.
     assert_eq!(set(&file, POISON, "room again"), Err(Errno::INVAL));
     await_text(&log, "room again");
     await_text(&log, "messages dropped: the log did not take them");
@@ -276,7 +277,7 @@ fn a_log_that_others_can_put_elsewhere_is_refused() {
     Pool::mount(&format!("{SMALL},log={}", sticky.join("log").display())).unmount();
 }
 
-// ---- what users can do to it ----------------------------------------------------------------------------------------
+// ---- texts and floods from users ----------------------------------------------------------------
 
 #[test]
 fn a_users_text_cannot_forge_a_line() {
@@ -300,7 +301,7 @@ fn one_user_cannot_fill_the_log() {
     for _ in 0..200 {
         assert_eq!(set(&file, support::REPAIR, [1; 65_000]), Err(Errno::INVAL));
     }
-    be_refused(&file, 1, 1); // another user has lines of his own
+    be_refused(&file, 1, 1); // another user has a limit of its own
     pool.await_log("user 10000: ");
     let log = pool.await_log("more messages suppressed that are like: ");
     assert!(log.len() - before < 100 << 10, "{} bytes", log.len() - before);

@@ -1,4 +1,5 @@
-//! As many files as there can be: what is refused then, what goes on, and what statfs(2) says before.
+//! The largest number of files: the refusals at that number, the calls that go on, and the numbers
+//! of statfs(2) before.
 
 mod support;
 
@@ -21,7 +22,7 @@ fn is_full<T>(result: io::Result<T>) -> bool {
     result.is_err_and(|error| Errno::from_io_error(&error) == Some(Errno::NOSPC))
 }
 
-/// Makes files until no more can be made; returns how many.
+/// Makes files until the pool refuses one, and returns their number.
 fn fill_with_files(pool: &Pool, name: &str) -> u64 {
     let path = |number| pool.join(format!("{name}-{number}"));
     let mut made = 0;
@@ -45,7 +46,7 @@ fn descriptors_of(pid: u64) -> usize {
     fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
 }
 
-/// Lowers the limit of descriptors of the daemon, and of each worker that it starts.
+/// Lowers the limit of descriptors of the daemon and of each worker that it starts.
 fn allow_descriptors(pool: &Pool, most: u64) {
     for process in ["daemon_pid", "worker_pid"] {
         let pid = Pid::from_raw(pool.counter(process) as i32);
@@ -105,10 +106,12 @@ fn an_open_descriptor_costs_the_daemon_none() {
     let open = |path: PathBuf| File::open(path).unwrap();
     let held: Vec<_> = (0..500).flat_map(|_| [open(pool.join("file")), open(pool.path())]).collect();
     let now = processes.map(descriptors_of);
-    // The worker opens some for a moment, and closes them again: the patrol does so each second.
+    // The patrol opens some descriptors each second, and closes them again.
     let few = |(now, before): (&usize, &usize)| *now < before + 20;
     assert!(now.iter().zip(&before).all(few), "{before:?} before, {now:?} with 1000 open");
-    drop(held); // a process that another test starts may hold copies a moment longer, so the mount is detached
+    // A process that another test starts may hold copies a moment longer, so Pool detaches the
+    // mount.
+    drop(held);
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! Random sequences of operations against a reference model.
 //!
-//! [`Model`] is the readable statement of what the filesystem promises (bytes, sizes, pages, errors); [`World`] does
-//! the same operations for real, from two processes. Whatever they answer, and what can be seen afterwards, must agree.
+//! [`Model`] states the promises of the filesystem in readable form (bytes, sizes, pages, errors).
+//! [`World`] carries out the operations in the real filesystem, from two processes. The answers of
+//! both must agree, and so must the state after each operation.
 
 mod support;
 
@@ -21,28 +22,29 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use support::{COLLAPSE, FOLIO, MAP, POISON, Pool, REPAIR, SUBPAGE, Toucher};
 
-/// Pages of the pool, and bytes in one of them.
+/// The pages of the pool, and the bytes in a page.
 const PAGES: u64 = 8;
 const PAGE: u64 = FOLIO;
-/// Names, descriptors that this process holds, and mappings (the first is this process's, the other the toucher's).
+/// The numbers of names, of descriptors that this process holds, and of mappings (the first is in
+/// this process, the other in the toucher).
 const NAMES: usize = 4;
 const SLOTS: usize = 2;
 const MAPPINGS: usize = 2;
-/// Bytes of each mapping.
+/// The bytes of each mapping.
 const MAPPED: u64 = 6 * PAGE;
-/// Behind the largest file that a pool of this size can hold, and not behind what a file system can count.
+/// A size beyond the largest file of this pool, and within the range of file sizes.
 const ABSURD: u64 = 1 << 62;
 
-// ---- operations -----------------------------------------------------------------------------------------------------
+// ---- operations ---------------------------------------------------------------------------------
 
-/// Who reaches a file, and how.
+/// The process that uses a file, and its way to the file.
 #[derive(Clone, Copy, Debug)]
 enum Via {
     /// This process, by name.
     Here(usize),
     /// The other process, by name.
     There(usize),
-    /// This process, by a descriptor that it has held for a while.
+    /// This process, by a descriptor that it opened in an earlier operation.
     Held(usize),
 }
 
@@ -98,7 +100,7 @@ fn via() -> impl Strategy<Value = Via> {
     ]
 }
 
-/// Offsets meet near the places where something changes: the starts of pages, of subpages, and the first few of both.
+/// Offsets near boundaries: starts of pages and of subpages, and the first few of both.
 fn offset() -> impl Strategy<Value = u64> {
     let page = prop_oneof![4 => 0..3u64, 2 => 3..6u64];
     let within = prop_oneof![
@@ -120,7 +122,7 @@ fn short() -> impl Strategy<Value = u64> {
     ]
 }
 
-/// More than 64 KiB is delivered in another way than less.
+/// Lengths of reads: the daemon delivers more than 64 KiB in another way than less.
 fn readable() -> impl Strategy<Value = u64> {
     prop_oneof![3 => short(), 2 => (60u64 << 10)..2 * PAGE]
 }
@@ -148,7 +150,7 @@ fn fallocate() -> impl Strategy<Value = Fallocate> {
     ]
 }
 
-/// What the quarantine is asked for is mostly where files are, and a few subpages at most.
+/// Ranges for quarantines and repairs: mostly inside of files, and a few subpages at most.
 fn damage() -> impl Strategy<Value = (u64, u64)> {
     let place = (0..3u64, prop_oneof![3 => 0..6u64, 1 => 508..512u64])
         .prop_map(|(page, subpage)| page * PAGE + subpage * SUBPAGE);
@@ -214,7 +216,7 @@ fn names() -> impl Strategy<Value = Op> {
 
 fn sequence() -> impl Strategy<Value = Vec<Op>> {
     let op = prop_oneof![12 => contents(), 5 => quarantine(), 6 => mapped(), 5 => names()];
-    // Most sequences start with files, or half of the operations would find none.
+    // Most sequences start with files; otherwise half of the operations would find no file.
     let start = prop_oneof![1 => Just(vec![]), 8 => Just(vec![Op::Create(0), Op::Create(1)])];
     (start, prop::collection::vec(op, 1..50)).prop_map(|(mut ops, rest)| {
         ops.extend(rest);
@@ -222,9 +224,9 @@ fn sequence() -> impl Strategy<Value = Vec<Op>> {
     })
 }
 
-// ---- the model ------------------------------------------------------------------------------------------------------
+// ---- the model ----------------------------------------------------------------------------------
 
-/// What an operation answers.
+/// The answer of an operation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Answer {
     Done,
@@ -232,7 +234,7 @@ enum Answer {
     Bytes(Vec<u8>),
     /// SIGBUS.
     Fault,
-    /// Bytes behind the end of file in its last subpage: they may hold anything.
+    /// Any byte: the place is behind the end of file, in its last subpage.
     Anything,
     Failed(Errno),
 }
@@ -243,21 +245,22 @@ fn answer<T>(outcome: Outcome<T>, good: impl FnOnce(T) -> Answer) -> Answer {
     outcome.map_or_else(Answer::Failed, good)
 }
 
-/// What was in a quarantined subpage.
+/// The bytes that were in a quarantined subpage.
 type Rescued = Vec<u8>;
 
-/// A regular file: its bytes, and the pages that are its own.
+/// A regular file: its bytes and its pages.
 #[derive(Clone, Debug, Default)]
 struct Contents {
     bytes: Vec<u8>,
-    /// Pages from the start on that were taken for it: by size, or by an allocation behind the end.
+    /// The pages from the start of the file on that its size or an allocation behind the end has
+    /// taken.
     reserved: u64,
-    /// Those of them that were punched: they went back to the pool, and read as zeros.
+    /// The reserved pages that were punched: the pool has them again, and they read as zeros.
     released: BTreeSet<u64>,
     /// Quarantined subpages.
     holes: BTreeMap<u64, Rescued>,
     names: u64,
-    /// What is punched stays its own (`punch=keep`), and is memory to all who look.
+    /// With `punch=keep`, punched pages stay the file's, and are memory to every reader.
     keeps: bool,
 }
 
@@ -280,18 +283,18 @@ impl Contents {
         self.bytes.len() as u64
     }
 
-    /// All of it.
+    /// The range of the whole file.
     fn extent(&self) -> Range {
         Range::new(0, self.size())
     }
 
-    /// Capacity is taken in whole pages; those that were punched are the pool's again.
+    /// The pages that the file owns: it takes whole pages, and punched pages are the pool's again.
     fn pages(&self) -> u64 {
         self.reserved - self.released.len() as u64
     }
 
-    /// st_blocks: whole pages, as the pool counts them. With quarantined subpages, what can be read instead: less than
-    /// the size, which is where cp(1) looks for holes.
+    /// st_blocks: whole pages, as the pool counts them. A file with quarantined subpages counts its
+    /// readable bytes instead. That is less than its size, so cp(1) looks for holes.
     fn blocks(&self) -> u64 {
         let page = |page: &u64| Range::at(page * PAGE, PAGE).intersect(self.extent()).len();
         let released: u64 = self.released.iter().map(page).sum();
@@ -315,7 +318,8 @@ impl Contents {
         }
     }
 
-    /// Section 5: good bytes up to the first quarantined subpage; EIO if it is the first byte asked for.
+    /// Returns good bytes up to the first quarantined subpage. EIO if the first byte lies in that
+    /// subpage.
     fn read(&self, offset: u64, length: u64) -> Outcome<Vec<u8>> {
         let range = Range::at(offset, length).intersect(self.extent());
         if range.is_empty() {
@@ -329,8 +333,9 @@ impl Contents {
         Ok(self.bytes[range.start as usize..end as usize].to_vec())
     }
 
-    /// A file with soft holes cannot grow until it is repaired (EBUSY); what does not fit fails with ENOSPC and changes
-    /// nothing. Punched pages in `range`, or that the file grows over, are taken again.
+    /// A file with soft holes cannot grow until it is repaired (EBUSY). A growth that does not fit
+    /// fails with ENOSPC and changes nothing. A growth takes the punched pages in `range` and in
+    /// the new part of the file again.
     fn grow(&mut self, range: Range, size: u64, free: u64) -> Outcome {
         let size = size.max(self.size());
         let grown = Range::new(self.size(), size);
@@ -353,8 +358,8 @@ impl Contents {
         Ok(())
     }
 
-    /// FALLOC_FL_KEEP_SIZE: pages up to the end of `range` become the file's. Behind the end of file that is a matter
-    /// of counting, which quarantined subpages do not forbid.
+    /// FALLOC_FL_KEEP_SIZE: the file takes all pages up to the end of `range`. Behind the end of
+    /// file, that only changes counts, so quarantined subpages do not forbid it.
     fn reserve(&mut self, range: Range, free: u64) -> Outcome {
         let missing: Vec<u64> =
             self.released.iter().copied().filter(|page| touching(range).contains(page)).collect();
@@ -370,8 +375,8 @@ impl Contents {
         Ok(())
     }
 
-    /// A quarantined subpage that the write covers whole (up to the end of file) is repaired by it; one covered in
-    /// part ends the write short, EIO if at its start.
+    /// A write repairs a quarantined subpage that it covers whole (up to the end of file). A
+    /// subpage that it covers in part ends the write, with EIO if the write starts there.
     fn write(&mut self, offset: u64, length: u64, byte: u8, free: u64) -> Outcome<u64> {
         let mut range = Range::at(offset, length);
         let obstacle = self.holes_in(range).into_iter().find(|hole| !range.covers(self.bytes_of(*hole)));
@@ -388,8 +393,9 @@ impl Contents {
         Ok(range.len())
     }
 
-    /// truncate discards a quarantined subpage with its record. Pages cannot be given back while one stays (EBUSY), but for
-    /// those behind the end, which a truncate to the size that the file has gives back.
+    /// truncate discards a quarantined subpage with its record. While another one stays, the file
+    /// cannot give pages back (EBUSY). Pages behind the end are an exception: a truncate to the
+    /// present size gives them back.
     fn truncate(&mut self, size: u64, free: u64) -> Outcome {
         if size > self.size() {
             return self.grow(Range::new(0, 0), size, free);
@@ -426,14 +432,14 @@ impl Contents {
         }
     }
 
-    /// A part of what is lost cannot be zeroed.
+    /// EIO if `range` covers a quarantined subpage only in part: such a part cannot be zeroed.
     fn refuse_partial(&self, range: Range) -> Outcome {
         let range = range.intersect(self.extent());
         let covered = self.holes_in(range).iter().all(|hole| range.covers(self.bytes_of(*hole)));
         if covered { Ok(()) } else { Err(Errno::IO) }
     }
 
-    /// What a range of zeros covers is known again.
+    /// Zeroes a range. Quarantined subpages in it are good again.
     fn zero(&mut self, range: Range) {
         let range = range.intersect(self.extent());
         for hole in self.holes_in(range) {
@@ -442,7 +448,8 @@ impl Contents {
         self.put(range, 0);
     }
 
-    /// Whole pages go back to the pool, unless quarantined subpages elsewhere forbid it (EBUSY); the rest is zeroed.
+    /// Gives whole pages back to the pool, unless quarantined subpages elsewhere forbid it (EBUSY).
+    /// Zeroes the rest.
     fn punch(&mut self, range: Range) -> Outcome {
         self.refuse_partial(range)?;
         if self.keeps {
@@ -469,12 +476,13 @@ impl Contents {
         offset >= self.size() || self.is_released(offset) || self.holes.contains_key(&(offset / SUBPAGE))
     }
 
-    /// SEEK_HOLE/SEEK_DATA: quarantined subpages and released pages are holes, all else is data.
+    /// SEEK_HOLE and SEEK_DATA: quarantined subpages and released pages are holes, all other bytes
+    /// are data.
     fn seek(&self, offset: u64, data: bool) -> Outcome<u64> {
         if offset >= self.size() {
             return Err(Errno::NXIO);
         }
-        // Nothing changes within a subpage, so the start of each is all there is to look at.
+        // Within a subpage nothing changes, so the search looks at the start of each subpage.
         let next = |at: u64| (at / SUBPAGE + 1) * SUBPAGE;
         let found = std::iter::successors(Some(offset), |at| Some(next(*at)))
             .find(|at| *at >= self.size() || self.is_hole(*at) != data)
@@ -485,7 +493,7 @@ impl Contents {
         }
     }
 
-    /// Section 6: ranges are rounded outward to 4 KiB; one behind the end of file is EINVAL.
+    /// Rounds a range outward to 4 KiB. EINVAL for a range behind the end of file.
     fn named(&self, offset: u64, length: u64) -> Outcome<Range> {
         let range = Range::at(offset, length);
         let fits =
@@ -497,7 +505,8 @@ impl Contents {
         range.map_or_else(|| Ok(self.extent()), |(offset, length)| self.named(offset, length))
     }
 
-    /// Where there is no memory (EINVAL), none can be taken out of use. What is quarantined already stays as it is.
+    /// Quarantines a range. EINVAL if a page of it is released: it has no memory. A quarantined
+    /// subpage keeps its state.
     fn poison(&mut self, offset: u64, length: u64) -> Outcome {
         let range = self.named(offset, length)?;
         if subpages(range).any(|subpage| self.is_released(subpage * SUBPAGE)) {
@@ -511,7 +520,8 @@ impl Contents {
         Ok(())
     }
 
-    /// `zero`: replaced by zeroed memory. `salvage`: by every byte that is known. ENODATA where nothing is to repair.
+    /// `zero` gives a subpage zeroed memory; `salvage` gives it all known bytes. ENODATA if there
+    /// is nothing to repair.
     fn repair(&mut self, verb: Verb, range: Option<(u64, u64)>) -> Outcome {
         let range = self.named_or_all(range)?;
         let holes = self.holes_in(range);
@@ -530,7 +540,8 @@ impl Contents {
         Ok(())
     }
 
-    /// What a touch of mapped memory meets: SIGBUS on quarantined subpages, on released pages and behind the end.
+    /// The answer to a touch of mapped memory: SIGBUS on quarantined subpages, on released pages
+    /// and behind the end.
     fn touch(&self, offset: u64) -> Answer {
         let end = self.size().next_multiple_of(SUBPAGE);
         if offset >= end || self.is_released(offset) || self.holes.contains_key(&(offset / SUBPAGE)) {
@@ -548,7 +559,7 @@ struct Model {
     names: [Option<u64>; NAMES],
     slots: [Option<u64>; SLOTS],
     mappings: [Option<u64>; MAPPINGS],
-    /// Its files keep what is punched.
+    /// Files keep their punched pages.
     keeps: bool,
 }
 
@@ -569,7 +580,7 @@ impl Model {
         self.names[name].ok_or(Errno::NOENT)
     }
 
-    /// The file; a descriptor that nobody opened stands for none.
+    /// The file of a name or of a descriptor; EBADF for a descriptor that is not open.
     fn reached(&self, via: Via) -> Outcome<u64> {
         match via {
             Via::Here(name) | Via::There(name) => self.named(name),
@@ -588,7 +599,7 @@ impl Model {
         }
     }
 
-    /// The memory of an unlinked file is given back when its last descriptor and mapping are gone.
+    /// Removes unlinked files that have no descriptor and no mapping. Their memory is given back.
     fn bury(&mut self) {
         let held: Vec<u64> = self.slots.iter().chain(&self.mappings).flatten().copied().collect();
         self.files.retain(|id, file| file.names > 0 || held.contains(id));
@@ -614,7 +625,7 @@ impl Model {
         Ok(())
     }
 
-    /// rename(2): where both names are the same file's, nothing happens.
+    /// rename(2): nothing happens if both names belong to one file.
     fn rename(&mut self, from: usize, to: usize) -> Outcome {
         let id = self.named(from)?;
         if self.names[to] != Some(id) {
@@ -684,15 +695,15 @@ impl Model {
         let file = self.files.get_mut(&id).expect("it is mapped");
         match file.touch(offset) {
             Answer::Bytes(_) => file.put(Range::at(offset, 1), byte),
-            // What is stored behind the end never comes to light: the file is still as it was.
+            // A store behind the end never becomes visible, so the file is unchanged.
             Answer::Anything => {}
             other => return other,
         }
         Answer::Done
     }
 
-    /// Whether the real thing may be touched there at all: a 2 MiB entry maps the folio with the end of file whole, so
-    /// that behind the last subpage a program may get SIGBUS or not.
+    /// True if the answer to a touch is certain. A 2 MiB entry maps all of the folio with the end
+    /// of file, so behind the last subpage a program may get SIGBUS or not.
     fn is_settled(&self, mapping: usize, offset: u64) -> bool {
         let Some(id) = self.mappings[mapping] else { return true };
         let size = self.files[&id].size();
@@ -700,9 +711,9 @@ impl Model {
     }
 }
 
-// ---- the world ------------------------------------------------------------------------------------------------------
+// ---- the world ----------------------------------------------------------------------------------
 
-/// A descriptor, for one operation or for longer.
+/// A descriptor, opened for one operation or held for longer.
 enum Reached<'a> {
     Opened(File),
     Held(&'a File),
@@ -746,7 +757,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Asks the other process, where it is the one to act.
+    /// Asks the other process, if that is the one to act.
     fn ask(&mut self, via: Via, line: impl FnOnce(std::path::Display<'_>) -> String) -> ControlFlow<Answer> {
         let Via::There(name) = via else { return ControlFlow::Continue(()) };
         let path = self.path(name);
@@ -837,7 +848,8 @@ impl<'a> World<'a> {
                 done(self.set(via, REPAIR, &format!("{verb} {}", target(range))))
             }
             Op::Collapse { via, range } => done(match self.set(via, COLLAPSE, &target(range)) {
-                Err(Errno::BUSY) => Ok(()), // the kernel may not be able to at the moment; nothing depends on it
+                // The kernel may be unable to at the moment. Nothing depends on it.
+                Err(Errno::BUSY) => Ok(()),
                 outcome => outcome,
             }),
             Op::Map { name, .. } => done(self.open(name, OFlags::empty()).map(|file| {
@@ -872,7 +884,7 @@ impl<'a> World<'a> {
         self.reach(via, OFlags::empty()).and_then(|reached| run(reached.file()))
     }
 
-    /// A descriptor that is held becomes one for appending for as long as the write takes.
+    /// Sets O_APPEND for the time of the write if the descriptor is a held one.
     fn append(&self, via: Via, length: u64, byte: u8) -> Outcome<u64> {
         let reached = self.reach(via, OFlags::APPEND)?;
         rustix::fs::fcntl_setfl(reached.file(), OFlags::APPEND)?;
@@ -885,7 +897,8 @@ impl<'a> World<'a> {
         self.with(via, |file| rustix::fs::fsetxattr(file, name, value.as_bytes(), XattrFlags::empty()))
     }
 
-    /// What was punched and kept has to be filled first, and which of it a touch has filled is not in the model.
+    /// Quarantines a range. If punched memory is missing (EBUSY), fills it first: the model does
+    /// not know the gaps that touches have filled.
     fn poison(&self, via: Via, value: &str) -> Outcome {
         match self.set(via, POISON, value) {
             Err(Errno::BUSY) => {
@@ -930,7 +943,7 @@ fn seek(file: &File, offset: u64, data: bool) -> Outcome<u64> {
     rustix::fs::seek(file, if data { SeekFrom::Data(offset) } else { SeekFrom::Hole(offset) })
 }
 
-/// What the toucher said.
+/// Reads an answer of the toucher.
 fn understood(line: &str) -> Answer {
     let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
     let number = || rest.parse::<u64>().unwrap_or_else(|_| panic!("the toucher said {line:?}"));
@@ -950,7 +963,7 @@ fn run(text: &str) -> Vec<u8> {
     vec![byte.parse().expect("a byte"); count.parse().expect("a count")]
 }
 
-// ---- comparing ------------------------------------------------------------------------------------------------------
+// ---- comparing ----------------------------------------------------------------------------------
 
 type Verdict = Result<(), TestCaseError>;
 
@@ -966,7 +979,7 @@ fn agree<T: PartialEq + std::fmt::Debug>(what: &str, real: &T, model: &T) -> Ver
 }
 
 impl World<'_> {
-    /// What can be seen from outside of every file, and of the pool.
+    /// Compares all that programs see of every file and of the pool.
     fn compare(&self, model: &Model, around: Option<u64>) -> Verdict {
         self.compare_pool(model)?;
         for (slot, id) in model.slots.iter().enumerate() {
@@ -983,7 +996,7 @@ impl World<'_> {
         Ok(())
     }
 
-    /// The pages of a file that went away come back when the kernel has let go of it, which it tells by itself.
+    /// Waits for the pages of removed files: the kernel forgets a file at a moment of its own.
     fn compare_pool(&self, model: &Model) -> Verdict {
         let wanted = [model.free(), model.used(), model.quarantined()];
         let deadline = Instant::now() + Duration::from_secs(5);
@@ -1009,7 +1022,7 @@ fn compare_file(file: &File, model: &Contents, around: Option<u64>) -> Verdict {
     agree("read around", &read(file, from, 3 * SUBPAGE), &model.read(from, 3 * SUBPAGE))
 }
 
-/// An attribute's value; empty where there is none.
+/// The value of an attribute; empty if there is none.
 fn value(file: impl AsFd, name: &str) -> String {
     let mut value = vec![0; 64 << 10];
     match rustix::fs::fgetxattr(file, name, &mut value[..]) {
@@ -1019,7 +1032,7 @@ fn value(file: impl AsFd, name: &str) -> String {
     }
 }
 
-/// The range that a line of an attribute starts with, and the word behind it.
+/// The range at the start of an attribute's line, and the word behind it.
 fn extent(line: &str) -> (Range, String) {
     let mut words = line.split_ascii_whitespace();
     let mut number = || u64::from_str_radix(words.next()?.strip_prefix("0x")?, 16).ok();
@@ -1037,7 +1050,7 @@ fn compare_poison(file: &File, model: &Contents) -> Verdict {
     agree("poison is listed", &listed, &!model.holes.is_empty())
 }
 
-/// Every byte, every hole, every part of the map.
+/// Compares every byte, every hole and every part of the map.
 fn compare_whole(file: &File, model: &Contents) -> Verdict {
     compare_file(file, model, None)?;
     let mut at = 0;
@@ -1092,9 +1105,9 @@ fn compare_map(file: &File, model: &Contents) -> Verdict {
     agree("the map's end", &end, &model.size().next_multiple_of(SUBPAGE))
 }
 
-// ---- the property ---------------------------------------------------------------------------------------------------
+// ---- the property -------------------------------------------------------------------------------
 
-/// Where an operation leaves bytes to look at.
+/// The place of the bytes that an operation leaves.
 fn place(op: &Op) -> Option<u64> {
     match *op {
         Op::Write { offset, .. } | Op::Store { offset, .. } | Op::Poison { offset, .. } => Some(offset),
@@ -1143,12 +1156,14 @@ fn clean(mut world: World<'_>) -> Verdict {
         world.toucher.ask("unmap");
     }
     for name in 0..NAMES {
-        let _ = rustix::fs::unlink(world.path(name)); // most sequences leave only some
+        // After most sequences only some of the names exist.
+        let _ = rustix::fs::unlink(world.path(name));
     }
     world.compare_pool(&Model::default())
 }
 
-/// A pool and a toucher for many sequences; new ones after a sequence that failed, since it may have left anything.
+/// A pool and a toucher for many sequences. After a failed sequence they are in an unknown state,
+/// so the next one gets new ones.
 struct Stage {
     props: Option<(Pool, Toucher)>,
     /// The pool is mounted with `punch=keep`.
@@ -1195,7 +1210,7 @@ fn play_all(keeps: bool) {
     const CASES: u32 = 200;
     let cases = number_from_environment("PROPTEST_CASES").map_or(CASES, |cases| cases as u32);
     let seed = number_from_environment("MODEL_SEED").unwrap_or_else(|| {
-        RandomState::new().build_hasher().finish() // which the standard library seeds at random
+        RandomState::new().build_hasher().finish() // the standard library seeds this at random
     });
     let mut bytes = [0; 32];
     bytes[..8].copy_from_slice(&seed.to_le_bytes());

@@ -1,4 +1,5 @@
-//! The mount helper's protocol (mount(8), "external helpers") and a pool's life from mount to unmount.
+//! The protocol of the mount helper (mount(8), "external helpers"), and a pool's life from mount to
+//! unmount.
 
 mod support;
 
@@ -20,20 +21,20 @@ use support::{
 /// Eight pages of 2 MiB.
 const SMALL: &str = "size=16M,pagesize=2M";
 
-/// What `mount` answers (mount(8), "exit status").
+/// Exit statuses of `mount` (mount(8), "exit status").
 const USAGE: i32 = 1;
 const SYSTEM: i32 = 2;
 const INTERRUPTED: i32 = 8;
 const FAILED: i32 = 32;
 
-// ---- where tests mount ----------------------------------------------------------------------------------------------
+// ---- where tests mount --------------------------------------------------------------------------
 
 fn memory_available() -> u64 {
     hugetlb2fs::sys::memory_available().expect("/proc/meminfo")
 }
 
-/// Writes a file from another process: while one of ours has it open, each process that is being forked here has it open
-/// as well, until it executes, and the mount is busy for as long.
+/// Writes a file from another process. A child that this process forks has each open file of this
+/// process open until it executes, and the mount is busy for this time.
 fn write_from_outside(file: &Path) {
     run(Command::new("sh").args(["-c", "echo text > \"$0\""]).arg(file));
 }
@@ -42,7 +43,7 @@ fn signal(pid: i32, signal: Signal) {
     kill_process(Pid::from_raw(pid).expect("a process id"), signal).expect("it runs");
 }
 
-// ---- options --------------------------------------------------------------------------------------------------------
+// ---- options ------------------------------------------------------------------------------------
 
 #[test]
 fn each_wrong_option_is_refused_with_the_right_form() {
@@ -160,7 +161,7 @@ fn a_source_is_a_name_and_cannot_bring_options_in() {
     std::fs::write(place.mount_point().join("file"), "text").unwrap();
 }
 
-// ---- mount points ---------------------------------------------------------------------------------------------------
+// ---- mount points -------------------------------------------------------------------------------
 
 #[test]
 fn a_mount_point_must_be_an_empty_directory() {
@@ -185,7 +186,7 @@ fn a_symbolic_link_to_a_directory_is_followed() {
     assert!(place.mount_info().is_some(), "mounted on what the link names");
 }
 
-// ---- what the system may lack ---------------------------------------------------------------------------------------
+// ---- a system that lacks something --------------------------------------------------------------
 
 #[test]
 fn without_the_fuse_device_nothing_starts() {
@@ -304,10 +305,10 @@ fn the_daemon_keeps_nothing_open_that_its_starter_had() {
     }
 }
 
-// ---- a daemon that does not do its part -----------------------------------------------------------------------------
+// ---- a daemon that does not do its part ---------------------------------------------------------
 
 impl Place {
-    /// The helper from a directory of its own, with `script` for a daemon beside it.
+    /// Runs the helper from a directory of its own, with `script` as the daemon beside it.
     fn mount_with_daemon(&self, script: Option<&str>) -> Command {
         let helper = self.install(Path::new(env!("CARGO_BIN_EXE_hugetlb2")), "hugetlb2");
         if let Some(script) = script {
@@ -326,8 +327,9 @@ impl Place {
 }
 
 impl Place {
-    /// Another process writes the program: one of ours that is forked meanwhile would have it open for writing, and who is
-    /// written to cannot be executed (ETXTBSY).
+    /// Another process writes the program. If this process wrote it, a child forked meanwhile would
+    /// have it open for writing, and a program that is open for writing cannot be executed
+    /// (ETXTBSY).
     fn install(&self, source: &Path, name: &str) -> PathBuf {
         run(Command::new("install").args(["-m", "755"]).arg(source).arg(self.join(name)));
         self.join(name)
@@ -418,17 +420,17 @@ fn a_log_that_cannot_be_opened_fails_the_mount() {
     place.assert_refused(&mut place.mount(SMALL), FAILED, "option log: Is a directory");
 }
 
-// ---- interruption ---------------------------------------------------------------------------------------------------
+// ---- interruption -------------------------------------------------------------------------------
 
-/// A mount whose daemon cannot get further than the middle of filling its pool: the helper is stopped, and
-/// the socket that the daemon tells it of its progress on has room for a few lines only.
+/// A mount whose daemon stops in the middle of filling its pool. The helper is stopped, and the
+/// socket on which the daemon reports its progress has room for a few lines only.
 struct Standing {
     place: Place,
     helper: Child,
     daemon: Daemon,
 }
 
-/// Stands between the helper and the daemon, and is gone when the daemon runs.
+/// A script between the helper and the daemon. It executes the daemon at its end.
 const HOLD: &str = r#"#!/usr/bin/perl
 use Socket;
 $^F = 1000; # the daemon is to have the socket, too
@@ -516,7 +518,7 @@ fn a_daemon_that_is_killed_while_it_fills_fails_the_mount() {
     standing.place.assert_nothing_is_left();
 }
 
-// ---- what it says ---------------------------------------------------------------------------------------------------
+// ---- messages -----------------------------------------------------------------------------------
 
 #[test]
 fn progress_is_shown_on_a_terminal_and_nowhere_else() {
@@ -559,18 +561,18 @@ fn words_that_nobody_reads_change_nothing() {
     assert_eq!(status, Some(FAILED));
 }
 
-/// The exit status of a program whose standard error is not a pipe of ours.
+/// Returns the exit status. The program's standard error is not a pipe of this process.
 fn status(command: &mut Command) -> Option<i32> {
     let mut child = command.spawn().expect("the helper");
     limits::exit(limits::PROGRAM, "the helper", &mut child).code()
 }
 
-// ---- namespaces -----------------------------------------------------------------------------------------------------
+// ---- namespaces ---------------------------------------------------------------------------------
 
 #[test]
 fn a_pool_can_be_mounted_in_another_mount_namespace() {
     let (place, namespace) = (Place::new(), Namespace::new());
-    // There, and only there, the mount point is in a filesystem of its own.
+    // Only in the namespace, the mount point lies in a filesystem of its own.
     run(namespace.command("mount").args(["-t", "tmpfs", "none"]).arg(place.mount_point()));
     let directory = place.mount_point().join("there");
     run(namespace.command("mkdir").arg(&directory));
@@ -615,13 +617,13 @@ fn mount_8_mounts_in_another_namespace_through_the_helper() {
     assert_eq!(counters(&other.path(&place.mount_point()))["pages_total"], 8);
     assert!(namespace.mount_info(&place).is_none() && place.mount_info().is_none());
     let daemon = Daemon::of(&other.path(&place.mount_point()));
-    // -c makes umount(8) look for the helper, which it runs in its own namespace.
+    // With -c, umount(8) looks for the helper, and runs it in its own namespace.
     run(namespace.command("umount").args(["-c", "-N", &other.pid()]).arg(place.mount_point()));
     assert!(other.mount_info(&place).is_none());
     assert!(daemon.ends_within(0), "the daemon runs on");
 }
 
-// ---- unmounting -----------------------------------------------------------------------------------------------------
+// ---- unmounting ---------------------------------------------------------------------------------
 
 #[test]
 fn umount_returns_when_the_daemon_has_ended() {
@@ -659,7 +661,7 @@ fn a_busy_pool_is_not_unmounted_and_goes_on() {
     pool.unmount();
 }
 
-/// Sleeps with a file of the pool open.
+/// Starts a process that sleeps with a file of the pool open.
 fn user_of(file: &Path) -> Child {
     let mut user = Command::new("sh")
         .args(["-c", "exec <\"$0\"; echo open; exec sleep infinity"])
@@ -688,7 +690,7 @@ fn a_forced_umount_of_a_pool_that_answers_is_refused() {
         assert!(error.contains("it is in use, and its daemon answers: nothing is forced"), "{error}");
         assert_eq!(std::fs::read_to_string(&file).unwrap(), "text\n");
     }
-    // One whose daemon stands still is no use to its users.
+    // A forced umount disconnects a pool whose daemon is stopped.
     let daemon = Daemon::of(&mount_point);
     let processes = place.processes();
     processes.iter().for_each(|process| signal(*process, Signal::STOP));
@@ -722,7 +724,7 @@ fn a_lazy_umount_returns_memory_when_its_last_user_ends() {
     let open = File::options().read(true).append(true).open(&file).unwrap();
     run(umount_hugetlb2().arg("-l").arg(place.mount_point()));
     assert!(place.mount_info().is_none() && !file.exists());
-    // Who has it goes on, can even make it grow.
+    // Users of the file go on, and can even make it grow.
     assert!(toucher.store(1, 9));
     (&open).write_all(&[1; 10]).unwrap();
     assert_eq!(open.metadata().unwrap().len(), FOLIO + 10);
@@ -734,10 +736,10 @@ fn a_lazy_umount_returns_memory_when_its_last_user_ends() {
     place.assert_nothing_is_left();
 }
 
-// ---- mount(8) and umount(8) -----------------------------------------------------------------------------------------
+// ---- mount(8) and umount(8) ---------------------------------------------------------------------
 
 impl Namespace {
-    /// mount(8) in it, with this behind `-o`.
+    /// A command that runs mount(8) in the namespace with these options.
     fn mount_8(&self, place: &Place, kind: &str, options: &str) -> Command {
         let mut command = self.command("mount");
         command.args(["-t", kind, "source"]).arg(place.mount_point()).args(["-o", options]);
@@ -914,7 +916,7 @@ fn a_remount_of_what_is_no_pool_is_refused() {
     assert!(error.contains("no hugetlb2 pool is mounted there"), "{error}");
 }
 
-// ---- resizing through the attribute ---------------------------------------------------------------------------------
+// ---- resizing through the attribute -------------------------------------------------------------
 
 #[test]
 fn the_size_attribute_resizes_a_pool_in_use() {
@@ -931,7 +933,7 @@ fn the_size_attribute_resizes_a_pool_in_use() {
     }
     assert_eq!(toucher.ask(&format!("differ 0 {} 7", 4 * FOLIO)), "count 0");
     assert_eq!(toucher.huge(), 4);
-    // Exactly what the size says can be had.
+    // Files can take exactly the bytes of the size.
     let more = File::create(pool.join("more")).unwrap();
     assert!(more.set_len(2 * FOLIO).is_err());
     more.set_len(FOLIO).unwrap();
@@ -1006,7 +1008,7 @@ fn resizes_and_files_beside_each_other_keep_the_account() {
     pool.check();
 }
 
-// ---- life -----------------------------------------------------------------------------------------------------------
+// ---- life ---------------------------------------------------------------------------------------
 
 #[test]
 fn two_hundred_lives_leave_nothing_behind() {
@@ -1031,7 +1033,8 @@ fn two_hundred_lives_leave_nothing_behind() {
         assert!(place.mount_info().is_none());
     }
     place.assert_nothing_is_left();
-    // Others take and give memory meanwhile; half of what would have been lost tells the two cases apart.
+    // Other programs take and give memory meanwhile. Half of the memory that a leak would lose
+    // tells both cases apart.
     assert!(before.saturating_sub(memory_available()) < LIVES * POOL / 2, "memory is missing");
 }
 

@@ -1,4 +1,5 @@
-//! Descriptors by which the kernel reads a file's memory itself (`io=native`), and that nobody ever reads zeros from a hole by one.
+//! Descriptors by which the kernel itself reads a file's memory (`io=native`). No program ever
+//! reads zeros from a hole by such a descriptor.
 
 mod support;
 
@@ -11,14 +12,14 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use support::{FOLIO, GIB, POISON, Pool, REPAIR, SUBPAGE, Toucher, Worker, get, kill_worker, poison, set};
 
-/// The subpage that comes and goes.
+/// The subpage that the tests quarantine and repair.
 const PLACE: u64 = FOLIO + 3 * SUBPAGE;
 
 fn native(pages: u64) -> Pool {
     Pool::mount(&format!("pagesize=2M,size={},io=native", pages * FOLIO))
 }
 
-/// Two folios of sevens.
+/// Makes a file of two folios of sevens.
 fn sevens(pool: &Pool, name: &str) -> PathBuf {
     let path = pool.join(name);
     fs::write(&path, vec![7; 2 * FOLIO as usize]).unwrap();
@@ -29,7 +30,7 @@ fn open_to_write(path: &Path) -> File {
     File::options().read(true).write(true).open(path).unwrap()
 }
 
-/// A subpage as a descriptor delivers it.
+/// Reads a subpage by a descriptor.
 fn read_subpage(file: &File, at: u64) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0xee; SUBPAGE as usize];
     let read = file.read_at(&mut bytes, at)?;
@@ -73,7 +74,7 @@ fn a_native_descriptor_sees_every_store_write_and_resize() {
         assert!(toucher.store(PLACE, byte));
         writer.write_all_at(&[byte], PLACE + 1).unwrap();
         assert_eq!(read_subpage(&reader, PLACE).unwrap()[..3], [byte, byte, 7]);
-        // sendfile(2), by which io::copy works, does not read an older copy either.
+        // By sendfile(2), on which io::copy is built, a program reads no older copy either.
         let mut copy = Vec::new();
         io::copy(&mut io::Read::take(&reader, PLACE + 2), &mut copy).unwrap();
         io::Seek::rewind(&mut &reader).unwrap();
@@ -160,7 +161,7 @@ fn a_descriptor_that_was_closed_is_in_nobodys_way() {
         poison(&path, PLACE, 1).unwrap();
         set(&path, REPAIR, "salvage all").unwrap();
     }
-    // More who wait for it at once than there are threads that could hear of it.
+    // More quarantines wait for closes at once than there are threads to receive the closes.
     fs::remove_file(path).unwrap();
     let paths: Vec<PathBuf> = (0..2).map(|n| sevens(&pool, &n.to_string())).collect();
     for round in 0..20 {
@@ -205,7 +206,7 @@ fn the_next_worker_knows_who_reads_natively() {
         assert_eq!(poison(&path, PLACE, 1), Err(Errno::BUSY));
         assert_eq!(read_subpage(&reader, PLACE).unwrap(), [7; SUBPAGE as usize]);
         kill_worker(&pool);
-        drop(reader); // the next one is told of that
+        drop(reader); // the next worker learns of it
     }
     poison(&path, PLACE, 1).unwrap();
     assert_eq!(pool.counter("opened_natively"), 0);
@@ -235,9 +236,9 @@ fn a_gigantic_page_is_read_natively_at_its_end_as_at_its_start() {
     assert_eq!(read_subpage(&reader, GIB).unwrap(), []);
 }
 
-// ---- every order of open, inject, read, repair ----------------------------------------------------------------------
+// ---- every order of open, inject, read, repair --------------------------------------------------
 
-/// One thing that happens to a file.
+/// One step in the life of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Act {
     OpenToRead,
@@ -253,10 +254,10 @@ const ACTS: [Act; 7] =
     [Act::OpenToRead, Act::OpenToWrite, Act::Close, Act::Inject, Act::Salvage, Act::Zero, Act::WriteOver];
 const LENGTH: u32 = 4;
 
-/// A file, who has it open, and what its subpage holds.
+/// A file, its open descriptors, and the contents of its subpage.
 struct History {
     path: PathBuf,
-    /// Whether each of them reads natively.
+    /// Each descriptor, and true if it reads natively.
     open: Vec<(File, bool)>,
     quarantined: bool,
     byte: u8,
@@ -320,7 +321,7 @@ impl History {
 
 #[test]
 fn no_order_of_opens_and_repairs_shows_wrong_bytes() {
-    const THREADS: u64 = 48; // nearly all of which wait for a refusal, most of the time
+    const THREADS: u64 = 48; // most of the time, nearly all threads wait for a refusal
     let orders = (ACTS.len() as u64).pow(LENGTH);
     let pool = native(2 * THREADS);
     let next = AtomicU64::new(0);

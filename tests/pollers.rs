@@ -10,28 +10,28 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use support::{FOLIO, POISON, Pool, SUBPAGE, get, kill_worker, limits, poison};
 
-/// More than the worker keeps of one file before it first wakes all of them.
+/// More pollers than the worker keeps for one file before it first wakes all pollers.
 const POLLERS: u64 = 1100;
 
 const MOMENT: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
-/// Opens `path` [`POLLERS`] times, for writing too: a quarantine is refused where the kernel reads
-/// the file itself.
+/// Opens `path` [`POLLERS`] times for reading and writing: a descriptor for reading only might be
+/// native, and then the worker would refuse a quarantine.
 fn pollers(path: &Path) -> Vec<File> {
     let limit = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).unwrap();
     (0..POLLERS).map(|_| File::options().read(true).write(true).open(path).unwrap()).collect()
 }
 
-/// How often this thread has slept. It sleeps for the answer to each request, and each wake of a
-/// file that it polls ends a sleep.
+/// The number of sleeps of this thread. It sleeps for the answer to each request, and each wake of
+/// a file that it polls ends a sleep.
 fn sleeps() -> u64 {
     let status = fs::read_to_string("/proc/thread-self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
     line.expect("a line of proc(5)").trim().parse().unwrap()
 }
 
-/// Polls all of `files` at once for a moment. Returns how many have an alarm then.
+/// Polls all `files` at once for a moment. Returns the number of files with an alarm.
 fn poll_all(files: &[File]) -> usize {
     let mut fds: Vec<_> = files.iter().map(|file| PollFd::new(file, PollFlags::PRI)).collect();
     limits::within(limits::ANSWER, "an end of poll(2)", || poll(&mut fds, Some(&MOMENT)).unwrap())
@@ -48,7 +48,7 @@ fn alarmed(queue: impl AsFd) -> BTreeSet<u64> {
 
 #[test]
 fn each_of_many_pollers_is_asked_a_few_times() {
-    const MOST: u64 = 12; // 5, on an idle machine; without bound, poll(2) does not even end
+    const MOST: u64 = 12; // 5 on an idle machine; without the bound, poll(2) never ends
     let pool = Pool::small(2);
     let path = pool.join("file");
     fs::write(&path, vec![7; FOLIO as usize]).unwrap();
@@ -68,7 +68,7 @@ fn each_of_many_pollers_is_woken_by_any_worker() {
     let path = pool.join("file");
     fs::write(&path, vec![7; FOLIO as usize]).unwrap();
     let files = pollers(&path);
-    // The kernel asks again about those files of a queue that were woken, and about no others.
+    // The kernel asks again about the woken files of a queue, and about no others.
     let queue = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
     for (file, number) in files.iter().zip(0..) {
         let data = epoll::EventData::new_u64(number);

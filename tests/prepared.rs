@@ -1,4 +1,5 @@
-//! What another user has prepared, or changes meanwhile, where root's programs act: nothing of it is followed.
+//! Things that another user prepares, or changes meanwhile, in places where root's programs act.
+//! These programs follow none of them.
 
 mod support;
 
@@ -15,9 +16,10 @@ use support::{Daemon, end, limits, run, status_and_error};
 
 const SMALL: &str = "size=16M,pagesize=2M";
 
-// ---- a path that changes ---------------------------------------------------------------------------------------------
+// ---- a path that changes ------------------------------------------------------------------------
 
-/// A pool at `user/mnt`, a stranger's filesystem at `victim/mnt`, and a link to `victim` that can take the place of `user`.
+/// A pool at `user/mnt`, a foreign filesystem at `victim/mnt`, and a link to `victim` that can take
+/// the place of `user`.
 struct Scene {
     namespace: Namespace,
     place: Place,
@@ -49,13 +51,14 @@ impl Scene {
         self.place.join("user/mnt")
     }
 
-    /// The flags of what is mounted there.
+    /// The flags of the mount on a directory.
     fn flags(&self, directory: &str) -> Option<String> {
         let file = format!("/proc/{}/mountinfo", self.namespace.pid());
         MountInfo::of(&self.place.join(directory), &file).map(|info| info.flags)
     }
 
-    /// Runs `work` while the owner of the directory puts `link` in the place of `user` and back, over and over.
+    /// Runs `work` while another thread exchanges `link` and `user` over and over, as the owner of
+    /// the directory can.
     fn while_the_path_changes(&self, work: impl FnOnce()) {
         let done = AtomicBool::new(false);
         let exchange = || {
@@ -127,7 +130,7 @@ fn an_umount_follows_the_link_that_it_is_given() {
     place.assert_nothing_is_left();
 }
 
-// ---- a process that is no daemon -------------------------------------------------------------------------------------
+// ---- a process that is no daemon ----------------------------------------------------------------
 
 #[test]
 fn an_upgrade_looks_at_no_process_of_another_user() {
@@ -157,7 +160,7 @@ fn an_upgrade_looks_at_no_process_of_another_user() {
     end(&mut process, "a process of another user");
 }
 
-// ---- installing -----------------------------------------------------------------------------------------------------
+// ---- installing ---------------------------------------------------------------------------------
 
 #[test]
 fn an_installation_follows_no_link() {

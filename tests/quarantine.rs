@@ -1,4 +1,5 @@
-//! What happens to a file that loses subpages: who sees what, and how it becomes whole again.
+//! A file loses subpages: the effect on each process that uses it, and the ways to make it whole
+//! again.
 
 mod support;
 
@@ -17,7 +18,7 @@ use support::{
     set, status_and_error,
 };
 
-/// A byte that tells its offset from its neighbours in the same and in other subpages.
+/// A byte that differs from its neighbours in this subpage and in others.
 fn byte_at(offset: u64) -> u8 {
     (offset % 251) as u8 ^ (offset / SUBPAGE % 255) as u8 | 1
 }
@@ -26,7 +27,7 @@ fn pattern(offset: u64, length: u64) -> Vec<u8> {
     (offset..offset + length).map(byte_at).collect()
 }
 
-/// A file of `size` bytes, each of which tells where it is.
+/// A file of `size` bytes that depend on their place.
 fn patterned(pool: &Pool, name: &str, size: u64) -> PathBuf {
     let file = pool.join(name);
     std::fs::write(&file, pattern(0, size)).unwrap();
@@ -48,7 +49,7 @@ fn errno<T: std::fmt::Debug>(result: io::Result<T>) -> Errno {
     Errno::from_io_error(&result.expect_err("it is refused")).expect("a system call refused it")
 }
 
-/// The poison attribute's ranges; none where it is absent.
+/// The ranges of the poison attribute; none if there is no attribute.
 fn quarantined(file: &Path) -> Vec<(u64, u64)> {
     match get(file, POISON) {
         Ok(text) => text.lines().map(|line| (column(line, 0), column(line, 1))).collect(),
@@ -76,7 +77,8 @@ fn unix_time() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
 }
 
-/// Asserts that every byte of the file is as [`patterned`] made it, but for the subpages at `lost`, which are EIO.
+/// Asserts that every byte is as [`patterned`] made it, except in the subpages at `lost`, which are
+/// EIO.
 fn assert_intact_but(file: &Path, size: u64, lost: &[u64]) {
     for start in (0..size).step_by(SUBPAGE as usize) {
         let length = SUBPAGE.min(size - start);
@@ -93,12 +95,12 @@ fn assert_intact_but(file: &Path, size: u64, lost: &[u64]) {
     }
 }
 
-/// Waits for what the daemon does without being asked.
+/// Waits for an act of the daemon that no request asks for.
 fn eventually(what: &str, holds: impl FnMut() -> bool) {
     limits::until(limits::ANSWER, what, holds);
 }
 
-// ---- quarantining ---------------------------------------------------------------------------------------------------
+// ---- quarantining -------------------------------------------------------------------------------
 
 #[test]
 fn a_quarantined_subpage_is_listed_with_kind_and_time() {
@@ -289,7 +291,7 @@ fn quarantining_needs_permission_to_write_the_file() {
         command.args([&format!("--reuid={uid}"), "--clear-groups", "setfattr", "-n", POISON, "-v", "0 1"]);
         status_and_error(command.arg(&file))
     };
-    // The way to the mount point leads through a directory of the test's own.
+    // The mount point lies in a directory of the test, which others must be able to search.
     let directory = pool.path().parent().unwrap().to_owned();
     rustix::fs::chmod(&directory, rustix::fs::Mode::from_raw_mode(0o755)).unwrap();
     let (status, error) = setfattr("65534");
@@ -300,7 +302,7 @@ fn quarantining_needs_permission_to_write_the_file() {
     assert_eq!(quarantined(&file), [(0, 0x1000)]);
 }
 
-// ---- repair ---------------------------------------------------------------------------------------------------------
+// ---- repair -------------------------------------------------------------------------------------
 
 #[test]
 fn repair_zero_gives_zeros_and_salvage_gives_every_byte_back() {
@@ -389,7 +391,7 @@ fn the_last_subpage_of_a_file_that_ends_within_it_comes_back() {
         set(&file, REPAIR, format!("{verb} all")).unwrap();
         assert_eq!(file.metadata().unwrap().len(), 0x3000 + 1000);
         assert_eq!(read(&file, 0x3000, SUBPAGE).unwrap(), expected);
-        // What lies behind the end of file is zeros when it comes to light.
+        // The bytes behind the old end are zeros.
         open(&file).set_len(0x5000).unwrap();
         assert_eq!(read(&file, 0x3000 + 1000, SUBPAGE).unwrap(), vec![0; SUBPAGE as usize]);
         pool.check();
@@ -410,7 +412,7 @@ fn a_file_goes_bad_and_is_repaired_over_and_over() {
     pool.check();
 }
 
-// ---- read(2), lseek(2) ----------------------------------------------------------------------------------------------
+// ---- read(2), lseek(2) --------------------------------------------------------------------------
 
 #[test]
 fn a_read_ends_before_a_quarantined_subpage_and_is_eio_at_it() {
@@ -475,7 +477,7 @@ fn cp_rescues_everything_that_is_not_lost() {
     pool.check();
 }
 
-// ---- write(2) -------------------------------------------------------------------------------------------------------
+// ---- write(2) -----------------------------------------------------------------------------------
 
 #[test]
 fn a_write_over_a_quarantined_subpage_repairs_it() {
@@ -516,18 +518,18 @@ fn a_write_of_a_part_of_a_quarantined_subpage_ends_before_it() {
     poison(&file, 0x5000, 1).unwrap();
     let fd = open(&file);
     let data = vec![0xee; 2 * SUBPAGE as usize];
-    // Ends within it; the part before it is written.
+    // The write ends within the subpage: only the part before the subpage is written.
     assert_eq!(fd.write_at(&data[..0x1800], 0x4000).unwrap(), 0x1000);
     assert_eq!(read(&file, 0x4000, FOLIO).unwrap(), vec![0xee; 0x1000]);
     assert_eq!(fd.write_at(&data[..2], 0x4fff).unwrap(), 1);
-    // Starts at it or in it.
+    // The write starts in the subpage.
     for (offset, length) in [(0x5000, 1), (0x5000, 0xfff), (0x5001, 0xfff), (0x5001, 0x2000 - 1), (0x5fff, 2)]
     {
         assert_eq!(errno(fd.write_at(&data[..length], offset)), Errno::IO, "{offset:#x} {length:#x}");
     }
     assert_eq!(quarantined(&file), [(0x5000, 0x1000)]);
     assert_eq!(read(&file, 0x6000, FOLIO).unwrap(), pattern(0x6000, FOLIO - 0x6000));
-    // Covers one, then another one in part.
+    // The write covers one quarantined subpage whole, and the next one in part.
     poison(&file, 0x6000, 1).unwrap();
     assert_eq!(fd.write_at(&data[..0x1800], 0x5000).unwrap(), 0x1000);
     assert_eq!(quarantined(&file), [(0x6000, 0x1000)]);
@@ -551,7 +553,7 @@ fn without_recovery_write_a_covering_write_is_eio() {
     pool.check();
 }
 
-// ---- sizes and pages ------------------------------------------------------------------------------------------------
+// ---- sizes and pages ----------------------------------------------------------------------------
 
 const PUNCH: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
 
@@ -612,7 +614,7 @@ fn a_file_with_soft_holes_elsewhere_cannot_give_pages_back() {
     assert_eq!(errno(fd.set_len(FOLIO + 0x5001)), Errno::BUSY);
     assert_eq!((file.metadata().unwrap().len(), pool.free_pages()), (3 * FOLIO, 1));
     assert_intact_but(&file, 3 * FOLIO, &[FOLIO + 0x5000]);
-    // The page with the hole itself can go.
+    // The page with the hole can go.
     fallocate(&fd, PUNCH, FOLIO, FOLIO).unwrap();
     assert_eq!((quarantined(&file), pool.free_pages()), (vec![], 2));
     assert_eq!(read(&file, 0, FOLIO).unwrap(), pattern(0, FOLIO));
@@ -678,7 +680,7 @@ fn unlinking_a_file_with_soft_holes_returns_its_pages() {
     pool.check();
 }
 
-// ---- mmap(2) --------------------------------------------------------------------------------------------------------
+// ---- mmap(2) ------------------------------------------------------------------------------------
 
 #[test]
 fn sigbus_comes_exactly_there_whoever_mapped_the_file_and_when() {
@@ -699,7 +701,7 @@ fn sigbus_comes_exactly_there_whoever_mapped_the_file_and_when() {
     for toucher in [&mut before, &mut untouched, &mut private, &mut after, &mut private_after] {
         assert_eq!(toucher.walk(), lost);
     }
-    // Every byte of the subpage, for loads and for stores, and no byte of its neighbours.
+    // Every byte of the subpage is lost to loads and stores, and no byte of its neighbours is.
     for (at, good) in [(0x4fff, true), (0x5000, false), (0x5abc, false), (0x5fff, false), (0x6000, true)] {
         assert_eq!(before.load(at), good.then(|| byte_at(at)), "{at:#x}");
         assert_eq!(before.store(at, byte_at(at)), good, "{at:#x}");
@@ -799,14 +801,14 @@ fn a_covering_write_puts_the_huge_mapping_back_too() {
     assert_intact_but(&file, FOLIO, &[]);
 }
 
-// ---- the collapse and map attributes --------------------------------------------------------------------------------
+// ---- the collapse and map attributes ------------------------------------------------------------
 
-/// A pool that puts nothing back by itself.
+/// A pool that makes no huge mapping again by itself.
 fn without_agent(pages: u64) -> Pool {
     Pool::mount(&format!("pagesize=2M,size={},collapse=off", pages * FOLIO))
 }
 
-/// The map attribute as (offset, length, state); asserts that it covers the file without gaps.
+/// The map attribute as (offset, length, state). Asserts that it covers the file without gaps.
 fn map(file: &Path) -> Vec<(u64, u64, String)> {
     let text = get(file, MAP).unwrap();
     let rows: Vec<_> = text
@@ -896,7 +898,7 @@ fn the_map_tells_all_four_states_and_adds_up() {
     assert_eq!(set(&file, MAP, "0 1"), Err(Errno::OPNOTSUPP));
     let node = get(&file, MAP).unwrap();
     assert!(node.lines().all(|line| line.split(' ').count() == 4), "{node}");
-    // Looking changes nothing.
+    // To read the map changes nothing.
     assert_eq!(quarantined(&file), [(2 * FOLIO + 0x5000, 0x2000), (3 * FOLIO + SUBPAGE, 0x1000)]);
     pool.check();
 }
@@ -907,19 +909,19 @@ fn the_map_of_an_empty_file_is_empty() {
     assert_eq!(map(&patterned(&pool, "file", 0)), []);
 }
 
-// ---- poll(2) --------------------------------------------------------------------------------------------------------
+// ---- poll(2) ------------------------------------------------------------------------------------
 
 const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 const PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
-/// What poll(2) reports of `fd` right now.
+/// The events that poll(2) reports of `fd` at this moment.
 fn events(fd: &File) -> PollFlags {
     let mut fds = [PollFd::new(fd, PollFlags::IN | PollFlags::OUT | PollFlags::PRI)];
     poll(&mut fds, Some(&NOW)).unwrap();
     fds[0].revents()
 }
 
-/// Waits until thread `tid` of this process sleeps in one of the system calls that wait for events.
+/// Waits until thread `tid` of this process sleeps in a system call that waits for events.
 fn wait_until_it_waits(tid: i32) {
     let waiting = [
         libc::SYS_ppoll,
@@ -935,7 +937,7 @@ fn wait_until_it_waits(tid: i32) {
     });
 }
 
-/// Runs `wait` on another thread, and `act` when that sleeps; returns what `wait` does.
+/// Runs `wait` on another thread, and `act` when that thread sleeps. Returns the result of `wait`.
 fn while_waiting<T: Send>(wait: impl FnOnce() -> T + Send, act: impl FnOnce()) -> T {
     let (sender, receiver) = std::sync::mpsc::channel();
     std::thread::scope(|scope| {
@@ -988,7 +990,8 @@ fn epoll_wakes_when_the_quarantine_grows() {
 fn a_read_of_the_attribute_ends_the_alarm_not_of_its_length() {
     let pool = Pool::small(1);
     let file = patterned(&pool, "file", FOLIO);
-    let (fd, other) = (open(&file), open(&file)); // for writing too: who only reads may do so natively, and forbids what follows
+    // A descriptor for reading only might be native, and would forbid the quarantines below.
+    let (fd, other) = (open(&file), open(&file));
     let usual = PollFlags::IN | PollFlags::OUT;
     assert_eq!(events(&fd), usual);
     poison(&file, 0, 1).unwrap();
@@ -1009,7 +1012,7 @@ fn a_read_of_the_attribute_ends_the_alarm_not_of_its_length() {
     assert_eq!(events(&fd), usual, "it was looked at, though nothing is left");
 }
 
-// ---- counters and the log -------------------------------------------------------------------------------------------
+// ---- counters and the log -----------------------------------------------------------------------
 
 #[test]
 fn the_pool_counts_what_is_quarantined_and_the_log_tells() {
@@ -1034,9 +1037,9 @@ fn the_pool_counts_what_is_quarantined_and_the_log_tells() {
     assert!(get(pool.path(), POOL).is_ok() && get(pool.path(), CHECK).as_deref() == Ok(""));
 }
 
-// ---- a gigantic page ------------------------------------------------------------------------------------------------
+// ---- a gigantic page ----------------------------------------------------------------------------
 
-/// Numbers that look random and are the same every time (splitmix64).
+/// Numbers that look random and are equal in every run (splitmix64).
 fn random(seed: u64) -> impl Iterator<Item = u64> {
     (1..).map(move |n: u64| {
         let mut z = seed.wrapping_add(n.wrapping_mul(0x9e37_79b9_7f4a_7c15));
@@ -1046,7 +1049,7 @@ fn random(seed: u64) -> impl Iterator<Item = u64> {
     })
 }
 
-/// A subpage that tells its number in every eight bytes.
+/// A subpage with its number in every eight bytes.
 fn numbered(subpage: u64) -> Vec<u8> {
     (subpage << 16 | 0xa5a5).to_le_bytes().repeat(SUBPAGE as usize / 8)
 }
@@ -1079,7 +1082,7 @@ fn a_hundred_lost_subpages_cost_a_hundred_subpages() {
     assert_eq!(before.huge(), 512 - torn.len() as u64);
     assert_eq!(pool.counter("quarantined_soft"), 100);
 
-    // read(2), by the way that lseek(2) shows.
+    // read(2), with the data and holes that lseek(2) shows.
     let (mut at, mut holes) = (0, Vec::new());
     let mut buffer = vec![0; (PIECE * SUBPAGE) as usize];
     while at < GIB {
@@ -1124,7 +1127,7 @@ fn assert_numbered(bytes: &[u8], offset: u64) {
     }
 }
 
-// ---- injection ------------------------------------------------------------------------------------------------------
+// ---- injection ----------------------------------------------------------------------------------
 
 #[test]
 fn injecting_is_refused_with_the_reason_if_the_kernel_cannot() {
@@ -1146,8 +1149,8 @@ fn injecting_is_refused_with_the_reason_if_the_kernel_cannot() {
     pool.check();
 }
 
-/// What is covered whole is copied and punched as a whole: by subpages, 32 folios would take 512 times as long as 32
-/// subpages.
+/// The worker copies and punches a whole folio at once. Subpage by subpage, 32 folios would take
+/// 512 times as long as 32 subpages.
 #[test]
 fn a_long_range_is_quarantined_and_repaired_by_folios() {
     const FOLIOS: u64 = 32;

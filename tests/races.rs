@@ -1,4 +1,4 @@
-//! Quarantine and repair while programs touch the very memory, at every instruction.
+//! Quarantine and repair while programs touch the memory concerned, at every instruction.
 
 mod support;
 
@@ -11,10 +11,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use support::{COLLAPSE, FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, poison, set};
 
-/// Touches after which a hammer is believed.
+/// The number of touches after which a test believes a hammer.
 const ENOUGH: u64 = 50;
 
-/// Held by tests with hammers: those of two tests would take the processors from each other, and the time.
+/// Tests with hammers hold this lock: the hammers of two tests would take processor time from each
+/// other.
 static HAMMERS: Mutex<()> = Mutex::new(());
 
 fn alone() -> MutexGuard<'static, ()> {
@@ -37,7 +38,7 @@ fn hammering(file: &Path, size: u64, offset: u64) -> Toucher {
     toucher
 }
 
-/// Touches and SIGBUS of a hammer: `from` is `tally N` or `stop`.
+/// The touches and the SIGBUS of a hammer. `from` is `tally N` or `stop`.
 fn touches_and_faults(toucher: &mut Toucher, from: &str) -> (u64, u64) {
     let answer = toucher.ask(from);
     let counts: Vec<u64> = answer.split(' ').skip(1).map(|word| word.parse().expect("a number")).collect();
@@ -72,7 +73,7 @@ fn a_quarantine_of_a_hammered_subpage_holds_at_once() {
         assert_no_faults(&mut hammer);
     }
     touches_and_faults(&mut hammer, "stop");
-    // The hammered byte itself may have been read as zero in passing, and that been stored.
+    // The hammer may have read the hammered byte as zero in passing, and stored that.
     assert_eq!(walker.count(&format!("differ 0 {} 7", 0x5000)), 0);
     assert_eq!(walker.count(&format!("differ {} {} 7", 0x5001, FOLIO - 0x5001)), 0);
     pool.check();
@@ -98,7 +99,7 @@ fn a_quarantine_leaves_other_hammered_holes_shut() {
     let _alone = alone();
     let pool = Pool::small(2);
     let file = filled(&pool, 2 * FOLIO, 7);
-    // One hole in the same folio, next to what is quarantined later, and one in another folio.
+    // One hole is in this folio, next to the later quarantine. The other is in another folio.
     set(&file, POISON, format!("0x4000 1\n{} 1", FOLIO + 0x9000)).unwrap();
     let mut hammers = [hammering(&file, 2 * FOLIO, 0x4000), hammering(&file, 2 * FOLIO, FOLIO + 0x9000)];
     let mut walker = Toucher::mapping(&file, 2 * FOLIO);
@@ -197,7 +198,7 @@ fn truncating_under_hammers_discards_the_holes() {
     }
 }
 
-// ---- neighbours -----------------------------------------------------------------------------------------------------
+// ---- neighbours ---------------------------------------------------------------------------------
 
 #[test]
 fn quarantine_and_repair_never_change_the_bytes_beside() {
@@ -244,7 +245,7 @@ fn quarantine_and_repair_never_change_the_bytes_beside() {
     pool.check();
 }
 
-/// Ends the other threads of a test, also where it fails.
+/// Ends the other threads of a test, also after a panic.
 struct Stop<'a>(&'a AtomicBool);
 
 impl Drop for Stop<'_> {
@@ -253,12 +254,12 @@ impl Drop for Stop<'_> {
     }
 }
 
-// ---- pinned folios --------------------------------------------------------------------------------------------------
+// ---- pinned folios ------------------------------------------------------------------------------
 
-/// Within which a refusal comes, on a machine with other things to do.
+/// The limit for a refusal, on a machine that does other work.
 const SOON: Duration = Duration::from_millis(900);
 
-/// Asserts that quarantining at `offset` is refused soon, with every byte as it was.
+/// Asserts that a quarantine at `offset` is refused soon, and that every byte is unchanged.
 fn assert_refused_as_pinned(pool: &Pool, file: &Path, toucher: &mut Toucher, offset: u64, size: u64) {
     let before = get(file, POISON);
     let holes = toucher.walk();
@@ -370,7 +371,8 @@ fn a_failed_quarantine_leaves_the_holes_of_others_shut() {
     pool.check();
 }
 
-/// Large reads are delivered from where the file is mapped, by a kernel that would find zeros in a hole.
+/// The kernel delivers large reads from the worker's mapping of the file. In a hole it would find
+/// zeros.
 #[test]
 fn large_reads_beside_quarantines_end_before_lost_bytes() {
     const ROUNDS: u64 = 300;

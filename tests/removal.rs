@@ -1,4 +1,4 @@
-//! Programs that punch a file behind the daemon's back, by madvise(2) with MADV_REMOVE.
+//! Programs that punch a file without a request to the daemon, by madvise(2) with MADV_REMOVE.
 
 mod support;
 
@@ -37,7 +37,7 @@ fn what_a_removal_opens_is_shut_within_seconds() {
     let removed = Instant::now();
     while mapping.store(0x5000, 9).is_ok() {
         assert!(removed.elapsed() < LIMIT, "the quarantined subpage can still be touched");
-        std::thread::yield_now(); // a request would shut it
+        std::thread::yield_now(); // not by a request, which would shut the hole
     }
     println!("shut {:?} after the removal", removed.elapsed());
     assert_eq!(mapping.load(FOLIO), Ok(0));
@@ -79,7 +79,8 @@ fn a_death_narrows_nothing_that_a_program_may_touch() {
             while !stop.load(Ordering::Relaxed) {
                 mapping.advise_range(Range::new(0, FOLIOS * FOLIO), MADV_REMOVE).unwrap();
                 for folio in 0..FOLIOS {
-                    // So long that a folio is empty at some death, whichever step the next worker has come to.
+                    // Long enough that at some death, at any step of the next worker, a folio is
+                    // empty.
                     let next = Instant::now() + Duration::from_micros(300);
                     while Instant::now() < next {
                         std::thread::yield_now();

@@ -1,5 +1,5 @@
-//! What other people's suites of tests (xfstests, LTP) ask for and get in a way of this filesystem's own. Each rule that
-//! is a limit stands in docs/SEMANTICS.md.
+//! Rules that the test suites of others (xfstests, LTP) ask for, and that this filesystem meets in
+//! its own way. Each rule that is a limit stands in docs/SEMANTICS.md.
 
 mod support;
 
@@ -17,15 +17,15 @@ fn open(pool: &Pool, name: &str, flags: OFlags) -> File {
     how.open(pool.join(name)).expect("a file")
 }
 
-/// Where a byte of data, and where a byte of a hole, comes first at or behind `offset`.
+/// The first places at or behind `offset` that hold data and a hole.
 fn seeks(file: &File, offset: u64) -> (rustix::io::Result<u64>, rustix::io::Result<u64>) {
     (rustix::fs::seek(file, SeekFrom::Data(offset)), rustix::fs::seek(file, SeekFrom::Hole(offset)))
 }
 
-// ---- holes ----------------------------------------------------------------------------------------------------------
+// ---- holes --------------------------------------------------------------------------------------
 
-/// xfstests generic/490 makes its hole by a write far behind the end, for which there must be memory here. The hole of
-/// this filesystem is what was punched.
+/// xfstests generic/490 makes its hole by a write far behind the end, for which the pool would need
+/// memory. In this filesystem, a punch makes the hole.
 #[test]
 fn a_seek_from_the_middle_of_a_large_hole_finds_its_end() {
     const PAGES: u64 = 60;
@@ -44,7 +44,7 @@ fn a_seek_from_the_middle_of_a_large_hole_finds_its_end() {
     pool.check();
 }
 
-/// LTP lseek11 takes a filesystem of which this is true for one that has no holes, and skips itself.
+/// LTP lseek11 concludes from this rule that a filesystem has no holes, and skips itself.
 #[test]
 fn what_was_never_written_is_data_that_takes_memory() {
     let pool = Pool::small(4);
@@ -55,9 +55,9 @@ fn what_was_never_written_is_data_that_takes_memory() {
     assert_eq!(file.set_len(4 * FOLIO + 1).unwrap_err().raw_os_error(), Some(Errno::NOSPC.raw_os_error()));
 }
 
-// ---- times ----------------------------------------------------------------------------------------------------------
+// ---- times --------------------------------------------------------------------------------------
 
-/// Waits until the kernel's clock for times of files has gone on.
+/// Waits until the kernel's clock for file times advances.
 fn wait_for_the_clock() {
     let now = || rustix::time::clock_gettime(rustix::time::ClockId::RealtimeCoarse);
     let then = now();
@@ -81,7 +81,8 @@ fn a_read_does_not_change_the_time_of_access() {
     assert_eq!(fs::metadata(pool.join("file")).unwrap().accessed().unwrap(), later, "utimensat(2) does");
 }
 
-/// xfstests generic/215 asks for the opposite: the kernel does not tell a FUSE server of a store.
+/// xfstests generic/215 asks for the opposite, but the kernel does not tell a FUSE server of a
+/// store.
 #[test]
 fn a_store_through_a_mapping_changes_no_time() {
     let pool = Pool::small(1);
@@ -103,9 +104,10 @@ fn a_store_through_a_mapping_changes_no_time() {
     assert!(after[0] > before[0] && after[1] > before[1], "write(2) does: {before:?}, {after:?}");
 }
 
-// ---- writes ---------------------------------------------------------------------------------------------------------
+// ---- writes -------------------------------------------------------------------------------------
 
-/// xfstests generic/069 appends three million times 4 bytes: each is a request of some 20 us, a minute in all.
+/// xfstests generic/069 appends three million times 4 bytes. Each is a request of about 20 us, so
+/// that takes a minute.
 #[test]
 fn appends_of_six_descriptors_are_whole_and_each_in_its_order() {
     const APPENDS: [u32; 6] = [1, 20, 300, 2000, 3000, 1234];
@@ -129,14 +131,15 @@ fn appends_of_six_descriptors_are_whole_and_each_in_its_order() {
     assert_eq!(words.len(), APPENDS.iter().sum::<u32>() as usize);
 }
 
-/// xfstests generic/538 steps by 512 bytes through three blocks of statfs(2), which are pages of 2 MiB or 1 GiB here.
+/// xfstests generic/538 steps by 512 bytes through three blocks of statfs(2). Here these blocks are
+/// pages of 2 MiB or 1 GiB.
 #[test]
 fn unaligned_direct_writes_at_once_keep_their_neighbours_bytes() {
     const LENGTH: u64 = 2 * SUBPAGE;
     let pool = Pool::small(2);
     for shift in (512..4 * SUBPAGE).step_by(1536) {
         let file = open(&pool, "file", OFlags::DIRECT);
-        let first = FOLIO - SUBPAGE - 512; // the first reaches across a page's end
+        let first = FOLIO - SUBPAGE - 512; // the first write reaches across a page's end
         file.set_len(first + 512).unwrap();
         let start = Barrier::new(2);
         std::thread::scope(|scope| {
@@ -158,7 +161,7 @@ fn unaligned_direct_writes_at_once_keep_their_neighbours_bytes() {
     pool.check();
 }
 
-// ---- what there is not ----------------------------------------------------------------------------------------------
+// ---- missing features ---------------------------------------------------------------------------
 
 /// LTP open14, openat03: fuser 0.18 does not know the request (FUSE_TMPFILE, Linux 6.1).
 #[test]
@@ -173,7 +176,7 @@ fn a_file_without_a_name_cannot_be_opened() {
     pool.check();
 }
 
-/// LTP setxattr03: the flags of chattr(1) would have to hold for the file's memory, too.
+/// LTP setxattr03: the flags of chattr(1) would also have to protect the file's memory.
 #[test]
 fn a_file_cannot_be_made_immutable_or_append_only() {
     let pool = Pool::small(1);

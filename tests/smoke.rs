@@ -1,4 +1,4 @@
-//! The shortest way through everything.
+//! The shortest test of all parts together.
 
 mod support;
 

@@ -1,4 +1,5 @@
-//! The worker may die at any instruction: no call fails, no byte is lost, who maps a file does not notice.
+//! The worker may die at any instruction. No call fails, no byte is lost, and programs that map a
+//! file notice nothing.
 
 mod support;
 
@@ -29,12 +30,13 @@ fn is_alarmed(file: &File, seconds: i64) -> bool {
     fds[0].revents() == PollFlags::PRI
 }
 
-/// Waits until a worker serves again after a hangup signal, which is on its way to the supervisor.
+/// Waits until a worker serves again: the supervisor receives the hangup signal at a moment of its
+/// own.
 fn wait_for_service(serves: impl FnMut() -> bool) {
     limits::until(limits::ANSWER, "a worker that serves after a hangup signal", serves);
 }
 
-// ---- what survives --------------------------------------------------------------------------------------------------
+// ---- a takeover that no program notices ---------------------------------------------------------
 
 #[test]
 fn a_new_worker_serves_after_one_was_killed_while_idle() {
@@ -166,7 +168,7 @@ fn a_call_that_was_under_way_returns_its_result() {
     pool.unmount();
 }
 
-// ---- deaths in a row ------------------------------------------------------------------------------------------------
+// ---- deaths in a row ----------------------------------------------------------------------------
 
 #[test]
 fn fifty_deaths_within_a_second_fail_no_call() {
@@ -183,7 +185,7 @@ fn fifty_deaths_within_a_second_fail_no_call() {
     pool.unmount();
 }
 
-/// Kills what the process has started, however far that has come; returns how many.
+/// Kills the children of a process, at any point of their start. Returns their number.
 fn kill_children(parent: u64) -> usize {
     let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).expect("it runs");
     let pids = children.split_ascii_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?));
@@ -198,7 +200,7 @@ fn repeated_deaths_end_in_refusal_and_sighup_ends_that() {
     let (native, file) =
         (File::open(&path).unwrap(), File::options().append(true).read(true).open(&path).unwrap());
     let supervisor = pool.daemon().pid;
-    // What the next worker reads first is of a version that it does not know.
+    // The next worker first reads the version, and does not know this one.
     let handover = format!("/proc/{supervisor}/root/index/handover");
     let text = fs::read_to_string(&handover).unwrap();
     fs::write(&handover, text.replacen("handover 1", "handover 2", 1)).unwrap();
@@ -209,7 +211,7 @@ fn repeated_deaths_end_in_refusal_and_sighup_ends_that() {
     pool.await_log("version 2, and this program knows 1");
     assert_eq!(mapper.ask(&format!("differ 0 {SIZE} 7")), "count 0", "mappings stay");
     assert!(mapper.store(3, 7));
-    drop(native); // of which the next worker is told
+    drop(native); // the next worker learns of it
     fs::write(&handover, text).unwrap();
     kill_process(Pid::from_raw(supervisor).unwrap(), Signal::HUP).unwrap();
     wait_for_service(|| file.read_at(&mut [0], 0).is_ok());
@@ -220,7 +222,7 @@ fn repeated_deaths_end_in_refusal_and_sighup_ends_that() {
     pool.unmount();
 }
 
-/// The superblock of the only file's ledger is overwritten, and what that held.
+/// A damaged ledger: its header is overwritten. Keeps the header's former bytes.
 struct Damage {
     ledger: std::path::PathBuf,
     superblock: Vec<u8>,
@@ -293,7 +295,7 @@ fn a_removed_file_that_cannot_be_opened_returns_its_pages() {
     pool.unmount();
 }
 
-/// Asks for what the worker dies of: by a panic, or by SIGKILL as from the OOM killer.
+/// Sends a request that the worker dies of: by a panic, or by SIGKILL as from the OOM killer.
 fn ask_for_death(pool: &Pool, how: &str) -> rustix::io::Result<()> {
     set(pool.path(), "trusted.hugetlb2.die", how)
 }
@@ -374,7 +376,7 @@ fn a_worker_that_hangs_is_shown_and_replaced_by_a_hangup_signal() {
     pool.unmount();
 }
 
-// ---- the supervisor -------------------------------------------------------------------------------------------------
+// ---- the supervisor -----------------------------------------------------------------------------
 
 #[test]
 fn without_a_supervisor_mappings_stay_valid_and_calls_fail() {
@@ -405,7 +407,7 @@ fn a_stopped_daemon_ends_with_its_worker() {
     }
 }
 
-// ---- replacement ----------------------------------------------------------------------------------------------------
+// ---- replacement --------------------------------------------------------------------------------
 
 #[test]
 fn an_upgrade_in_use_fails_no_call() {
@@ -522,7 +524,7 @@ fn of_upgrades_at_one_moment_one_goes_on() {
     pool.unmount();
 }
 
-/// Processes that have the pool's connection open, once those that were killed are gone.
+/// Counts the processes that have the pool's connection open, after the killed ones have ended.
 fn serving(pool: &Pool) -> usize {
     let minor = rustix::fs::minor(fs::metadata(pool.path()).unwrap().dev());
     let line = format!("fuse_connection:\t{minor}\n");

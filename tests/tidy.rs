@@ -1,4 +1,4 @@
-//! Style that a test can see, and claims of the documents that need no mount.
+//! Rules of style that a test can check, and claims of the documents that need no mount.
 
 #[path = "support/documents.rs"]
 #[allow(dead_code)]
@@ -80,7 +80,8 @@ fn the_map_of_the_code_has_each_module() {
 
 #[test]
 fn unsafe_code_is_only_in_sys() {
-    // fuser asks for it by the number of what the kernel was given before, and its types are not for `sys`.
+    // fuser's call that takes the number of a backing file is unsafe, and its types are not for
+    // `sys`.
     const ELSEWHERE: &[&str] = &["src/fuse/backing.rs"];
     for path in sources("src").into_iter().chain(sources("mount-helper")).chain(sources("tests")) {
         let inside_sys = layer_of_any(&path) == Some("sys".to_owned());
@@ -107,7 +108,7 @@ fn sources_are_ascii_and_their_lines_fit() {
     }
 }
 
-/// `tests/support/limits.rs` has these calls with a limit.
+/// `tests/support/limits.rs` makes these calls with a limit.
 #[test]
 fn no_test_waits_without_a_limit() {
     const ENDLESS: [&str; 4] = [
@@ -135,7 +136,7 @@ fn fuser_is_named_only_in_the_fuse_module() {
     }
 }
 
-// ---- documents ------------------------------------------------------------------------------------------------------
+// ---- documents ----------------------------------------------------------------------------------
 
 #[test]
 fn documents_are_ascii_and_their_lines_fit() {
@@ -220,7 +221,8 @@ fn links_between_documents_lead_somewhere() {
     }
 }
 
-/// The code says a message with line breaks and placeholders: the quoted part has neither.
+/// Compares the quoted part of a message: in the code, a message has line breaks and placeholders,
+/// and that part has neither.
 #[test]
 fn each_message_of_the_table_of_troubles_is_in_the_code() {
     let operations = document("docs/OPERATIONS.md");
@@ -237,7 +239,7 @@ fn each_message_of_the_table_of_troubles_is_in_the_code() {
     }
 }
 
-/// The picture has the median ratios of a run; the table has the times of the same run, too.
+/// The picture shows the median ratios of a run; the table also shows the times of this run.
 #[test]
 fn the_figures_are_those_of_the_picture() {
     let picture = document("benches/compare.svg");

@@ -1,4 +1,4 @@
-//! The directory tree: whatever POSIX promises of names, owners, modes, times, links and attributes.
+//! The directory tree: the promises of POSIX for names, owners, modes, times, links and attributes.
 
 mod support;
 
@@ -28,14 +28,14 @@ const NOBODY: u32 = 65534;
 const SOMEBODY: u32 = 60001;
 const TEAM: u32 = 60002;
 
-/// A pool whose root lets everybody do what /tmp does.
+/// A pool whose root gives every user the rights of /tmp.
 fn shared_pool() -> Pool {
     let pool = Pool::mount(&format!("pagesize=2M,size={},mode=1777", 4 * FOLIO));
     chmod(pool.path().parent().expect("the test's directory"), 0o755);
     pool
 }
 
-/// Runs `work` as `uid`, with a group of the same number and these besides, and without capabilities.
+/// Runs `work` as `uid`, with the group of this number and with `groups`, without capabilities.
 fn as_user<T: Send>(uid: u32, groups: &[u32], work: impl FnOnce() -> T + Send) -> T {
     let groups: Vec<Gid> = groups.iter().copied().map(Gid::from_raw).collect();
     let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(uid));
@@ -75,7 +75,7 @@ fn inode(path: impl AsRef<Path>) -> u64 {
     fs::symlink_metadata(path).expect("it exists").ino()
 }
 
-/// A regular file that nobody has opened.
+/// Makes a regular file without opening it.
 fn touch(path: impl AsRef<Path>) {
     node(path, FileType::RegularFile, 0).expect("mknod");
 }
@@ -104,7 +104,7 @@ fn names(path: impl AsRef<Path>) -> Vec<Vec<u8>> {
     names
 }
 
-// ---- directories ----------------------------------------------------------------------------------------------------
+// ---- directories --------------------------------------------------------------------------------
 
 #[test]
 fn a_directory_counts_its_links() {
@@ -186,7 +186,7 @@ fn the_working_directory_can_be_removed_and_then_has_no_path() {
     assert!(!directory.exists());
 }
 
-// ---- rename ---------------------------------------------------------------------------------------------------------
+// ---- rename -------------------------------------------------------------------------------------
 
 #[test]
 fn a_rename_moves_an_inode_between_directories() {
@@ -303,7 +303,7 @@ fn whiteouts_are_refused_and_change_nothing() {
     assert_eq!(names(pool.path()), [b"from"]);
 }
 
-// ---- links ----------------------------------------------------------------------------------------------------------
+// ---- links --------------------------------------------------------------------------------------
 
 #[test]
 fn hard_links_are_names_of_one_inode_and_share_its_contents() {
@@ -401,7 +401,7 @@ fn endless_and_forbidden_symlinks_are_eloop() {
     assert_eq!(nofollow.unwrap_err(), Errno::LOOP);
 }
 
-// ---- FIFOs, sockets, devices ----------------------------------------------------------------------------------------
+// ---- FIFOs, sockets, devices --------------------------------------------------------------------
 
 #[test]
 fn a_fifo_carries_bytes_from_a_writer_to_a_reader() {
@@ -457,7 +457,7 @@ fn only_root_makes_device_nodes() {
     assert_eq!(made, Err(Errno::PERM));
 }
 
-// ---- modes and owners -----------------------------------------------------------------------------------------------
+// ---- modes and owners ---------------------------------------------------------------------------
 
 #[test]
 fn chmod_sets_every_bit_of_the_owners_own_things_only() {
@@ -515,7 +515,7 @@ fn a_directory_keeps_its_set_group_id_bit_when_it_changes_hands() {
 
 type Change = fn(&File);
 
-/// What changes a file's contents.
+/// Calls that change a file's contents.
 const CHANGES: [(&str, Change); 4] = [
     ("write", |file| file.write_all_at(b"x", 0).unwrap()),
     ("truncate", |file| file.set_len(100).unwrap()),
@@ -541,7 +541,7 @@ fn an_unprivileged_change_of_contents_clears_set_id_bits() {
     }
 }
 
-/// The kernel executes a file with the bits that it remembers.
+/// The kernel executes a file with the mode that it has cached.
 #[test]
 fn cleared_set_id_bits_do_not_come_back_at_an_execution() {
     let pool = shared_pool();
@@ -580,7 +580,7 @@ fn truncating_at_open_drops_set_id_bits_too() {
     assert_eq!((mode(&path), fs::metadata(&path).unwrap().len()), (0o777, 0));
 }
 
-/// capabilities(7): they go with any change of contents or owner, whoever makes it.
+/// capabilities(7): any change of contents or owner removes the capabilities, even one by root.
 #[test]
 fn file_capabilities_go_with_any_change_of_contents_or_owner() {
     const CAPABILITY: &str = "security.capability";
@@ -705,7 +705,7 @@ fn in_a_sticky_directory_only_owners_remove_and_rename() {
     as_user(NOBODY, &[], || fs::remove_file(&file)).unwrap();
 }
 
-/// A look at what is being made never finds it in somebody else's hands.
+/// Another process that looks at a new entry never finds another owner.
 #[test]
 fn what_a_user_makes_is_the_users_from_the_first_moment() {
     const COUNT: usize = 200;
@@ -736,7 +736,7 @@ fn what_a_user_makes_is_the_users_from_the_first_moment() {
     });
 }
 
-// ---- times ----------------------------------------------------------------------------------------------------------
+// ---- times --------------------------------------------------------------------------------------
 
 fn set_times(path: &Path, accessed: (i64, i64), modified: (i64, i64)) -> rustix::io::Result<()> {
     let timespec = |(tv_sec, tv_nsec): (i64, i64)| Timespec { tv_sec, tv_nsec: tv_nsec as _ };
@@ -846,7 +846,7 @@ fn a_file_is_modified_by_every_change_of_its_contents() {
     }
 }
 
-// ---- extended attributes --------------------------------------------------------------------------------------------
+// ---- extended attributes ------------------------------------------------------------------------
 
 fn attributes(path: &Path) -> BTreeSet<String> {
     let mut list = vec![0; 64 << 10];
@@ -959,13 +959,13 @@ fn attributes_follow_the_inode_and_go_with_it() {
     assert!(attributes(&b).is_empty());
 }
 
-// ---- ACLs -----------------------------------------------------------------------------------------------------------
+// ---- ACLs ---------------------------------------------------------------------------------------
 
 fn setfacl(entries: &[&str], path: &Path) {
     run(Command::new("setfacl").args(entries).arg(path));
 }
 
-/// Entries as `getfacl -cp` prints them, effective rights not repeated.
+/// Entries as `getfacl -cp` prints them, without the effective rights.
 fn getfacl(path: &Path) -> BTreeSet<String> {
     let printed = run(Command::new("getfacl").args(["-c", "-p", "-n", "-E"]).arg(path));
     printed.lines().filter(|line| !line.is_empty()).map(str::to_owned).collect()
@@ -1070,7 +1070,7 @@ fn setting_an_acl_from_outside_the_group_clears_set_group_id() {
     assert_eq!(mode(&path) & 0o2000, 0);
 }
 
-// ---- names ----------------------------------------------------------------------------------------------------------
+// ---- names --------------------------------------------------------------------------------------
 
 #[test]
 fn names_of_255_bytes_are_the_longest() {
@@ -1111,12 +1111,12 @@ fn names_are_bytes() {
     assert!(names(pool.path()).is_empty());
 }
 
-// ---- reading directories --------------------------------------------------------------------------------------------
+// ---- reading directories ------------------------------------------------------------------------
 
-/// Name, inode number, type, and where to go on.
+/// Name, inode number, type, and the offset of the next entry.
 type Entry = (Vec<u8>, u64, FileType, u64);
 
-/// What is in the directory from where it stands on.
+/// The entries of a directory from its present offset on.
 fn entries(directory: impl AsFd) -> Vec<Entry> {
     let mut entries = Vec::new();
     each_entry(directory, |entry| {
@@ -1268,7 +1268,7 @@ fn reading_goes_on_from_any_place_it_has_been_at() {
     assert_eq!(again.len(), COUNT + 2);
 }
 
-// ---- the filesystem -------------------------------------------------------------------------------------------------
+// ---- the filesystem -----------------------------------------------------------------------------
 
 #[test]
 fn statfs_counts_pages_and_inodes() {
@@ -1285,7 +1285,7 @@ fn statfs_counts_pages_and_inodes() {
     assert_eq!((after.f_files, after.f_ffree), (before.f_files, before.f_ffree - 1));
 }
 
-/// Lets the daemon's tree have `more` inodes than it has.
+/// Sets the limit of inodes of the daemon's tree to their number plus `more`.
 fn leave_room_for(pool: &Pool, more: u64) {
     let now = rustix::fs::statvfs(pool.path()).unwrap();
     let tree = format!("/proc/{}/root/index", pool.daemon().pid);

@@ -1,4 +1,4 @@
-//! Programs that keep their data here and map it.
+//! Programs that keep their data in a file here and map it.
 
 use crate::support::{Pool, end, huge_bytes, limits};
 use crate::{at_length, said, tests};
@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 tests!(memcached_finds_its_items_after_a_restart, sqlite_keeps_a_database_whole_that_it_maps);
 
-// ---- memcached ------------------------------------------------------------------------------------------------------
+// ---- memcached ----------------------------------------------------------------------------------
 
 struct Memcached {
     child: Child,
@@ -40,7 +40,8 @@ impl Memcached {
         BufReader::new(stream)
     }
 
-    /// Ends it so that it leaves its items to the next (its documentation on restartable cache).
+    /// Ends memcached so that it leaves its items to the next one (see "restartable cache" in its
+    /// documentation).
     fn stop(mut self) {
         let pid = rustix::process::Pid::from_raw(self.child.id() as i32).unwrap();
         rustix::process::kill_process(pid, rustix::process::Signal::USR1).unwrap();
@@ -54,12 +55,13 @@ impl Drop for Memcached {
     }
 }
 
-/// memcached 1.6 does not trust what was left in the second in which it starts, on no filesystem.
+/// Waits for the next second: memcached 1.6 does not trust items from the second in which it
+/// starts, on any filesystem.
 fn wait_for_another_second() {
     let second = || SystemTime::now().duration_since(UNIX_EPOCH).expect("it is after 1970").as_secs();
     let then = second();
     while second() <= then + 1 {
-        std::thread::sleep(Duration::from_millis(20)); // it is time that is waited for
+        std::thread::sleep(Duration::from_millis(20)); // the wait is for time to pass
     }
 }
 
@@ -103,7 +105,7 @@ fn memcached_finds_its_items_after_a_restart() {
     pool.unmount();
 }
 
-// ---- SQLite ---------------------------------------------------------------------------------------------------------
+// ---- SQLite -------------------------------------------------------------------------------------
 
 fn sql(database: &Path, statements: &str) -> String {
     said(Command::new("sqlite3").arg("-bail").arg(database).arg(statements))

@@ -1,4 +1,4 @@
-//! fio: what is written is read as it was written, by every way into the kernel.
+//! fio reads the bytes that it wrote, by every way into the kernel.
 
 use crate::support::Pool;
 use crate::{at_length, said, tests};

@@ -1,4 +1,5 @@
-//! fsx: reads and writes, by system calls and through mappings, cuts, punches and copies, each read compared with what must be there.
+//! fsx reads and writes by system calls and through mappings, truncates, punches and copies. It
+//! compares each read with the expected bytes.
 
 use crate::support::{FOLIO, POISON, Pool, REPAIR, SUBPAGE, get, poison, set};
 use crate::{at_length, installed, said, tests};
@@ -14,10 +15,11 @@ tests!(
     fsx_does_not_notice_quarantines_and_repairs_beside_it,
 );
 
-/// A file below a page, so that to punch releases none: a released page is SIGBUS to who maps it.
+/// Less than a page, so that no punch releases a page: a mapping of a released page is SIGBUS.
 const LENGTH: u64 = 1_900_000;
 
-/// sendfile is left out: it does not see what is stored through a mapping afterwards (docs/SEMANTICS.md, limits).
+/// The weights of operations. sendfile is left out: it does not see later stores through a mapping
+/// (docs/SEMANTICS.md, limits).
 const WEIGHTS: &str = "
 [opsize]
 max = 200000
@@ -32,7 +34,7 @@ fdatasync = 1
 posix_fadvise = 1
 copy_file_range = 3
 ";
-/// What changes sizes and takes memory, and what goes with it only.
+/// Operations that change sizes and take memory, and operations that only make sense with these.
 const RESIZING: &str = "close_open = 1\ntruncate = 3\nposix_fallocate = 2\npunch_hole = 3\n";
 
 fn fsx(file: &Path, settings: &str, operations: u64, seed: u64) {
@@ -46,7 +48,7 @@ fn fsx(file: &Path, settings: &str, operations: u64, seed: u64) {
     println!("fsx  seed {seed}, {operations} operations: {}", text.lines().last().unwrap_or_default());
 }
 
-/// Sets it at its end, however that comes about: somebody else goes on until then.
+/// Sets the flag at its drop, also after a panic: another thread works until then.
 struct SetAtEnd<'a>(&'a AtomicBool);
 
 impl Drop for SetAtEnd<'_> {
@@ -79,7 +81,8 @@ fn fsx_does_not_notice_deaths_of_the_worker() {
                 let worker = Pid::from_raw(pool.counter("worker_pid") as i32).unwrap();
                 kill_process(worker, Signal::KILL).unwrap();
                 deaths += 1;
-                std::thread::sleep(Duration::from_millis(200)); // so often, at any moment of what fsx does
+                // About five deaths a second, at any moment of fsx's work.
+                std::thread::sleep(Duration::from_millis(200));
             }
             deaths
         });
@@ -97,7 +100,7 @@ fn fsx_does_not_notice_deaths_of_the_worker() {
 fn fsx_does_not_notice_quarantines_and_repairs_beside_it() {
     let pool = Pool::small(4);
     let path = pool.join("file");
-    // fsx leaves the size alone, and all behind its length.
+    // fsx changes neither the size nor any byte behind its length.
     std::fs::write(&path, vec![0; 2 * FOLIO as usize]).unwrap();
     let settings = format!("flen = {LENGTH}\nblockmode = true\nnosizechecks = true\n{WEIGHTS}truncate = 0\n");
     let stop = AtomicBool::new(false);
@@ -105,7 +108,7 @@ fn fsx_does_not_notice_quarantines_and_repairs_beside_it() {
         let other = scope.spawn(|| {
             let mut round = 0;
             while !stop.load(Ordering::Relaxed) {
-                // In a folio that fsx uses too, and in one that it does not.
+                // In a folio that fsx uses, and in a folio that it does not use.
                 for place in [FOLIO - SUBPAGE * (1 + round % 40), FOLIO + SUBPAGE * (round % 512)] {
                     poison(&path, place, SUBPAGE).unwrap();
                 }

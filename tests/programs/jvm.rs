@@ -1,4 +1,4 @@
-//! A Java virtual machine whose heap is a file here.
+//! A Java virtual machine with a file here for its heap.
 
 use crate::support::{FOLIO, Pool};
 use crate::{outcome, said, tests};
@@ -9,7 +9,8 @@ tests!(a_java_heap_is_mapped_huge_and_keeps_every_byte, a_java_heap_that_does_no
 
 const HEAP_MEBIBYTES: u64 = 128;
 
-/// Fills arrays, forgets them later, and looks at each before; then tells how much of its address space is mapped huge.
+/// Fills arrays, looks at each, and forgets it later. Then prints the amount of its address space
+/// that is mapped huge.
 const PROGRAM: &str = r#"
 import java.nio.file.*;
 import java.util.*;

@@ -1,8 +1,8 @@
-//! Other people's tests and programs, unmodified, on a mount of ours; where that tells something, on tmpfs beside it. Each prints
-//! what they said in the end.
+//! Tests and programs of others, unchanged, on a mount of ours. Some run on tmpfs, too, for
+//! comparison. Each test prints the last words of its program.
 //!
-//! Debian's packages and those of crates.io are installed by `tests/run`, which runs all this in a short form.
-//! `HUGETLB2_LONG=1 cargo test --test programs` takes some ten minutes and runs it at length.
+//! `tests/run` installs the packages of Debian and crates.io, and runs a short form of all this.
+//! `HUGETLB2_LONG=1 cargo test --test programs` runs the long form in about ten minutes.
 
 mod databases;
 mod fio;
@@ -23,7 +23,7 @@ use std::process::{Command, ExitCode, Output};
 use std::time::Duration;
 use support::limits;
 
-/// A test: its name, and what panics where it does not hold.
+/// A test: its name, and a function that panics if the rule does not hold.
 pub type Test = (&'static str, fn());
 
 macro_rules! tests {
@@ -56,23 +56,23 @@ fn main() -> ExitCode {
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 
-/// How much of it is wanted: once or `times`.
+/// The factor for the amount of work: `times` in the long form, otherwise 1.
 pub fn at_length(times: u64) -> u64 {
     if std::env::var_os("HUGETLB2_LONG").is_some() { times } else { 1 }
 }
 
-/// A program of crates.io, where `tests/run` installs it.
+/// The path of a program of crates.io that `tests/run` has installed.
 pub fn installed(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/programs/bin").join(name);
     assert!(path.is_file(), "{} is not there: tests/run installs it", path.display());
     path
 }
 
-/// A tmpfs, to compare with.
+/// A tmpfs, for comparison.
 pub struct Tmpfs(tempfile::TempDir);
 
 impl Tmpfs {
-    /// One that holds so much.
+    /// Mounts a tmpfs of this size.
     pub fn mount(megabytes: u64) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let options = CString::new(format!("size={megabytes}M")).expect("no NUL");
@@ -81,7 +81,7 @@ impl Tmpfs {
         Self(directory)
     }
 
-    /// Where it is mounted.
+    /// Its mount point.
     pub fn path(&self) -> PathBuf {
         self.0.path().to_owned()
     }
@@ -101,7 +101,7 @@ pub fn outcome(command: &mut Command) -> (Output, String) {
     (output, text)
 }
 
-/// The same, where it must end well.
+/// Runs a program that must succeed, and returns all that it printed.
 pub fn said(command: &mut Command) -> String {
     let (output, text) = outcome(command);
     assert!(output.status.success(), "{command:?}: {}\n{text}", output.status);

@@ -1,4 +1,4 @@
-//! pjdfstest: what POSIX says of files and directories.
+//! pjdfstest: the rules of POSIX for files and directories.
 
 use crate::support::Pool;
 use crate::{Tmpfs, installed, outcome, tests};
@@ -21,7 +21,7 @@ naptime = 0.01
 entries = [["nobody", "nogroup"], ["daemon", "daemon"]]
 "#;
 
-/// What passes on tmpfs and cannot pass here: a test, and the reason.
+/// Tests that pass on tmpfs and cannot pass here, each with the reason.
 const EXCLUDED: &[(&str, &str)] = &[];
 
 /// The result of each test, and the closing line.
@@ -43,7 +43,7 @@ fn run(directory: &Path) -> (BTreeMap<String, String>, String) {
 }
 
 fn pjdfstest_passes_here_what_it_passes_on_tmpfs() {
-    // One of the tests makes a file of more than 2 GiB, for which there has to be memory here.
+    // A test makes a file of more than 2 GiB, so the pool needs that much memory.
     let (tmpfs, pool) = (Tmpfs::mount(2200), Pool::mount("pagesize=2M,size=2200M"));
     let (theirs, their_closing) = run(&tmpfs.path());
     let (ours, our_closing) = run(&pool.path());

@@ -1,6 +1,8 @@
-//! QEMU whose memory is a file here, by the lines of docs/OPERATIONS.md: huge entries, and no death for want of memory.
+//! QEMU with a file here for its memory, by the lines of docs/OPERATIONS.md. It is mapped by huge
+//! entries, and a lack of memory does not kill it.
 //!
-//! The machines are stopped before their first instruction: their memory is mapped and taken by then.
+//! The machines are stopped before their first instruction. At that time their memory is mapped and
+//! taken.
 
 use crate::support::{FOLIO, Pool, end, huge_bytes, hugetlb2, limits, run, text};
 use crate::{outcome, tests};
@@ -19,13 +21,13 @@ const PLAIN: &str = "memory-backend-file,mem-path=FILE,share=on";
 
 const DOCUMENT: &str = include_str!("../../docs/OPERATIONS.md");
 
-/// The documented line, which does not name the size and the id.
+/// The documented line, without size and id.
 fn documented() -> String {
     let line = DOCUMENT.lines().find_map(|line| line.strip_prefix("-object ")).expect("the line for QEMU");
     line.replace("/mnt/h2/vm0", "FILE")
 }
 
-/// The arguments that the documented lines put into a domain of libvirt.
+/// The arguments that the documented lines add to a domain of libvirt.
 fn documented_for_libvirt(file: &Path) -> Vec<String> {
     let argument =
         |line: &str| Some(line.trim().strip_prefix("<qemu:arg value='")?.strip_suffix("'/>")?.to_owned());
@@ -46,7 +48,7 @@ fn machine() -> Command {
     qemu
 }
 
-/// The same, whose memory is `memory` with FILE for a path.
+/// A machine with `memory` for its memory, where FILE stands for the path.
 fn machine_on(memory: &str, file: &Path) -> Command {
     let memory = memory.replace("FILE", &file.display().to_string());
     let mut qemu = machine();
@@ -54,7 +56,7 @@ fn machine_on(memory: &str, file: &Path) -> Command {
     qemu
 }
 
-/// A machine that waits for the word to start.
+/// A machine that is paused until it gets the command to start.
 struct Paused(Child);
 
 impl Paused {
@@ -91,8 +93,9 @@ fn a_machine_by_the_documented_line_is_mapped_huge() {
     pool.unmount();
 }
 
-/// libvirt has its own backend for the memory, and no setting for the alignment of a file. It passes what
-/// `<qemu:commandline>` holds on behind its own words, and of two words for one property QEMU takes the later.
+/// libvirt has a backend of its own for the memory, and no setting for the alignment of a file. It
+/// appends the words of `<qemu:commandline>` to its own. If two words set one property, QEMU takes
+/// the later.
 fn a_machine_whose_backend_replaces_libvirts_is_mapped_huge() {
     let pool = Pool::small(32);
     let file = pool.join("vm0");
@@ -108,7 +111,8 @@ fn a_machine_whose_backend_replaces_libvirts_is_mapped_huge() {
     pool.unmount();
 }
 
-/// Where QEMU's address is a multiple of 2 MiB by chance, once in 512 times, another one is started.
+/// Once in 512 times, QEMU's address is a multiple of 2 MiB by chance. Then the test starts another
+/// QEMU.
 fn a_machine_without_align_is_named_with_what_helps() {
     let pool = Pool::small(32);
     let file = pool.join("vm0");
@@ -132,7 +136,8 @@ fn a_machine_without_align_is_named_with_what_helps() {
     pool.unmount();
 }
 
-/// Without `prealloc=on`, QEMU 7.2 warns of ftruncate(2)'s ENOSPC and goes on; the first touch is SIGBUS.
+/// Without `prealloc=on`, QEMU 7.2 warns of ftruncate(2)'s ENOSPC and goes on; the first touch is
+/// SIGBUS.
 fn a_machine_that_does_not_fit_is_refused_by_qemu() {
     let pool = Pool::small(31);
     let file = pool.join("vm0");

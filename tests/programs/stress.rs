@@ -1,4 +1,4 @@
-//! stress-ng: many odd calls on files, each verified.
+//! stress-ng: many unusual calls on files, each verified.
 
 use crate::support::Pool;
 use crate::{Tmpfs, at_length, outcome, tests};
@@ -7,7 +7,7 @@ use std::process::Command;
 
 tests!(stress_ng_finds_nothing_wrong);
 
-/// Stressors, how often each acts, and what else it is told.
+/// Stressors, the number of their operations, and further arguments.
 const STRESSORS: &[(&str, u64, &[&str])] = &[
     ("mmap", 10, &["--mmap-file", "--mmap-bytes", "8m"]),
     ("hdd", 500, &["--hdd-bytes", "8m"]),
@@ -22,10 +22,10 @@ const STRESSORS: &[(&str, u64, &[&str])] = &[
     ("userfaultfd", 200, &["--userfaultfd-bytes", "4m"]),
 ];
 
-/// Returns what it said in the end.
+/// Runs stress-ng and returns its last words.
 fn run(directory: &Path) -> String {
     let mut command = Command::new("stress-ng");
-    // The limit of time is for what hangs: what is wanted is bounded by the number of operations.
+    // The number of operations bounds the run. The limit of time is for a run that hangs.
     command.arg("--temp-path").arg(directory).args(["--verify", "--timeout", "300"]);
     for (name, operations, more) in STRESSORS {
         let operations = (operations * at_length(8)).to_string();

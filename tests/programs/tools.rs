@@ -1,4 +1,4 @@
-//! What administrators have at hand.
+//! The usual tools of an administrator.
 
 use crate::support::{FOLIO, POISON, Pool, REPAIR, SUBPAGE, get, poison, set};
 use crate::{outcome, said, tests};
@@ -83,7 +83,7 @@ fn copies_carry_times_owners_and_attributes() {
     to.unmount();
 }
 
-/// Asserts that `copy` holds 7 in every byte but those of the fourth subpage, which is zero.
+/// Asserts that every byte of `copy` is 7, except in the fourth subpage, which is zero.
 fn assert_only_the_fourth_subpage_is_lost(copy: &Path) {
     let wrong = |(at, byte): (usize, u8)| byte != if at / 4096 == 3 { 0 } else { 7 };
     let copied = fs::read(copy).unwrap();
@@ -92,7 +92,7 @@ fn assert_only_the_fourth_subpage_is_lost(copy: &Path) {
     assert_eq!(found, None, "a wrong byte");
 }
 
-/// A file that has its fourth subpage quarantined.
+/// Makes a file with its fourth subpage quarantined.
 fn quarantined(pool: &Pool) -> PathBuf {
     let file = pool.join("file");
     fs::write(&file, vec![7; FOLIO as usize + 5000]).unwrap();
@@ -103,7 +103,8 @@ fn quarantined(pool: &Pool) -> PathBuf {
 fn sparse_copies_carry_quarantines_and_all_other_bytes() {
     let (from, to) = (Pool::small(8), Pool::small(8));
     let (file, copy) = (quarantined(&from), to.join("file"));
-    // tar sets attributes twice: before there are contents, which is refused with a warning, and after.
+    // tar sets attributes twice: before it writes the contents, when the worker refuses them (tar
+    // warns), and after.
     let tar =
         "tar -S --xattrs --xattrs-include='*' -cf - file | tar --xattrs --xattrs-include='*' -C \"$1\" -xf -";
     for script in ["cp --sparse=always --preserve=all file \"$1\"", tar] {
@@ -122,7 +123,8 @@ fn sparse_copies_carry_quarantines_and_all_other_bytes() {
     to.unmount();
 }
 
-/// rsync compares sizes and times, and reads where they differ. The rescue comes before it, without attributes.
+/// rsync compares sizes and times, and reads files only if these differ. A rescue copy without
+/// attributes exists before rsync runs.
 fn rsync_carries_a_quarantine_onto_a_copy_that_it_need_not_read() {
     let (from, to) = (Pool::small(8), Pool::small(8));
     let (file, copy) = (quarantined(&from), to.join("file"));
@@ -178,7 +180,7 @@ fn permissions_decide_about_programs_of_other_users() {
         command.args(arguments).arg(&file).uid(NOBODY).gid(NOBODY);
         outcome(&mut command).0.status.success()
     };
-    // The way to the mount point is root's; what is tested is the mount.
+    // Only root may search the directories above the mount point; the test is about the mount.
     for directory in pool.path().ancestors().take(2) {
         fs::set_permissions(directory, fs::Permissions::from_mode(0o755)).unwrap();
     }
