@@ -1,4 +1,5 @@
-//! What the mount helper and the daemon say to each other while a pool is being mounted: a line each, over a socket.
+//! The messages between the mount helper and the daemon during a mount. Each message is one line on
+//! a socket.
 //!
 //! ```text
 //!   daemon                      helper
@@ -6,45 +7,45 @@
 //!     |-------------------------->|
 //!     | ready <bytes in folios>   |      the pool is filled
 //!     |-------------------------->|
-//!     |                           |  fsmount(2): the filesystem is there, and mounted nowhere
+//!     |                           |  fsmount(2): the filesystem exists, but is not mounted yet
 //!     |                  mounted  |
 //!     |<--------------------------|
-//!     | serving                   |      FUSE_INIT is answered; the daemon lets go of the socket
+//!     | serving                   |      FUSE_INIT is answered; the daemon closes the socket
 //!     |-------------------------->|
 //!     |                           |  move_mount(2)
 //! ```
 //!
-//! Instead of each of its lines the daemon may say `failed <why>` and end. A side that finds the socket closed before
-//! `serving` ends and gives everything back. Until move_mount(2) the helper alone holds the filesystem, so its death
-//! is an unmount to the daemon.
+//! In place of any of its lines, the daemon may send `failed <why>` and end. If a side finds the
+//! socket closed before `serving`, it ends and gives everything back. Until move_mount(2), only the
+//! helper holds the filesystem. So if the helper dies, the daemon sees an unmount.
 
 use std::fmt;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 
-/// A line.
+/// A message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message {
-    /// Bytes that the pool has by now, and will have.
+    /// Progress while the pool is filled.
     Progress {
-        /// By now.
+        /// Bytes in the pool now.
         done: u64,
-        /// In the end.
+        /// Bytes in the pool when it is full.
         total: u64,
     },
-    /// The pool is filled, with so many bytes in 2 MiB folios.
+    /// The pool is filled.
     Ready {
         /// Bytes in 2 MiB folios.
         huge: u64,
         /// Bytes in all.
         total: u64,
     },
-    /// The filesystem is there, and held by the helper.
+    /// The filesystem exists, and the helper holds it.
     Mounted,
-    /// The filesystem serves.
+    /// The daemon serves the filesystem.
     Serving,
-    /// It does not, and why.
+    /// The daemon does not serve. The text has the reason.
     Failed(String),
 }
 
@@ -78,7 +79,7 @@ impl Message {
     }
 }
 
-/// One end.
+/// One end of the socket.
 #[derive(Debug)]
 pub struct Control {
     lines: BufReader<UnixStream>,
@@ -86,30 +87,32 @@ pub struct Control {
 }
 
 impl Control {
-    /// Over a connected socket.
+    /// Makes an end of a connected socket.
     pub fn new(socket: UnixStream) -> Self {
         Self { lines: BufReader::new(socket), _lock: None }
     }
 
-    /// Holds `lock` until this is dropped: by the worker that has told the helper that it serves, or at its end.
+    /// Holds `lock` until this end is dropped. The worker drops it after it has told the helper
+    /// that it serves, or when the worker ends.
     pub fn hold(&mut self, lock: File) {
         self._lock = Some(lock);
     }
 
-    /// The same end once more, of which nothing has been received.
+    /// A second handle of this end. Its buffer is empty.
     ///
     /// # Errors
-    /// What dup(2) answers.
+    /// The errors of dup(2).
     pub fn try_clone(&self) -> std::io::Result<Self> {
         Ok(Self::new(self.socket().try_clone()?))
     }
 
-    /// The socket, to wait for it.
+    /// The socket, for a caller that waits for input.
     pub fn socket(&self) -> &UnixStream {
         self.lines.get_ref()
     }
 
-    /// Whether a line has been received already, so that there is nothing to wait for.
+    /// True if received bytes are already in the buffer. Then the caller must not wait for the
+    /// socket.
     pub fn has_buffered(&self) -> bool {
         !self.lines.buffer().is_empty()
     }
@@ -117,12 +120,12 @@ impl Control {
     /// Sends a line.
     ///
     /// # Errors
-    /// EPIPE where the other side is gone.
+    /// EPIPE if the other side is gone.
     pub fn send(&mut self, message: &Message) -> std::io::Result<()> {
         self.lines.get_mut().write_all(format!("{message}\n").as_bytes())
     }
 
-    /// Receives a line; `None` where the other side is gone, or speaks something else.
+    /// Receives a line. `None` if the other side is gone, or has sent something that is no message.
     pub fn receive(&mut self) -> Option<Message> {
         let mut line = String::new();
         self.lines.read_line(&mut line).ok()?;

@@ -1,82 +1,88 @@
-//! The one error type, and the one table from error to errno.
+//! The error type of the daemon, and the table that turns each error into an errno.
 
 use rustix::io::Errno;
 
-/// What an operation of the filesystem can fail with.
+/// The reasons for which an operation of the filesystem fails.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
-    /// No free page in the pool, or no free block in a sealed file.
+    /// The pool has no free page, or a sealed file has no free block.
     #[error("no free page in the pool")]
     Full,
-    /// No free page in the pool yet: those of files that were unlinked would do, and may be on their way back.
+    /// The pool has no free page yet. The pages of unlinked files would be enough, and may come
+    /// back soon.
     #[error("no free page in the pool but those of removed files that somebody has open")]
     Returning,
-    /// The kernel reads the file's memory for somebody who has it open, or has just closed it.
+    /// The kernel itself reads the file's memory for a program that has the file open, or has just
+    /// closed it.
     #[error("programs have the file open for reading natively (see the option io=)")]
     OpenNatively,
-    /// No more files: each takes of what the daemon or the machine has only so many of.
+    /// There can be no more files: each file takes resources of which the daemon or the machine has
+    /// a limited number.
     #[error("there are as many files as the daemon can have")]
     TooManyFiles,
-    /// The machine itself has no memory for what the pool needs.
+    /// The machine has no memory for the needs of the pool.
     #[error("the machine is out of memory")]
     NoMemory,
-    /// A quarantined subpage is in the way.
+    /// The operation meets a quarantined subpage.
     #[error("a quarantined subpage is in the way")]
     Poisoned,
-    /// Not now, and why.
+    /// The operation is not possible now. The text has the reason.
     #[error("{0}")]
     Busy(&'static str),
-    /// A transient refusal of the kernel (madvise(2), MADV_COLLAPSE).
+    /// The kernel refuses for the moment (madvise(2), MADV_COLLAPSE).
     #[error("the kernel cannot do this right now")]
     Again,
-    /// The request is none for a thread that others wait for; nothing has changed. No caller sees this one.
+    /// The request takes too long for a thread that other requests wait for. Nothing has changed.
+    /// The caller of the system call never sees this error.
     #[error("the request takes long")]
     TakesLong,
-    /// The program that asked was killed meanwhile.
+    /// The calling program was killed while its request was carried out.
     #[error("the caller was killed")]
     Interrupted,
-    /// A request that makes no sense, with what would.
+    /// The request makes no sense. The text says what the filesystem expects.
     #[error("{0}")]
     Invalid(String),
-    /// Asked for something that is not there.
+    /// The thing that the request names does not exist: for example an attribute, or a quarantine
+    /// in a range.
     #[error("nothing of that kind is there")]
     NoData,
-    /// Not offered by this filesystem or this kernel.
+    /// This filesystem or this kernel does not have the operation.
     #[error("not supported")]
     Unsupported,
-    /// Not a thing to be done to this object.
+    /// The operation is not permitted on this object.
     #[error("not permitted")]
     NotPermitted,
-    /// Beyond the largest file.
+    /// The offset or size is beyond the largest file size.
     #[error("beyond the largest file size")]
     TooLarge,
-    /// An attribute's value is longer than getxattr(2) can return.
+    /// The value of an attribute is longer than getxattr(2) can return.
     #[error("the attribute is too long to return")]
     TooLong,
-    /// What outlives a process does not read as it was written.
+    /// Stored data that outlives a process does not have its format.
     #[error("damaged: {0}")]
     Corrupt(String),
-    /// The kernel's own answer, passed on as it is.
+    /// The error of a system call, unchanged.
     #[error("{0}")]
     Os(Errno),
 }
 
-/// Shorthand.
+/// A result with the daemon's error type.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
-    /// What the caller of the system call sees.
+    /// The errno that the caller of the system call gets.
     pub fn errno(&self) -> Errno {
         match self {
             Self::Full | Self::Returning => Errno::NOSPC,
-            // As tmpfs answers beyond nr_inodes=. ENFILE would tell of the machine's open files.
+            // tmpfs answers ENOSPC beyond nr_inodes=. ENFILE would speak of the open files of the
+            // machine.
             Self::TooManyFiles => Errno::NOSPC,
-            // Not ENOMEM: for the caller the filesystem could not give the space it asked for, and ENOSPC
-            // is what open(2), write(2) and fallocate(2) document for that.
+            // Not ENOMEM: the filesystem could not give the requested space. For this case,
+            // open(2), write(2) and fallocate(2) document ENOSPC.
             Self::NoMemory => Errno::NOSPC,
             Self::Poisoned | Self::Corrupt(_) => Errno::IO,
-            // Not EAGAIN: setxattr(2), by which collapsing is asked for, would make EOPNOTSUPP of it (fs/xattr.c,
-            // __vfs_setxattr_noperm).
+            // Not EAGAIN: programs ask for a collapse by setxattr(2), and there the kernel turns
+            // EAGAIN into EOPNOTSUPP (fs/xattr.c, __vfs_setxattr_noperm).
             Self::Busy(_) | Self::Again | Self::OpenNatively => Errno::BUSY,
             Self::TakesLong => Errno::AGAIN,
             Self::Interrupted => Errno::INTR,
@@ -86,18 +92,20 @@ impl Error {
             Self::NotPermitted => Errno::PERM,
             Self::TooLarge => Errno::FBIG,
             Self::TooLong => Errno::TOOBIG,
-            // The daemon's own limit of descriptors. EMFILE would name the limit of the caller, who can close what he likes in vain.
+            // The daemon has reached its own limit of descriptors. EMFILE would name the caller's
+            // limit, and the caller would close files in vain.
             Self::Os(Errno::MFILE) => Errno::NFILE,
             Self::Os(errno) => *errno,
         }
     }
 
-    /// The kernel lacked memory, descriptors or room for an attribute. It may have them a moment later.
+    /// True if the kernel lacked memory, descriptors or room for an attribute. A retry a moment
+    /// later may succeed.
     pub fn is_shortage(&self) -> bool {
         matches!(self, Self::NoMemory | Self::Os(Errno::NOMEM | Errno::MFILE | Errno::NFILE | Errno::NOSPC))
     }
 
-    /// An [`Error::Invalid`] that says what was wrong and what would be right.
+    /// An [`Error::Invalid`]. `why` says what is wrong and what the filesystem expects.
     pub fn invalid(why: impl Into<String>) -> Self {
         Self::Invalid(why.into())
     }

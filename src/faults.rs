@@ -1,27 +1,32 @@
-//! System calls that fail when a test says so: each of them can be refused in an emergency, and what asked for it must be as before.
+//! System calls that fail when a test asks for it. In an emergency the kernel can refuse each of
+//! these calls. Then the operation that made the call must leave everything as before.
 //!
-//! The functions of [`crate::sys`] ask [`attempt`] before they make a call that can fail for want of memory, descriptors or room.
-//! A test arms one failure ([`arm`]): "the n-th call from now on that can answer ENOMEM does so". [`report`] says afterwards
-//! where that call was made, or that there were fewer than n. In a release build nothing of this is left.
+//! The functions of [`crate::sys`] call [`attempt`] before a system call that can fail for want of
+//! memory, descriptors or room. A test arms one failure ([`arm`]): "the n-th call from now on that
+//! can answer ENOMEM does so". [`report`] says afterwards where the failed call is in the code, or
+//! that there were fewer than n calls. A release build contains nothing of this.
 //!
-//! The daemon's own agents are not counted ([`exempt`]), because a test cannot tell when they call.
+//! The calls of the daemon's agents do not count ([`exempt`]), because a test cannot tell when an
+//! agent makes a call.
 
 use rustix::io::Errno;
 
-/// The errors that a call can answer with in an emergency. ENOMEM is one of each.
+/// The resource that a system call needs, and so the errors of the call in an emergency. Each call
+/// can answer ENOMEM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Want {
-    /// Memory of the kernel's for the length of the call.
+    /// Kernel memory during the call. ENOMEM is the only error.
     Memory,
-    /// A descriptor: EMFILE, too.
+    /// A descriptor. The call can also answer EMFILE.
     Descriptor,
-    /// Room in a filesystem, or for an attribute: ENOSPC, too. (No attribute is longer than it may be: who keeps one makes sure of
-    /// that before anything changes.)
+    /// Room in a filesystem or for an attribute. The call can also answer ENOSPC. (The length of an
+    /// attribute causes no error here: the code that stores an attribute checks the length before
+    /// it changes anything.)
     Room,
 }
 
 impl Want {
-    /// Whether such a call can answer `errno`.
+    /// True if such a call can answer `errno`.
     pub fn can_answer(self, errno: Errno) -> bool {
         match errno {
             Errno::NOMEM => true,
@@ -32,7 +37,7 @@ impl Want {
     }
 }
 
-/// The errors that a test can ask for, as their names have them.
+/// The error with this name, if a test can ask for it.
 #[cfg(debug_assertions)]
 pub fn named(name: &str) -> Option<Errno> {
     const NAMES: &[(&str, Errno)] =
@@ -49,7 +54,7 @@ mod armed {
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicBool, Ordering};
 
-    /// The failure to come, and what has come of it.
+    /// The armed failure, and its result.
     struct Plan {
         errno: Errno,
         nth: u64,
@@ -58,26 +63,28 @@ mod armed {
     }
 
     static PLAN: Mutex<Option<Plan>> = Mutex::new(None);
-    /// Spares the calls of a daemon without a plan the lock.
+    /// Without a plan, calls need not take the lock of `PLAN`.
     static IS_ARMED: AtomicBool = AtomicBool::new(false);
 
     thread_local! {
         static IS_EXEMPT: Cell<bool> = const { Cell::new(false) };
     }
 
-    /// The calling thread's calls are not counted and never fail.
+    /// From now on, the calls of this thread do not count and never fail.
     pub fn exempt() {
         IS_EXEMPT.set(true);
     }
 
-    /// The `nth` call from now on, counted from 1, that can answer `errno` answers it, once.
+    /// Counts the calls that can answer `errno`, from now on and from 1. The `nth` call fails with
+    /// `errno`, once.
     pub fn arm(nth: u64, errno: Errno) {
         let mut plan = PLAN.lock().expect("no panic while calls are counted");
         *plan = Some(Plan { errno, nth, counted: 0, hit: None });
         IS_ARMED.store(true, Ordering::SeqCst);
     }
 
-    /// Ends the counting. Says where the call was that failed, or how many calls there were; nothing if none was armed.
+    /// Ends the counting. Returns the place of the failed call, or the number of calls. The text is
+    /// empty if no failure was armed.
     pub fn report() -> String {
         IS_ARMED.store(false, Ordering::SeqCst);
         let plan = PLAN.lock().expect("no panic while calls are counted").take();
@@ -87,10 +94,10 @@ mod armed {
         })
     }
 
-    /// A call is about to be made.
+    /// Announces a system call.
     ///
     /// # Errors
-    /// What a test has armed; the call is not to be made then.
+    /// The armed error. Then the function must not make the call.
     #[track_caller]
     pub fn attempt(want: Want) -> Result<(), Errno> {
         if !IS_ARMED.load(Ordering::SeqCst) || IS_EXEMPT.get() {
@@ -110,7 +117,7 @@ mod armed {
 #[cfg(debug_assertions)]
 pub use armed::{arm, attempt, exempt, report};
 
-/// A call is about to be made.
+/// Announces a system call.
 ///
 /// # Errors
 /// None.
@@ -120,7 +127,7 @@ pub fn attempt(_want: Want) -> Result<(), Errno> {
     Ok(())
 }
 
-/// The calling thread's calls are not counted.
+/// The calls of this thread do not count.
 #[cfg(not(debug_assertions))]
 #[inline(always)]
 pub fn exempt() {}

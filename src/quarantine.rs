@@ -1,19 +1,20 @@
-//! Quarantined ranges and the text in which people and programs speak of them; nothing here does anything.
+//! Quarantined ranges, and their text form in the attributes. This module only parses and formats.
 //!
-//! The grammar of the attributes: one item a line, numbers decimal or `0x` hexadecimal, ranges rounded outward to
-//! 4 KiB. What is malformed, or lies behind the end of the file, is refused as a whole.
+//! The grammar of the attributes: each line has one item, numbers are decimal or hexadecimal
+//! (`0x`), and ranges are rounded outward to 4 KiB. If a line is malformed, or names bytes behind
+//! the end of the file, the whole value is refused.
 
 use crate::error::{Error, Result};
 use crate::options::parse_number;
 use crate::units::{Range, SUBPAGE_SIZE, Subpage};
 use std::fmt::Write as _;
 
-/// Who keeps a subpage out of use.
+/// The cause of a quarantine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// The kernel: a real memory error.
+    /// A hardware memory error: the kernel keeps the subpage out of use.
     Hw,
-    /// A hole that S1 keeps shut.
+    /// A soft hole: invariant S1 ([`crate::sealed`]) keeps it shut.
     Soft,
 }
 
@@ -29,15 +30,15 @@ impl Kind {
 /// A quarantined range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Quarantined {
-    /// Whole subpages.
+    /// The bytes, in whole subpages.
     pub range: Range,
-    /// Who keeps it.
+    /// The cause.
     pub kind: Kind,
-    /// Since when, in seconds since the epoch.
+    /// Start of the quarantine, in seconds since the epoch.
     pub time: u64,
 }
 
-/// Joins neighbours of one kind and time; `ranges` ascend.
+/// Joins neighbours with the same kind and time. `ranges` must ascend.
 pub fn coalesce(ranges: impl Iterator<Item = (Range, Kind, u64)>) -> Vec<Quarantined> {
     let mut out: Vec<Quarantined> = Vec::new();
     for (range, kind, time) in ranges {
@@ -51,7 +52,7 @@ pub fn coalesce(ranges: impl Iterator<Item = (Range, Kind, u64)>) -> Vec<Quarant
     out
 }
 
-/// The value of the poison attribute.
+/// Formats the value of the poison attribute.
 pub fn format(quarantined: &[Quarantined]) -> String {
     let mut out = String::new();
     for item in quarantined {
@@ -60,7 +61,7 @@ pub fn format(quarantined: &[Quarantined]) -> String {
     out
 }
 
-/// What a repair puts in place of a lost subpage.
+/// The new content of a quarantined subpage after a repair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Repair {
     /// Zeros.
@@ -69,11 +70,11 @@ pub enum Repair {
     Salvage,
 }
 
-/// Parses what is written to the poison attribute: `<offset> <length>` a line; further columns are ignored, so that a
-/// value that was read can be written.
+/// Parses a value of the poison attribute: `<offset> <length>` on each line. Further columns are
+/// ignored, so a program can write a value that it has read.
 ///
 /// # Errors
-/// [`Error::Invalid`], for a file of `size` bytes.
+/// [`Error::Invalid`] if the value is not valid for a file of `size` bytes.
 pub fn parse_poison(value: &[u8], size: u64) -> Result<Vec<Range>> {
     let ranges = items(value)?
         .map(|line| {
@@ -87,10 +88,11 @@ pub fn parse_poison(value: &[u8], size: u64) -> Result<Vec<Range>> {
     Ok(ranges)
 }
 
-/// Parses what is written to the repair attribute: `zero|salvage <offset> <length>` or `zero|salvage all` a line.
+/// Parses a value of the repair attribute: `zero|salvage <offset> <length>` or `zero|salvage all`
+/// on each line.
 ///
 /// # Errors
-/// [`Error::Invalid`], for a file of `size` bytes.
+/// [`Error::Invalid`] if the value is not valid for a file of `size` bytes.
 pub fn parse_repair(value: &[u8], size: u64) -> Result<Vec<(Repair, Range)>> {
     let parse = |line: &str| {
         let (verb, target) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
@@ -108,10 +110,10 @@ pub fn parse_repair(value: &[u8], size: u64) -> Result<Vec<(Repair, Range)>> {
     Ok(repairs)
 }
 
-/// Parses what is written to the collapse attribute: `<offset> <length>` or `all` a line.
+/// Parses a value of the collapse attribute: `<offset> <length>` or `all` on each line.
 ///
 /// # Errors
-/// [`Error::Invalid`], for a file of `size` bytes.
+/// [`Error::Invalid`] if the value is not valid for a file of `size` bytes.
 pub fn parse_collapse(value: &[u8], size: u64) -> Result<Vec<Range>> {
     let ranges = items(value)?.map(|line| parse_target(line, size)).collect::<Result<Vec<_>>>()?;
     if ranges.is_empty() {
@@ -120,10 +122,10 @@ pub fn parse_collapse(value: &[u8], size: u64) -> Result<Vec<Range>> {
     Ok(ranges)
 }
 
-/// Parses what is written to the inject attribute: `hw <offset>`.
+/// Parses a value of the inject attribute: `hw <offset>`.
 ///
 /// # Errors
-/// [`Error::Invalid`], for a file of `size` bytes.
+/// [`Error::Invalid`] if the value is not valid for a file of `size` bytes.
 pub fn parse_inject(value: &[u8], size: u64) -> Result<Subpage> {
     let lines: Vec<&str> = items(value)?.collect();
     let [line] = lines[..] else { return Err(Error::invalid("expected one line, hw <offset>")) };
@@ -133,7 +135,8 @@ pub fn parse_inject(value: &[u8], size: u64) -> Result<Subpage> {
     }
 }
 
-/// Lines that say something; a final newline or NUL, as shells and C programs add them, is no line.
+/// The lines that are not blank. Shells add a final newline and C programs a final NUL; neither
+/// makes a line.
 fn items(value: &[u8]) -> Result<impl Iterator<Item = &str>> {
     let value = value.strip_suffix(b"\0").unwrap_or(value);
     let text = std::str::from_utf8(value).map_err(|_| Error::invalid("not text"))?;

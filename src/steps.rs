@@ -1,13 +1,17 @@
-//! The steps of every change that takes more than one: after each of them the process may die, and the next has to cope.
+//! The steps of all changes that have more than one step. The process may die after each step, and
+//! the next worker must be able to finish or undo the change.
 //!
-//! The code says [`done`] where a step is done. A test arms a step ([`arm`]), and the process kills itself when it comes there;
-//! [`Step::ALL`] is how the test knows that it has tried them all, and [`tally`] which of them a change leads over. In a release
-//! build nothing of that is left.
+//! The code calls [`done`] after each step. A test arms a step ([`arm`]), and the process kills
+//! itself when it reaches this step. [`Step::ALL`] lists all steps, so the test can prove that it
+//! has tried each one. [`tally`] counts the steps that a change reaches. A release build contains
+//! nothing of this.
 //!
-//! A test can also have threads stop at a step ([`hold`]), to see what others can do while a change is under way.
+//! A test can also stop threads at a step ([`hold`]), to see which requests go on while a change is
+//! under way.
 //!
-//! To add a step: a line in the table below, a call of `done` where it is done, and a situation in `tests/deaths.rs` that leads
-//! there (it fails until there is one).
+//! To add a step, add three things: a line in the table below, a call of `done` after the step, and
+//! a situation in `tests/deaths.rs` that reaches the step. The test fails until it has such a
+//! situation.
 
 use crate::error::Result;
 use rustix::process::{Signal, getpid, kill_process};
@@ -15,7 +19,7 @@ use std::time::{Duration, Instant};
 
 macro_rules! steps {
     ($($operation:literal: $($step:ident = $what:literal),+;)+) => {
-        /// A step, named after the change that it is a part of and what has been done when it is.
+        /// A step. Its name says the change to which it belongs, and the state after the step.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         #[repr(u32)]
         pub enum Step {
@@ -26,10 +30,10 @@ macro_rules! steps {
         }
 
         impl Step {
-            /// All of them, change by change, in order.
+            /// All steps, in the order of the table.
             pub const ALL: &[Self] = &[$($(Self::$step),+),+];
 
-            /// The change, and what has been done.
+            /// The name of the change, and the state after the step.
             pub fn name(self) -> &'static str {
                 match self {
                     $($(Self::$step => concat!($operation, ": ", $what)),+),+
@@ -73,11 +77,12 @@ steps! {
         DismantleDetached = "the superblock is gone";
 }
 
-/// Carries out what a change that has begun cannot do without: what finishes it, or undoes it. A shortage passes, so the call is
-/// tried again for a while. Where it lasts, this process kills itself, because the next worker finishes or undoes what it finds.
+/// Makes a call that a change needs after it has begun, to finish or to undo the change. A shortage
+/// usually passes, so the function tries again for a while. If the shortage lasts, this process
+/// kills itself: the next worker finishes or undoes the change.
 ///
 /// # Errors
-/// Those of `call` that are no shortage.
+/// The errors of `call` that are no shortage.
 pub fn insist<T>(mut call: impl FnMut() -> Result<T>) -> Result<T> {
     const PATIENCE: Duration = Duration::from_secs(1);
     const NAP: Duration = Duration::from_millis(1);
@@ -96,11 +101,11 @@ pub fn insist<T>(mut call: impl FnMut() -> Result<T>) -> Result<T> {
     }
 }
 
-/// The process dies as by the OOM killer.
+/// Kills this process in the way of the OOM killer.
 pub fn die() -> ! {
     let _ = kill_process(getpid(), Signal::KILL);
     loop {
-        std::thread::park(); // nothing more is to be done
+        std::thread::park(); // the signal ends the process
     }
 }
 
@@ -121,29 +126,29 @@ mod armed {
         HELD.lock().expect("no panic while a step is compared")
     }
 
-    /// Each thread that comes to `step` from now on stops there until [`release`].
+    /// From now on, each thread that reaches `step` stops there until [`release`].
     pub fn hold(step: Step) {
         *held() = Some(step);
     }
 
-    /// No step is held any more.
+    /// Ends [`hold`]: the stopped threads go on.
     pub fn release() {
         *held() = None;
         RELEASED.notify_all();
     }
 
-    /// The process is to die when `step` is done for the `nth` time from now on, counted from 1.
+    /// The process dies when it reaches `step` for the `nth` time from now on, counted from 1.
     pub fn arm(step: Step, nth: u64) {
         LEFT.store(nth, Ordering::SeqCst);
         ARMED.store(step as u32, Ordering::SeqCst);
     }
 
-    /// How often each step was done since this was last called, or since the process began.
+    /// Returns the count of each step since the last call, or since the process began.
     pub fn tally() -> impl Iterator<Item = (Step, u64)> {
         Step::ALL.iter().map(|step| (*step, TALLY[*step as usize].swap(0, Ordering::SeqCst)))
     }
 
-    /// A step is done.
+    /// Marks that `step` is done: counts it, dies if it is armed, waits while it is held.
     pub fn done(step: Step) {
         TALLY[step as usize].fetch_add(1, Ordering::SeqCst);
         if ARMED.load(Ordering::SeqCst) == step as u32 && LEFT.fetch_sub(1, Ordering::SeqCst) == 1 {
@@ -157,7 +162,7 @@ mod armed {
 #[cfg(debug_assertions)]
 pub use armed::{arm, done, hold, release, tally};
 
-/// A step is done.
+/// Marks that a step is done.
 #[cfg(not(debug_assertions))]
 #[inline(always)]
 pub fn done(_step: Step) {}

@@ -1,19 +1,19 @@
-//! The units in which memory is counted, as types, and every conversion between them.
+//! The units of memory as types, and all conversions between them.
 //!
-//! | type | what it counts | size |
+//! | type | unit of | size |
 //! |---|---|---|
-//! | [`Subpage`] | what a memory error costs: one base page | 4 KiB |
-//! | [`Folio`] | what a PMD maps: the largest page tmpfs knows | 2 MiB |
-//! | [`PageSize`] | what is reserved and counted against the pool | 2 MiB or 1 GiB |
+//! | [`Subpage`] | quarantine: the base page that one memory error takes | 4 KiB |
+//! | [`Folio`] | mapping by one PMD entry: the largest page of tmpfs | 2 MiB |
+//! | [`PageSize`] | reservation: the pool counts in pages | 2 MiB or 1 GiB |
 //! | [`Range`] | bytes, half open | any |
 //!
-//! A conversion that rounds says in which direction in its name.
+//! A conversion that rounds has the direction in its name.
 
 use std::fmt;
 
-/// Bytes in a base page, the grain of mapping and of quarantine.
+/// Bytes in a base page. Mapping and quarantine work in base pages.
 pub const SUBPAGE_SIZE: u64 = 4096;
-/// Bytes in a PMD-mapped folio (x86_64, and aarch64 with 4 KiB base pages).
+/// Bytes in a folio that one PMD entry maps (x86_64, and aarch64 with 4 KiB base pages).
 pub const FOLIO_SIZE: u64 = 2 << 20;
 /// Base pages in a folio.
 pub const SUBPAGES_PER_FOLIO: u64 = FOLIO_SIZE / SUBPAGE_SIZE;
@@ -33,17 +33,17 @@ impl Subpage {
         Self(offset / SUBPAGE_SIZE)
     }
 
-    /// First byte.
+    /// Offset of the first byte, in bytes.
     pub fn offset(self) -> u64 {
         self.0 * SUBPAGE_SIZE
     }
 
-    /// Its bytes.
+    /// The bytes of the subpage.
     pub fn range(self) -> Range {
         Range::at(self.offset(), SUBPAGE_SIZE)
     }
 
-    /// The folio that it is a part of.
+    /// The folio that contains the subpage.
     pub fn folio(self) -> Folio {
         Folio(self.0 / SUBPAGES_PER_FOLIO)
     }
@@ -54,7 +54,7 @@ impl Subpage {
 pub struct Folio(pub u64);
 
 impl Folio {
-    /// Its bytes.
+    /// The bytes of the folio.
     pub fn range(self) -> Range {
         Range::at(self.0 * FOLIO_SIZE, FOLIO_SIZE)
     }
@@ -64,7 +64,7 @@ impl Folio {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Page(pub u64);
 
-/// The size of the pool's pages: the grain of reservation.
+/// The size of the pool's pages, the unit of reservation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PageSize {
     /// 2 MiB: one folio.
@@ -82,12 +82,12 @@ impl PageSize {
         }
     }
 
-    /// Pages that `bytes` need, the last one perhaps in part.
+    /// Number of pages that `bytes` need. The last page may be used in part.
     pub const fn pages_up(self, bytes: u64) -> u64 {
         bytes.div_ceil(self.bytes())
     }
 
-    /// Whole pages in `bytes`.
+    /// Number of whole pages in `bytes`.
     pub const fn pages_down(self, bytes: u64) -> u64 {
         bytes / self.bytes()
     }
@@ -97,19 +97,19 @@ impl PageSize {
         Range::at(page.0 * self.bytes(), self.bytes())
     }
 
-    /// The bytes of pages that follow one another.
+    /// The bytes of consecutive pages.
     pub fn bytes_of(self, pages: &std::ops::Range<Page>) -> Range {
         Range::new(pages.start.0 * self.bytes(), pages.end.0 * self.bytes())
     }
 
-    /// The pages that hold any byte of `range`.
+    /// The pages that contain at least one byte of `range`.
     pub fn pages_touching(self, range: Range) -> std::ops::Range<Page> {
         let start = self.pages_down(range.start);
         let end = if range.is_empty() { start } else { self.pages_up(range.end) };
         Page(start)..Page(end)
     }
 
-    /// The pages of which `range` holds every byte; no page comes out as an empty range.
+    /// The pages that lie completely in `range`. If there are none, the result is an empty range.
     pub fn pages_within(self, range: Range) -> std::ops::Range<Page> {
         let start = self.pages_up(range.start);
         Page(start)..Page(self.pages_down(range.end).max(start))
@@ -118,30 +118,30 @@ impl PageSize {
 
 const _: () = assert!(PageSize::Gigantic.bytes().is_multiple_of(FOLIO_SIZE));
 
-/// Bytes of a file, from `start` up to but not including `end`.
+/// Bytes of a file: from `start` up to `end`, without the byte at `end`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Range {
-    /// First byte.
+    /// Offset of the first byte.
     pub start: u64,
-    /// One past the last byte; never below `start`.
+    /// Offset behind the last byte. It is never below `start`.
     pub end: u64,
 }
 
 impl Range {
-    /// `start..end`; empty where `end` is not above `start`.
+    /// The bytes `start..end`. The range is empty if `end` is not above `start`.
     pub fn new(start: u64, end: u64) -> Self {
         Self { start, end: end.max(start) }
     }
 
-    /// `length` bytes from `start`; `None` past the end of 64 bits.
+    /// `length` bytes from `start`. `None` if the end does not fit in 64 bits.
     pub fn checked_at(start: u64, length: u64) -> Option<Self> {
         Some(Self { start, end: start.checked_add(length)? })
     }
 
-    /// `length` bytes from `start`, for offsets that are known to be a file's.
+    /// `length` bytes from `start`. The caller knows that the offsets are those of a file.
     ///
     /// # Panics
-    /// Where the end does not fit in 64 bits.
+    /// If the end does not fit in 64 bits.
     pub fn at(start: u64, length: u64) -> Self {
         Self::checked_at(start, length).expect("a file's range ends below 2^64")
     }
@@ -151,27 +151,27 @@ impl Range {
         self.end - self.start
     }
 
-    /// Holds no byte.
+    /// True if the range has no byte.
     pub fn is_empty(self) -> bool {
         self.start == self.end
     }
 
-    /// Holds every byte of `other`.
+    /// True if the range contains every byte of `other`.
     pub fn covers(self, other: Self) -> bool {
         self.start <= other.start && other.end <= self.end
     }
 
-    /// The bytes that both hold.
+    /// The bytes that are in both ranges.
     pub fn intersect(self, other: Self) -> Self {
         Self::new(self.start.max(other.start), self.end.min(other.end))
     }
 
-    /// Grown to whole subpages.
+    /// The range, enlarged to whole subpages.
     pub fn subpages_out(self) -> Self {
         self.aligned_out(SUBPAGE_SIZE)
     }
 
-    /// Grown to whole folios.
+    /// The range, enlarged to whole folios.
     pub fn folios_out(self) -> Self {
         self.aligned_out(FOLIO_SIZE)
     }
@@ -180,25 +180,25 @@ impl Range {
         Self::new(self.start / grain * grain, self.end.next_multiple_of(grain))
     }
 
-    /// The subpages that hold any of its bytes.
+    /// The subpages that contain at least one byte of the range.
     pub fn subpages(self) -> std::ops::Range<Subpage> {
         let out = self.subpages_out();
         Subpage(out.start / SUBPAGE_SIZE)..Subpage(out.end / SUBPAGE_SIZE)
     }
 
-    /// The folios that hold any of its bytes.
+    /// The folios that contain at least one byte of the range.
     pub fn folios(self) -> impl DoubleEndedIterator<Item = Folio> + use<> {
         let out = self.folios_out();
         (out.start / FOLIO_SIZE..out.end / FOLIO_SIZE).map(Folio)
     }
 
-    /// Cut at the multiples of `grain`, in order.
+    /// The pieces of the range between multiples of `grain`, in order.
     pub fn cut_at_multiples(self, grain: u64) -> impl DoubleEndedIterator<Item = Range> + use<> {
         let pieces = self.aligned_out(grain).steps(grain).map(move |piece| piece.intersect(self));
         pieces.filter(|piece| !piece.is_empty())
     }
 
-    /// Cut into pieces of at most `step` bytes, in order.
+    /// Pieces of at most `step` bytes, in order.
     pub fn steps(self, step: u64) -> impl DoubleEndedIterator<Item = Range> + use<> {
         let count = self.len().div_ceil(step);
         (0..count)
@@ -212,29 +212,29 @@ impl fmt::Display for Range {
     }
 }
 
-/// A file's identity: inode number and generation of its inode in the index.
+/// The identity of a file: inode number and generation of its inode in the index.
 ///
-/// Never reused while the filesystem lives (the generation is random), and enough to open the inode
-/// again (open_by_handle_at(2)). The root is 1, as FUSE demands.
+/// The generation is random, so the filesystem never uses an identity twice. The identity is enough
+/// to open the inode again (open_by_handle_at(2)). The root has the number 1, as FUSE demands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NodeId(pub u64);
 
 impl NodeId {
-    /// The directory that users see as the mount's root.
+    /// The root directory of the mount.
     pub const ROOT: Self = Self(1);
 
-    /// From the two halves of a tmpfs file handle.
+    /// The identity from the two parts of a tmpfs file handle.
     pub fn from_parts(generation: u32, inode: u32) -> Self {
         Self(u64::from(generation) << 32 | u64::from(inode))
     }
 
-    /// Reads what [`fmt::Display`] writes.
+    /// Parses the text that [`fmt::Display`] writes.
     pub fn parse(text: &str) -> Option<Self> {
         let is_number = text.len() == 16 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
         is_number.then(|| u64::from_str_radix(text, 16).ok().map(Self))?
     }
 
-    /// The generation, the inode number.
+    /// The two parts: generation and inode number.
     pub fn parts(self) -> (u32, u32) {
         ((self.0 >> 32) as u32, self.0 as u32)
     }
