@@ -1,4 +1,4 @@
-//! Puts huge mappings back after repairs.
+//! Restores huge mappings after repairs.
 
 use crate::faults;
 use crate::fs::Repaired;
@@ -6,20 +6,21 @@ use crossbeam::channel::{Receiver, Sender, unbounded};
 use std::io;
 use std::thread::JoinHandle;
 
-/// The agent; it ends when all senders are gone and everything that was sent has been seen to.
+/// The thread of the agent. It ends when all senders are gone and the queue is empty.
 pub type Agent = JoinHandle<()>;
 
-/// Starts the agent, and returns where to report what may have become whole again.
+/// Starts the agent. Returns the sender for repaired ranges, whose folios may be whole again.
 ///
 /// # Errors
-/// EAGAIN where no thread can be started.
+/// EAGAIN if the thread cannot be started.
 pub fn start() -> io::Result<(Sender<Repaired>, Agent)> {
     let (sender, receiver) = unbounded();
     let agent = std::thread::Builder::new().name("collapse".into()).spawn(move || run(&receiver))?;
     Ok((sender, agent))
 }
 
-/// A folio that cannot be put together now (somebody holds a page of it) stays in small pages until its owner asks.
+/// Collapses each reported folio. If the kernel cannot do it now, because a page of the folio is
+/// held, the folio stays in small pages until its owner asks for a collapse.
 fn run(repaired: &Receiver<Repaired>) {
     faults::exempt();
     for (object, range) in repaired {

@@ -1,4 +1,4 @@
-//! What is done without having been asked for: each agent is a thread that waits and calls.
+//! Work that no request asks for: each agent is a thread that waits and calls.
 
 pub mod collapse;
 pub mod patrol;

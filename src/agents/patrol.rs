@@ -1,5 +1,5 @@
-//! Finds memory errors that no program has touched yet and soft holes that a program has opened, and does again what had to
-//! wait for memory.
+//! Finds memory errors that no program has touched yet, shuts soft holes that a program has opened,
+//! and retries work that had to wait for memory.
 
 use crate::faults;
 use crate::fs::Fs;
@@ -9,11 +9,12 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// How often the kernel's count of memory errors is looked at, which is to read one small file in /sys for each NUMA node;
-/// and the longest that a soft hole stays open that a program has opened.
+/// The time between two rounds. In each round the patrol reads the kernel's count of memory errors:
+/// one small file in /sys for each NUMA node. The period is also the longest time for which a soft
+/// hole stays open after a program has opened it.
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// The agent, which ends when this is dropped.
+/// The agent. It ends when this value is dropped.
 pub struct Patrol {
     stop: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
@@ -22,7 +23,7 @@ pub struct Patrol {
 /// Starts the agent.
 ///
 /// # Errors
-/// EAGAIN where no thread can be started.
+/// EAGAIN if the thread cannot be started.
 pub fn start(fs: Arc<Fs>) -> io::Result<Patrol> {
     let (stop, stopped) = bounded(0);
     let thread = std::thread::Builder::new().name("patrol".into()).spawn(move || run(&fs, &stopped))?;

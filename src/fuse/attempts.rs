@@ -1,22 +1,27 @@
-//! Requests that workers die of: each is carried out a bounded number of times, then refused alone.
+//! Requests that kill workers. A worker may begin a request only a limited number of times; then
+//! the daemon refuses that request alone.
 //!
-//! The kernel sends a request again when the worker that has read it dies. Most of these requests are innocent: the worker died
-//! of another one, or of a signal. The table here tells them apart. It is a file that outlives the worker, so the next worker
-//! knows what the one before had begun:
+//! When a worker dies, the kernel sends again each request that this worker has read and not
+//! answered. Most of these requests are innocent: the worker died of another request, or of a
+//! signal. The table in this module finds the guilty one. It is a file that outlives the worker, so
+//! the next worker knows which requests the dead one had begun:
 //!
 //! ```text
-//!   sent for the first time       nothing is noted: it costs nothing
+//!   sent for the first time       no note, so such requests cost nothing
 //!   sent again                    noted as begun once
-//!   found to take long            noted as begun once less, until a thread has the time for it
-//!   sent again, noted already     waits for its turn, is noted as begun once more, and has the turn until it is answered
-//!   begun MOST times              the next worker answers EIO, and does not have the kernel send it again
+//!   found to take long            noted as begun once less, until a thread has time for it
+//!   sent again, noted already     waits for the turn, is noted as begun once more, and keeps the
+//!                                 turn until it is answered
+//!   begun MOST times              the next worker answers EIO before it asks the kernel to send
+//!                                 requests again
 //! ```
 //!
-//! From the second time on, one request has the turn. So a death counts against that request only, and an innocent one that was
-//! begun beside it is carried out in the end.
+//! From the second note on, only one request has the turn. So a death counts against that request
+//! only, and an innocent request that was begun at the same time is carried out in the end.
 //!
-//! The file is one page that is there from the start, so to note a request takes no memory. The kernel numbers requests upward and
-//! uses no number twice: a note that is not needed any more does no harm, and the oldest makes room for the newest.
+//! The file is one page that exists from the start, so a note takes no memory. The kernel's numbers
+//! of requests ascend, and no number comes twice. So an old note does no harm, and the newest note
+//! replaces the oldest.
 
 use super::device::AGAIN;
 use crate::error::Result;
@@ -27,17 +32,18 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard};
 
-/// Times that a request which was sent again is begun. With the first time, one more worker dies of it. Workers that are killed at
-/// random, some milliseconds apart, do not reach it beside a request that takes some milliseconds.
+/// Times that workers begin a request which was sent again. Together with the first time, a request
+/// kills one worker more than this number. If workers are killed at random, some milliseconds
+/// apart, a request that takes some milliseconds is done before it reaches this number.
 const MOST: u64 = 7;
 
 const NOTE_BYTES: usize = 16;
 const NOTES: usize = SUBPAGE_SIZE as usize / NOTE_BYTES;
 
-/// A request that was sent again.
+/// The note about a request that was sent again.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Note {
-    /// The kernel's number for it, [`AGAIN`] included; 0 for none.
+    /// The kernel's number of the request, with the bit [`AGAIN`]. 0 if the note is empty.
     number: u64,
     begun: u64,
 }
@@ -56,7 +62,7 @@ impl Note {
     }
 }
 
-/// The table.
+/// The table of notes.
 #[derive(Debug)]
 pub struct Attempts {
     file: File,
@@ -65,7 +71,7 @@ pub struct Attempts {
     turn: (Sender<()>, Receiver<()>),
 }
 
-/// Held while a request is carried out that two workers or more may have died of.
+/// The turn: held while a request is carried out that may have killed two workers or more.
 #[derive(Debug)]
 pub struct Turn(Receiver<()>);
 
@@ -76,10 +82,11 @@ impl Drop for Turn {
 }
 
 impl Attempts {
-    /// The table at `path` as the worker before has left it; an empty one where there is none.
+    /// Opens the table at `path`, as the last worker has left it. If there is no table, makes an
+    /// empty one.
     ///
     /// # Errors
-    /// What open(2), pread(2) and pwrite(2) answer.
+    /// The errors of open(2), pread(2) and pwrite(2).
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
         let mut bytes = [0; SUBPAGE_SIZE as usize];
@@ -91,8 +98,9 @@ impl Attempts {
         Ok(Self { file, notes, turn: bounded(1) })
     }
 
-    /// A request is going to be carried out. Where it was sent again, this is noted; where it was noted before, it has the turn
-    /// until what is returned is dropped.
+    /// Notes that a request begins, if the kernel has sent it again. If the table has a note about
+    /// the request already, the call waits for the turn. The request keeps the turn until the
+    /// returned value is dropped.
     pub fn begin(&self, number: u64) -> Option<Turn> {
         if number & AGAIN == 0 {
             return None;
@@ -104,7 +112,8 @@ impl Attempts {
         turn
     }
 
-    /// A request that has begun is going to begin anew later, with nothing done: no death until then is its fault.
+    /// Corrects the note about a request that has begun, has done nothing, and begins again later.
+    /// No death until then is its fault.
     pub fn postpone(&self, number: u64) {
         let mut notes = self.notes();
         let Some(at) = notes.iter().position(|note| note.number == number && note.begun > 0) else { return };
@@ -119,7 +128,7 @@ impl Attempts {
         Turn(self.turn.1.clone())
     }
 
-    /// The requests that were begun as often as a request may be.
+    /// The requests that workers have begun [`MOST`] times.
     pub fn exhausted(&self) -> Vec<u64> {
         self.notes().iter().filter(|note| note.begun >= MOST).map(|note| note.number).collect()
     }
@@ -151,7 +160,7 @@ impl Attempts {
 mod tests {
     use super::*;
 
-    /// A table, and what opens it as the next worker does.
+    /// A file for the table, and a function that opens it as the next worker does.
     fn table() -> (tempfile::NamedTempFile, impl Fn(&Path) -> Attempts) {
         (tempfile::NamedTempFile::new().unwrap(), |path| Attempts::open(path).unwrap())
     }
@@ -177,7 +186,7 @@ mod tests {
             attempts.postpone(7 | AGAIN);
         }
         assert_eq!(open(file.path()).exhausted(), []);
-        open(file.path()).postpone(9); // one that was sent for the first time is not noted
+        open(file.path()).postpone(9); // a request that was sent for the first time has no note
     }
 
     #[test]

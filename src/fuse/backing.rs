@@ -1,22 +1,26 @@
-//! The numbers that the kernel knows files' memory by (FUSE_DEV_IOC_BACKING_OPEN): each regular file that was opened has one.
+//! The numbers by which the kernel knows the memory of files (FUSE_DEV_IOC_BACKING_OPEN). Each
+//! regular file that was opened once has one number.
 //!
 //! ```text
-//!   issued   the kernel has given the number out, and no file says it yet
-//!      |     keep: the number is noted with the file (fs::Object::keep_backing)
+//!   issued   the kernel has given the number out, and no file has a note of it yet
+//!      |     keep: the worker notes the number with the file (fs::Object::keep_backing)
 //!      v
-//!    kept    each reply to open(2) and creat(2) says this number, whichever worker answers
-//!      |     close: the file has no name, and the kernel does not know the node any more (fs::Fs::forget)
+//!    kept    every worker uses this number in each reply to open(2) and creat(2)
+//!      |     close: the file has no name, and the kernel has given up the node (fs::Fs::forget)
 //!      v
-//!   closed   the inode of the file is removed next, so no reply can say the number again
+//!   closed   the worker removes the inode of the file next, so no reply can have the number again
 //! ```
 //!
-//! - **One owner.** The note with the file owns the number. A reply borrows the number ([`Lent`]), and fuser never closes one.
-//! - **One closer.** [`close`] is called by [`super::forget`] alone, while no request for the node can be under way: the kernel
-//!   holds an inode for each node that a request names, and it has just said that it holds none.
-//! - **A death while issued.** The next worker closes the number ([`close_lost`]). Numbers are issued one at a time and in
-//!   ascending order (fs/fuse/backing.c, `idr_alloc_cyclic`), so a dead worker has lost the last one that was issued, or none.
-//! - **A death while closing.** The next worker finds the orphan with its number, and closes the number once more, before
-//!   any other is issued: the kernel answers ENOENT.
+//! - **One owner.** The note with the file owns the number. A reply borrows the number ([`Lent`]),
+//!   and fuser never closes it.
+//! - **One closer.** Only [`super::adapter::forget`] calls [`close`], when no request for the node
+//!   can be under way: the kernel holds an inode for each node that a request names, and the kernel
+//!   has just said that it holds none.
+//! - **A death while issued.** The next worker closes the number ([`close_lost`]). The kernel
+//!   issues numbers one at a time and in ascending order (fs/fuse/backing.c, `idr_alloc_cyclic`),
+//!   so a dead worker has lost the last issued number, or none.
+//! - **A death while closing.** The next worker finds the orphan with its number, and closes the
+//!   number once more, before the kernel issues another one. The kernel answers ENOENT.
 
 use crate::error::{Error, Result};
 use crate::faults::{Want, attempt};
@@ -30,21 +34,22 @@ use std::ops::Deref;
 use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 
-/// Numbers below the last one that a new worker looks at. A worker that dies loses one number, and one more where it dies in
-/// [`close_lost`]; so many workers do not die in a row without one that lives.
+/// Numbers below the last one that a new worker checks. A worker that dies loses one number, and
+/// one more if it dies in [`close_lost`]. Fewer workers than this number die in a row before one
+/// lives.
 const MOST_LOST: u32 = 64;
 
-/// Gives numbers out, one at a time.
+/// Gets numbers from the kernel, one at a time.
 #[derive(Default)]
 pub struct Issuer {
     issuing: Mutex<()>,
 }
 
 impl Issuer {
-    /// The number of `object`; the kernel issues one at the first call.
+    /// The number of `object`. At the first call for a file, the kernel issues the number.
     ///
     /// # Errors
-    /// What FUSE_DEV_IOC_BACKING_OPEN and setxattr(2) answer. No number is issued then.
+    /// The errors of FUSE_DEV_IOC_BACKING_OPEN and setxattr(2). Then the file has no number.
     pub fn number_of(&self, object: &Object, device: &OwnedFd) -> Result<u32> {
         let _one_at_a_time = self.issuing.lock().expect("no panic while a number is issued");
         if let Some(number) = object.backing()? {
@@ -62,10 +67,12 @@ impl Issuer {
     }
 }
 
-/// Has the kernel let go of the memory of `object`, which no request can name any more.
+/// Closes the number of `object`, so that the kernel releases the memory. No request can name the
+/// file any more.
 ///
 /// # Errors
-/// ENOENT where a worker has done this and died; what getxattr(2) and FUSE_DEV_IOC_BACKING_CLOSE answer.
+/// ENOENT if a worker has closed the number and died. The errors of getxattr(2) and
+/// FUSE_DEV_IOC_BACKING_CLOSE.
 pub fn close(object: &Object, device: &OwnedFd) -> Result<()> {
     if let Some(number) = object.backing()? {
         sys::close_backing(device, number)?;
@@ -74,10 +81,12 @@ pub fn close(object: &Object, device: &OwnedFd) -> Result<()> {
     Ok(())
 }
 
-/// Closes the numbers that were issued to workers that have died before they kept them. No number may be issued meanwhile.
+/// Closes the numbers that the kernel issued to workers which died before they noted them. The
+/// caller makes sure that the kernel issues no number meanwhile.
 ///
 /// # Errors
-/// What the kernel answers, and [`Error::Corrupt`] where the number of a file is not known: nothing is closed then.
+/// The errors of the kernel. [`Error::Corrupt`] if the number of a file is not known; then nothing
+/// is closed.
 pub fn close_lost(fs: &Fs, device: &OwnedFd) -> Result<()> {
     let kept = fs.backings()?;
     let last = BackingId::create_raw(device, memfd_create("nothing", MemfdFlags::CLOEXEC)?)?;
@@ -88,7 +97,8 @@ pub fn close_lost(fs: &Fs, device: &OwnedFd) -> Result<()> {
     })
 }
 
-/// A number on its way to the kernel. fuser would close it where its [`BackingId`] is dropped; here it is taken back.
+/// A number in a reply to the kernel. fuser closes the number when its [`BackingId`] is dropped, so
+/// this type takes the number out of it first.
 pub struct Lent(Option<BackingId>);
 
 impl Deref for Lent {
@@ -105,9 +115,9 @@ impl Drop for Lent {
     }
 }
 
-/// A reply that can say a number.
+/// A reply that can contain a number.
 pub trait Borrower {
-    /// The number, for this reply.
+    /// The number, in the form that this reply needs.
     fn lend(&self, number: u32) -> Lent;
 }
 
@@ -115,7 +125,8 @@ macro_rules! borrower {
     ($reply:ty) => {
         impl Borrower for $reply {
             fn lend(&self, number: u32) -> Lent {
-                // SAFETY: `Lent` gives the number back, so fuser, which would own it from here on, never closes it.
+                // SAFETY: fuser takes the number as its own, and would close it. `Lent` takes the
+                // number out again, so fuser never does.
                 #[allow(unsafe_code)]
                 Lent(Some(unsafe { self.wrap_backing(number) }))
             }

@@ -1,5 +1,6 @@
-//! What is said to the kernel without having been asked (linux/fuse.h, `enum fuse_notify_code`), and what is said in place of a
-//! filesystem that cannot answer. fuser has the first but swallows the one answer that matters, ENOENT, and not the second.
+//! Messages to the kernel: notifications (linux/fuse.h, `enum fuse_notify_code`), and EIO replies
+//! for requests that no worker can serve. fuser can send notifications, but hides the one answer
+//! that matters, ENOENT. fuser cannot send such replies.
 
 use crate::error::Result;
 use crate::units::NodeId;
@@ -19,7 +20,7 @@ const BATCH_FORGET: u32 = 42;
 const INTERRUPT: u32 = 36;
 const RELEASE: u32 = 18;
 
-/// `struct fuse_out_header`, and what belongs to it.
+/// A message: `struct fuse_out_header` and its body.
 fn message<const N: usize>(error: i32, unique: u64, body: [u64; N]) -> Vec<u8> {
     let length = (OUT_HEADER + 8 * N) as u32;
     let mut out = Vec::with_capacity(length as usize);
@@ -34,25 +35,28 @@ fn notify<const N: usize>(device: impl AsFd, code: i32, body: [u64; N]) -> Resul
     rustix::io::write(device, &message(code, 0, body)).map(drop)
 }
 
-/// Whether the kernel has an inode for `node`; one that is going away just now is waited for. It drops the attributes that it
-/// keeps for it, which costs a getattr later, and nothing else (fs/fuse/inode.c, fuse_reverse_inval_inode).
+/// True if the kernel has an inode for `node`. If the kernel is just now removing the inode, the
+/// call waits until it is gone. The kernel also drops its cached attributes of the node. That
+/// costs one getattr later, and nothing else (fs/fuse/inode.c, fuse_reverse_inval_inode).
 ///
-/// Where the kernel does not say, the answer is yes: a node that nobody needs may stay, one that somebody needs may not go.
+/// If the kernel gives no clear answer, the result is true: a node without users may stay, but a
+/// node with users must not go.
 pub fn knows(device: impl AsFd, node: NodeId) -> bool {
     const NOT_ITS_PAGES: u64 = -1i64 as u64;
     notify(device, NOTIFY_INVAL_INODE, [node.0, NOT_ITS_PAGES, 0]) != Err(Errno::NOENT)
 }
 
-/// Tells whoever polls the open file with this handle of the kernel's to look again; one that is closed is nobody's loss.
+/// Tells the kernel to wake the pollers of the open file with this handle (the kernel's number), so
+/// that they look again. If the file is closed already, nothing is lost.
 pub fn wake_poller(device: impl AsFd, handle: u64) {
     let _ = notify(device, NOTIFY_POLL, [handle]);
 }
 
-/// Has the kernel send again what a former reader of the device has read and not answered (Linux 6.9). Those requests come with
-/// `AGAIN` in their number.
+/// Asks the kernel to send again all requests that a former worker has read and not answered (Linux
+/// 6.9). Their numbers have the bit [`AGAIN`].
 ///
 /// # Errors
-/// EINVAL on an older kernel.
+/// EINVAL if the kernel is older.
 pub fn resend(device: impl AsFd) -> Result<()> {
     Ok(notify(device, NOTIFY_RESEND, [])?)
 }
@@ -60,12 +64,13 @@ pub fn resend(device: impl AsFd) -> Result<()> {
 /// `FUSE_UNIQUE_RESEND` in the number of a request.
 pub const AGAIN: u64 = 1 << 63;
 
-/// Reads one request and answers it with EIO. Returns false when the filesystem has been unmounted.
+/// Reads one request and answers it with EIO. Returns false after the filesystem was unmounted.
 ///
-/// That a descriptor is closed is left to the next worker to be told of again: nobody waits for an answer.
+/// A RELEASE gets no answer, because no program waits for one. So the kernel sends it again to the
+/// next worker, which learns that the descriptor is closed.
 ///
 /// # Errors
-/// What reading the device answers.
+/// The errors of read(2) on the device.
 pub fn refuse_one(device: impl AsFd, buffer: &mut [u8]) -> Result<bool> {
     let device = device.as_fd();
     let length = match rustix::io::read(device, &mut *buffer) {
@@ -81,12 +86,13 @@ pub fn refuse_one(device: impl AsFd, buffer: &mut [u8]) -> Result<bool> {
     Ok(true)
 }
 
-/// Answers a request that was read with EIO. Returns false where the kernel waits for no such answer (any more).
+/// Answers a request with EIO. Returns false if the kernel does not wait for this answer (any
+/// more).
 pub fn refuse(device: impl AsFd, unique: u64) -> bool {
     rustix::io::write(device, &message(-Errno::IO.raw_os_error(), unique, [])).is_ok()
 }
 
-/// Operation and number of a request (`struct fuse_in_header`).
+/// The operation and the number of a request (`struct fuse_in_header`).
 fn head(request: &[u8]) -> Option<(u32, u64)> {
     let opcode = request.get(4..8)?.try_into().ok()?;
     let unique = request.get(8..16)?.try_into().ok()?;

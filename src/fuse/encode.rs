@@ -1,4 +1,4 @@
-//! Our types as fuser's.
+//! Conversions from our types to those of fuser.
 
 use crate::error::Error;
 use crate::index::{Attributes, Kind};
@@ -42,7 +42,7 @@ pub(super) fn file_attr(attributes: &Attributes) -> FileAttr {
     }
 }
 
-/// A device number as the kernel's `new_encode_dev` has it (linux/kdev_t.h).
+/// Encodes a device number as the kernel's `new_encode_dev` does (linux/kdev_t.h).
 fn encode_device((major, minor): (u32, u32)) -> u32 {
     (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
 }

@@ -1,13 +1,15 @@
-//! Agreeing with the kernel on a session, and taking one over from a process that is no more.
+//! The start of a session with the kernel, and the takeover of a session from a dead worker.
 //!
-//! fuser speaks first of all the handshake, FUSE_INIT, on the descriptor that it is given. It gets one end of a socket pair, in
-//! which the request lies: the kernel's own when the filesystem is mounted, the one that was kept from then
-//! when a session is taken over. The answer is passed on to the kernel, or compared with the one that it got at first. Then
-//! the device takes the place of the socket.
+//! fuser begins with the handshake (FUSE_INIT) on the descriptor that it gets. So it gets one end
+//! of a socket pair, and the worker writes the request to the other end. At a mount this is the
+//! kernel's request, and the worker passes fuser's reply on to the kernel. At a takeover it is the
+//! stored request of the mount, and the worker compares fuser's reply with the stored one. Then the
+//! device takes the place of the socket.
 //!
-//! The device is one open file for all who ever serve it, so the kernel keeps what a dead worker had read and not answered
-//! (`fuse_dev.pq`), and sends it again when asked. Clones of the device (`clone_fd`) would end those requests with
-//! ECONNABORTED instead.
+//! All workers use one open file of the device. So the kernel keeps the requests that a dead worker
+//! has read and not answered (`fuse_dev.pq`), and sends them again when a worker asks for that.
+//! With a clone of the device for each worker (`clone_fd`), the kernel would end these requests
+//! with ECONNABORTED.
 
 use super::adapter::{Adapter, forget};
 use super::attempts::Attempts;
@@ -25,30 +27,31 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
-/// What a device must be read with at least (FUSE_MIN_READ_BUFFER), and more than any FUSE_INIT needs.
+/// Size of the buffer for the handshake. The kernel demands at least FUSE_MIN_READ_BUFFER; no
+/// FUSE_INIT needs as much.
 const HANDSHAKE_BYTES: usize = 64 << 10;
 
-/// Where [`Attempts`] are noted, in the private root.
+/// The file of [`Attempts`] in the private root.
 const ATTEMPTS: &str = "/attempts";
 
-/// What was said in the handshake with the kernel.
+/// The two messages of the handshake with the kernel.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Handshake {
     /// The kernel's FUSE_INIT.
     pub request: Vec<u8>,
-    /// Our answer.
+    /// The daemon's reply.
     pub reply: Vec<u8>,
 }
 
-/// A connection to the kernel, agreed on and not served yet.
+/// A session that the kernel has agreed to, and that no thread serves yet.
 pub struct Connection(Session<Adapter>);
 
 impl Connection {
-    /// Answers the kernel's FUSE_INIT on `device`, which must have been mounted. `keep` is given what was said before the
-    /// kernel has the answer, so that another can take over from then on.
+    /// Answers the kernel's FUSE_INIT on `device`, which must be mounted. `keep` gets the handshake
+    /// before the kernel gets the reply, so that from then on another worker can take over.
     ///
     /// # Errors
-    /// A sentence: what the kernel lacks, or that nothing is mounted.
+    /// A sentence: a feature that the kernel lacks, or that nothing is mounted.
     pub fn establish(
         fs: Arc<Fs>,
         device: &OwnedFd,
@@ -62,12 +65,15 @@ impl Connection {
         Self::on(session, device)
     }
 
-    /// Takes over a session that was agreed on with `handshake`: nodes that the kernel has given up meanwhile are erased, those
-    /// who poll look again, and what was asked and not answered is asked again, but for what worker after worker has died of:
-    /// that is answered with EIO.
+    /// Takes over a session that began with `handshake`:
+    ///
+    /// - It erases the nodes that the kernel has given up meanwhile.
+    /// - It wakes the programs that poll, so that they look again.
+    /// - It answers EIO to each request that has killed too many workers.
+    /// - It asks the kernel to send the other unanswered requests again.
     ///
     /// # Errors
-    /// A sentence. The kernel has noticed nothing.
+    /// A sentence. The kernel keeps the session, so another worker can still take it over.
     pub fn take_over(fs: Arc<Fs>, device: &OwnedFd, handshake: &Handshake) -> Result<Self, String> {
         let attempts = attempts()?;
         let adapter = Adapter::new(fs.clone(), device, attempts.clone())?;
@@ -98,17 +104,18 @@ impl Connection {
     /// Serves until the filesystem is unmounted.
     ///
     /// # Errors
-    /// What reading the device answers.
+    /// The errors of read(2) on the device.
     pub fn serve(self) -> Result<()> {
         Ok(self.0.run()?)
     }
 }
 
-/// Starts as many threads as [`Connection::serve`] will, and ends them. fuser starts its threads when the filesystem is
-/// said to serve, which is too late to find out that the kernel refuses them.
+/// Starts as many threads as [`Connection::serve`] does, and ends them. fuser starts its threads
+/// only when the filesystem already counts as serving. That is too late to find out that the kernel
+/// refuses threads.
 ///
 /// # Errors
-/// EAGAIN where one cannot be started.
+/// EAGAIN if a thread cannot be started.
 pub fn rehearse_threads() -> io::Result<()> {
     let (hold, held) = bounded::<()>(0);
     let start = |_| {
@@ -116,7 +123,7 @@ pub fn rehearse_threads() -> io::Result<()> {
         std::thread::Builder::new().name("rehearsal".into()).spawn(move || _ = held.recv())
     };
     let started: io::Result<Vec<_>> = (0..THREADS).map(start).collect();
-    drop(hold); // all go on, and end
+    drop(hold); // all threads continue and end
     for thread in started? {
         let _ = thread.join(); // a thread that panics ends the process
     }
@@ -128,7 +135,7 @@ fn attempts() -> Result<Arc<Attempts>, String> {
     attempts.map(Arc::new).map_err(|error| format!("reading which requests were under way: {error}"))
 }
 
-/// Answers what workers have died of too often, as far as it is not answered yet.
+/// Answers EIO to the requests that have killed too many workers, if they are still unanswered.
 fn refuse_exhausted(attempts: &Attempts, device: &OwnedFd) {
     for number in attempts.exhausted() {
         if device::refuse(device, number) {
@@ -140,10 +147,10 @@ fn refuse_exhausted(attempts: &Attempts, device: &OwnedFd) {
 const DIFFERENT: &str =
     "this version agrees with the kernel on other terms than the one that mounted: unmount first";
 
-/// Whether this version would have agreed on the same session.
+/// Checks that this version agrees with the kernel on an equal session.
 ///
 /// # Errors
-/// A sentence, where it would not.
+/// A sentence, if the session would be a different one.
 pub fn would_agree(handshake: &Handshake) -> Result<(), String> {
     struct Agreeing;
     impl Filesystem for Agreeing {
@@ -155,7 +162,7 @@ pub fn would_agree(handshake: &Handshake) -> Result<(), String> {
     if reply == handshake.reply { Ok(()) } else { Err(DIFFERENT.to_owned()) }
 }
 
-/// Has fuser answer `request`, on a socket.
+/// Passes `request` to fuser over a socket, and returns fuser's reply.
 fn shake_hands<F: Filesystem>(filesystem: F, request: &[u8]) -> Result<(Session<F>, Vec<u8>), String> {
     let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
     let (ours, its) = pair.map_err(|errno| format!("socketpair: {errno}"))?;
