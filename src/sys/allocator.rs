@@ -1,45 +1,47 @@
-//! Memory that the kernel finds present when it copies a request into it.
+//! Memory that is present when the kernel copies a request into it.
 //!
-//! A thread that is killed while the kernel copies a request to it (fuse_dev_do_read) still completes that, unless a page has to be
-//! faulted in: the fault is refused to who is being killed, and the kernel ends the request with EIO instead of keeping it for the next
-//! worker. fuser makes the buffers that it reads into itself, one of 16 MiB for each thread, of which nothing has been touched; so they
-//! are touched where they are made, as far as a request reaches.
+//! The kernel copies each request into the buffer of a thread (fuse_dev_do_read). If the thread is
+//! killed during the copy, the kernel still completes it, unless a page must be faulted in. The
+//! kernel refuses a fault to a dying thread, and then ends the request with EIO instead of keeping
+//! it for the next worker. fuser allocates these buffers itself, 16 MiB for each thread, and leaves
+//! them untouched. So the allocator touches the beginning of each buffer, as far as a request
+//! reaches.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 
-/// Nothing else in the daemon asks for so much at once.
+/// Nothing else in the daemon allocates so much at once.
 const LARGE: usize = 8 << 20;
-/// The largest request, and room for what comes before its data.
+/// The largest request, with room for the headers before its data.
 const TOUCHED: usize = (1 << 20) + (64 << 10);
 const PAGE: usize = 4096;
 
-/// The system's allocator, but for large zeroed memory, of which the beginning is there at once.
+/// The system's allocator. The beginning of large zeroed memory is present at once.
 pub struct Present;
 
-// SAFETY: all memory is the system's allocator's, asked for and given back with the caller's own layout.
+// SAFETY: all calls go to the system's allocator, with the caller's own layout.
 #[allow(unsafe_code)]
 unsafe impl GlobalAlloc for Present {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: passed on as it is.
+        // SAFETY: the arguments are the caller's.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: passed on as it is.
+        // SAFETY: the arguments are the caller's.
         unsafe { System.dealloc(pointer, layout) }
     }
 
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        // SAFETY: passed on as it is.
+        // SAFETY: the arguments are the caller's.
         unsafe { System.realloc(pointer, layout, size) }
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: passed on as it is.
+        // SAFETY: the arguments are the caller's.
         let pointer = unsafe { System.alloc_zeroed(layout) };
         if layout.size() >= LARGE && !pointer.is_null() {
             for offset in (0..TOUCHED).step_by(PAGE) {
-                // SAFETY: within what was just allocated, and nobody else's yet.
+                // SAFETY: the byte is in the new allocation, which no other code has yet.
                 unsafe { pointer.add(offset).write_volatile(0) };
             }
         }
@@ -59,7 +61,7 @@ mod tests {
         };
         let layout = Layout::from_size_align(16 * LARGE, 1).unwrap();
         let before = resident();
-        // SAFETY: the layout is not empty; what was allocated is given back with it.
+        // SAFETY: the layout is not empty, and the memory is given back with the same layout.
         #[allow(unsafe_code)]
         let (grown, zero) = unsafe {
             let pointer = Present.alloc_zeroed(layout);

@@ -1,5 +1,5 @@
-//! Calls of rustix that can fail for want of memory, descriptors or room, each of which a test can have fail
-//! ([`crate::faults`]). They are as rustix has them otherwise.
+//! Calls of rustix that can fail for want of memory, descriptors or room. A test can make each of
+//! them fail ([`crate::faults`]). Otherwise they are the calls of rustix, unchanged.
 
 use crate::faults::{Want, attempt};
 use rustix::fd::OwnedFd;
@@ -19,7 +19,7 @@ macro_rules! calls {
             #[doc = concat!("As `rustix::", stringify!($module), "::", stringify!($name), "`.")]
             ///
             /// # Errors
-            /// What the system call answers.
+            /// The errors of the system call.
             #[track_caller]
             pub fn $name($($argument: $type),*) -> Result<$answer> {
                 attempt(Want::$want)?;
@@ -70,7 +70,7 @@ calls! {
 /// As [`Dir::read_from`].
 ///
 /// # Errors
-/// What openat(2) answers.
+/// The errors of openat(2).
 #[track_caller]
 pub fn read_dir(directory: impl AsFd) -> Result<Dir> {
     attempt(Want::Descriptor)?;

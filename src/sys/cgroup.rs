@@ -1,33 +1,34 @@
-//! Limits of memory cgroups (cgroups(7); Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst).
+//! Limits of memory cgroups (cgroups(7); Documentation/admin-guide/cgroup-v2.rst and
+//! cgroup-v1/memory.rst).
 //!
-//! A process that takes memory beyond the limit of its cgroup, or of any ancestor, makes the kernel's OOM killer end a process of
-//! that cgroup. So the limits are looked at before memory is taken.
+//! If a process takes memory beyond the limit of its cgroup, or of an ancestor, the kernel's OOM
+//! killer ends a process of that cgroup. So the daemon reads the limits before it takes memory.
 
 use std::fmt;
 use std::fs::read_to_string;
 use std::path::{Path, PathBuf};
 
-/// What is left to a cgroup when memory is taken within it: more than the daemon's own processes need.
+/// Memory that the daemon leaves free in a cgroup: more than its own processes need.
 const MARGIN: u64 = 16 << 20;
 
-/// From here on a number is no limit.
+/// A number of this size or more means that there is no limit.
 const UNLIMITED: u64 = 1 << 62;
 
 /// The limit of one cgroup.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limit {
-    /// The file that has it.
+    /// The name of the file that contains the limit.
     pub file: &'static str,
-    /// The cgroup, as /proc/PID/cgroup names it.
+    /// The path of the cgroup, as in /proc/PID/cgroup.
     pub cgroup: PathBuf,
-    /// Bytes that its processes may have.
+    /// Bytes that the processes of the cgroup may have.
     pub bytes: u64,
-    /// Bytes that they have. The page cache does not count: the kernel gives it up first.
+    /// Bytes that they have now, without the page cache, which the kernel gives up first.
     pub used: u64,
 }
 
 impl Limit {
-    /// Bytes that can be taken and leave the margin.
+    /// Bytes that the daemon can take without touching the margin.
     pub fn room(&self) -> u64 {
         self.bytes.saturating_sub(self.used).saturating_sub(MARGIN)
     }
@@ -44,12 +45,12 @@ impl fmt::Display for Limit {
     }
 }
 
-/// The two versions of the interface.
+/// One of the two versions of the interface.
 #[derive(Debug, PartialEq, Eq)]
 struct Version {
     limit: &'static str,
     usage: &'static str,
-    /// Lines of memory.stat that count page cache.
+    /// The lines of memory.stat that count page cache.
     cache: [&'static str; 2],
 }
 
@@ -65,31 +66,34 @@ const V2: Version =
 #[derive(Debug, PartialEq, Eq)]
 struct Hierarchy {
     version: &'static Version,
-    /// The cgroup that is the root of the mount.
+    /// The cgroup at the root of the mount.
     root: PathBuf,
     mount_point: PathBuf,
 }
 
-/// Where hierarchies with a memory controller are mounted in this process's namespace.
+/// The mount points of hierarchies with a memory controller, in the mount namespace of this
+/// process.
 pub fn mount_points() -> Vec<PathBuf> {
     let mounts = read_to_string("/proc/self/mountinfo").unwrap_or_default();
     hierarchies(&mounts).map(|hierarchy| hierarchy.mount_point).collect()
 }
 
-/// The limit that leaves the least room to `process`, a process id or `self`; none where nothing limits it, or no hierarchy
-/// is mounted in this process's namespace.
+/// The limit that leaves the least room to `process` (a process id, or `self`). None if nothing
+/// limits the process, or if this process's mount namespace has no hierarchy.
 pub fn tightest_limit(process: &str) -> Option<Limit> {
     let memberships = read_to_string(format!("/proc/{process}/cgroup")).ok()?;
     let mounts = read_to_string("/proc/self/mountinfo").ok()?;
     limits(&memberships, &mounts).into_iter().min_by_key(Limit::room)
 }
 
-/// The limits of a process's cgroups and all their ancestors, by its /proc/PID/cgroup and a /proc/PID/mountinfo.
+/// The limits of a process's cgroups and of all their ancestors. `memberships` is its
+/// /proc/PID/cgroup, and `mounts` a /proc/PID/mountinfo.
 fn limits(memberships: &str, mounts: &str) -> Vec<Limit> {
     let mut limits = Vec::new();
     for hierarchy in hierarchies(mounts) {
         let Some(cgroup) = membership(memberships, hierarchy.version) else { continue };
-        // A process outside of the mount's root (a bind mount, a cgroup namespace) is limited by that root at most.
+        // A process may be outside of the mount's root (bind mount, cgroup namespace). Then, of
+        // this mount, only the root can limit it.
         let inside = cgroup.strip_prefix(&hierarchy.root).unwrap_or(Path::new(""));
         let ancestors = inside.ancestors();
         limits.extend(ancestors.filter_map(|ancestor| hierarchy.limit_of(ancestor)));
@@ -97,7 +101,7 @@ fn limits(memberships: &str, mounts: &str) -> Vec<Limit> {
     limits
 }
 
-/// The hierarchies of a mountinfo (proc_pid_mountinfo(5)).
+/// The hierarchies in the text of a mountinfo (proc_pid_mountinfo(5)).
 fn hierarchies(mounts: &str) -> impl Iterator<Item = Hierarchy> {
     mounts.lines().filter_map(|line| {
         let (mount, superblock) = line.split_once(" - ")?;
@@ -112,12 +116,14 @@ fn hierarchies(mounts: &str) -> impl Iterator<Item = Hierarchy> {
     })
 }
 
-/// Of the characters that the kernel writes as octal numbers there, a space is the one that names have.
+/// Decodes a field of mountinfo. The kernel writes some characters as octal numbers; of these, only
+/// the space is usual in names.
 fn unescape(field: &str) -> String {
     field.replace("\\040", " ")
 }
 
-/// The cgroup in a hierarchy, by a /proc/PID/cgroup: `4:memory:/a/b` or `0::/a/b` a line.
+/// The cgroup of a process in a hierarchy. Each line of /proc/PID/cgroup has the form
+/// `4:memory:/a/b` or `0::/a/b`.
 fn membership<'a>(memberships: &'a str, version: &Version) -> Option<&'a Path> {
     memberships.lines().find_map(|line| {
         let (controllers, cgroup) = line.split_once(':')?.1.split_once(':')?;
@@ -130,11 +136,12 @@ fn membership<'a>(memberships: &'a str, version: &Version) -> Option<&'a Path> {
 }
 
 impl Hierarchy {
-    /// The limit of one of its cgroups; none where there is none, or no memory controller.
+    /// The limit of one cgroup. None if the cgroup has no limit, or no memory controller.
     fn limit_of(&self, cgroup: &Path) -> Option<Limit> {
         let directory = self.mount_point.join(cgroup);
         let number = |file: &str| read_to_string(directory.join(file)).ok()?.trim().parse::<u64>().ok();
-        // Where there is no limit, version 2 has "max", which is no number, and version 1 the largest number of whole pages.
+        // Without a limit, the file of version 2 contains "max", which is no number. The file of
+        // version 1 contains the largest number of whole pages.
         let bytes = number(self.version.limit).filter(|bytes| *bytes < UNLIMITED)?;
         let stat = read_to_string(directory.join("memory.stat")).unwrap_or_default();
         let cache: u64 = self.version.cache.iter().filter_map(|name| row(&stat, name)).sum();
@@ -154,7 +161,7 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    /// A hierarchy of files as the kernel has them, and the line that a mountinfo has for it.
+    /// A directory that stands for a hierarchy, and its line in mountinfo.
     fn hierarchy(kind: &str, root: &str) -> (tempfile::TempDir, String) {
         let directory = tempfile::tempdir().unwrap();
         let mount_point = directory.path().display().to_string();

@@ -1,8 +1,9 @@
-//! File handles (name_to_handle_at(2), open_by_handle_at(2)), and node ids as those of tmpfs.
+//! File handles (name_to_handle_at(2), open_by_handle_at(2)), and node ids as the handles of tmpfs.
 //!
-//! tmpfs's handle is of type 1 and 12 bytes long: generation, low and high half of the inode number. With
-//! `inode32` the last is zero, so a handle and a [`NodeId`] are the same thing. The inode must have been asked for
-//! its handle once before it can be opened by it; [`of`] is how ids are obtained, so it always has.
+//! A handle of tmpfs has type 1 and 12 bytes: the generation, and the low and the high half of the
+//! inode number. With `inode32` the high half is zero, so a [`NodeId`] contains the whole handle.
+//! tmpfs opens an inode by its handle only after it was asked for this handle once. That has always
+//! happened, because all ids come from [`of`].
 
 use crate::error::{Error, Result};
 use crate::faults::{Want, attempt};
@@ -14,35 +15,39 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 const TMPFS: libc::c_int = 1;
 const BYTES: u32 = 12;
 
-/// `struct file_handle` with room for the twelve bytes that tmpfs and FUSE need.
+/// `struct file_handle` with room for the twelve bytes of tmpfs and FUSE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Handle {
     bytes: u32,
-    /// The filesystem's name for what the words mean (linux/exportfs.h, `enum fid_type`).
+    /// The type of the handle, which defines the meaning of the words (linux/exportfs.h, `enum
+    /// fid_type`).
     pub kind: libc::c_int,
-    /// What the filesystem finds the inode by.
+    /// The words by which the filesystem finds the inode.
     pub words: [u32; 3],
 }
 
 const _: () = assert!(size_of::<Handle>() == 8 + BYTES as usize);
 
 impl Handle {
-    /// With these words.
+    /// Makes a handle from its type and words.
     pub fn new(kind: libc::c_int, words: [u32; 3]) -> Self {
         Self { bytes: BYTES, kind, words }
     }
 
-    /// The handle of `name` in the directory `parent`, or of `parent` itself where `name` is empty.
+    /// The handle of `name` in the directory `parent`. If `name` is empty, the handle of `parent`
+    /// itself.
     ///
     /// # Errors
-    /// What name_to_handle_at(2) answers: ENOENT, ENOTDIR, ENAMETOOLONG; EOVERFLOW for a longer handle.
+    /// The errors of name_to_handle_at(2): ENOENT, ENOTDIR, ENAMETOOLONG. EOVERFLOW if the handle
+    /// is longer.
     #[track_caller]
     pub fn of(parent: impl AsFd, name: &CStr) -> Result<Self> {
         attempt(Want::Memory)?;
         let mut handle = Self::new(0, [0; 3]);
         let mut mount_id: libc::c_int = 0;
-        // SAFETY: `handle` starts with the kernel's structure and has as many bytes behind it as it says.
+        // SAFETY: `handle` begins with the kernel's structure, and has as many bytes behind it as
+        // its length says.
         #[allow(unsafe_code)]
         let result = unsafe {
             libc::name_to_handle_at(
@@ -56,32 +61,33 @@ impl Handle {
         if result == 0 { Ok(handle) } else { Err(std::io::Error::last_os_error().into()) }
     }
 
-    /// Opens the inode of the filesystem that `mount` is on, a descriptor that was not opened with O_PATH. Needs
-    /// CAP_DAC_READ_SEARCH.
+    /// Opens the inode. `mount` is any descriptor on the same filesystem that was not opened with
+    /// O_PATH. The caller needs CAP_DAC_READ_SEARCH.
     ///
     /// # Errors
-    /// ESTALE where there is no such inode any more.
+    /// ESTALE if the inode does not exist any more.
     #[track_caller]
     pub fn open(mut self, mount: impl AsFd, flags: libc::c_int) -> Result<OwnedFd> {
         attempt(Want::Descriptor)?;
         let mount = mount.as_fd().as_raw_fd();
-        // SAFETY: as above; the kernel only reads the handle.
+        // SAFETY: as above. The kernel only reads the handle.
         #[allow(unsafe_code)]
         let fd = unsafe { libc::open_by_handle_at(mount, (&raw mut self).cast(), flags | libc::O_CLOEXEC) };
         if fd < 0 {
             let error = std::io::Error::last_os_error();
             return Err(Error::Os(Errno::from_io_error(&error).unwrap_or(Errno::STALE)));
         }
-        // SAFETY: the call returned a new descriptor that nobody else owns.
+        // SAFETY: the call returned a new descriptor that no other code owns.
         #[allow(unsafe_code)]
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 }
 
-/// The id of `name` in the directory `parent` on a tmpfs, or of `parent` itself where `name` is empty.
+/// The id of `name` in the directory `parent` on a tmpfs. If `name` is empty, the id of `parent`
+/// itself.
 ///
 /// # Errors
-/// As for [`Handle::of`].
+/// The errors of [`Handle::of`].
 #[track_caller]
 pub fn of(parent: impl AsFd, name: &CStr) -> Result<NodeId> {
     let handle = Handle::of(parent, name)?;
@@ -92,10 +98,10 @@ pub fn of(parent: impl AsFd, name: &CStr) -> Result<NodeId> {
     Ok(NodeId::from_parts(generation, inode_low))
 }
 
-/// Opens the inode `id` of the tmpfs that `mount` is on.
+/// Opens the inode `id` on the tmpfs of `mount`.
 ///
 /// # Errors
-/// As for [`Handle::open`].
+/// The errors of [`Handle::open`].
 #[track_caller]
 pub fn open(mount: impl AsFd, id: NodeId, flags: libc::c_int) -> Result<OwnedFd> {
     let (generation, inode_low) = id.parts();

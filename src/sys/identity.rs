@@ -1,16 +1,17 @@
-//! Creating files as somebody else (setfsuid(2), umask(2), credentials(7)).
+//! Creating files as another user (setfsuid(2), umask(2), credentials(7)).
 //!
-//! What the index creates must belong to the caller from the first moment it can be seen, with the mode that the
-//! kernel works out from umask, set-gid directory and default ACL. So the worker thread takes the caller's identity
-//! for the call. Its capabilities stay (`SECBIT_NO_SETUID_FIXUP`): permissions were checked by the kernel before the
-//! request was sent, with groups that we do not know.
+//! A new file of the index must belong to the caller from its first moment. Its mode must be the
+//! one that the kernel computes from umask, set-group-ID directory and default ACL. So the worker
+//! thread takes the caller's identity for the call. The thread keeps its capabilities
+//! (`SECBIT_NO_SETUID_FIXUP`), because the kernel has already checked the permissions before it
+//! sent the request, with supplementary groups that the worker does not know.
 
 use crate::error::Result;
 use rustix::fs::Mode;
 use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, UnshareFlags};
 use std::cell::Cell;
 
-/// Who asks, as FUSE tells.
+/// The user of a request, as FUSE tells.
 #[derive(Clone, Copy, Debug)]
 pub struct Caller {
     /// Filesystem user id.
@@ -26,25 +27,26 @@ impl Caller {
     pub const ROOT: Self = Self { uid: 0, gid: 0, umask: 0 };
 }
 
-/// Who asks, for what depends on all the groups of a process.
+/// The user of a request whose result depends on all groups of the calling process.
 #[derive(Clone, Copy, Debug)]
 pub struct Member {
     /// Filesystem user id.
     pub uid: u32,
     /// Filesystem group id.
     pub gid: u32,
-    /// Its process, or thread; FUSE tells of no other groups than `gid`.
+    /// The calling process or thread. FUSE tells no other group than `gid`.
     pub pid: u32,
 }
 
 impl Member {
-    /// Whether set-group-id of a file of the group `gid` is for it to give. Not where the process cannot be seen from here.
+    /// True if the caller may set the set-group-ID bit of a file of the group `gid`. If /proc does
+    /// not show the process, its supplementary groups count as none.
     pub fn may_set_group_id(self, gid: u32) -> bool {
         self.uid == 0 || self.gid == gid || supplementary_groups(self.pid).contains(&gid)
     }
 }
 
-/// Those of `pid` (proc(5), status); none if it cannot be seen.
+/// The supplementary groups of `pid` (proc(5), status). None if /proc does not show the process.
 fn supplementary_groups(pid: u32) -> Vec<u32> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let groups = status.lines().find_map(|line| line.strip_prefix("Groups:")).unwrap_or_default();
@@ -55,8 +57,8 @@ thread_local! {
     static OWN_UMASK: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Capabilities that the daemon cannot do without (capabilities(7)): to mount, to open files by handle, to act for any
-/// user on any file, and to keep its capabilities meanwhile.
+/// The capabilities that the daemon needs (capabilities(7)): to mount, to open files by handle, to
+/// act for any user on any file, and to keep its capabilities meanwhile.
 const NEEDED: [(CapabilitySet, &str); 9] = [
     (CapabilitySet::SYS_ADMIN, "CAP_SYS_ADMIN"),
     (CapabilitySet::DAC_READ_SEARCH, "CAP_DAC_READ_SEARCH"),
@@ -69,16 +71,17 @@ const NEEDED: [(CapabilitySet, &str); 9] = [
     (CapabilitySet::SETPCAP, "CAP_SETPCAP"),
 ];
 
-/// Those of the capabilities that the daemon needs which this process does not have.
+/// The needed capabilities that this process does not have.
 ///
 /// # Errors
-/// What capget(2) answers.
+/// The errors of capget(2).
 pub fn missing_capabilities() -> Result<Vec<&'static str>> {
     let held = rustix::thread::capabilities(None)?.effective;
     Ok(NEEDED.iter().filter(|(needed, _)| !held.contains(*needed)).map(|(_, name)| *name).collect())
 }
 
-/// Keeps capabilities across changes of the filesystem uid. Call once, before threads are started.
+/// Makes capabilities survive a change of the filesystem user id. The caller does this once, before
+/// it starts threads.
 ///
 /// # Errors
 /// EPERM without CAP_SETPCAP.
@@ -86,10 +89,10 @@ pub fn keep_capabilities_across_fsuid() -> Result<()> {
     Ok(rustix::thread::set_capabilities_secure_bits(CapabilitiesSecureBits::NO_SETUID_FIXUP)?)
 }
 
-/// Runs `create` with the calling thread's filesystem identity and umask set to the caller's.
+/// Runs `create` with the filesystem identity and the umask of the caller, in this thread only.
 ///
 /// # Errors
-/// Those of `create`, and EPERM where the thread cannot have a umask of its own.
+/// The errors of `create`. EPERM if the thread cannot have a umask of its own.
 pub fn acting_as<T>(caller: Caller, create: impl FnOnce() -> Result<T>) -> Result<T> {
     if !OWN_UMASK.get() {
         give_thread_its_own_umask()?;
@@ -107,16 +110,17 @@ pub fn acting_as<T>(caller: Caller, create: impl FnOnce() -> Result<T>) -> Resul
     create()
 }
 
-/// umask(2) and the working directory are shared by all threads of a process until one leaves (unshare(2)).
+/// All threads of a process share umask and working directory, until a thread leaves (unshare(2)).
 fn give_thread_its_own_umask() -> Result<()> {
-    // SAFETY: leaving CLONE_FS affects neither descriptors nor memory; nothing here uses the working directory.
+    // SAFETY: leaving CLONE_FS affects neither descriptors nor memory; nothing here uses the
+    // working directory.
     #[allow(unsafe_code)]
     Ok(unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }?)
 }
 
-/// The calling thread's filesystem uid and gid; both calls are per thread and cannot fail for root.
+/// Sets the filesystem user and group of the calling thread only. For root, the calls cannot fail.
 fn set_identity(uid: u32, gid: u32) {
-    // SAFETY: no memory is involved.
+    // SAFETY: the calls use no memory.
     #[allow(unsafe_code)]
     unsafe {
         libc::setfsgid(gid);

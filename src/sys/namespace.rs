@@ -1,4 +1,4 @@
-//! A mount namespace of our own with an empty root of our own (mount_namespaces(7), pivot_root(2)).
+//! A private mount namespace with an empty root (mount_namespaces(7), pivot_root(2)).
 
 use super::{cgroup, tmpfs};
 use crate::error::{Error, Result};
@@ -12,16 +12,19 @@ use rustix::thread::UnshareFlags;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-/// Leaves every mount of the machine behind, so that none is held busy by us, and keeps `/proc`, `/sys` and the hierarchies of
-/// memory cgroups.
+/// Leaves all mounts of the machine, so that the daemon keeps none of them busy. Only `/proc`,
+/// `/sys` and the hierarchies of memory cgroups stay.
 ///
-/// Afterwards `/` is an empty tmpfs that only this process and its children can see; the directories named
-/// in `directories` exist in it. Nothing of the old tree can be reached any more: open what is needed first.
+/// Afterwards `/` is an empty tmpfs that only this process and its children can see. It contains
+/// the directories in `directories`. The old tree is out of reach, so the caller must open the
+/// files that it needs before the call.
 ///
 /// # Errors
-/// A sentence that names the system call. A root that is no mount point, or the initramfs, cannot be left.
+/// A sentence that names the system call. The process cannot leave a root that is no mount point,
+/// nor the initramfs.
 pub fn enter_private_root(directories: &[&str]) -> Result<()> {
-    // SAFETY: a new mount namespace affects neither descriptors nor memory of this single-threaded process.
+    // SAFETY: a new mount namespace affects neither descriptors nor memory of this single-threaded
+    // process.
     #[allow(unsafe_code)]
     let unshared = unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) };
     unshared.map_err(|errno| refused("unshare(2)", errno))?;
@@ -42,8 +45,9 @@ pub fn enter_private_root(directories: &[&str]) -> Result<()> {
             Err(error) => log::warn!("limits in {} cannot be seen: {error}", mount_point.display()),
         }
     }
-    // Any directory will do to attach the new root to, and this one exists: we have just cloned it. Before Linux 6.15
-    // nothing can be mounted below a root that is not attached.
+    // The new root must be attached somewhere, because before Linux 6.15 the kernel mounts nothing
+    // below a root that is not attached. Any directory will do. This one exists: the code above has
+    // just cloned its tree.
     tmpfs::attach(root.as_fd(), "/proc")
         .map_err(|error| Error::invalid(format!("move_mount(2): {error}")))?;
     for (name, tree) in kept {
@@ -67,7 +71,8 @@ fn refused(call: &str, errno: Errno) -> Error {
     Error::invalid(format!("{call}: {errno}"))
 }
 
-/// EINVAL has one cause where the root directory is left: see pivot_root(2), "ERRORS" and "NOTES".
+/// When a process leaves its root directory, EINVAL has one cause: see pivot_root(2), "ERRORS" and
+/// "NOTES".
 fn cannot_be_left(call: &str, errno: Errno) -> Error {
     match errno {
         Errno::INVAL => Error::invalid(format!(

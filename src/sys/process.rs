@@ -12,25 +12,25 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-/// Which side of [`fork`] this is.
+/// The two results of [`fork`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fork {
-    /// The process that called, and the process id of the other.
+    /// This is the calling process. The value is the process id of the child.
     Parent(Pid),
-    /// The new one.
+    /// This is the new process.
     Child,
 }
 
-/// Makes a copy of this process, which must have one thread only.
+/// Makes a copy of this process, which must have only one thread.
 ///
 /// # Errors
 /// EAGAIN, ENOMEM.
 ///
 /// # Panics
-/// Where there are more threads: locks that they hold would stay held in the child.
+/// If there are more threads: in the child, their locks would stay locked.
 pub fn fork() -> Result<Fork> {
     assert_eq!(thread_count()?, 1, "a process with threads must not fork and go on");
-    // SAFETY: there is one thread, so the child's memory is as consistent as ours.
+    // SAFETY: there is one thread, so the child's memory is as consistent as the parent's.
     #[allow(unsafe_code)]
     match unsafe { libc::fork() } {
         0 => Ok(Fork::Child),
@@ -39,12 +39,12 @@ pub fn fork() -> Result<Fork> {
     }
 }
 
-/// Why a thread or a process was refused, with what limits their number (clone(2), EAGAIN).
+/// The text for a refused thread or process, with the limits of their number (clone(2), EAGAIN).
 pub fn explain_refusal(error: impl Display) -> String {
     format!("{error}; pids.max of the daemon's cgroup or kernel.threads-max is too low, or memory is short")
 }
 
-/// What is known of a process that a signal has ended.
+/// The text about a process that a signal has ended.
 pub fn explain_signal(signal: i32) -> String {
     let why = match Signal::from_named_raw(signal) {
         Some(Signal::KILL) => ", most likely by the OOM killer (the kernel log says so then)",
@@ -54,26 +54,27 @@ pub fn explain_signal(signal: i32) -> String {
     format!("ended by signal {signal}{why}")
 }
 
-/// Links of /proc/self/task are its `.`, and one a thread (proc(5)). Allocates nothing.
+/// The link count of /proc/self/task is 2 plus the number of threads (proc(5)). The call allocates
+/// nothing.
 fn thread_count() -> Result<u32> {
     let (flags, wanted) = (rustix::fs::AtFlags::empty(), rustix::fs::StatxFlags::NLINK);
     let stat = rustix::fs::statx(rustix::fs::CWD, c"/proc/self/task", flags, wanted)?;
     Ok(stat.stx_nlink.saturating_sub(2))
 }
 
-/// This process is to be killed when `parent` has ended, if that was before the call, too.
+/// The kernel kills this process when `parent` ends.
 ///
 /// # Errors
-/// What prctl(2) answers; ESRCH where the parent has ended.
+/// The errors of prctl(2). ESRCH if `parent` has ended before the call.
 pub fn die_with(parent: Pid) -> Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     if getppid() == Some(parent) { Ok(()) } else { Err(Error::Os(rustix::io::Errno::SRCH)) }
 }
 
-/// How a child has ended, if it has.
+/// The status of a child that has ended. None if the child still runs.
 ///
 /// # Errors
-/// What waitpid(2) answers.
+/// The errors of waitpid(2).
 pub fn ended(child: Pid) -> Result<Option<WaitStatus>> {
     Ok(waitpid(Some(child), WaitOptions::NOHANG)?.map(|(_, status)| status))
 }
@@ -81,7 +82,7 @@ pub fn ended(child: Pid) -> Result<Option<WaitStatus>> {
 /// Waits until a child has ended.
 ///
 /// # Errors
-/// What waitpid(2) answers.
+/// The errors of waitpid(2).
 pub fn wait_for_end(child: Pid) -> Result<()> {
     loop {
         match waitpid(Some(child), WaitOptions::empty()) {
@@ -91,9 +92,10 @@ pub fn wait_for_end(child: Pid) -> Result<()> {
     }
 }
 
-/// Whether the thread with this id has been killed and has yet to notice: SIGKILL is pending for the thread itself. The kernel makes
-/// that of every signal that ends a process, for each of its threads (kernel/signal.c, complete_signal). A thread that cannot be seen
-/// has not been killed, as far as is known.
+/// True if the thread with this id was killed and still has to notice it: SIGKILL is pending for
+/// the thread itself. For every signal that ends a process, the kernel makes SIGKILL pending for
+/// each of its threads (kernel/signal.c, complete_signal). A thread that /proc does not show counts
+/// as alive.
 pub fn is_killed(thread: u32) -> bool {
     const SIGKILL: u64 = 1 << (libc::SIGKILL - 1);
     let status = std::fs::read_to_string(format!("/proc/{thread}/status")).unwrap_or_default();
@@ -101,13 +103,14 @@ pub fn is_killed(thread: u32) -> bool {
     pending.and_then(|set| u64::from_str_radix(set.trim(), 16).ok()).is_some_and(|set| set & SIGKILL != 0)
 }
 
-/// `target` comes to stand for what `source` does.
+/// Makes the descriptor `target` refer to the open file of `source`.
 ///
 /// # Errors
-/// What dup3(2) answers.
+/// The errors of dup3(2).
 pub fn replace(target: BorrowedFd<'_>, source: impl AsFd) -> Result<()> {
     let source = source.as_fd().as_raw_fd();
-    // SAFETY: the number of `target` stays open and its owner's; only what it stands for changes.
+    // SAFETY: the number of `target` stays open, and its owner keeps it. Only the open file behind
+    // it changes.
     #[allow(unsafe_code)]
     match unsafe { libc::dup3(source, target.as_raw_fd(), libc::O_CLOEXEC) } {
         -1 => Err(std::io::Error::last_os_error().into()),
@@ -115,7 +118,8 @@ pub fn replace(target: BorrowedFd<'_>, source: impl AsFd) -> Result<()> {
     }
 }
 
-/// A descriptor of another process (pidfd_getfd(2), Linux 5.6), by its number there.
+/// Copies a descriptor of another process (pidfd_getfd(2), Linux 5.6). `number` is the descriptor's
+/// number in that process.
 ///
 /// # Errors
 /// EPERM without CAP_SYS_PTRACE, EBADF, ESRCH.
@@ -128,27 +132,27 @@ pub fn descriptor_of(process: impl AsFd, number: u32) -> Result<OwnedFd> {
     Ok(fd)
 }
 
-/// Descriptors of this process.
+/// The descriptors of this process.
 #[derive(Clone, Copy, Debug)]
 pub struct Descriptors {
-    /// So many it may have (RLIMIT_NOFILE).
+    /// The limit of their number (RLIMIT_NOFILE).
     pub most: u64,
-    /// So many are open.
+    /// The number of open descriptors.
     pub open: u64,
 }
 
 /// Counts the descriptors of this process.
 ///
 /// # Errors
-/// Where /proc is not mounted.
+/// The errors of statx(2): it fails if /proc is not mounted.
 pub fn descriptors() -> Result<Descriptors> {
-    // The size is their number, since Linux 6.2 (fs/proc/fd.c).
+    // Since Linux 6.2, the size of the directory is the number of descriptors (fs/proc/fd.c).
     let stat = calls::statx(CWD, c"/proc/self/fd", AtFlags::empty(), StatxFlags::SIZE)?;
     let most = getrlimit(Resource::Nofile).current;
     Ok(Descriptors { most: most.unwrap_or(u64::MAX), open: stat.stx_size })
 }
 
-/// Signals that are waited for, and interrupt nothing.
+/// Signals that a thread waits for. They interrupt no call.
 #[derive(Clone, Copy)]
 pub struct Signals(libc::sigset_t);
 
@@ -156,7 +160,7 @@ impl Signals {
     /// Blocks `signals` for this thread and its children.
     ///
     /// # Errors
-    /// EINVAL for a signal that there is not.
+    /// EINVAL for a number that is no signal.
     pub fn block(signals: &[Signal]) -> Result<Self> {
         let mut set = MaybeUninit::uninit();
         // SAFETY: sigemptyset initialises the whole set.
@@ -166,8 +170,8 @@ impl Signals {
             set.assume_init()
         };
         for signal in signals {
-            // SAFETY: the set is initialised. The default action replaces one that may have been inherited: of a child whose
-            // end is ignored nobody can be told.
+            // SAFETY: the set is initialised. The default action replaces an inherited one: if a
+            // process ignores SIGCHLD, the kernel does not tell it of the end of its children.
             #[allow(unsafe_code)]
             unsafe {
                 libc::signal(signal.as_raw(), libc::SIG_DFL);
@@ -179,16 +183,17 @@ impl Signals {
         Ok(signals)
     }
 
-    /// Lets them through again, for the calling thread and those that it starts.
+    /// Unblocks the signals for the calling thread and for the threads that it starts.
     ///
     /// # Errors
-    /// None that is known.
+    /// None is known.
     pub fn unblock(self) -> Result<()> {
         self.mask(libc::SIG_UNBLOCK)
     }
 
     fn mask(self, how: libc::c_int) -> Result<()> {
-        // SAFETY: the set is initialised; the former one is not asked for.
+        // SAFETY: the set is initialised, and the null pointer means that the former set is not
+        // wanted.
         #[allow(unsafe_code)]
         match unsafe { libc::pthread_sigmask(how, &raw const self.0, std::ptr::null_mut()) } {
             0 => Ok(()),
@@ -196,17 +201,18 @@ impl Signals {
         }
     }
 
-    /// Waits for one of them, for so long at most; `None` where none has come.
+    /// Waits for one of the signals, at most for the time `patience`. `None` if no signal has come.
     ///
     /// # Errors
-    /// None that is known.
+    /// None is known.
     pub fn wait(self, patience: Option<Duration>) -> Result<Option<Signal>> {
         let timeout = patience.map(|patience| libc::timespec {
             tv_sec: patience.as_secs().try_into().unwrap_or(libc::time_t::MAX),
             tv_nsec: patience.subsec_nanos().into(),
         });
         let timeout = timeout.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
-        // SAFETY: set and time are initialised; no siginfo is asked for.
+        // SAFETY: the set and the time are initialised, and the null pointer means that no siginfo
+        // is wanted.
         #[allow(unsafe_code)]
         match unsafe { libc::sigtimedwait(&raw const self.0, std::ptr::null_mut(), timeout) } {
             -1 => match std::io::Error::last_os_error().raw_os_error() {

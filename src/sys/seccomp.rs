@@ -1,15 +1,17 @@
-//! Filters of system calls (seccomp(2)) that are in force for this process.
+//! Filters of system calls (seccomp(2)) on this process.
 //!
-//! Under a filter that refuses a call, the daemon would come to serve and fail later, or create the files of users as root
-//! (setfsuid(2) reports no error). So a daemon that is filtered tries each of [`NEEDED`] before it does anything else. A filter that kills
-//! the process instead of refusing the call is not found here; the kernel's log then has the number of the call.
+//! If a filter refuses a call, the daemon could start to serve and fail later. It could even create
+//! the files of users as root, because setfsuid(2) reports no error. So a filtered daemon first
+//! tries each call of [`NEEDED`]. This does not find a filter that kills the process instead of
+//! refusing the call. In that case the kernel's log has the number of the call.
 
 use super::tmpfs::SYS_CACHESTAT;
 use crate::error::Result;
 use rustix::io::Errno;
 use std::ffi::c_long;
 
-/// Calls that the daemon makes and that filters of services and containers may refuse: names and numbers.
+/// Names and numbers of the calls that the daemon makes and that filters of services and containers
+/// may refuse.
 pub const NEEDED: &[(&str, c_long)] = &[
     ("unshare", libc::SYS_unshare),
     ("mount", libc::SYS_mount),
@@ -60,10 +62,11 @@ pub const NEEDED: &[(&str, c_long)] = &[
     ("fremovexattr", libc::SYS_fremovexattr),
 ];
 
-/// The calls of [`NEEDED`] that a filter refuses to this process. The process must have the capabilities that the daemon needs.
+/// The calls of [`NEEDED`] that a filter refuses to this process. The process must have the
+/// capabilities that the daemon needs.
 ///
 /// # Errors
-/// Where /proc is not mounted.
+/// The errors of reading /proc/self/status: it fails if /proc is not mounted.
 pub fn refused_calls() -> Result<Vec<&'static str>> {
     if !is_filtered()? {
         return Ok(Vec::new());
@@ -71,7 +74,7 @@ pub fn refused_calls() -> Result<Vec<&'static str>> {
     Ok(NEEDED.iter().filter(|(_, number)| is_refused(*number)).map(|(name, _)| *name).collect())
 }
 
-/// Whether a filter is in force (proc(5), /proc/PID/status).
+/// True if a filter is in force (proc(5), /proc/PID/status).
 fn is_filtered() -> Result<bool> {
     const FILTER: &str = "2";
     let status = std::fs::read_to_string("/proc/self/status")?;
@@ -79,10 +82,11 @@ fn is_filtered() -> Result<bool> {
     Ok(mode.is_some_and(|mode| mode.trim() == FILTER))
 }
 
-/// Makes a call with arguments that make no sense. The kernel itself answers EBADF, EFAULT or EINVAL.
+/// Makes a call with invalid arguments. The kernel itself answers EBADF, EFAULT or EINVAL; a filter
+/// answers EPERM, EACCES or ENOSYS.
 fn is_refused(number: c_long) -> bool {
-    // SAFETY: -1 is no descriptor, no address and no set of flags, so none of the calls in the table does anything; setfsuid(2)
-    // and setfsgid(2) leave the ids as they are, and return them.
+    // SAFETY: -1 is no descriptor, no address and no set of flags, so none of the calls in the
+    // table does anything. setfsuid(2) and setfsgid(2) do not change the ids, and return them.
     #[allow(unsafe_code)]
     let answer = unsafe { libc::syscall(number, -1, -1, -1, -1, -1, -1) };
     answer == -1

@@ -1,8 +1,9 @@
-//! Touching mapped memory as a program does, and noting where it gets SIGBUS (sigaction(2), mmap(2)).
+//! Touching mapped memory as a program does, and recording each SIGBUS (sigaction(2), mmap(2)).
 //!
-//! For programs that prove what a mapping holds: the demonstration, the benches and the tests. The two instructions
-//! that touch memory stand at known addresses; when one of them gets the signal, the handler notes address and
-//! code and lets the program go on behind it, with the mapping as it was. Any other SIGBUS ends the program.
+//! This is for programs that prove the content of a mapping: the demonstration, the benches and the
+//! tests. The two instructions that touch memory have known addresses. If one of them gets the
+//! signal, the handler records address and code, and the program continues behind the instruction.
+//! The mapping stays as it was. Any other SIGBUS ends the program.
 
 use crate::error::Result;
 use crate::units::{Range, SUBPAGE_SIZE, Subpage};
@@ -13,9 +14,11 @@ use std::sync::OnceLock;
 
 use probe::{hugetlb2_fault, hugetlb2_load, hugetlb2_store};
 
-/// The two touching instructions, and where a thread goes on that one of them got a SIGBUS.
+/// The two instructions that touch memory, and the place where a thread continues after one of them
+/// got a SIGBUS.
 mod probe {
-    // Assembly counts as unsafe code; SAFETY: three leaf functions that follow the C calling convention.
+    // Assembly counts as unsafe code. SAFETY: the three functions are leaf functions and follow the
+    // C calling convention.
     #![allow(unsafe_code)]
 
     #[cfg(target_arch = "x86_64")]
@@ -48,7 +51,8 @@ mod probe {
         "ret",
     );
 
-    // SAFETY: defined above with these signatures; the first instruction of each is the one that touches memory.
+    // SAFETY: the assembly above defines these functions with these signatures. In the first two,
+    // the first instruction is the one that touches memory.
     #[allow(unsafe_code)]
     unsafe extern "C" {
         pub(super) fn hugetlb2_load(pointer: *const u8) -> u32;
@@ -60,13 +64,13 @@ mod probe {
 const FAULTED: u32 = 0x100;
 
 thread_local! {
-    /// Address and code of the thread's latest SIGBUS; written by the handler.
+    /// Address and code of the thread's latest SIGBUS. The handler writes them.
     static LATEST: Cell<(usize, i32)> = const { Cell::new((0, 0)) };
-    /// The thread is making a memory error.
+    /// True while the thread makes a memory error.
     static EXPECTING: Cell<bool> = const { Cell::new(false) };
 }
 
-/// A mapping (MAP_SHARED or MAP_PRIVATE) that is read and written like memory.
+/// A mapping (MAP_SHARED or MAP_PRIVATE) that the program reads and writes like memory.
 #[derive(Debug)]
 pub struct Mapping {
     base: *mut u8,
@@ -74,23 +78,23 @@ pub struct Mapping {
     offset: u64,
 }
 
-// SAFETY: the mapping belongs to the process, and no reference to its bytes is ever made.
+// SAFETY: the mapping belongs to the process, and no reference to its bytes ever exists.
 #[allow(unsafe_code)]
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 #[allow(unsafe_code)]
 unsafe impl Sync for Mapping {}
 
-/// One SIGBUS.
+/// A SIGBUS of a touch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hit {
-    /// The subpage of the file that was touched.
+    /// The touched subpage of the file.
     pub subpage: Subpage,
     /// `si_code`: BUS_ADRERR (2) for a hole, BUS_MCEERR_AR (4) for a memory error.
     pub code: i32,
 }
 
-/// Sharing of a [`Mapping`].
+/// The way in which a [`Mapping`] is shared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sharing {
     /// MAP_SHARED.
@@ -100,10 +104,10 @@ pub enum Sharing {
 }
 
 impl Mapping {
-    /// Maps `range` of `file` readable and, where `writable`, writable.
+    /// Maps `range` of `file` readable. If `writable` is true, maps it writable, too.
     ///
     /// # Errors
-    /// What mmap(2) answers.
+    /// The errors of mmap(2).
     pub fn new(file: &File, range: Range, sharing: Sharing, writable: bool) -> Result<Self> {
         install_handler()?;
         let protection = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
@@ -112,7 +116,7 @@ impl Mapping {
             Sharing::Private => libc::MAP_PRIVATE,
         };
         let length = range.len() as usize;
-        // SAFETY: a new mapping at an address of the kernel's choice.
+        // SAFETY: the kernel chooses the address of the new mapping.
         #[allow(unsafe_code)]
         let base = unsafe {
             libc::mmap(
@@ -135,7 +139,7 @@ impl Mapping {
         self.base as usize
     }
 
-    /// The offset in the file of what is mapped at `address`.
+    /// The offset in the file of the byte at `address`.
     pub(super) fn offset_of(&self, address: u64) -> u64 {
         address - self.base as u64 + self.offset
     }
@@ -149,10 +153,10 @@ impl Mapping {
     /// Reads the byte at `offset` of the file.
     ///
     /// # Errors
-    /// The SIGBUS that was received instead.
+    /// The SIGBUS, if the touch got one.
     pub fn load(&self, offset: u64) -> std::result::Result<u8, Hit> {
         let pointer = self.pointer(offset);
-        // SAFETY: the byte is inside of the mapping; a fault there is resolved by the handler.
+        // SAFETY: the byte is inside the mapping, and the handler resolves a fault there.
         #[allow(unsafe_code)]
         let value = unsafe { hugetlb2_load(pointer) };
         if value == FAULTED { Err(self.latest_hit()) } else { Ok(value as u8) }
@@ -161,19 +165,19 @@ impl Mapping {
     /// Writes the byte at `offset` of the file.
     ///
     /// # Errors
-    /// The SIGBUS that was received instead.
+    /// The SIGBUS, if the touch got one.
     pub fn store(&self, offset: u64, byte: u8) -> std::result::Result<(), Hit> {
         let pointer = self.pointer(offset);
-        // SAFETY: the byte is inside of the mapping; a fault there is resolved by the handler.
+        // SAFETY: the byte is inside the mapping, and the handler resolves a fault there.
         #[allow(unsafe_code)]
         let value = unsafe { hugetlb2_store(pointer, byte) };
         if value == FAULTED { Err(self.latest_hit()) } else { Ok(()) }
     }
 
-    /// Reads `buffer.len()` bytes from `offset`; none of them may be in a lost subpage.
+    /// Reads `buffer.len()` bytes from `offset`.
     ///
     /// # Errors
-    /// The signal that was received.
+    /// The first SIGBUS, if a byte is in a quarantined subpage.
     pub fn read(&self, offset: u64, buffer: &mut [u8]) -> std::result::Result<(), Hit> {
         for (n, byte) in buffer.iter_mut().enumerate() {
             *byte = self.load(offset + n as u64)?;
@@ -181,38 +185,40 @@ impl Mapping {
         Ok(())
     }
 
-    /// Reads eight bytes at `offset`, as fast as memory is; a SIGBUS there ends the program.
+    /// Reads eight bytes at `offset` in one access, at the speed of memory. A SIGBUS there ends the
+    /// program.
     pub fn load_word(&self, offset: u64) -> u64 {
         assert!(offset.is_multiple_of(8));
         let pointer: *const u64 = self.pointer(offset).cast();
-        // SAFETY: aligned and inside of the mapping, and every bit pattern is a number.
+        // SAFETY: the address is aligned and inside the mapping, and every bit pattern is a number.
         #[allow(unsafe_code)]
         unsafe {
             pointer.read_volatile()
         }
     }
 
-    /// Writes eight bytes at `offset`; a SIGBUS there ends the program.
+    /// Writes eight bytes at `offset`. A SIGBUS there ends the program.
     pub fn store_word(&self, offset: u64, word: u64) {
         assert!(offset.is_multiple_of(8));
         let pointer: *mut u64 = self.pointer(offset).cast();
-        // SAFETY: aligned and inside of the mapping.
+        // SAFETY: the address is aligned and inside the mapping.
         #[allow(unsafe_code)]
         unsafe {
             pointer.write_volatile(word);
         }
     }
 
-    /// memset(3) on all of it; a SIGBUS there ends the program.
+    /// Fills the whole mapping with `byte`, as memset(3) does. A SIGBUS there ends the program.
     pub fn set_all(&self, byte: u8) {
-        // SAFETY: the range is our own mapping, to whose bytes no reference exists.
+        // SAFETY: the range is our own mapping, and no reference to its bytes exists.
         #[allow(unsafe_code)]
         unsafe {
             self.base.write_bytes(byte, self.length);
         }
     }
 
-    /// Touches the first byte of every subpage and returns where that was a SIGBUS, ascending.
+    /// Touches the first byte of every subpage. Returns the touches that got a SIGBUS, in ascending
+    /// order.
     pub fn walk(&self) -> Vec<Hit> {
         (0..self.length as u64)
             .step_by(SUBPAGE_SIZE as usize)
@@ -220,36 +226,39 @@ impl Mapping {
             .collect()
     }
 
-    /// madvise(2) on all of it.
+    /// Calls madvise(2) for the whole mapping.
     ///
     /// # Errors
-    /// What madvise(2) answers.
+    /// The errors of madvise(2).
     pub fn advise(&self, advice: i32) -> Result<()> {
         self.advise_range(Range::at(self.offset, self.length as u64), advice)
     }
 
-    /// madvise(2) on a part of it.
+    /// Calls madvise(2) for a part of the mapping.
     ///
     /// # Errors
-    /// What madvise(2) answers.
+    /// The errors of madvise(2).
     pub fn advise_range(&self, range: Range, advice: i32) -> Result<()> {
         let start = self.pointer(range.start);
         assert!(range.end - self.offset <= self.length as u64);
-        // SAFETY: the range is inside of our own mapping, which is only ever accessed byte by byte.
+        // SAFETY: the range is inside our own mapping, which the program only accesses byte by
+        // byte.
         #[allow(unsafe_code)]
         let result = expecting_news(|| unsafe { libc::madvise(start.cast(), range.len() as usize, advice) })?;
         if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
     }
 
-    /// Keeps the page at `offset` of the file in a pipe (vmsplice(2)): until the pin is dropped its folio has one more
-    /// user than the kernel can account for, and cannot be split.
+    /// Keeps the page at `offset` of the file in a pipe (vmsplice(2)). Until the pin is dropped,
+    /// the folio has one user more than the kernel can account for, so the kernel cannot split the
+    /// folio.
     ///
     /// # Errors
-    /// What pipe(2) and vmsplice(2) answer; EFAULT where the page cannot be touched.
+    /// The errors of pipe(2) and vmsplice(2). EFAULT if the page cannot be touched.
     pub fn pin(&self, offset: u64) -> Result<Pin> {
         let (reader, writer) = std::io::pipe()?;
         let bytes = libc::iovec { iov_base: self.pointer(offset).cast(), iov_len: 1 };
-        // SAFETY: the one byte is inside of the mapping. The kernel takes a reference to its page and writes nothing.
+        // SAFETY: the one byte is inside the mapping. The kernel takes a reference to its page and
+        // writes nothing.
         #[allow(unsafe_code)]
         let taken = unsafe { libc::vmsplice(writer.as_raw_fd(), &raw const bytes, 1, 0) };
         match taken {
@@ -258,25 +267,26 @@ impl Mapping {
         }
     }
 
-    /// Makes the page at `offset` of the file a fixed buffer of an io_uring (io_uring_register(2), IORING_REGISTER_BUFFERS): a pin
-    /// for good, as devices have that read from or write to memory.
+    /// Makes the page at `offset` of the file a fixed buffer of an io_uring (io_uring_register(2),
+    /// IORING_REGISTER_BUFFERS). This is a long-term pin, like the pins of devices that read or
+    /// write memory.
     ///
     /// # Errors
-    /// What io_uring_setup(2) and io_uring_register(2) answer.
+    /// The errors of io_uring_setup(2) and io_uring_register(2).
     pub fn pin_for_io(&self, offset: u64) -> Result<Pin> {
         const REGISTER_BUFFERS: libc::c_uint = 0;
         let mut parameters = [0u8; 120]; // struct io_uring_params
-        // SAFETY: the structure has the kernel's size, and zeros are its defaults.
+        // SAFETY: the structure has the kernel's size, and zeros are its default values.
         #[allow(unsafe_code)]
         let ring = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, parameters.as_mut_ptr()) };
         if ring < 0 {
             return Err(std::io::Error::last_os_error().into());
         }
-        // SAFETY: the call returned a new descriptor that nobody else owns.
+        // SAFETY: the call returned a new descriptor that no other code owns.
         #[allow(unsafe_code)]
         let ring = unsafe { OwnedFd::from_raw_fd(ring as RawFd) };
         let buffer = libc::iovec { iov_base: self.pointer(offset).cast(), iov_len: SUBPAGE_SIZE as usize };
-        // SAFETY: the buffer is inside of the mapping, and nothing is ever read into it.
+        // SAFETY: the buffer is inside the mapping, and the ring never reads into it.
         #[allow(unsafe_code)]
         let registered = unsafe {
             libc::syscall(
@@ -296,17 +306,18 @@ impl Mapping {
     }
 }
 
-/// Keeps a page pinned; see [`Mapping::pin`] and [`Mapping::pin_for_io`].
+/// A pinned page; see [`Mapping::pin`] and [`Mapping::pin_for_io`].
 #[derive(Debug)]
 pub enum Pin {
-    /// In a pipe.
+    /// The page is in a pipe.
     Pipe(std::io::PipeReader, std::io::PipeWriter),
-    /// As a buffer of an io_uring.
+    /// The page is a buffer of an io_uring.
     Ring(OwnedFd),
 }
 
 impl Drop for Pin {
-    /// A ring that is closed gives its buffers up some time later; whoever drops this may rely on it.
+    /// Unregisters the buffer of a ring, so the page is free on return. If a ring is only closed,
+    /// the kernel gives the buffers up some time later.
     fn drop(&mut self) {
         const UNREGISTER_BUFFERS: libc::c_uint = 1;
         let Self::Ring(ring) = self else { return };
@@ -321,7 +332,7 @@ impl Drop for Pin {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the range was mapped by `new`, with whatever the handler put into it.
+        // SAFETY: `new` mapped this range, and only this value owns it.
         #[allow(unsafe_code)]
         unsafe {
             libc::munmap(self.base.cast(), self.length)
@@ -329,20 +340,20 @@ impl Drop for Mapping {
     }
 }
 
-/// Keeps news of memory errors (BUS_MCEERR_AO) from ending a process that maps the memory and has not touched it. A touch
-/// that cannot go on still ends it.
+/// Makes the process survive reports of memory errors (BUS_MCEERR_AO) in memory that it maps and
+/// has not touched. A touch that cannot continue still ends the process.
 ///
 /// # Errors
-/// What sigaction(2) answers.
+/// The errors of sigaction(2).
 pub fn survive_news() -> Result<()> {
     install_handler()
 }
 
-/// Runs `call`, which makes a memory error: the kernel tells the caller of it as if the caller had touched it (Linux 6.12,
-/// madvise_inject_error).
+/// Runs `call`, which makes a memory error. The kernel then sends the caller a SIGBUS as if the
+/// caller had touched the memory (Linux 6.12, madvise_inject_error); the handler ignores it.
 ///
 /// # Errors
-/// What sigaction(2) answers.
+/// The errors of sigaction(2).
 pub fn expecting_news<T>(call: impl FnOnce() -> T) -> Result<T> {
     install_handler()?;
     EXPECTING.set(true);
@@ -355,7 +366,8 @@ fn install_handler() -> Result<()> {
     static INSTALLED: OnceLock<Result<()>> = OnceLock::new();
     INSTALLED
         .get_or_init(|| {
-            // SAFETY: zero is a valid value of every field; the handler has the signature that SA_SIGINFO asks for.
+            // SAFETY: zero is a valid value of every field, and the handler has the signature for
+            // SA_SIGINFO.
             #[allow(unsafe_code)]
             let result = unsafe {
                 let mut action: libc::sigaction = std::mem::zeroed();
@@ -368,22 +380,25 @@ fn install_handler() -> Result<()> {
         .clone()
 }
 
-/// Continues behind a probing instruction; everything else dies of the signal as if there were no handler.
+/// If a probe instruction got the signal, continues behind it. In all other cases, the process dies
+/// of the signal as if there were no handler.
 extern "C" fn handler(_signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     let probes = [hugetlb2_load as *const () as u64, hugetlb2_store as *const () as u64];
-    // SAFETY: the kernel passes valid pointers (SA_SIGINFO), and the handler runs on the thread that they describe.
+    // SAFETY: the kernel passes valid pointers (SA_SIGINFO), and the handler runs on the thread
+    // that they describe.
     #[allow(unsafe_code)]
     let (address, code, instruction) = unsafe {
         let context = &mut *context.cast::<libc::ucontext_t>();
         ((*info).si_addr() as usize, (*info).si_code, instruction_pointer(context))
     };
     if EXPECTING.get() || code == libc::BUS_MCEERR_AO {
-        // News, and nothing that this thread does depends on it.
+        // This is a report, and nothing in this thread depends on it.
     } else if probes.contains(instruction) {
         LATEST.set((address, code));
         *instruction = hugetlb2_fault as *const () as u64;
     } else {
-        // SAFETY: signal(2) is async-signal-safe; on return the instruction faults again and the default action ends us.
+        // SAFETY: signal(2) is async-signal-safe. On return the instruction faults again, and the
+        // default action ends the process.
         #[allow(unsafe_code)]
         unsafe {
             libc::signal(libc::SIGBUS, libc::SIG_DFL)

@@ -1,5 +1,6 @@
-//! Filling memory at its first touch, as the target of a virtual machine does whose memory is still elsewhere (userfaultfd(2),
-//! ioctl_userfaultfd(2)). For the tests.
+//! Filling memory at its first touch (userfaultfd(2), ioctl_userfaultfd(2)), as the destination of
+//! a live migration does while the memory of the virtual machine is still elsewhere. Only the tests
+//! use this.
 
 use super::sigbus::Mapping;
 use crate::error::Result;
@@ -8,7 +9,8 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
-/// Is told of every touch of a part of a mapping that has no memory; who touches waits until it is filled.
+/// Reports each touch of missing memory in a part of a mapping. The touching thread waits until the
+/// memory is filled.
 #[derive(Debug)]
 pub struct Userfault<'a> {
     file: File,
@@ -48,22 +50,22 @@ struct Copy {
 const _: () = assert!(size_of::<Api>() == 24 && size_of::<Register>() == 32 && size_of::<Copy>() == 40);
 
 impl<'a> Userfault<'a> {
-    /// For what is missing in `range` of `mapping`.
+    /// Reports the touches of missing memory in `range` of `mapping`.
     ///
     /// # Errors
-    /// EINVAL where the mapping is of memory that cannot be filled so; what userfaultfd(2) answers.
+    /// EINVAL if such memory cannot be filled in this way. The errors of userfaultfd(2).
     pub fn new(mapping: &'a Mapping, range: Range) -> Result<Self> {
         const UFFD_API: u64 = 0xaa;
         const UFFDIO_API: libc::Ioctl = 0xc018_aa3fu32 as libc::Ioctl;
         const UFFDIO_REGISTER: libc::Ioctl = 0xc020_aa00u32 as libc::Ioctl;
         const MISSING: u64 = 1;
-        // SAFETY: no pointer is passed.
+        // SAFETY: the call gets no pointer.
         #[allow(unsafe_code)]
         let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
         if fd < 0 {
             return Err(std::io::Error::last_os_error().into());
         }
-        // SAFETY: the call returned a new descriptor that nobody else owns.
+        // SAFETY: the call returned a new descriptor that no other code owns.
         #[allow(unsafe_code)]
         let file = File::from(unsafe { OwnedFd::from_raw_fd(fd as RawFd) });
         control(&file, UFFDIO_API, &mut Api { api: UFFD_API, ..Api::default() })?;
@@ -73,10 +75,10 @@ impl<'a> Userfault<'a> {
         Ok(Self { file, mapping })
     }
 
-    /// Waits for the next touch of something that is missing, and returns where in the file that is.
+    /// Waits for the next touch of missing memory, and returns the touched subpage of the file.
     ///
     /// # Errors
-    /// What read(2) answers.
+    /// The errors of read(2).
     pub fn next(&self) -> Result<Subpage> {
         const PAGEFAULT: u8 = 0x12;
         let mut message = [0; 32]; // struct uffd_msg
@@ -86,10 +88,10 @@ impl<'a> Userfault<'a> {
         Ok(Subpage::containing(self.mapping.offset_of(address)))
     }
 
-    /// Gives `subpage` memory that holds `bytes`, and lets those go on who wait for it.
+    /// Gives `subpage` memory with the content `bytes`, and wakes the threads that wait for it.
     ///
     /// # Errors
-    /// EEXIST where it has memory; ENOSPC or EFAULT where there is none to be had.
+    /// EEXIST if the subpage has memory. ENOSPC or EFAULT if there is no memory for it.
     pub fn fill(&self, subpage: Subpage, bytes: &[u8; SUBPAGE_SIZE as usize]) -> Result<()> {
         const UFFDIO_COPY: libc::Ioctl = 0xc028_aa03u32 as libc::Ioctl;
         let (target, source) = (self.mapping.pointer(subpage.offset()) as u64, bytes.as_ptr() as u64);
@@ -101,10 +103,11 @@ impl<'a> Userfault<'a> {
     }
 }
 
-/// One of the calls above: their structures hold addresses of the mapping and of bytes that are alive for the call.
+/// Makes one of the ioctls above. The addresses in `argument` belong to the mapping, or to bytes
+/// that live during the call.
 fn control<T>(file: &File, request: libc::Ioctl, argument: &mut T) -> Result<()> {
-    // SAFETY: the structure is the request's own, in the kernel's layout. The kernel writes to it, and to a mapping of ours to
-    // whose bytes no reference is ever made.
+    // SAFETY: the structure belongs to this request and has the kernel's layout. The kernel writes
+    // to the structure and to our mapping, and no reference to bytes of the mapping ever exists.
     #[allow(unsafe_code)]
     let result = unsafe { libc::ioctl(file.as_raw_fd(), request, std::ptr::from_mut(argument)) };
     if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
