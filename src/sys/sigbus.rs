@@ -380,8 +380,8 @@ fn install_handler() -> Result<()> {
         .clone()
 }
 
-/// If a probe instruction got the signal, continues behind it. In all other cases, the process dies
-/// of the signal as if there were no handler.
+/// Ignores reports of memory errors. After a SIGBUS of a probe instruction, the thread continues
+/// behind it. Any other SIGBUS ends the process, as if there were no handler.
 extern "C" fn handler(_signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     let probes = [hugetlb2_load as *const () as u64, hugetlb2_store as *const () as u64];
     // SAFETY: the kernel passes valid pointers (SA_SIGINFO), and the handler runs on the thread
