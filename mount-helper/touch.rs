@@ -10,6 +10,9 @@
 //!   walk                                          hits OFFSET:CODE ...   (one touch per subpage)
 //!   huge                                          count N         (2 MiB entries that map it, smaps)
 //!   advise OFFSET LENGTH ADVICE                   ok              (madvise(2), by number)
+//!   bind OFFSET LENGTH NODE                       ok              (mbind(2), MPOL_BIND)
+//!   keep-binding OFFSET LENGTH NODE               ok              (a thread does so over and over until the program ends)
+//!   occupy NODE BYTES                             ok              (takes so much memory from that NUMA node only, and keeps it)
 //!   hammer OFFSET [BYTE]                          ok              (a thread stores there until stop: BYTE, or what it loads)
 //!   tally TOUCHES                                 count N M       (of so many or more touches that began from now on)
 //!   stop                                          count N M       (touches, and how many were SIGBUS)
@@ -31,6 +34,7 @@
 //! The five from pwrite on are one system call each on a file that is opened for it. The last two leave the program in the
 //! mount namespace of the other process. `error WHY` answers what cannot be done; end of input ends the program.
 
+use hugetlb2fs::sys::policy::{self, Policy};
 use hugetlb2fs::sys::sigbus::{Hit, Mapping, Pin, Sharing};
 use hugetlb2fs::units::Range;
 use rustix::fs::{FallocateFlags, FlockOperation};
@@ -47,13 +51,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
-/// The mapping, the thread that hammers it, what is pinned of it, and the file that is locked.
+/// The mapping, the thread that hammers it, what is pinned of it, the file that is locked, and memory that is kept from others.
 #[derive(Default)]
 struct Toucher {
     mapping: Option<Arc<Mapping>>,
     hammer: Option<Hammer>,
     pin: Option<Pin>,
     locked: Option<File>,
+    occupied: Vec<Vec<u8>>,
 }
 
 struct Hammer {
@@ -192,6 +197,18 @@ impl Toucher {
                 self.mapping()?.advise_range(range, advice).map_err(|error| error.to_string())?;
                 Ok("ok".to_owned())
             }
+            Some("bind") => {
+                let range = Range::at(number(&mut words)?, number(&mut words)?);
+                bind(self.mapping()?, range, number(&mut words)?)
+            }
+            Some("keep-binding") => {
+                let range = Range::at(number(&mut words)?, number(&mut words)?);
+                let (mapping, node) = (self.mapping()?.clone(), number(&mut words)?);
+                bind(&mapping, range, node)?;
+                std::thread::spawn(move || while bind(&mapping, range, node).is_ok() {});
+                Ok("ok".to_owned())
+            }
+            Some("occupy") => self.occupy(number(&mut words)?, number(&mut words)?),
             Some("hammer") => self.hammer(number(&mut words)?, number(&mut words).ok()),
             Some("tally") => self.tally(number(&mut words)?),
             Some("stop") => self.stop(),
@@ -293,6 +310,13 @@ impl Toucher {
         Ok(format!("count {count}"))
     }
 
+    fn occupy(&mut self, node: u32, bytes: usize) -> Result<String, String> {
+        policy::set_for_thread(Policy::Bind(node)).map_err(|error| error.to_string())?;
+        self.occupied.push(vec![1; bytes]);
+        policy::set_for_thread(Policy::Default).map_err(|error| error.to_string())?;
+        Ok("ok".to_owned())
+    }
+
     fn hammer(&mut self, offset: u64, byte: Option<u8>) -> Result<String, String> {
         let mapping = self.mapping()?.clone();
         let progress = Arc::new(Progress::default());
@@ -316,6 +340,11 @@ impl Toucher {
         let (touches, faults) = hammer.thread.join().map_err(|_| "the hammer panicked".to_owned())?;
         Ok(format!("count {touches} {faults}"))
     }
+}
+
+fn bind(mapping: &Mapping, range: Range, node: u32) -> Result<String, String> {
+    mapping.set_policy(range, Policy::Bind(node)).map_err(|error| error.to_string())?;
+    Ok("ok".to_owned())
 }
 
 /// A line on one file: its path, then numbers.

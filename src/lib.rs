@@ -64,6 +64,12 @@
 //! answers a request that the dead worker had carried out as if it was carried out once
 //! ([`fs::Ticket`]). [`upgrade`] is the same with another supervisor.
 //!
+//! # No memory is left
+//!
+//! The pool has all memory that its files need. What the daemon asks the machine for besides, at a mount, a resize or for a moment
+//! while memory moves ([`pool`]), is looked for before it is asked for, and taken from any NUMA node. The kernel's OOM killer is
+//! never asked to make room ([`sys::shortage`]): a call that finds none waits, and the worker ends in place of another process.
+//!
 //! # Invariants
 //!
 //! - **S1** ([`sealed`]) A sealed file has no free block, with these exceptions: inside a resize;

@@ -50,6 +50,10 @@ pub fn prepare(namespace: impl FnOnce() -> Result<(), Error>) -> Result<(), Stri
         .and_then(|()| identity::keep_capabilities_across_fsuid())
         .and_then(|()| namespace());
     prepared.map_err(preparing)?;
+    // What the daemon asks for and the machine does not have is nobody else's fault.
+    if let Err(error) = sys::shortage::spare_others() {
+        log::warn!("memory that is taken can be the end of other processes (no CAP_SYS_RESOURCE?): {error}");
+    }
     // All memory of the pool would be lost with the daemon: the OOM killer is to look elsewhere (proc(5)).
     if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-1000") {
         log::warn!("the OOM killer may choose this process (no CAP_SYS_RESOURCE?): {error}");
@@ -250,6 +254,14 @@ fn fill(page_size: PageSize, pages: u64, control: &mut Control) -> Result<Pool, 
 
 /// That there is no memory for a pool of `total` bytes, and what would be right.
 fn refusal(total: u64) -> String {
+    if let Ok(Some((nodes, available))) = sys::available_in_cpuset()
+        && available < total
+    {
+        return format!(
+            "the NUMA nodes {nodes:?}, which the daemon's cpuset allows, cannot give {total} bytes: {available} are available \
+             now; allow more nodes, or choose a smaller size="
+        );
+    }
     match cgroup::tightest_limit("self") {
         Some(limit) if limit.room() < total => format!(
             "the daemon's cgroup cannot give {total} bytes: {limit}; raise the limit, or choose a smaller size="

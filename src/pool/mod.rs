@@ -29,6 +29,7 @@
 mod holding;
 mod moves;
 mod recovery;
+mod shares;
 
 pub use holding::{Change, Holding, Progress};
 pub use moves::{PIECE, float_of};
@@ -39,6 +40,7 @@ use crate::sealed::{Reach, Sealed};
 use crate::steps::{self, Step};
 use crate::sys::{self, refuse_more_than_available};
 use crate::units::{FOLIO_SIZE, PageSize, Range};
+use shares::Node;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
@@ -73,7 +75,7 @@ pub struct Pool {
     huge_at_mount: u64,
 }
 
-/// The free memory of one NUMA node.
+/// Free memory, taken for one NUMA node. Where that was full, the kernel has taken another's: see [`moves`].
 #[derive(Debug)]
 struct Reserve {
     node: u32,
@@ -212,7 +214,8 @@ impl Drop for Token<'_> {
 }
 
 impl Pool {
-    /// Takes `pages` pages from the machine, evenly from its NUMA nodes, and tells `progress` how many bytes it has.
+    /// Takes `pages` pages from the machine, evenly from its NUMA nodes as far as these have room ([`shares`]), and tells
+    /// `progress` how many bytes it has.
     ///
     /// # Errors
     /// [`Error::NoMemory`] where the machine cannot give that much; what was taken is given back. What `progress`
@@ -223,20 +226,17 @@ impl Pool {
         mut progress: impl FnMut(u64) -> Result<()>,
     ) -> Result<Self> {
         let total = pages * page_size.bytes();
-        let float = float_of(total);
-        refuse_more_than_available(total + float)?;
+        let all = total + float_of(total);
+        refuse_more_than_available(all)?;
         let nodes = sys::memory_nodes()?;
         let mut reserves = Vec::new();
         for node in &nodes {
-            let bound = (nodes.len() > 1).then_some(*node);
-            let sealed = Sealed::create(Reach::Private, bound)?;
+            let preferred = (nodes.len() > 1).then_some(*node);
+            let sealed = Sealed::create(Reach::Private, preferred)?;
             reserves.push(Reserve::new(*node, sealed));
         }
         let mut taken = 0;
-        for (n, reserve) in reserves.iter().enumerate() {
-            let share =
-                |all: u64| all / nodes.len() as u64 + u64::from((n as u64) < all % nodes.len() as u64);
-            let bytes = share(pages) * page_size.bytes() + share(float / FOLIO_SIZE) * FOLIO_SIZE;
+        for (reserve, bytes) in shares_of(&reserves, all, page_size)? {
             reserve.grow(bytes, |step| {
                 taken += step;
                 log::debug!("{taken} bytes taken");
@@ -389,15 +389,17 @@ impl Pool {
         }
     }
 
-    /// Takes `bytes` from the machine for the reserve that has the least.
-    fn grow_poorest(&self, bytes: u64) -> Result<()> {
-        let poorest = self.reserves.iter().min_by_key(|reserve| reserve.lock().size());
-        let reserve = poorest.expect("there is a node with memory");
+    /// Takes `bytes` from the machine for the reserves.
+    fn grow_reserves(&self, bytes: u64) -> Result<()> {
+        refuse_more_than_available(bytes)?;
         let mut added = 0;
-        let grown = reserve.grow(bytes, |step| {
-            added += step;
-            Ok(())
-        });
+        let grown =
+            shares_of(&self.reserves, bytes, self.page_size)?.into_iter().try_for_each(|(reserve, share)| {
+                reserve.grow(share, |step| {
+                    added += step;
+                    Ok(())
+                })
+            });
         if grown.is_err() {
             log::warn!("the machine has no memory for {bytes} bytes more; {added} bytes are given back");
             self.cut_reserves(added).1?;
@@ -408,7 +410,7 @@ impl Pool {
     fn enlarge(&self, pages: u64) -> Result<()> {
         let (before, after) = (self.balance().total, self.balance().total + pages);
         let more = self.bytes_of(after) - self.bytes_of(before);
-        self.grow_poorest(more)?;
+        self.grow_reserves(more)?;
         steps::done(Step::EnlargeGrown);
         if let Err(error) = self.note_size(after) {
             self.cut_reserves(more).1?;
@@ -519,6 +521,19 @@ impl Pool {
     }
 }
 
+/// The part of `bytes` that each reserve is to take from the machine.
+fn shares_of(reserves: &[Reserve], bytes: u64, page_size: PageSize) -> Result<Vec<(&Reserve, u64)>> {
+    let mut nodes = Vec::new();
+    for reserve in reserves {
+        let room = match reserves.len() {
+            1 => bytes,
+            _ => sys::memory_available_on(reserve.node)?.saturating_sub(sys::MARGIN / reserves.len() as u64),
+        };
+        nodes.push(Node { has: reserve.lock().size(), room });
+    }
+    Ok(reserves.iter().zip(shares::shares(bytes, page_size.bytes(), &nodes)).collect())
+}
+
 impl Reserve {
     fn new(node: u32, sealed: Sealed) -> Self {
         Self { node, bytes: AtomicU64::new(sealed.size()), sealed: Mutex::new(sealed) }
@@ -532,9 +547,9 @@ impl Reserve {
     /// Takes `bytes` more from the machine; what was taken before an error stays.
     ///
     /// What cannot succeed is refused before it starts: it would take the last memory of the machine from everybody
-    /// else, if only for a moment. Others take memory while this goes on, so each step asks again.
+    /// else, if only for a moment. Others take memory while this goes on, so each step asks again. Where the node has come to be
+    /// full meanwhile, the kernel takes from another.
     fn grow(&self, bytes: u64, mut progress: impl FnMut(u64) -> Result<()>) -> Result<()> {
-        refuse_more_than_available(bytes)?;
         for step in Range::new(0, bytes).steps(STEP) {
             refuse_more_than_available(step.len())?;
             let mut sealed = self.lock();

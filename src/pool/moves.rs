@@ -28,6 +28,7 @@ use super::{Account, Opened, Pool, Reserve, Token};
 use crate::error::{Error, Result};
 use crate::sealed::Sealed;
 use crate::steps::{self, Step};
+use crate::sys::policy::{self, Policy};
 use crate::sys::{self, MARGIN, refuse_more_than_available};
 use crate::units::{FOLIO_SIZE, Range};
 use std::sync::MutexGuard;
@@ -42,6 +43,12 @@ const LEAST_FLOAT: u64 = 2 * FOLIO_SIZE;
 /// How large the float of a pool is whose pages have so many bytes.
 pub fn float_of(bytes: u64) -> u64 {
     (bytes / 64).next_multiple_of(FOLIO_SIZE).clamp(LEAST_FLOAT, PIECE)
+}
+
+/// How much may move at once where the machine has so much available, and so much of the float is there.
+fn longest_piece(available: u64, float: u64) -> u64 {
+    let most = if available < PIECE + MARGIN { FOLIO_SIZE } else { PIECE };
+    most.min(float)
 }
 
 impl Account {
@@ -133,9 +140,7 @@ impl Pool {
     fn begin_piece(&self) -> Result<Piece<'_>> {
         let moving = self.moving();
         while self.is_float_used_up() && self.refill_step(&moving) {}
-        let is_short = sys::memory_available()? < PIECE + MARGIN;
-        let most = if is_short { FOLIO_SIZE } else { PIECE };
-        match most.min(self.float_at_hand()) {
+        match longest_piece(sys::memory_available()?, self.float_at_hand()) {
             0 => {
                 let at_stake = self.reserve(1).map_err(|_| Error::NoMemory)?;
                 Ok(Piece { _moving: moving, most: FOLIO_SIZE, _at_stake: Some(at_stake) })
@@ -153,7 +158,7 @@ impl Pool {
     pub(super) fn move_piece_out(&self, target: &mut Sealed, range: Range, size: u64) -> Result<u64> {
         let begun = self.begin_piece()?;
         let (reserve, mut source) = self.lock_richest();
-        let _bound = self.bind_to(reserve.node)?;
+        let _preferred = self.prefer(reserve.node);
         let piece = range.len().min(begun.most).min(source.size());
         match self.exchange(&mut source, target, Range::at(range.start, piece), size) {
             Err(Error::NoMemory) if piece > FOLIO_SIZE && self.float_at_hand() >= FOLIO_SIZE => {
@@ -241,13 +246,18 @@ impl Pool {
         self.reserves.iter().find(|reserve| Some(reserve.node) == node).unwrap_or(&self.reserves[0])
     }
 
-    /// Until the guard is dropped, this thread takes new memory from `node`.
-    fn bind_to(&self, node: u32) -> Result<Option<NodeBinding>> {
+    /// Until the guard is dropped, this thread takes new memory from `node`, as far as that has some.
+    fn prefer(&self, node: u32) -> Option<Preference> {
         if self.reserves.len() == 1 {
-            return Ok(None);
+            return None;
         }
-        sys::mapping::bind_thread_to_node(Some(node))?;
-        Ok(Some(NodeBinding))
+        match policy::set_for_thread(Policy::Prefer(node)) {
+            Ok(()) => Some(Preference),
+            Err(error) => {
+                log::debug!("node {node} cannot be preferred, as the cpuset has changed: {error}");
+                None
+            }
+        }
     }
 
     /// The reserve with the most memory. All of them are locked to find it, so that it has some where there is any.
@@ -279,12 +289,12 @@ pub(super) fn shorten(reserve: &mut Sealed, left: u64) -> Result<()> {
     }
 }
 
-struct NodeBinding;
+struct Preference;
 
-impl Drop for NodeBinding {
+impl Drop for Preference {
     fn drop(&mut self) {
-        if let Err(error) = sys::mapping::bind_thread_to_node(None) {
-            log::error!("a thread stays bound to a NUMA node: {error}");
+        if let Err(error) = policy::set_for_thread(Policy::Default) {
+            log::error!("a thread goes on preferring a NUMA node: {error}");
         }
     }
 }
@@ -299,6 +309,20 @@ mod tests {
         assert_eq!(float_of(16 << 20), LEAST_FLOAT);
         assert_eq!(float_of(1 << 30), 16 << 20);
         assert_eq!(float_of(64 << 30), PIECE);
+    }
+
+    #[test]
+    fn a_machine_that_is_short_is_asked_for_a_folio() {
+        let rows = [
+            (PIECE + MARGIN, PIECE, PIECE),
+            (PIECE + MARGIN - 1, PIECE, FOLIO_SIZE),
+            (0, PIECE, FOLIO_SIZE),
+            (u64::MAX, 3 * FOLIO_SIZE, 3 * FOLIO_SIZE),
+            (0, 0, 0),
+        ];
+        for (available, float, piece) in rows {
+            assert_eq!(longest_piece(available, float), piece, "{available} available, float of {float}");
+        }
     }
 
     #[test]

@@ -48,6 +48,14 @@ impl Sealed {
         })
     }
 
+    /// What programs have set for `range` by mbind(2) does not count for memory that it is going to get.
+    pub(super) fn void_policy(&self, range: Range) {
+        match Window::new(&self.data, range) {
+            Ok(window) => window.void_policy(),
+            Err(error) => log::debug!("a policy of a program may be in force: {error}"),
+        }
+    }
+
     /// Puts what memory came in small pages into folios, and returns how many folios are in one piece.
     ///
     /// For memory that nobody has touched: it is mapped but neither read nor cleared.

@@ -134,7 +134,7 @@ pub struct Sealed {
 }
 
 impl Sealed {
-    /// Creates an empty one, with memory from `node` only where one is given.
+    /// Creates an empty one, with memory from `node`, where one is given, as far as that has some.
     ///
     /// # Errors
     /// [`Error::NoMemory`], and what fsopen(2) and openat(2) answer.
@@ -293,6 +293,9 @@ impl Sealed {
     /// Gives every block of `range` memory, out of the free blocks that there are for it. A touch of a hole that is going to
     /// fail can have one of them for an instant, which shows nowhere: the next try finds it back.
     fn fill(&mut self, range: Range) -> Result<()> {
+        if self.reach == Reach::Programs {
+            self.void_policy(range);
+        }
         match self.try_fill(range) {
             Err(Error::Full) => {
                 let fill = || drop(self.try_fill(range));
@@ -325,7 +328,9 @@ impl Sealed {
         }
         let end = range.end.min(self.size.next_multiple_of(SUBPAGE_SIZE)).max(range.start);
         if end > range.start {
-            Window::new(&self.data, range)?.populate_write(Range::new(range.start, end))?;
+            let (window, inside) = (Window::new(&self.data, range)?, Range::new(range.start, end));
+            window.populate_write(inside)?;
+            window.gather(inside);
         }
         self.fill_behind_end(Range::new(end, range.end))
     }
@@ -439,6 +444,7 @@ impl Sealed {
     /// a healthy page takes its place. One with the end in it stays lost, and its rest need not be zeroed.
     fn zero_around_poison(&mut self, range: Range) -> Result<()> {
         const ZEROS: Bytes = [0; SUBPAGE_SIZE as usize];
+        self.void_policy(range);
         for subpage in range.subpages_out().steps(SUBPAGE_SIZE) {
             let piece = subpage.intersect(range);
             let zeros = &ZEROS[..piece.len() as usize];

@@ -205,6 +205,7 @@ impl Sealed {
 
     /// Fills the holes `runs`, for which there are blocks, and has the record say that the file's copy is the true one.
     fn fill_and_strike(&mut self, runs: &[Range], content: Content<'_>) -> Result<()> {
+        self.void_policy(runs[0]);
         runs.iter().try_for_each(|run| self.fill_run(*run, runs, content))?;
         steps::done(Step::RepairFilled);
         self.ledger.strike(runs)?;
@@ -241,6 +242,7 @@ impl Sealed {
     fn replace_poisoned(&mut self, subpage: Subpage, content: Content<'_>) -> Result<()> {
         let inside = subpage.range().intersect(Range::new(0, self.size()));
         let mut patience = Patience::new();
+        self.void_policy(subpage.range());
         loop {
             tmpfs::punch(self.data(), subpage.range())?;
             match insist(|| tmpfs::write_all_at(self.data(), content.of(inside), inside.start)) {

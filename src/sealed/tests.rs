@@ -1,6 +1,7 @@
 //! On real superblocks, which need root and nothing else: no mount is made that anybody could see.
 
 use super::*;
+use crate::sys::policy::Policy;
 use crate::sys::sigbus::{Mapping, Sharing};
 use std::sync::atomic::Ordering;
 
@@ -43,6 +44,50 @@ fn assert_unchanged(sealed: &Sealed, range: Range) {
     tmpfs::read_at(&sealed.data, &mut bytes, range.start).unwrap();
     let wrong = bytes.iter().zip(range.start..).position(|(byte, offset)| *byte != (offset % 251) as u8);
     assert_eq!(wrong, None, "in {range}");
+}
+
+fn huge_bytes(sealed: &Sealed) -> u64 {
+    let ranges = sealed.huge_ranges(Range::new(0, sealed.size())).unwrap();
+    ranges.iter().map(|range| range.len()).sum()
+}
+
+#[test]
+fn what_came_in_small_pages_is_gathered() {
+    let sealed = sealed(2 * FOLIO_SIZE);
+    for subpage in Folio(1).range().steps(SUBPAGE_SIZE) {
+        let bytes: Vec<u8> = (subpage.start..subpage.end).map(|offset| (offset % 251) as u8).collect();
+        tmpfs::punch(&sealed.data, subpage).unwrap();
+        tmpfs::write_all_at(&sealed.data, &bytes, subpage.start).unwrap();
+    }
+    assert_eq!(huge_bytes(&sealed), FOLIO_SIZE, "one folio was to be in small pages");
+    Window::new(&sealed.data, folios(2)).unwrap().gather(folios(2));
+    assert_eq!(huge_bytes(&sealed), 2 * FOLIO_SIZE);
+    assert_unchanged(&sealed, folios(2));
+    assert_sealed(&sealed);
+}
+
+/// What is said of a mapping: `ADDRESS POLICY ...` a line.
+fn policy_of(mapping: &Mapping) -> String {
+    let maps = std::fs::read_to_string("/proc/self/numa_maps").expect("a kernel with CONFIG_NUMA");
+    let address = format!("{:x} ", mapping.address());
+    let line = maps.lines().find_map(|line| line.trim_start_matches('0').strip_prefix(&address));
+    line.and_then(|line| line.split(' ').next()).expect("it is mapped").to_owned()
+}
+
+#[test]
+fn a_policy_of_a_program_is_void_where_memory_is_taken() {
+    let mut sealed = sealed(FOLIO_SIZE);
+    let behind = Range::at(FOLIO_SIZE, FOLIO_SIZE);
+    let mapping = Mapping::new(&sealed.data, behind, Sharing::Shared, true).unwrap();
+    mapping.set_policy(behind, Policy::Bind(0)).unwrap();
+    assert_eq!(policy_of(&mapping), "bind:0");
+    sealed.take(behind, 2 * FOLIO_SIZE).unwrap();
+    assert_eq!(policy_of(&mapping), "default");
+    let place = Subpage::containing(behind.start);
+    sealed.quarantine(place.range(), TIME).unwrap();
+    mapping.set_policy(behind, Policy::Bind(0)).unwrap();
+    sealed.repair(place.range(), Content::Zero).unwrap();
+    assert_eq!(policy_of(&mapping), "default");
 }
 
 #[test]

@@ -4,6 +4,8 @@
 //! out how memory is mapped and on which node it lies. One that lasts ([`View`]) is where the kernel copies from when it
 //! delivers what was read. File bytes go through system calls alone, where a memory error is an errno and not a signal.
 
+use super::policy::{self, Policy};
+use super::shortage::{patiently, with_effort};
 use super::{meaning, sigbus};
 use crate::error::{Error, Result};
 use crate::faults::{Want, attempt};
@@ -56,8 +58,9 @@ impl Window {
     /// Faults `range` in for writing (MADV_POPULATE_WRITE, Linux 5.14), so that it has memory, cleared before anybody
     /// else can see it.
     ///
-    /// The machine's free memory may be in smaller pieces than 2 MiB. Only for a mapping with MADV_HUGEPAGE does a fault then
-    /// put some together, rather than take small pages (`transparent_hugepage/defrag`, as it is by default).
+    /// The machine's free memory may be in smaller pieces than 2 MiB. Only for a mapping with MADV_HUGEPAGE does a fault then wait
+    /// for 2 MiB at all, rather than take small pages (`transparent_hugepage/defrag`, as it is by default), and even so it comes to
+    /// small pages here (see [`super::shortage`]). [`Window::gather`] puts these together.
     ///
     /// # Errors
     /// [`Error::NoMemory`], [`Error::Full`] where the superblock has no block left or the file ends before `range` does.
@@ -66,13 +69,36 @@ impl Window {
         let (start, length) = self.position(range);
         attempt(Want::Room).map_err(meaning)?;
         self.map.advise(Advice::HugePage)?;
-        self.map.advise_range(Advice::PopulateWrite, start, length).map_err(
-            |error| match Errno::from_io_error(&error) {
+        patiently(|| self.map.advise_range(Advice::PopulateWrite, start, length)).map_err(|error| {
+            match Errno::from_io_error(&error) {
                 Some(Errno::FAULT) => Error::Full,
                 Some(errno) => meaning(errno),
                 None => error.into(),
-            },
-        )
+            }
+        })
+    }
+
+    /// Puts each folio of `range` that is in small pages into one 2 MiB page, as far as the machine has some.
+    pub fn gather(&self, range: Range) {
+        let Ok(huge) = self.huge_ranges() else { return };
+        let is_huge = |folio: &Folio| huge.iter().any(|range| range.covers(folio.range()));
+        for folio in range.folios().filter(|folio| range.covers(folio.range()) && !is_huge(folio)) {
+            if let Err(error) = self.collapse_once(folio) {
+                log::debug!("folio {} stays in small pages: {error}", folio.0);
+            }
+        }
+    }
+
+    /// What programs have set for the mapped part of the file by mbind(2) is void: new memory for it comes from where the thread that
+    /// asks wants it to. It would be taken where a program says otherwise, however little there is.
+    ///
+    /// That takes two calls. The kernel passes over what the mapping itself has been told already, and a new mapping has the default
+    /// (mm/mempolicy.c, mbind_range, Linux 6.18).
+    pub fn void_policy(&self) {
+        let set = |policy| policy::set_for_range(self.map.as_mut_ptr(), self.map.len(), policy);
+        if let Err(error) = set(Policy::Local).and_then(|()| set(Policy::Default)) {
+            log::debug!("a policy of a program may be in force: {error}"); // a kernel without CONFIG_NUMA
+        }
     }
 
     /// Puts `folio` into one 2 MiB page (MADV_COLLAPSE, Linux 6.1); other processes map it so at their next touch.
@@ -101,7 +127,7 @@ impl Window {
         let address = self.map.as_mut_ptr().wrapping_add(start);
         // SAFETY: the range lies in our own mapping, and MADV_COLLAPSE changes how it is mapped, not what it holds.
         #[allow(unsafe_code)]
-        let result = unsafe { libc::madvise(address.cast(), length, MADV_COLLAPSE) };
+        let result = with_effort(|| unsafe { libc::madvise(address.cast(), length, MADV_COLLAPSE) });
         if result == 0 {
             return Ok(());
         }
@@ -183,7 +209,7 @@ impl Window {
 #[track_caller]
 fn populate(map: &MmapRaw, start: usize, length: usize) -> Result<()> {
     attempt(Want::Memory).map_err(meaning)?;
-    let populated = map.advise_range(Advice::PopulateRead, start, length);
+    let populated = patiently(|| map.advise_range(Advice::PopulateRead, start, length)); // a hole may get memory
     populated.map_err(|error| match Errno::from_io_error(&error) {
         Some(Errno::FAULT) => Error::NoData,
         Some(errno) => meaning(errno),
@@ -299,29 +325,4 @@ fn scan_huge(pagemap: &File, start: u64, end: u64, regions: &mut [PageRegion]) -
         return Err(std::io::Error::last_os_error().into());
     }
     Ok((count as usize, argument.walk_end.max(start + 1)))
-}
-
-/// Makes the calling thread take new memory from one NUMA node, or again from anywhere (set_mempolicy(2)).
-///
-/// # Errors
-/// EINVAL for a node that is not there.
-pub fn bind_thread_to_node(node: Option<u32>) -> Result<()> {
-    const MAX_NODES: usize = 1024; // MAX_NUMNODES of every distribution's kernel or more
-    let mut mask = [0u64; MAX_NODES / 64];
-    let mode = match node {
-        None => libc::MPOL_DEFAULT,
-        Some(node) => {
-            let word = mask.get_mut(node as usize / 64).ok_or(Error::Os(Errno::INVAL))?;
-            *word |= 1 << (node % 64);
-            libc::MPOL_BIND
-        }
-    };
-    let (pointer, bits) = match node {
-        None => (std::ptr::null(), 0),
-        Some(_) => (mask.as_ptr(), MAX_NODES + 1),
-    };
-    // SAFETY: the mask is alive for the call and has the number of bits that is named (the kernel reads one less).
-    #[allow(unsafe_code)]
-    let result = unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, pointer, bits) };
-    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
 }

@@ -11,8 +11,10 @@ pub mod identity;
 pub mod mapping;
 pub mod mounts;
 pub mod namespace;
+pub mod policy;
 pub mod process;
 pub mod seccomp;
+pub mod shortage;
 pub mod sigbus;
 pub mod tmpfs;
 pub mod userfault;
@@ -110,13 +112,22 @@ pub fn unix_time() -> u64 {
 /// What is left to the machine when memory is taken from it.
 pub const MARGIN: u64 = 64 << 20;
 
-/// [`Error::NoMemory`] where the machine, or a limit of this process's cgroup, cannot give `bytes` now and keep a margin: to take
-/// them would be the end of other processes, or of this one.
+/// [`Error::NoMemory`] where the machine, those of its NUMA nodes that this process's cpuset allows, or a limit of its cgroup cannot
+/// give `bytes` now and keep a margin: to take them would be the end of other processes, or of this one.
 ///
 /// # Errors
 /// And where /proc is not mounted.
 pub fn refuse_more_than_available(bytes: u64) -> Result<(), Error> {
-    if memory_available()? < bytes.saturating_add(MARGIN) {
+    let wanted = bytes.saturating_add(MARGIN);
+    if memory_available()? < wanted {
+        return Err(Error::NoMemory);
+    }
+    if let Some((nodes, available)) = available_in_cpuset()?
+        && available < wanted
+    {
+        log::warn!(
+            "{bytes} bytes are refused: the cpuset allows the NUMA nodes {nodes:?}, with {available} bytes"
+        );
         return Err(Error::NoMemory);
     }
     match cgroup::tightest_limit("self") {
@@ -171,15 +182,66 @@ fn meminfo(name: &str) -> Result<u64, Error> {
     kib.map(|kib| kib * 1024).ok_or_else(|| Error::Corrupt(format!("/proc/meminfo has no {name}")))
 }
 
-/// The NUMA nodes that have memory (/sys/devices/system/node/has_memory), ascending; never empty.
+/// The NUMA nodes that have memory (/sys/devices/system/node/has_memory) which this process's cpuset allows it (cpuset(7),
+/// Mems_allowed_list), ascending; never empty.
 ///
 /// # Errors
-/// Where /sys is not mounted or the list does not parse.
+/// Where /proc or /sys is not mounted or a list does not parse.
 pub fn memory_nodes() -> Result<Vec<u32>, Error> {
+    let nodes = all_memory_nodes()?;
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let allowed = status.lines().find_map(|line| line.strip_prefix("Mems_allowed_list:"));
+    allowed_of(&nodes, allowed).ok_or_else(|| Error::Corrupt(format!("of nodes {nodes:?}: {allowed:?}")))
+}
+
+/// The same of all processes.
+fn all_memory_nodes() -> Result<Vec<u32>, Error> {
     let Ok(text) = std::fs::read_to_string("/sys/devices/system/node/has_memory") else {
         return Ok(vec![0]); // a kernel without CONFIG_NUMA
     };
     parse_node_list(text.trim()).ok_or_else(|| Error::Corrupt(format!("node list {text:?}")))
+}
+
+/// The nodes that this process's cpuset allows, and the bytes that they can give; none where the cpuset allows every node.
+///
+/// # Errors
+/// As for [`memory_nodes`] and [`memory_available_on`].
+pub fn available_in_cpuset() -> Result<Option<(Vec<u32>, u64)>, Error> {
+    let (allowed, all) = (memory_nodes()?, all_memory_nodes()?);
+    if allowed == all {
+        return Ok(None);
+    }
+    let available = allowed.iter().map(|node| memory_available_on(*node)).sum::<Result<u64, Error>>()?;
+    Ok(Some((allowed, available)))
+}
+
+/// Those of `nodes` that are in the list `allowed`, where there is one (CONFIG_CPUSETS). At least one is.
+fn allowed_of(nodes: &[u32], allowed: Option<&str>) -> Option<Vec<u32>> {
+    let Some(allowed) = allowed else { return Some(nodes.to_vec()) };
+    let allowed = parse_node_list(allowed.trim())?;
+    let nodes: Vec<_> = nodes.iter().copied().filter(|node| allowed.contains(node)).collect();
+    (!nodes.is_empty()).then_some(nodes)
+}
+
+/// What a NUMA node could give without swapping, about: its free memory, and half of what is in its page cache, of which the kernel
+/// keeps some (/sys/devices/system/node/nodeN/meminfo). In bytes.
+///
+/// # Errors
+/// Where /sys is not mounted or has no such lines.
+pub fn memory_available_on(node: u32) -> Result<u64, Error> {
+    attempt(Want::Descriptor)?;
+    let text = std::fs::read_to_string(format!("/sys/devices/system/node/node{node}/meminfo"))?;
+    available_on(&text).ok_or_else(|| Error::Corrupt(format!("the meminfo of node {node} has no MemFree")))
+}
+
+/// The same by the text of that file, which has `Node N NAME: NUMBER kB` a line.
+fn available_on(meminfo: &str) -> Option<u64> {
+    let kib = |name: &str| {
+        let mut lines = meminfo.lines().map(|line| line.split_ascii_whitespace().skip(2));
+        lines.find_map(|mut words| (words.next()? == name).then(|| words.next()?.parse::<u64>().ok())?)
+    };
+    let cache = kib("Active(file):")? + kib("Inactive(file):")?;
+    Some((kib("MemFree:")? + cache / 2) << 10)
 }
 
 /// Memory errors that the kernel has handled since it started, in all NUMA nodes (Linux 6.3,
@@ -209,5 +271,33 @@ mod tests {
         assert_eq!(super::parse_node_list("0"), Some(vec![0]));
         assert_eq!(super::parse_node_list("0-2,5"), Some(vec![0, 1, 2, 5]));
         assert_eq!(super::parse_node_list(""), None);
+    }
+
+    #[test]
+    fn nodes_outside_of_the_cpuset_are_left_alone() {
+        type Nodes = &'static [u32];
+        let rows: [(Nodes, Option<&str>, Option<Nodes>); 5] = [
+            (&[0, 1, 2], Some("\t0-3"), Some(&[0, 1, 2])),
+            (&[0, 1, 2], Some("\t1"), Some(&[1])),
+            (&[0, 2], Some("\t1-2,5"), Some(&[2])),
+            (&[0, 1], None, Some(&[0, 1])),
+            (&[0, 1], Some("\t2"), None),
+        ];
+        for (nodes, allowed, left) in rows {
+            assert_eq!(super::allowed_of(nodes, allowed).as_deref(), left, "{nodes:?} {allowed:?}");
+        }
+    }
+
+    #[test]
+    fn what_a_node_can_give_is_read_as_the_kernel_writes_it() {
+        let text = "\nNode 1 MemTotal:   524288 kB\nNode 1 MemFree:    27140 kB\nNode 1 Active:  9 kB\n\
+            Node 1 Active(file):     100 kB\nNode 1 Inactive(file):    2000 kB\n";
+        assert_eq!(super::available_on(text), Some((27140 + 1050) << 10));
+        assert_eq!(super::available_on("Node 1 MemFree: 5 kB\n"), None);
+        let machine = super::memory_total().unwrap();
+        for node in super::memory_nodes().unwrap() {
+            let there = super::memory_available_on(node).unwrap();
+            assert!(0 < there && there <= machine, "{there} bytes on node {node} of a machine of {machine}");
+        }
     }
 }

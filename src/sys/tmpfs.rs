@@ -4,6 +4,7 @@ use super::calls::{
     fsconfig_create, fsconfig_reconfigure, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, fspick,
     move_mount, unmount,
 };
+use super::shortage::patiently;
 use super::{calls, meaning, uninterrupted};
 use crate::error::{Error, Result};
 use crate::faults::{Want, attempt};
@@ -25,7 +26,7 @@ pub struct Options {
     pub inodes: Option<u64>,
     /// Inode numbers of 32 bits, so that one fits in half a node id.
     pub inode32: bool,
-    /// Take memory from this NUMA node only (`mpol=bind:N`).
+    /// Take memory from this NUMA node, and from others where it is full (`mpol=prefer:N`).
     pub node: Option<u32>,
 }
 
@@ -54,7 +55,7 @@ pub fn create(options: &Options) -> Result<OwnedFd> {
         fsconfig_set_flag(context.as_fd(), "inode32")?;
     }
     if let Some(node) = options.node {
-        fsconfig_set_string(context.as_fd(), "mpol", format!("bind:{node}"))?;
+        fsconfig_set_string(context.as_fd(), "mpol", format!("prefer:{node}"))?;
     }
     fsconfig_create(context.as_fd())?;
     let attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOATIME;
@@ -134,8 +135,8 @@ pub fn blocks(mount: impl AsFd) -> Result<Blocks> {
 pub fn allocate(file: impl AsFd, range: Range) -> Result<()> {
     attempt(Want::Room).map_err(meaning)?;
     let file = file.as_fd();
-    uninterrupted(|| rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, range.start, range.len()))
-        .map_err(meaning)
+    let take = || rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, range.start, range.len());
+    patiently(|| uninterrupted(take)).map_err(meaning)
 }
 
 /// Zeroes what [`allocate`] took and nobody has touched since; what has been touched stays as it is.
@@ -223,7 +224,8 @@ pub fn write_prefix(file: impl AsFd, bytes: &[u8], offset: u64) -> (usize, Resul
     let file = file.as_fd();
     let mut done = 0;
     while done < bytes.len() {
-        match uninterrupted(|| rustix::io::pwrite(file, &bytes[done..], offset + done as u64)) {
+        let write = || rustix::io::pwrite(file, &bytes[done..], offset + done as u64);
+        match patiently(|| uninterrupted(write)) {
             Ok(0) => return (done, Err(Error::Os(Errno::IO))), // pwrite(2) names no case of this
             Ok(written) => done += written,
             Err(errno) => return (done, Err(meaning(errno))),

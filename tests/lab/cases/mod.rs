@@ -9,6 +9,7 @@ mod handlers;
 mod hw;
 mod kernel;
 mod mixture;
+mod nodes;
 mod pools;
 
 /// The properties of a machine besides its two processors.
@@ -57,7 +58,7 @@ use cases;
 
 /// All cases. The cases of one machine stand together.
 pub fn all() -> impl Iterator<Item = &'static Case> {
-    let by_kernel = [kernel::CASES, pools::CASES, errors::CASES];
+    let by_kernel = [kernel::CASES, pools::CASES, nodes::CASES, errors::CASES];
     by_kernel
         .into_iter()
         .chain([hw::CASES, containment::CASES, mixture::CASES, handlers::CASES, compare::CASES])

@@ -1,0 +1,224 @@
+//! Memory on two NUMA nodes, one of which is full: whoever asks for memory fails or gets it elsewhere. The OOM killer kills nobody.
+
+use super::cases;
+use crate::support::{COLLAPSE, FOLIO, Pool, SIZE, Toucher, kill_worker, limits, set};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use std::fs::{self, File};
+use std::path::PathBuf;
+
+const MIB: u64 = 1 << 20;
+/// What the stranger leaves of node 0. The kernel keeps 24 MiB of that for itself (the `min` of /proc/zoneinfo), so less than a piece
+/// is to be had.
+const LEFT: u64 = 44 * MIB;
+
+cases! {
+    TWO_NODES: a_pool_is_mounted_beside_a_full_node, a_pool_grows_beside_a_full_node,
+        files_grow_and_shrink_beside_a_full_node, a_policy_of_a_program_kills_nobody,
+        a_policy_set_over_and_over_kills_nobody, no_thread_of_the_daemon_asks_for_the_oom_killer,
+        a_pool_stays_within_its_cpuset;
+}
+
+/// A number of a line `... NAME NUMBER` or `... NAME: NUMBER kB` of a file.
+fn number_in(path: &str, name: &str) -> u64 {
+    let text = fs::read_to_string(path).unwrap_or_else(|error| panic!("{path}: {error}"));
+    let mut words = text.split_ascii_whitespace().skip_while(|word| word.trim_end_matches(':') != name);
+    words.nth(1).and_then(|word| word.parse().ok()).unwrap_or_else(|| panic!("{path} has no {name}"))
+}
+
+fn free_on(node: u32) -> u64 {
+    number_in(&format!("/sys/devices/system/node/node{node}/meminfo"), "MemFree") << 10
+}
+
+/// Processes that the OOM killer has killed since the machine started.
+fn killed() -> u64 {
+    number_in("/proc/vmstat", "oom_kill")
+}
+
+/// A stranger who has all of node 0 but for so many bytes.
+struct Stranger {
+    process: Toucher,
+    killed: u64,
+}
+
+impl Stranger {
+    fn who_leaves(left: u64) -> Self {
+        let mut process = Toucher::start();
+        let taken = free_on(0).checked_sub(left).expect("node 0 has more than that");
+        assert_eq!(process.ask(&format!("occupy 0 {taken}")), "ok");
+        println!("free on node 0: {} MiB, on node 1: {} MiB", free_on(0) / MIB, free_on(1) / MIB);
+        Self { process, killed: killed() }
+    }
+
+    fn assert_alive(&mut self) {
+        assert_eq!(killed(), self.killed, "the OOM killer has killed processes");
+        assert_eq!(self.process.ask("unlock"), "ok", "the stranger lives");
+    }
+}
+
+fn a_pool_is_mounted_beside_a_full_node() {
+    let mut stranger = Stranger::who_leaves(LEFT);
+    let pool = Pool::small(80);
+    stranger.assert_alive();
+    let file = File::create(pool.join("file")).unwrap();
+    file.set_len(80 * FOLIO).unwrap();
+    stranger.assert_alive();
+    pool.check();
+    drop(file);
+    pool.unmount();
+}
+
+fn a_pool_grows_beside_a_full_node() {
+    let pool = Pool::small(8);
+    let mut stranger = Stranger::who_leaves(LEFT);
+    set(pool.path(), SIZE, (80 * FOLIO).to_string()).unwrap();
+    stranger.assert_alive();
+    assert_eq!(pool.free_pages(), 80);
+    pool.check();
+    pool.unmount();
+}
+
+fn files_grow_and_shrink_beside_a_full_node() {
+    let pool = Pool::small(80);
+    let mut stranger = Stranger::who_leaves(LEFT);
+    for name in ["first", "second"] {
+        let file = File::create(pool.join(name)).unwrap();
+        file.set_len(40 * FOLIO).unwrap();
+        stranger.assert_alive();
+    }
+    let first = File::options().write(true).open(pool.join("first")).unwrap();
+    first.set_len(FOLIO).unwrap();
+    first.set_len(40 * FOLIO).unwrap();
+    stranger.assert_alive();
+    pool.check();
+    drop(first);
+    pool.unmount();
+}
+
+fn a_policy_of_a_program_kills_nobody() {
+    let pool = Pool::small(80);
+    let path = pool.join("file");
+    let file = File::create(&path).unwrap();
+    file.set_len(FOLIO).unwrap();
+    let mut program = Toucher::mapping(&path, 80 * FOLIO);
+    let mut stranger = Stranger::who_leaves(LEFT);
+    assert_eq!(program.ask(&format!("bind 0 {} 0", 80 * FOLIO)), "ok");
+    for pages in (8..=80).step_by(8) {
+        file.set_len(pages * FOLIO).unwrap();
+        stranger.assert_alive();
+    }
+    assert_eq!(program.walk(), []);
+    pool.check();
+    drop((file, program));
+    pool.unmount();
+}
+
+/// A thread that sets a policy over and over wins against the daemon, which voids it. The pool lies on the other node, so the growth
+/// comes to wait for memory that nobody gives back. That is the end of the worker, and of no other process.
+fn a_policy_set_over_and_over_kills_nobody() {
+    let mut stranger = Stranger::who_leaves(LEFT);
+    let pool = Pool::small(80);
+    let (path, directory) = (pool.join("file"), pool.join("directory"));
+    let file = File::create(&path).unwrap();
+    file.set_len(FOLIO).unwrap();
+    let mut program = Toucher::mapping(&path, 80 * FOLIO);
+    assert_eq!(program.ask(&format!("keep-binding 0 {} 0", 80 * FOLIO)), "ok");
+    let has_ended = || pool.log().matches("has ended (signal 9)").count();
+    let grown = std::thread::scope(|scope| {
+        let growth = scope.spawn(|| file.set_len(80 * FOLIO));
+        limits::until(limits::ANSWER, "the growth, or the end of a worker", || {
+            fs::create_dir(&directory).unwrap(); // others are served meanwhile
+            fs::remove_dir(&directory).unwrap();
+            growth.is_finished() || has_ended() > 0
+        });
+        drop(program);
+        growth.join().expect("it is no panic")
+    });
+    println!("workers ended: {}; then {grown:?}", has_ended());
+    grown.unwrap();
+    stranger.assert_alive();
+    pool.check();
+    drop(file);
+    pool.unmount();
+}
+
+/// A cgroup that allows its processes memory of node 1 only; this process is in it as long as it lives.
+struct Cpuset {
+    root: PathBuf,
+}
+
+impl Cpuset {
+    fn enter() -> Self {
+        let root = PathBuf::from("/tmp/cgroup");
+        fs::create_dir_all(&root).unwrap();
+        mount("cgroup", &root, "cgroup2", MountFlags::empty(), None).unwrap();
+        fs::write(root.join("cgroup.subtree_control"), "+cpuset").unwrap();
+        fs::create_dir(root.join("one")).unwrap();
+        fs::write(root.join("one/cpuset.mems"), "1").unwrap();
+        let cpuset = Self { root };
+        cpuset.move_to("one");
+        cpuset
+    }
+
+    fn move_to(&self, cgroup: &str) {
+        fs::write(self.root.join(cgroup).join("cgroup.procs"), "0").unwrap();
+    }
+}
+
+impl Drop for Cpuset {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            return; // a machine on which a case has failed serves no other
+        }
+        self.move_to("");
+        fs::remove_dir(self.root.join("one")).unwrap();
+        unmount(&self.root, UnmountFlags::empty()).unwrap();
+    }
+}
+
+fn a_pool_stays_within_its_cpuset() {
+    let (killed_before, free) = (killed(), free_on(0));
+    let cpuset = Cpuset::enter();
+    let pool = Pool::small(40);
+    assert_eq!(pool.counter("reserve_bytes_node1"), 40 * FOLIO + pool.counter("float_bytes"));
+    assert!(!pool.counters().contains_key("reserve_bytes_node0"));
+    assert!(free_on(0) > free - 40 * FOLIO, "the memory is node 1's");
+    let too_much = free_on(1) + 100 * MIB;
+    let refused = set(pool.path(), SIZE, too_much.next_multiple_of(FOLIO).to_string());
+    assert_eq!(refused, Err(Errno::NOSPC), "the machine has as much, and the cpuset does not");
+    pool.await_log("cpuset");
+    let file = File::create(pool.join("file")).unwrap();
+    file.set_len(40 * FOLIO).unwrap();
+    pool.check();
+    drop(file);
+    pool.unmount();
+    drop(cpuset);
+    assert_eq!(killed(), killed_before);
+}
+
+/// Flags of each thread of a process (proc(5), /proc/PID/task/TID/stat), by the thread's name.
+fn flags_of_threads(process: u64) -> Vec<(String, u64)> {
+    let tasks = fs::read_dir(format!("/proc/{process}/task")).expect("it runs");
+    let flags = |task: std::io::Result<fs::DirEntry>| {
+        let stat = fs::read_to_string(task.unwrap().path().join("stat")).expect("it runs");
+        let (name, rest) = stat.split_once(" (").and_then(|(_, rest)| rest.rsplit_once(") ")).unwrap();
+        (name.to_owned(), rest.split(' ').nth(6).unwrap().parse().unwrap())
+    };
+    tasks.map(flags).collect()
+}
+
+fn no_thread_of_the_daemon_asks_for_the_oom_killer() {
+    const NOIO: u64 = 0x0008_0000; // PF_MEMALLOC_NOIO (linux/sched.h): what prctl(2) with PR_SET_IO_FLUSHER sets
+    let pool = Pool::small(8);
+    let path = pool.join("file");
+    fs::write(&path, vec![7; 3 * FOLIO as usize]).unwrap();
+    kill_worker(&pool);
+    fs::write(&path, vec![8; 4 * FOLIO as usize]).unwrap();
+    set(&path, COLLAPSE, "all").unwrap();
+    for process in ["daemon_pid", "worker_pid"] {
+        let threads = flags_of_threads(pool.counter(process));
+        let asks: Vec<_> = threads.iter().filter(|(_, flags)| flags & NOIO == 0).collect();
+        assert!(asks.is_empty() && !threads.is_empty(), "{process}: {asks:x?} of {}", threads.len());
+    }
+    pool.unmount();
+}
