@@ -59,6 +59,7 @@ steps! {
         CutVacated = "the limit is lower", CutFilled = "the folio with the end is whole again";
     "give": GiveHoles = "quarantines are forgotten", GivePunched = "the memory is given up";
     "move out": MoveOutGiven = "the reserve has given a piece", MoveOutTaken = "the file has taken as much";
+    "lend": LendGiven = "the reserve has given a folio", LendTaken = "a reserve has taken one";
     "move in": MoveInGiven = "the file has given a piece", MoveInTaken = "the reserve has taken as much";
     "shrink": ShrinkMoved = "the memory is back in the reserve", ShrinkCut = "the file is shorter",
         ShrinkNoted = "the pages are given up", ShrinkDone = "those that were released are forgotten";

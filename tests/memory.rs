@@ -7,7 +7,8 @@ use std::fs::{self, File};
 use std::process::Stdio;
 use support::cgroup::Cgroup;
 use support::{
-    FOLIO, Pool, Toucher, kill_worker, limits, mount_hugetlb2, mount_hugetlb2_in, set, status_and_error, text,
+    FOLIO, Pool, REPAIR, Toucher, kill_worker, limits, mount_hugetlb2, mount_hugetlb2_in, poison, set,
+    status_and_error, text,
 };
 
 const MIB: u64 = 1 << 20;
@@ -63,6 +64,28 @@ fn a_pool_does_not_grow_beyond_its_cgroups_limit() {
     cgroup.limit(400 * MIB);
     assert_eq!(resize(&pool, 300 * MIB).0, 0);
     assert_eq!((pool.counter("worker_pid"), pool.free_pages()), (worker, 150));
+    pool.check();
+    pool.unmount();
+}
+
+#[test]
+fn a_quarantine_takes_no_memory_beyond_the_pool() {
+    let cgroup = cgroup("quarantine");
+    let options = "pagesize=2M,size=64M,collapse=off"; // to collapse takes memory, too, at some moment later
+    let pool = Pool::mount_by(mount_hugetlb2_in(&cgroup.directory), options);
+    let path = pool.join("file");
+    fs::write(&path, vec![7; 4 * FOLIO as usize]).unwrap();
+    let there_and_back = |offset: u64| {
+        poison(&path, offset, FOLIO).unwrap();
+        assert_eq!(pool.counter("quarantined_soft"), 512);
+        set(&path, REPAIR, "salvage all").unwrap();
+    };
+    (0..20).for_each(|_| there_and_back(0)); // each of the worker's threads has taken what it needs for itself
+    let worker = pool.counter("worker_pid");
+    cgroup.limit(cgroup.taken() + FOLIO / 2);
+    (1..4).for_each(|folio| there_and_back(folio * FOLIO));
+    assert_eq!((pool.counter("worker_pid"), pool.counter("short_bytes")), (worker, 0));
+    assert!(fs::read(&path).unwrap().iter().all(|byte| *byte == 7));
     pool.check();
     pool.unmount();
 }

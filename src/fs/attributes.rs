@@ -301,7 +301,7 @@ impl Fs {
         // Whoever asks has perhaps just been sent a SIGBUS, and the patrol has not come round yet.
         self.look_for_poison_in(&object, &pace)?;
         match attribute {
-            Protocol::Poison => object.quarantine(value, &pace),
+            Protocol::Poison => object.quarantine(value, &self.pool, &pace),
             Protocol::Repair => {
                 let resumed = self.was_due(ticket, object.is_repairable(value)?)?;
                 self.repair(&object, value, resumed, ticket)

@@ -759,7 +759,7 @@ impl Object {
     /// [`Error::Invalid`] for a value that does not parse or a range without memory; [`Error::OpenNatively`] where
     /// descriptors are noted that read natively, or [`Error::Busy`] where there are gaps to be filled by touches, and nothing
     /// is done; [`Error::Busy`] for a pinned folio, and those before it in the value are quarantined by then.
-    pub fn quarantine(&self, value: &[u8], pace: &Pace) -> Result<()> {
+    pub fn quarantine(&self, value: &[u8], pool: &Pool, pace: &Pace) -> Result<()> {
         let is_done = {
             let holding = self.read_lock();
             let ranges = quarantinable(&holding, value)?;
@@ -779,8 +779,9 @@ impl Object {
         mend(&mut holding)?;
         let time = sys::unix_time();
         let before = holding.sealed().lost_count();
-        let result =
-            ranges.into_iter().try_for_each(|range| self.quarantine_range(&mut holding, range, time, pace));
+        let result = ranges
+            .into_iter()
+            .try_for_each(|range| self.quarantine_range(&mut holding, range, time, (pool, pace)));
         let grown = holding.sealed().lost_count() > before;
         drop(holding);
         if grown {
@@ -789,14 +790,20 @@ impl Object {
         result
     }
 
-    fn quarantine_range(&self, holding: &mut Locked<'_>, range: Range, time: u64, pace: &Pace) -> Result<()> {
+    fn quarantine_range(
+        &self,
+        holding: &mut Locked<'_>,
+        range: Range,
+        time: u64,
+        (pool, pace): (&Pool, &Pace),
+    ) -> Result<()> {
         let before = holding.sealed().holes().count();
         let result = parts(range).try_for_each(|part| {
             // Where the parts before have made no hole, a native may have come while the lock was given up.
             if !self.natives.exclude() {
                 return Err(Error::OpenNatively);
             }
-            holding.sealed_mut().quarantine(part, time)?;
+            pool.with_loan(part.len(), || holding.sealed_mut().quarantine(part, time))?;
             pace.give_way(holding)
         });
         if holding.sealed().holes().count() > before {
@@ -867,7 +874,8 @@ impl Object {
         if holding.sealed().lost_runs_in(part).next().is_none() {
             return Ok(());
         }
-        holding.sealed_mut().repair(part, content)?;
+        let lost = lost_bytes(holding.sealed(), part);
+        context.pool.with_loan(lost, || holding.sealed_mut().repair(part, content))?;
         let folio = Subpage::containing(part.start).folio();
         if holding.sealed().lost_runs_in(folio.range()).next().is_none() {
             (context.repaired)(folio);

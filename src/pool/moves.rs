@@ -21,6 +21,10 @@
 //! they are not handed out. That is so when a program has given memory of its file to the machine by MADV_REMOVE, and the
 //! worker died before it took the memory back.
 //!
+//! **Loans.** A quarantine or a repair needs memory for a second copy, and then frees that of the first. The float lends it
+//! ([`Pool::with_loan`]): a reserve gives a folio, which the pool lacks from then on, and takes one when the change has ended. So
+//! pieces move meanwhile, and after a death the pool lacks a folio, as after any other.
+//!
 //! A machine that is short of memory is asked for one folio at a time. The kernel keeps what a processor has just freed on that
 //! processor's own list (mm/page_alloc.c, `free_frozen_page_commit`), from which the very next allocation is served.
 
@@ -36,6 +40,9 @@ use std::sync::MutexGuard;
 /// Most memory that moves between a file and the reserves at once, chosen so that a piece takes some milliseconds: others
 /// wait for that long.
 pub const PIECE: u64 = 32 << 20;
+
+/// A change that takes no more than this needs no loan: any system call can take as much for itself.
+const LITTLE: u64 = 64 << 10;
 
 /// The float of a small pool.
 const LEAST_FLOAT: u64 = 2 * FOLIO_SIZE;
@@ -126,14 +133,53 @@ impl Pool {
         let short = self.account().short;
         let affordable = |step: &u64| *step > 0 && refuse_more_than_available(*step).is_ok();
         let step = [short.min(PIECE), short.min(FOLIO_SIZE)].into_iter().find(affordable);
-        let Some(step) = step else { return false };
-        if let Err(error) = self.lengthen(&mut self.lock_poorest().1, step) {
-            log::warn!("the pool lacks {short} bytes still: {error}");
+        step.is_some_and(|step| self.take_lacking(step))
+    }
+
+    /// Takes so many of the bytes that the pool lacks. Returns whether the machine had them. No piece moves meanwhile.
+    fn take_lacking(&self, bytes: u64) -> bool {
+        if let Err(error) = self.lengthen(&mut self.lock_poorest().1, bytes) {
+            log::warn!("the pool lacks {bytes} bytes still: {error}");
             return false;
         }
-        self.give_surplus(step - self.lack_less(step)); // the pool may have shrunk meanwhile
+        self.give_surplus(bytes - self.lack_less(bytes)); // the pool may have shrunk meanwhile
         self.freed.notify_all(); // pages that were missing
         true
+    }
+
+    /// Runs `work`, which takes up to `bytes`, a folio at most, and then gives as much, with as much of the float.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`] where nothing is left to lend: `work` is not run. What `work` answers.
+    pub fn with_loan<T>(&self, bytes: u64, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        assert!(bytes <= FOLIO_SIZE, "a loan is a folio");
+        let at_stake = if bytes > LITTLE { Some(self.lend()?) } else { None };
+        let result = work();
+        if at_stake.is_some() {
+            self.take_loan_back();
+            steps::done(Step::LendTaken);
+        }
+        result
+    }
+
+    /// A reserve gives a folio to the machine. Returns the page that is at stake, if one is.
+    fn lend(&self) -> Result<Option<Token<'_>>> {
+        let Piece { _moving, _at_stake, .. } = self.begin_piece()?;
+        let (_, mut source) = self.lock_richest();
+        let left = source.size().checked_sub(FOLIO_SIZE).ok_or(Error::NoMemory)?; // pages are missing
+        shorten(&mut source, left)?;
+        steps::done(Step::LendGiven);
+        self.note_short(FOLIO_SIZE);
+        Ok(_at_stake)
+    }
+
+    /// Where another process was faster, the patrol takes it later. Where the patrol has done so already, nothing is lacking.
+    fn take_loan_back(&self) {
+        let _moving = self.moving();
+        let bytes = FOLIO_SIZE.min(self.account().short);
+        if bytes > 0 {
+            self.take_lacking(bytes);
+        }
     }
 
     /// Begins to move a piece. A machine that is short of memory is asked for a folio.

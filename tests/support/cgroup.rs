@@ -35,6 +35,13 @@ impl Cgroup {
         Self { directory, limit }
     }
 
+    /// Bytes of memory that its processes have, where that is what is limited.
+    pub fn taken(&self) -> u64 {
+        let file = if self.limit == "memory.max" { "memory.current" } else { "memory.usage_in_bytes" };
+        let text = fs::read_to_string(self.directory.join(file)).unwrap();
+        text.trim().parse().expect("a number")
+    }
+
     pub fn limit(&self, most: u64) {
         fs::write(self.directory.join(self.limit), most.to_string()).unwrap();
     }

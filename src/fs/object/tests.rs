@@ -44,7 +44,7 @@ fn bytes_of(object: &Object, length: u64) -> Vec<u8> {
 fn a_short_write_returns_its_true_prefix() {
     let pool = pool(4);
     let object = filled(&pool, FOLIO_SIZE, 1);
-    object.quarantine(b"0x80000 4096", &Pace::steady()).unwrap();
+    object.quarantine(b"0x80000 4096", &pool, &Pace::steady()).unwrap();
     refuse_to_be_written(&object, UNWRITABLE);
     let written = object.write(&vec![2; 1 << 20], 0, context(&pool, &Pace::steady())).unwrap();
     assert_eq!(written as u64, UNWRITABLE.offset());
@@ -57,7 +57,7 @@ fn a_short_write_returns_its_true_prefix() {
 fn a_write_that_ends_at_its_start_is_an_error() {
     let pool = pool(4);
     let object = filled(&pool, FOLIO_SIZE, 1);
-    object.quarantine(b"0x80000 4096", &Pace::steady()).unwrap();
+    object.quarantine(b"0x80000 4096", &pool, &Pace::steady()).unwrap();
     refuse_to_be_written(&object, UNWRITABLE);
     let written = object.write(&vec![2; 1 << 20], UNWRITABLE.offset(), context(&pool, &Pace::steady()));
     assert!(matches!(written, Err(Error::Full)), "{written:?}");
