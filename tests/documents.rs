@@ -3,6 +3,7 @@
 mod support;
 
 use hugetlb2fs::options::TABLE;
+use std::path::Path;
 use std::process::{Command, Output};
 use support::documents::{blocks, document, quoted, rows, section};
 use support::{FOLIO, POOL, Pool, SUBPAGE, Worker, get, hugetlb2, limits, poison, run, text};
@@ -50,8 +51,13 @@ fn the_commands_of_a_pools_life_work() {
 
     let readme = document("README.md");
     let use_it = blocks(section(&readme, "Use it"), "sh")[0];
-    let (_, commands) = use_it.split_once('\n').expect("the first line builds and installs");
-    let said = run_in_namespace(&made_small(commands));
+    let built = Path::new(hugetlb2().get_program()).parent().expect("a directory").to_owned();
+    let place = format!(
+        "mount -t tmpfs bare /usr/sbin; cd {}; export BUILT={}\n",
+        env!("CARGO_MANIFEST_DIR"),
+        built.display()
+    );
+    let said = run_in_namespace(&(place + &made_small(use_it)));
     assert!(said.contains("32 of 2 MiB"), "{said}");
 }
 
@@ -79,6 +85,14 @@ fn the_line_of_the_log_leads_to_the_file() {
         grep -c \"file $id: 0x0 0x1000 quarantined (soft)\" /mnt/log";
     let said = run_in_namespace(&made_small(&format!("{MOUNT}{commands}{look}")));
     assert_eq!(said, "/mnt/h2/vm0\n1\n");
+}
+
+#[test]
+fn the_environment_of_mount_sets_the_filter_of_the_log() {
+    let operations = document("docs/OPERATIONS.md");
+    let setting = quoted(section(&operations, "The log")).find(|word| word.starts_with("HUGETLB2_LOG="));
+    let script = format!("{} {MOUNT}umount -c /mnt/h2\ngrep -c DEBUG /mnt/log", setting.expect("an example"));
+    assert_ne!(run_in_namespace(&made_small(&script)), "0\n");
 }
 
 #[test]
