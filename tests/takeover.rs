@@ -481,7 +481,7 @@ fn an_upgrade_that_cannot_be_is_refused_and_the_other_goes_on() {
     pool.unmount();
 }
 
-/// What a sealed file keeps about itself (docs/FORMAT.md).
+/// The attribute with the header of a sealed file (docs/FORMAT.md).
 const HEADER: &str = "trusted.superblock";
 
 fn of_version(version: u8, mut header: [u8; 40]) -> [u8; 40] {
