@@ -90,6 +90,7 @@ fn raise_descriptor_limit() -> Result<(), Error> {
 
 /// Runs a worker on `device` (/dev/fuse), in the process that was forked for it; returns the status to end with.
 pub fn run(options: &Options, device: &OwnedFd, role: Role) -> i32 {
+    sys::allocator::keep_memory_at_hand();
     let writes = logging::start_writer().map_err(no_thread);
     let done = match role {
         Role::Refuse => refuse(device), // without a writer its lines wait for the next worker's

@@ -2,6 +2,7 @@
 
 use crate::faults;
 use crate::fs::Repaired;
+use crate::sys::processors;
 use crossbeam::channel::{Receiver, Sender, unbounded};
 use std::io;
 use std::thread::JoinHandle;
@@ -23,6 +24,7 @@ pub fn start() -> io::Result<(Sender<Repaired>, Agent)> {
 /// held, the folio stays in small pages until its owner asks for a collapse.
 fn run(repaired: &Receiver<Repaired>) {
     faults::exempt();
+    processors::leave_one();
     for (object, range) in repaired {
         for folio in range.folios() {
             if let Err(error) = object.collapse_folio(folio) {

@@ -1,4 +1,5 @@
-//! Work that no request asks for: each agent is a thread that waits and calls.
+//! Work that no request asks for: each agent is a thread that waits and calls. The agents leave one
+//! processor to the threads that serve.
 
 pub mod collapse;
 pub mod patrol;

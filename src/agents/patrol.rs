@@ -3,6 +3,7 @@
 
 use crate::faults;
 use crate::fs::Fs;
+use crate::sys::processors;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use std::io;
 use std::sync::Arc;
@@ -32,6 +33,7 @@ pub fn start(fs: Arc<Fs>) -> io::Result<Patrol> {
 
 fn run(fs: &Fs, stopped: &Receiver<()>) {
     faults::exempt();
+    processors::leave_one();
     while stopped.recv_timeout(PERIOD) == Err(RecvTimeoutError::Timeout) {
         fs.shut_opened_holes();
         fs.look_for_poison();

@@ -9,12 +9,14 @@
 //! The threads that serve read one request after the other, and all users wait for them. So a request that moves memory, looks through
 //! a file or finds the file locked goes to a job's thread ([`crate::error::Error::TakesLong`]). Users take turns there, and one
 //! user has [`MOST_OF_USER`] threads at most: a user with a thousand long requests delays the first one of another user by
-//! what is left of a running one at most.
+//! what is left of a running one at most. All of them leave one processor to the threads that serve ([`processors::leave_one`]): so a
+//! machine with two processors carries out long requests with one, and answers short ones with the other.
 //!
 //! A request that waits for what other requests bring back holds no job's thread meanwhile. [`MOST_WAITING`] of all users wait at once; the
 //! next one is refused, as it would be after having waited in vain. The same goes for the bytes that requests keep
 //! ([`Held`]).
 
+use crate::sys::processors;
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -91,6 +93,7 @@ impl Queue {
     }
 
     fn work(&self) {
+        processors::leave_one();
         while let Some((user, job)) = self.next() {
             job();
             self.turns().end(user);

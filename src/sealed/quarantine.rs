@@ -30,7 +30,7 @@ use super::{Bytes, Content, PINNED, STRAYS_SHUT, Sealed, UNWINNABLE, ledger};
 use crate::error::{Error, Result};
 use crate::steps::{self, Step, insist};
 use crate::sys::mapping::Window;
-use crate::sys::tmpfs;
+use crate::sys::{processors, tmpfs};
 use crate::units::{FOLIO_SIZE, Folio, Range, SUBPAGE_SIZE, SUBPAGES_PER_FOLIO, Subpage};
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -427,10 +427,11 @@ fn write_among_strays(file: &File, bytes: &[u8], offset: u64, free: impl Fn() ->
 }
 
 /// Runs `work`, which frees blocks, and `take`, which takes them, over and over in another thread. A program that hammers a
-/// hole takes a block back within microseconds, sooner than a second call of one thread can come. `work` says what fails.
-/// Where the kernel refuses a thread, `work` goes without; it fails more often then, beside a hammer.
+/// hole takes a block back within microseconds, sooner than a second call of one thread can come; both threads need a processor for
+/// that. `work` says what fails. Where the kernel refuses a thread, `work` goes without; it fails more often then, beside a hammer.
 pub(super) fn meanwhile<T>(take: impl Fn() + Sync, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let stop = AtomicBool::new(false);
+    let _wherever_there_is_time = processors::All::use_them();
     std::thread::scope(|scope| {
         let spin = || {
             while !stop.load(Ordering::Relaxed) {

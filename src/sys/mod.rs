@@ -13,6 +13,7 @@ pub mod mounts;
 pub mod namespace;
 pub mod policy;
 pub mod process;
+pub mod processors;
 pub mod seccomp;
 pub mod shortage;
 pub mod sigbus;
