@@ -36,6 +36,8 @@ mod mounting;
 mod quarantine;
 #[path = "compare/sides.rs"]
 mod sides;
+#[path = "compare/stranger.rs"]
+mod stranger;
 #[path = "compare/svg.rs"]
 mod svg;
 #[path = "compare/table.rs"]
@@ -62,6 +64,7 @@ const PARTS: &[Part] = &[
     ("mounting", mounting::measure),
     ("calls", calls::measure),
     ("growth", growth::measure),
+    ("stranger", stranger::measure),
     ("takeover", takeover::measure),
     ("memory", memory::measure),
 ];

@@ -119,22 +119,32 @@ mod armed {
     const NONE: u32 = u32::MAX;
     static ARMED: AtomicU32 = AtomicU32::new(NONE);
     static LEFT: AtomicU64 = AtomicU64::new(0);
-    static HELD: Mutex<Option<Step>> = Mutex::new(None);
+    static HELD: Mutex<Held> = Mutex::new(Held { step: None, stopped: 0 });
     static RELEASED: Condvar = Condvar::new();
     static TALLY: [AtomicU64; Step::ALL.len()] = [const { AtomicU64::new(0) }; Step::ALL.len()];
 
-    fn held() -> MutexGuard<'static, Option<Step>> {
+    struct Held {
+        step: Option<Step>,
+        stopped: u32,
+    }
+
+    fn held() -> MutexGuard<'static, Held> {
         HELD.lock().expect("no panic while a step is compared")
     }
 
     /// From now on, each thread that reaches `step` stops there until [`release`].
     pub fn hold(step: Step) {
-        *held() = Some(step);
+        *held() = Held { step: Some(step), stopped: 0 };
+    }
+
+    /// How many threads have stopped at the step that is held.
+    pub fn stopped() -> u32 {
+        held().stopped
     }
 
     /// Ends [`hold`]: the stopped threads go on.
     pub fn release() {
-        *held() = None;
+        *held() = Held { step: None, stopped: 0 };
         RELEASED.notify_all();
     }
 
@@ -155,13 +165,17 @@ mod armed {
         if ARMED.load(Ordering::SeqCst) == step as u32 && LEFT.fetch_sub(1, Ordering::SeqCst) == 1 {
             super::die()
         }
-        let is_held = |held: &mut Option<Step>| *held == Some(step);
-        drop(RELEASED.wait_while(held(), is_held).expect("no panic while a step is compared"));
+        let mut held = held();
+        if held.step == Some(step) {
+            held.stopped += 1;
+        }
+        let is_held = |held: &mut Held| held.step == Some(step);
+        drop(RELEASED.wait_while(held, is_held).expect("no panic while a step is compared"));
     }
 }
 
 #[cfg(debug_assertions)]
-pub use armed::{arm, done, hold, release, tally};
+pub use armed::{arm, done, hold, release, stopped, tally};
 
 /// Marks that a step is done.
 #[cfg(not(debug_assertions))]

@@ -55,6 +55,9 @@ enum Protocol {
     /// Only for tests: how often each step was done.
     #[cfg(debug_assertions)]
     Steps,
+    /// Only for tests: how many threads have stopped at the step that is held.
+    #[cfg(debug_assertions)]
+    Stopped,
     /// Only for tests: which system call is to fail, and what has come of it.
     #[cfg(debug_assertions)]
     Fail,
@@ -82,6 +85,8 @@ const TABLE: &[(&str, Protocol, On)] = &[
     ("trusted.hugetlb2.die", Protocol::Die, On::Root),
     #[cfg(debug_assertions)]
     ("trusted.hugetlb2.steps", Protocol::Steps, On::Root),
+    #[cfg(debug_assertions)]
+    ("trusted.hugetlb2.stopped", Protocol::Stopped, On::Root),
     #[cfg(debug_assertions)]
     ("trusted.hugetlb2.fail", Protocol::Fail, On::Root),
 ];
@@ -168,12 +173,14 @@ impl Fs {
             Protocol::Size => Ok(format!("{}\n", self.pool.balance().total * self.pool.page_size().bytes())),
             Protocol::Check => {
                 pace.refuse_if(|| Ok(true))?;
-                Ok(self.check()?.iter().fold(String::new(), |text, what| text + what + "\n"))
+                Ok(self.check(pace)?.iter().fold(String::new(), |text, what| text + what + "\n"))
             }
             #[cfg(debug_assertions)]
             Protocol::Die => Ok(Step::ALL.iter().fold(String::new(), |text, step| text + step.name() + "\n")),
             #[cfg(debug_assertions)]
             Protocol::Steps => Ok(steps_text()),
+            #[cfg(debug_assertions)]
+            Protocol::Stopped => Ok(steps::stopped().to_string()),
             #[cfg(debug_assertions)]
             Protocol::Fail => Ok(faults::report()),
             _ => Err(Error::NoData),
@@ -328,7 +335,7 @@ impl Fs {
         let repair = || self.with_context(object, ticket, |context| object.repair(value, resumed, context));
         match repair() {
             // The kernel counts an error only after programs can have met it.
-            Err(Error::NoData) if object.look_for_poison()? > 0 => repair(),
+            Err(Error::NoData) if object.look_for_poison(&Pace::of(ticket))? > 0 => repair(),
             result => result,
         }
     }
@@ -386,8 +393,10 @@ mod tests {
             PREFIXES.iter().any(|prefix| name.as_bytes().starts_with(prefix)).then_some((name, rest))
         };
         let documented: Vec<_> = readme.lines().filter_map(row).collect();
-        let only_for_tests = ["trusted.hugetlb2.die", "trusted.hugetlb2.steps", "trusted.hugetlb2.fail"];
-        let offered = TABLE.iter().filter(|(name, ..)| !only_for_tests.contains(name));
+        let only_for_tests =
+            ["die", "steps", "stopped", "fail"].map(|name| format!("trusted.hugetlb2.{name}"));
+        let offered =
+            TABLE.iter().filter(|(name, ..)| !only_for_tests.iter().any(|other| other.as_str() == *name));
         assert!(offered.clone().map(|row| row.0).eq(documented.iter().map(|row| row.0)), "{documented:?}");
         for ((name, _, on), (_, rest)) in offered.zip(documented) {
             let place = if *on == On::File { "file | " } else { "root | " };

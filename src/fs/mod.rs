@@ -464,14 +464,14 @@ impl Fs {
             return Ok(0);
         }
         pace.refuse_if(|| Ok(true))?;
-        object.look_for_poison()
+        object.look_for_poison(pace)
     }
 
     /// Looks all files through for memory errors, if the kernel has met any since the last time.
     pub fn look_for_poison(&self) {
         self.if_memory_failed(&self.failures, FAILURES, || {
             let look = |object: &Arc<Object>| {
-                let looked = object.look_for_poison().map(drop);
+                let looked = object.look_for_poison(&Pace::steady()).map(drop);
                 looked.inspect_err(|error| {
                     log::error!("file {}: looking for memory errors: {error}", object.node())
                 })
@@ -658,10 +658,10 @@ impl Fs {
     ///
     /// # Errors
     /// What the kernel answers; [`Error::Busy`] where files come and go faster than they can be counted.
-    pub fn check(&self) -> Result<Vec<String>> {
+    pub fn check(&self, pace: &Pace) -> Result<Vec<String>> {
         let mut wrong = Vec::new();
         for object in self.objects_and_stranded() {
-            wrong.extend(object.check()?);
+            wrong.extend(object.check(pace)?);
             // An object goes before its inode does.
             if !self.index.exists(object.node())? && self.known_object(object.node()).is_some() {
                 wrong.push(format!("P2: object {} belongs to no file", object.node()));

@@ -44,6 +44,10 @@ const COLLAPSE_NAP: Duration = Duration::from_millis(3);
 /// How much is punched and kept in one piece: to drop memory takes some 15 ms per GiB.
 const PUNCHED_AT_ONCE: u64 = 128 << 20;
 
+/// How much is looked through for memory errors in one piece: some milliseconds where all of it is in
+/// small pages.
+const LOOKED_AT_ONCE: u64 = 128 << 20;
+
 /// Why gaps forbid a soft quarantine. A free block would open the hole; and who counts on its touches filling them must not find zeros.
 const GAPS_FORBID: Error =
     Error::Busy("the file has punched memory that waits for a touch; fallocate(2) it first");
@@ -295,8 +299,8 @@ impl Object {
 
     /// The memory that the program gave up is taken from the machine again. While it has none, the holes stay open, and
     /// the log says so once.
-    fn shut(&self, holding: &mut Holding) {
-        match holding.sealed_mut().reclaim_from_strays() {
+    fn shut(&self, holding: &mut Locked<'_>) {
+        match reclaim(holding, true, &Pace::steady()) {
             Ok(()) => self.is_stuck_open.store(false, Ordering::Relaxed),
             Err(error) if !self.is_stuck_open.swap(true, Ordering::Relaxed) => {
                 log::error!(
@@ -412,14 +416,14 @@ impl Object {
             .pace
             .refuse_if(|| takes_long(&holding, range, range.end.max(holding.size()), context.pool))?;
         if holding.has_pages(range) || holding.can_append(range) {
-            mend_but_gaps(&mut holding)?
+            mend_but_gaps(&mut holding, context.pace)?
         } else {
-            mend(&mut holding)?
+            mend(&mut holding, context.pace)?
         }
         let size = holding.size();
         if holding.can_append(range) {
             match holding.sealed_mut().append(bytes, range.start) {
-                Err(Error::Poisoned) | Ok(0) => mend(&mut holding)?, // an error that nobody knew of: around it, as below
+                Err(Error::Poisoned) | Ok(0) => mend(&mut holding, context.pace)?, // an error that nobody knew of: around it, as below
                 result => return result,
             }
         }
@@ -499,7 +503,7 @@ impl Object {
         let _one_at_a_time = self.begin(context.pace)?;
         let mut holding = self.lock(context.pace)?;
         context.pace.refuse_if(|| takes_long(&holding, Range::new(size, size), size, context.pool))?;
-        mend(&mut holding)?;
+        mend(&mut holding, context.pace)?;
         let change = match holding.size() {
             now if size <= now => holding.begin_shrinking(context.pool, size)?,
             now => holding.begin_growth(context.pool, Range::new(now, now), size)?,
@@ -526,7 +530,7 @@ impl Object {
         if what == Allocation::Punch && context.keep_punched {
             return self.punch_and_keep(&mut holding, range, context);
         }
-        mend(&mut holding)?;
+        mend(&mut holding, context.pace)?;
         if matches!(what, Allocation::Punch | Allocation::Zero | Allocation::ZeroKeepSize) {
             refuse_partial_holes(&holding, range)?;
         }
@@ -550,7 +554,7 @@ impl Object {
     /// The pages stay the file's, and a touch fills the gaps. Where there are soft holes elsewhere, which a free block would open, all is
     /// zeroed in place.
     fn punch_and_keep(&self, holding: &mut Locked<'_>, range: Range, context: Context<'_>) -> Result<()> {
-        mend_but_gaps(holding)?;
+        mend_but_gaps(holding, context.pace)?;
         refuse_partial_holes(holding, range)?;
         self.repair_lost(holding, range, context)?;
         if holding.sealed().holes().is_empty() && !holding.has_released() {
@@ -641,14 +645,13 @@ impl Object {
         if self.summary().punched { self.share(pace)?.sealed().punched_bytes() } else { Ok(0) }
     }
 
-    /// Looks for memory errors that the kernel has met in the file, and returns how many are new.
+    /// Looks for memory errors that the kernel has met in the file, and returns how many are new. Gives way between its pieces.
     ///
     /// # Errors
-    /// What mmap(2) and setxattr(2) answer.
-    pub fn look_for_poison(&self) -> Result<usize> {
-        let mut holding = self.write_lock();
-        let found = holding.sealed_mut().note_poison(sys::unix_time())?;
-        drop(holding);
+    /// What mmap(2) and setxattr(2) answer; [`Error::Interrupted`]. What was found by then is noted.
+    pub fn look_for_poison(&self, pace: &Pace) -> Result<usize> {
+        let (mut found, time) = (Vec::new(), sys::unix_time());
+        let looked = self.note_poison(&mut found, time, pace);
         for subpage in &found {
             log::error!(
                 "file {}: memory error, {:#x} {SUBPAGE_SIZE:#x} quarantined (hw)",
@@ -659,7 +662,17 @@ impl Object {
         if !found.is_empty() {
             self.wake_all();
         }
-        Ok(found.len())
+        looked.map(|()| found.len())
+    }
+
+    /// Adds what is new to `found`, piece by piece.
+    fn note_poison(&self, found: &mut Vec<Subpage>, time: u64, pace: &Pace) -> Result<()> {
+        let mut holding = self.write_lock();
+        let file = Range::new(0, holding.sealed().size()).subpages_out();
+        file.steps(LOOKED_AT_ONCE).try_for_each(|piece| {
+            found.extend(holding.sealed_mut().note_poison_in(piece, time)?);
+            pace.give_way(&mut holding)
+        })
     }
 
     /// Has the kernel treat a subpage as if the hardware had reported an error in it, by a value of the inject attribute.
@@ -776,7 +789,7 @@ impl Object {
         if holding.sealed().punched_bytes()? > 0 {
             return Err(GAPS_FORBID);
         }
-        mend(&mut holding)?;
+        mend(&mut holding, pace)?;
         let time = sys::unix_time();
         let before = holding.sealed().lost_count();
         let result = ranges
@@ -828,7 +841,7 @@ impl Object {
     pub fn repair(&self, value: &[u8], resumed: bool, context: Context<'_>) -> Result<()> {
         let mut holding = self.write_lock();
         let requests = quarantine::parse_repair(value, holding.size())?;
-        mend_but_gaps(&mut holding)?;
+        mend_but_gaps(&mut holding, context.pace)?;
         for (verb, range) in requests.iter().filter(|_| !resumed) {
             check_repairable(&holding, *verb, *range)?;
         }
@@ -979,11 +992,12 @@ impl Object {
     /// Verifies what can be told of the file alone; says what does not hold. A change of the file waits for a piece of that.
     ///
     /// # Errors
-    /// What the kernel answers.
-    pub fn check(&self) -> Result<Vec<String>> {
+    /// What the kernel answers; [`Error::Interrupted`].
+    pub fn check(&self, pace: &Pace) -> Result<Vec<String>> {
         let mut wrong = self.read_lock().check()?;
         let mut at = 0;
         while at < self.read_lock().sealed().memory_span() {
+            pace.go_on()?;
             wrong.extend(self.read_lock().sealed().check_part(Range::at(at, PIECE))?);
             at += PIECE;
         }
@@ -1091,14 +1105,23 @@ fn is_torn_around_holes(holding: &Holding) -> Result<bool> {
     Ok(!holding.sealed().holes().is_empty() && holding.sealed().is_torn()?)
 }
 
-/// Before an operation that needs S1: take back what a program punched, with madvise(2) or on request.
-fn mend(holding: &mut Holding) -> Result<()> {
-    holding.sealed_mut().reclaim_removed().map(drop)
+/// Before an operation that needs S1: take back what a program punched, with madvise(2) or on request. Gives way between its pieces.
+fn mend(holding: &mut Locked<'_>, pace: &Pace) -> Result<()> {
+    reclaim(holding, false, pace)
+}
+
+fn reclaim(holding: &mut Locked<'_>, from_strays: bool, pace: &Pace) -> Result<()> {
+    let mut next = holding.sealed_mut().begin_reclaiming(from_strays)?;
+    while let Some(from) = next {
+        pace.give_way(holding)?;
+        next = holding.sealed_mut().reclaim_piece(from)?;
+    }
+    Ok(())
 }
 
 /// Before one that needs S1 only for the sake of soft holes. Where there are gaps on request, there are none.
-fn mend_but_gaps(holding: &mut Holding) -> Result<()> {
-    if holding.sealed().is_punched() { Ok(()) } else { mend(holding) }
+fn mend_but_gaps(holding: &mut Locked<'_>, pace: &Pace) -> Result<()> {
+    if holding.sealed().is_punched() { Ok(()) } else { mend(holding, pace) }
 }
 
 /// The parts of `range` that are of one folio each.

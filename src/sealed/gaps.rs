@@ -7,6 +7,9 @@ use crate::steps::{self, Step};
 use crate::sys::{self, tmpfs};
 use crate::units::{Folio, Range, SUBPAGE_SIZE, SUBPAGES_PER_FOLIO};
 
+/// How much of a file is taken back in one piece, which is to clear as much memory: 1 to 2 ms.
+const RECLAIMED_AT_ONCE: u64 = 32 << 20;
+
 impl Sealed {
     /// Gives the memory of `range` to the machine and lets whoever touches it have other, cleared memory there. In the account of
     /// folios nothing changes. Subpages that the range covers in part are zeroed, if they have memory.
@@ -103,50 +106,70 @@ impl Sealed {
         Ok(tmpfs::blocks(&self.data)?.free > 0)
     }
 
-    /// Takes back what a program gave up, and what was punched, and shuts what that has opened. Returns whether there was any.
+    /// Takes back what a program gave up, and what was punched, and shuts what that has opened.
     ///
     /// # Errors
     /// [`Error::NoMemory`].
-    pub fn reclaim_removed(&mut self) -> Result<bool> {
-        let is_torn = tmpfs::blocks(&self.data)?.free > 0;
-        self.reclaim(is_torn)
+    pub(super) fn reclaim_removed(&mut self) -> Result<()> {
+        let mut next = self.begin_reclaiming(false)?;
+        while let Some(from) = next {
+            next = self.reclaim_piece(from)?;
+        }
+        Ok(())
     }
 
-    /// The same where a touched hole may have all that is free: then no block is, until the hole is shut.
+    /// Begins with that, and returns where the first piece is; none where nothing is to be done. Touched holes may have all blocks
+    /// that are free: `from_strays` has the file looked through for that.
     ///
     /// # Errors
-    /// [`Error::NoMemory`].
-    pub fn reclaim_from_strays(&mut self) -> Result<()> {
-        self.reclaim(true).map(drop)
-    }
-
-    fn reclaim(&mut self, is_torn: bool) -> Result<bool> {
-        if tmpfs::blocks(&self.data)?.limit != self.limit() {
+    /// What the kernel answers.
+    pub fn begin_reclaiming(&mut self, from_strays: bool) -> Result<Option<u64>> {
+        let blocks = tmpfs::blocks(&self.data)?;
+        if blocks.limit != self.limit() {
             self.ledger.trim_all()?;
             self.seal(&[])?;
         }
-        let reclaimed = is_torn && self.fill_gaps()?;
+        if !from_strays && blocks.free == 0 {
+            return self.forget_punched().map(|()| None);
+        }
+        self.shut_strays()?;
+        Ok(Some(0))
+    }
+
+    /// Does a piece, from the byte `from` on. Returns where the next one begins; none where nothing is left to be done. Between two
+    /// pieces the file is as a program leaves it that gives up what the pieces to come take back.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`].
+    pub fn reclaim_piece(&mut self, from: u64) -> Result<Option<u64>> {
+        let piece = Range::at(from, RECLAIMED_AT_ONCE).intersect(Range::new(0, self.memory_span()));
+        if piece.is_empty() {
+            return self.forget_punched().map(|()| None);
+        }
+        self.fill_gaps(piece)?;
+        Ok(Some(piece.end))
+    }
+
+    fn forget_punched(&mut self) -> Result<()> {
         if self.punched {
             steps::done(Step::UnpunchFilled);
             self.notes().discard(PUNCHED)?;
             self.punched = false;
             steps::done(Step::UnpunchDone);
         }
-        Ok(reclaimed)
+        Ok(())
     }
 
-    fn fill_gaps(&mut self) -> Result<bool> {
-        self.shut_strays()?;
+    fn fill_gaps(&mut self, range: Range) -> Result<()> {
         sys::refuse_more_than_available(tmpfs::blocks(&self.data)?.free * SUBPAGE_SIZE)?;
-        let mut torn = false;
-        for folio in self.folios().collect::<Vec<_>>() {
+        let with_memory: Vec<_> = range.folios().filter(|folio| self.has_memory(*folio)).collect();
+        for folio in with_memory {
             for part in between(folio.range(), self.lost_runs_in(folio.range())) {
                 if tmpfs::resident(&self.data, part)? < part.len() / SUBPAGE_SIZE {
                     self.fill(part)?;
-                    torn = true;
                 }
             }
         }
-        Ok(torn)
+        Ok(())
     }
 }

@@ -17,7 +17,10 @@ impl Sealed {
     }
 
     /// The same for `range`, whole subpages.
-    pub(super) fn note_poison_in(&mut self, range: Range, time: u64) -> Result<Vec<Subpage>> {
+    ///
+    /// # Errors
+    /// As for [`Sealed::note_poison`].
+    pub fn note_poison_in(&mut self, range: Range, time: u64) -> Result<Vec<Subpage>> {
         let range = range.intersect(Range::new(0, self.size).subpages_out());
         let found = self.find_poison(range)?;
         let new: Vec<Subpage> = found.into_iter().filter(|subpage| !self.is_lost(*subpage)).collect();

@@ -90,7 +90,7 @@ impl Sealed {
                 );
                 Ok(())
             }
-            result => result.map(drop),
+            result => result,
         }
     }
 

@@ -272,7 +272,7 @@ fn only_a_touch_or_a_need_of_blocks_fills_gaps() {
     let mapping = Mapping::new(again.data(), folios(3), Sharing::Shared, true).unwrap();
     assert_eq!(mapping.load(3 * SUBPAGE_SIZE), Ok(0));
     assert_eq!(again.punched_bytes().unwrap(), missing - SUBPAGE_SIZE);
-    assert!(again.reclaim_removed().unwrap());
+    again.reclaim_removed().unwrap();
     assert!(!again.is_punched());
     assert_sealed(&again);
     assert_unchanged(&again, Range::new(4 * SUBPAGE_SIZE, FOLIO_SIZE));
@@ -288,8 +288,25 @@ fn memory_that_a_program_removed_is_taken_back() {
     let mapping = Mapping::new(sealed.data(), folios(2), Sharing::Shared, true).unwrap();
     mapping.advise_range(Range::at(4 * SUBPAGE_SIZE, 3 * SUBPAGE_SIZE), MADV_REMOVE).unwrap();
     mapping.advise_range(Folio(1).range(), MADV_REMOVE).unwrap();
-    assert!(sealed.reclaim_removed().unwrap());
+    assert!(sealed.is_torn().unwrap());
+    sealed.reclaim_removed().unwrap();
     assert_sealed(&sealed);
     assert_eq!(mapping.walk().len(), 1);
-    assert!(!sealed.reclaim_removed().unwrap());
+    assert_eq!(sealed.begin_reclaiming(false).unwrap(), None, "nothing is left to be done");
+}
+
+#[test]
+fn what_was_removed_is_taken_back_in_pieces() {
+    const MADV_REMOVE: i32 = 9;
+    const SIZE: u64 = 34 << 20; // a piece, and a folio
+    let mut sealed = sealed(SIZE);
+    let mapping = Mapping::new(sealed.data(), Range::new(0, SIZE), Sharing::Shared, true).unwrap();
+    [0, 16].into_iter().for_each(|folio| mapping.advise_range(Folio(folio).range(), MADV_REMOVE).unwrap());
+    let free = |sealed: &Sealed| tmpfs::blocks(sealed.data()).unwrap().free;
+    assert_eq!(sealed.begin_reclaiming(false).unwrap(), Some(0));
+    assert_eq!(sealed.reclaim_piece(0).unwrap(), Some(32 << 20));
+    assert_eq!(free(&sealed), SUBPAGES_PER_FOLIO, "the rest is for the next piece");
+    assert_eq!(sealed.reclaim_piece(32 << 20).unwrap(), Some(SIZE));
+    assert_eq!(sealed.reclaim_piece(SIZE).unwrap(), None);
+    assert_sealed(&sealed);
 }

@@ -486,6 +486,13 @@ impl<'a> Held<'a> {
         set(pool.path(), DIE, format!("hold {step}")).expect("a debug build");
         Self(pool)
     }
+
+    /// Waits until a thread has stopped there.
+    pub fn await_stop(&self) {
+        limits::until(limits::ANSWER, "a thread that stops at a step", || {
+            get(self.0.path(), "trusted.hugetlb2.stopped").expect("a debug build") != "0"
+        });
+    }
 }
 
 impl Drop for Held<'_> {
