@@ -20,6 +20,7 @@ pub const COLLAPSE: &str = "user.hugetlb2.collapse";
 pub const INJECT: &str = "trusted.hugetlb2.inject";
 /// How a file is mapped.
 pub const MAP: &str = "user.hugetlb2.map";
+const REFUSAL: &str = "user.hugetlb2.refusal";
 const POOL: &str = "user.hugetlb2.pool";
 const OPTIONS: &str = "user.hugetlb2.options";
 const SIZE: &str = "trusted.hugetlb2.size";
@@ -55,6 +56,12 @@ fn harmless(text: &str) -> String {
 /// The errno.
 pub fn write(path: &Path, name: &str, value: &str) -> Result<(), Errno> {
     setxattr(path, name, value.as_bytes(), XattrFlags::empty())
+}
+
+/// The daemon's own reason for the last [`write`] of this thread to a file that failed; `None` where it has none, or is a version
+/// that tells none.
+pub fn refusal(file: &Path) -> Option<String> {
+    read(file, REFUSAL).ok().flatten()
 }
 
 /// The counters of a pool.

@@ -6,6 +6,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use hugetlb2fs::quarantine;
 use rustix::fs::{major, minor, statvfs};
 use rustix::io::Errno;
+use rustix::process::geteuid;
 use serde_json::{Map, Value, json};
 use std::ffi::OsString;
 use std::fmt::{Display, Write as _};
@@ -54,7 +55,7 @@ enum Action {
         #[arg(value_enum)]
         verb: Verb,
         /// `all`, or first byte and number of bytes (decimal or 0x hexadecimal)
-        #[arg(num_args = 1..=2, required = true, value_names = ["OFFSET", "LENGTH"])]
+        #[arg(num_args = 1..=2, required = true, value_names = ["all|OFFSET", "LENGTH"])]
         target: Vec<String>,
     },
     /// Put huge mappings back now, where memory has come to lie in small pages
@@ -62,7 +63,7 @@ enum Action {
         /// The file
         file: PathBuf,
         /// `all`, or first byte and number of bytes (decimal or 0x hexadecimal)
-        #[arg(num_args = 1..=2, required = true, value_names = ["OFFSET", "LENGTH"])]
+        #[arg(num_args = 1..=2, required = true, value_names = ["all|OFFSET", "LENGTH"])]
         target: Vec<String>,
     },
     /// Show how a file is mapped: offset, length, state, NUMA node
@@ -307,9 +308,9 @@ fn check(directory: &Path, json: bool) -> Done {
         Errno::OPNOTSUPP => format!("{}: no hugetlb2 pool is mounted there", directory.display()),
         other => format!("{}: {other}", directory.display()),
     })?;
-    let text = text.ok_or_else(|| {
-        format!("{}: no hugetlb2 pool is mounted there, or you are not root", directory.display())
-    })?;
+    let or = if geteuid().is_root() { "" } else { ", or you are not root" };
+    let text =
+        text.ok_or_else(|| format!("{}: no hugetlb2 pool is mounted there{or}", directory.display()))?;
     let wrong: Vec<&str> = text.lines().collect();
     if json {
         print_json(&json!({ "ok": wrong.is_empty(), "wrong": wrong }))?;
@@ -410,7 +411,7 @@ fn request(file: &Path, attribute: &str, value: &str, json: bool) -> Done {
 fn describe(file: &Path, errno: Errno) -> String {
     let why = match errno {
         Errno::NODATA => "there is nothing of that kind in this range".to_owned(),
-        Errno::BUSY => "the memory is pinned or otherwise busy; see the daemon's log".to_owned(),
+        Errno::BUSY => attributes::refusal(file).unwrap_or_else(|| errno.to_string()),
         Errno::OPNOTSUPP => "not a regular file of a hugetlb2 pool".to_owned(),
         Errno::AGAIN => "the kernel could not do it for all of the range now; try again".to_owned(),
         Errno::TOOBIG => "the list is longer than an extended attribute can be (64 KiB)".to_owned(),

@@ -29,13 +29,20 @@ pub fn command() -> Command {
         .override_usage("mount.hugetlb2 NAME DIR [-sfnv] [-N NAMESPACE] [-o OPTIONS] [-t TYPE]")
         .after_help(format!(
             "Options of the pool (-o):\n{}\n\
-             mount(8)'s generic options (ro, nosuid, noexec, remount, ...) work as usual; remount,size= resizes a\n\
-             mounted pool, nonempty mounts over a directory that has entries.\n\n\
-             Exit status: 0 mounted, 1 wrong usage, 2 system error, 4 internal error, 8 interrupted, 32 mount failed.",
+             mount(8)'s generic options (ro, nosuid, noexec, remount, ...) work as usual;\n\
+             remount,size= resizes a mounted pool, nonempty mounts over a directory that has\n\
+             entries.\n\n\
+             Exit status: 0 mounted, 1 wrong usage, 2 system error, 4 internal error,\n\
+             8 interrupted, 32 mount failed.",
             Options::help()
         ))
         .arg(Arg::new("name").required(true).help("what /proc/mounts shows as the source"))
-        .arg(Arg::new("dir").required(true).value_parser(clap::value_parser!(PathBuf)).help("an empty directory"))
+        .arg(
+            Arg::new("dir")
+                .required(true)
+                .value_parser(clap::value_parser!(PathBuf))
+                .help("an empty directory"),
+        )
         .arg(flag("sloppy", 's', "ignore unknown options"))
         .arg(flag("fake", 'f', "check everything, mount nothing"))
         .arg(flag("no-mtab", 'n', "accepted; there is no mtab to write to"))

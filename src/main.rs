@@ -92,7 +92,10 @@ fn settle_in(
     options: &Options,
     namespace: impl FnOnce() -> Result<(), hugetlb2fs::error::Error>,
 ) -> Result<(), String> {
-    logging::start(options.log.as_deref()).map_err(|error| format!("option log: {error}"))?;
+    logging::start(options.log.as_deref()).map_err(|error| {
+        let log = options.log.as_deref().unwrap_or("the system log");
+        format!("option log: {log} cannot be opened: {error}")
+    })?;
     end_at_a_panic();
     rustix::process::setsid().map_err(|error| format!("setsid: {error}"))?;
     worker::prepare(namespace)

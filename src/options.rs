@@ -99,7 +99,9 @@ impl Size {
     /// A sentence that says what is wrong and what would be right.
     pub fn parse(text: &str) -> Result<Self, String> {
         let wrong = || {
-            format!("{text:?} is not a size: a number with K, M, G or T behind it, or a percentage of RAM")
+            format!(
+                "{text:?} is not a size: a number with an optional suffix K, M, G or T, or a percentage of RAM as in 25%"
+            )
         };
         if let Some(percent) = text.strip_suffix('%') {
             let percent: u64 = percent.parse().map_err(|_| wrong())?;
@@ -177,7 +179,8 @@ pub const TABLE: &[Row] = &[
         name: "size",
         value: "SIZE",
         default: None,
-        help: "size of the pool: bytes, a number with K, M, G or T, or a percentage of RAM; in whole pages; a 64th comes on top",
+        help: "size of the pool in whole pages: a number with an optional suffix K, M, G or T, or a percentage of RAM; a \
+               64th comes on top",
         set: |options, text| Size::parse(text).map(|size| options.size = Some(size)),
         get: |options| options.size.map(|size| size.to_string()),
     },
@@ -230,7 +233,7 @@ pub const TABLE: &[Row] = &[
         name: "nr_inodes",
         value: "NUMBER",
         default: Some("half as many as the machine has 4 KiB pages"),
-        help: "most files, directories and other nodes, the root included; a number, also with K, M or G behind it. A further name \
+        help: "most files, directories and other nodes, the root included; a number with an optional suffix K, M or G. A further name \
                of a file, and each KiB of extended attributes, counts as one",
         set: |options, text| parse_inodes(text).map(|number| options.inodes = Some(number)),
         get: |options| options.inodes.map(|number| number.to_string()),
@@ -299,7 +302,7 @@ fn parse_inodes(text: &str) -> Result<u64, String> {
     match Size::parse(text) {
         Ok(Size::Bytes(number)) if (1..=u64::from(u32::MAX)).contains(&number) => Ok(number),
         _ => Err(format!(
-            "{text:?} is not a number of inodes: from 1 to {}, also with K, M or G behind it",
+            "{text:?} is not a number of inodes: from 1 to {}, with an optional suffix K, M or G",
             u32::MAX
         )),
     }
@@ -350,17 +353,21 @@ impl Options {
     /// # Errors
     /// A sentence, where no size is given or it is less than a page.
     pub fn pages(&self, memory: u64) -> Result<u64, String> {
-        let size = self.size.ok_or("option size is required: size=64G, say")?;
+        let size = self.size.ok_or("option size is required, as in size=64G")?;
         size.pages(self.page_size, memory).map_err(|why| format!("option size: {why}"))
     }
 
-    /// The table as text for a help page.
+    /// The table as text for a help page of 80 columns.
     pub fn help() -> String {
+        const COLUMN: usize = 27;
+        let indent = " ".repeat(COLUMN);
+        let layout = textwrap::Options::new(80).subsequent_indent(&indent).break_words(false);
         let mut out = String::new();
         for row in TABLE {
             let default = row.default.map_or("required".to_owned(), |value| format!("default {value}"));
-            let option = format!("{}={}", row.name, row.value);
-            let _ = writeln!(out, "  {option:24}{} ({default})", row.help);
+            let option = format!("  {}={}", row.name, row.value);
+            let text = format!("{option:COLUMN$}{} ({default})", row.help);
+            let _ = writeln!(out, "{}", textwrap::fill(&text, &layout));
         }
         out
     }
@@ -448,6 +455,17 @@ mod tests {
         let mut same = Options::default();
         options.given().for_each(|(name, value)| same.set(name, Some(&value)).unwrap());
         assert_eq!(same, options);
+    }
+
+    #[test]
+    fn the_help_fits_a_terminal_and_its_columns_stand() {
+        let (options, further): (Vec<String>, Vec<String>) =
+            Options::help().lines().map(str::to_owned).partition(|line| !line.starts_with("   "));
+        assert_eq!(options.len(), TABLE.len());
+        for line in options.iter().chain(&further) {
+            assert!(line.len() <= 80, "{line}");
+            assert!(line[..27].ends_with(' ') && !line[27..].starts_with(' '), "{line}");
+        }
     }
 
     #[test]

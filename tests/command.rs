@@ -2,6 +2,7 @@
 
 mod support;
 
+use rustix::io::Errno;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -43,6 +44,24 @@ fn pool_with_file() -> (Pool, std::path::PathBuf) {
     let file = pool.join("file");
     std::fs::write(&file, vec![7; 3 * FOLIO as usize]).unwrap();
     (pool, file)
+}
+
+// ---- refusals -----------------------------------------------------------------------------------
+
+#[test]
+fn a_refusal_tells_the_daemons_own_reason() {
+    let pool = Pool::mount("pagesize=2M,size=16M,io=native,collapse=off");
+    let file = pool.join("file");
+    std::fs::write(&file, vec![7; FOLIO as usize]).unwrap();
+    let reader = std::fs::File::open(&file).unwrap();
+    let why = "programs have the file open for reading natively";
+    assert_refused(&["poison"], &file, &["0", "4096"], why);
+    assert_eq!(get(&file, "user.hugetlb2.refusal"), Err(Errno::NODATA), "the reason is another thread's");
+    assert_eq!(poison(&file, 0, SUBPAGE), Err(Errno::BUSY));
+    assert!(get(&file, "user.hugetlb2.refusal").unwrap().starts_with(why));
+    drop(reader);
+    poison(&file, 0, SUBPAGE).unwrap();
+    assert_eq!(get(&file, "user.hugetlb2.refusal"), Err(Errno::NODATA), "a request has succeeded since");
 }
 
 // ---- status and check ---------------------------------------------------------------------------

@@ -417,7 +417,7 @@ fn a_daemon_that_talks_nonsense_is_ended() {
 fn a_log_that_cannot_be_opened_fails_the_mount() {
     let place = Place::new();
     std::fs::create_dir(place.log()).unwrap();
-    place.assert_refused(&mut place.mount(SMALL), FAILED, "option log: Is a directory");
+    place.assert_refused(&mut place.mount(SMALL), FAILED, "cannot be opened: Is a directory");
 }
 
 // ---- interruption -------------------------------------------------------------------------------

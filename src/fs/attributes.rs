@@ -43,6 +43,7 @@ enum Protocol {
     Repair,
     Collapse,
     Map,
+    Refusal,
     Pool,
     Options,
     Inject,
@@ -75,6 +76,7 @@ const TABLE: &[(&str, Protocol, On)] = &[
     ("user.hugetlb2.repair", Protocol::Repair, On::File),
     ("user.hugetlb2.collapse", Protocol::Collapse, On::File),
     ("user.hugetlb2.map", Protocol::Map, On::File),
+    ("user.hugetlb2.refusal", Protocol::Refusal, On::File),
     ("trusted.hugetlb2.inject", Protocol::Inject, On::File),
     ("user.hugetlb2.pool", Protocol::Pool, On::Root),
     ("user.hugetlb2.options", Protocol::Options, On::Root),
@@ -154,6 +156,9 @@ impl Fs {
         let (attribute, on) = find(name).ok_or(Error::NoData)?;
         let text = match on {
             On::Root if node == NodeId::ROOT => self.root_attribute(attribute, &Pace::of(ticket))?,
+            On::File if attribute == Protocol::Refusal => {
+                self.refusals.of(node, ticket.thread).ok_or(Error::NoData)?
+            }
             On::File if self.is_file(node)? => {
                 self.file_attribute(&*self.object(node)?, attribute, reading, &Pace::of(ticket))?
             }
@@ -287,10 +292,11 @@ impl Fs {
             Some((Protocol::Fail, On::Root)) if node == NodeId::ROOT => arm_failure(value),
             _ => Err(Error::Unsupported),
         };
+        if matches!(result, Err(Error::TakesLong)) {
+            return result; // another thread carries the request out
+        }
+        self.refusals.note(node, ticket.thread, result.as_ref().err().map(Error::to_string));
         result.inspect_err(|error| {
-            if matches!(error, Error::TakesLong) {
-                return; // another thread carries the request out
-            }
             let (name, value) = (Excerpt(name.as_bytes()), Excerpt(value));
             log::info!(user = by.uid; "user {}: {name} {value} refused: {error}", by.uid);
         })

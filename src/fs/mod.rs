@@ -19,6 +19,7 @@ mod pace;
 mod places;
 mod pollers;
 mod recovery;
+mod refusals;
 mod requests;
 mod unavailable;
 
@@ -39,6 +40,7 @@ use crate::units::{Folio, NodeId, Range, STAT_BLOCK};
 use crossbeam::channel::Sender;
 use native::Closings;
 use places::Places;
+use refusals::Refusals;
 use rustix::io::Errno;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::{CString, OsStr};
@@ -79,6 +81,7 @@ pub struct Fs {
     unavailable: Mutex<BTreeMap<NodeId, Unavailable>>,
     /// Held while one of them is tried again.
     retrying: Mutex<()>,
+    refusals: Refusals,
     /// The options in force, as the attribute has them.
     options: String,
     recovery_write: bool,
@@ -155,6 +158,7 @@ impl Fs {
             uncounted: Mutex::default(),
             unavailable: Mutex::default(),
             retrying: Mutex::default(),
+            refusals: Refusals::default(),
             options: in_force(options),
             recovery_write: options.recovery_write,
             native: reads_natively(options.io),

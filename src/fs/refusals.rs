@@ -1,0 +1,70 @@
+//! Reasons of refused requests, for the programs that asked.
+//!
+//! setxattr(2) answers with a number, and EBUSY has a dozen causes. So the worker keeps the sentence, and the thread that asked can
+//! read it as an attribute of the same file. A worker that dies forgets the sentences.
+
+use crate::units::NodeId;
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard};
+
+/// Most sentences that are kept; the oldest goes first.
+const MOST: usize = 64;
+
+/// The sentences.
+#[derive(Default)]
+pub struct Refusals(Mutex<VecDeque<Refusal>>);
+
+struct Refusal {
+    node: NodeId,
+    thread: u32,
+    why: String,
+}
+
+impl Refusals {
+    fn kept(&self) -> MutexGuard<'_, VecDeque<Refusal>> {
+        self.0.lock().expect("no panic while the list is open")
+    }
+
+    /// Keeps the reason of the last refusal of a thread for a file; `None` where that succeeded. The kernel gives threads of
+    /// other process id namespaces the number 0, all alike: for these no reason is kept.
+    pub fn note(&self, node: NodeId, thread: u32, why: Option<String>) {
+        let mut kept = self.kept();
+        kept.retain(|refusal| (refusal.node, refusal.thread) != (node, thread));
+        if let Some(why) = why.filter(|_| thread != 0) {
+            kept.push_back(Refusal { node, thread, why });
+        }
+        if kept.len() > MOST {
+            kept.pop_front();
+        }
+    }
+
+    /// The reason of the last refusal of this thread for this file.
+    pub fn of(&self, node: NodeId, thread: u32) -> Option<String> {
+        let kept = self.kept();
+        let found = kept.iter().find(|refusal| (refusal.node, refusal.thread) == (node, thread));
+        found.map(|refusal| refusal.why.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reason_is_for_the_thread_that_asked_alone() {
+        let refusals = Refusals::default();
+        let (node, other) = (NodeId::ROOT, NodeId(7));
+        refusals.note(node, 5, Some("first".into()));
+        refusals.note(node, 5, Some("second".into()));
+        refusals.note(node, 0, Some("of a thread that has no number here".into()));
+        assert_eq!(refusals.of(node, 5).as_deref(), Some("second"));
+        for (node, thread) in [(other, 5), (node, 6), (node, 0)] {
+            assert_eq!(refusals.of(node, thread), None);
+        }
+        refusals.note(other, 5, Some("third".into()));
+        refusals.note(other, 5, None);
+        assert_eq!(refusals.of(other, 5), None, "it has succeeded since");
+        (0..MOST as u32).for_each(|thread| refusals.note(other, 100 + thread, Some("another".into())));
+        assert_eq!(refusals.of(node, 5), None, "the oldest is gone");
+    }
+}
