@@ -1,17 +1,21 @@
-//! What every change of a file's contents does to its inode besides: the time of modification, and the end of set-id bits and
-//! capabilities.
+//! The effect that a change of a file's contents has on its inode: a new modification time, and the
+//! loss of set-id bits and capabilities.
 //!
-//! The kernel's clock for times of files stands still for some milliseconds (CLOCK_REALTIME_COARSE, clock_gettime(2)). What was
-//! done once at one of its readings need not be done again at the same, unless somebody has changed the inode's mode, owner, times or
-//! attributes since. The kernel has a file's inode locked for any of those, and shares the lock between writes within the file only: what
-//! is noted here by one of them is not undone by a change of the inode under way at once (fs/fuse/file.c, fs/attr.c, fs/xattr.c;
-//! FUSE_ASYNC_DIO, with which a write could outlive the lock, is not asked for).
+//! The kernel takes times of files from CLOCK_REALTIME_COARSE, which advances every few
+//! milliseconds (clock_gettime(2)). A value of that clock is a *tick* here. If a change of contents
+//! has updated the inode in the current tick, and the inode has not changed since, the next change
+//! skips the update.
+//!
+//! A change of the inode's mode, owner, times or attributes never runs beside the update that a
+//! write makes. The kernel holds the inode's lock alone for such a change. Only writes within the
+//! file share that lock (fs/fuse/file.c, fs/attr.c, fs/xattr.c). With FUSE_ASYNC_DIO a write could
+//! outlive the lock; the daemon does not ask for this flag.
 
 use crate::error::Result;
 use rustix::time::{ClockId, clock_gettime};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// When that was done last. 0: it is not known, or something has been changed since.
+/// The ticks of the last updates. 0 means that there was none, or that the inode has changed since.
 #[derive(Default)]
 pub struct Modified {
     by_anybody: AtomicU64,
@@ -19,10 +23,11 @@ pub struct Modified {
 }
 
 impl Modified {
-    /// Runs `note` unless it has been run at this reading of the clock, by somebody with as few privileges.
+    /// Runs `note`, the update of the inode, unless an update in this tick did as much. The update
+    /// for an unprivileged writer does all that the one for a privileged writer does, and more.
     ///
     /// # Errors
-    /// Those of `note`.
+    /// The errors of `note`. The next change of contents runs `note` again.
     pub fn note(&self, unprivileged: bool, note: impl FnOnce() -> Result<()>) -> Result<()> {
         let now = coarse_time();
         let done = if unprivileged { &self.by_unprivileged } else { &self.by_anybody };
@@ -37,14 +42,14 @@ impl Modified {
         Ok(())
     }
 
-    /// The inode has been changed.
+    /// Records that the inode has changed. The next change of contents updates the inode again.
     pub fn forget(&self) {
         self.by_anybody.store(0, Ordering::Release);
         self.by_unprivileged.store(0, Ordering::Release);
     }
 }
 
-/// In nanoseconds since the epoch.
+/// The current tick, in nanoseconds since the epoch.
 fn coarse_time() -> u64 {
     let now = clock_gettime(ClockId::RealtimeCoarse);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
@@ -56,7 +61,8 @@ mod tests {
     use crate::error::Error;
     use std::cell::Cell;
 
-    /// Runs `acts` until they have fallen on one reading of the clock.
+    /// Repeats `acts` until the clock does not advance during a run, and returns the result of that
+    /// run.
     fn within_a_tick(acts: impl Fn() -> u32) -> u32 {
         loop {
             let before = coarse_time();

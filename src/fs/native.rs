@@ -1,35 +1,42 @@
-//! The descriptors by which the kernel reads a file's memory without us.
+//! Native readers: descriptors for which the kernel reads a file's memory itself, without the
+//! daemon.
 //!
-//! A hole in the memory is zeros to such a reader, where it would be EIO to one who asks us. So there are either soft holes in a
-//! file or natives, never both: a quarantine excludes natives before it makes the first hole ([`Natives::exclude`]), and they are
-//! admitted again when a change leaves the file without holes. That needs no lock of the file: open(2) waits for no change.
+//! A native reader gets zeros from a hole in the memory. A read that the daemon answers fails with
+//! EIO there. So a file has soft holes or native readers, and never both. A quarantine excludes
+//! native readers before it makes the first hole ([`Natives::exclude`]). A change that leaves the
+//! file without soft holes admits them again. open(2) needs no lock of the file for this, so
+//! open(2) waits for no change.
 //!
-//! A descriptor is known by the number of the request that opened it, which is the same when the request is sent again, and which
-//! the kernel names when the descriptor is closed: noting it twice, or striking it out twice, is noting it once.
+//! A native reader is noted by the number of the request that opened it. The number stays the same
+//! when the kernel sends the request again, and the kernel repeats the number when it tells of the
+//! close. So a second note of one number changes nothing, nor does a second removal.
 //!
-//! A note can outlive its descriptor, and then forbid quarantines until the file is gone: where the worker that wrote it died before it
-//! answered, and nobody asked again, as whoever had asked was killed in that instant, or was refused by a supervisor that has
-//! no worker. It errs on the safe side.
+//! A note can be stale. This happens if the worker that wrote it dies before it answers open(2),
+//! and the next worker never gets the request: the caller is killed at that moment, or the
+//! supervisor has no worker and refuses the request. A stale note blocks quarantine until the file
+//! is gone. That is safe: no reader gets zeros.
 //!
-//! The repair of a *real* memory error is another matter: between the page that the kernel had poisoned and the healthy one there is
-//! a hole for some microseconds, which is zeros to a native. Whoever asked for the repair has given the bytes up, or has others.
+//! The repair of a *hardware* error is an exception. Between the subpage that the kernel has
+//! poisoned and the healthy one there is a hole for some microseconds. A native reader gets zeros
+//! from that hole. The program that asked for the repair has given up the old bytes, or has others.
 
 use crate::error::Result;
 use std::collections::BTreeSet;
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Instant;
 
-/// Most of a file; who opens it then is mediated. All of them are written anew with each.
+/// Native readers that one file can have. The daemon itself answers the reads of any further
+/// descriptor. There is a limit because each new note writes all notes of the file again.
 const MOST: usize = 1024;
 
-/// The natives of one file.
+/// The native readers of one file.
 #[derive(Default)]
 pub struct Natives(Mutex<Notes>);
 
 #[derive(Default)]
 struct Notes {
     noted: BTreeSet<u64>,
-    /// There are soft holes, or are going to be.
+    /// The file has soft holes, or a quarantine is about to make one.
     excluded: bool,
 }
 
@@ -38,27 +45,30 @@ impl Natives {
         self.0.lock().expect("no panic while the notes are open")
     }
 
-    /// How many there are.
+    /// The number of native readers that are noted.
     pub fn count(&self) -> usize {
         self.notes().noted.len()
     }
 
-    /// No more are noted until [`Natives::admit`], where none is noted now. Returns whether that is so.
+    /// Excludes native readers until [`Natives::admit`], unless one is noted now. True if they are
+    /// excluded.
     pub fn exclude(&self) -> bool {
         let mut notes = self.notes();
         notes.excluded |= notes.noted.is_empty();
         notes.excluded
     }
 
-    /// There are no soft holes (any more). The caller keeps others from making one.
+    /// Admits native readers again. The file has no soft hole, and the caller prevents a new one
+    /// meanwhile.
     pub fn admit(&self) {
         self.notes().excluded = false;
     }
 
-    /// Notes one more, which `keep` keeps for the next worker. Answers no where there are too many, or none is to be.
+    /// Notes a native reader. `keep` stores all notes for the next worker. False, without a note,
+    /// if the file has too many native readers or they are excluded.
     ///
     /// # Errors
-    /// Those of `keep`; it is not noted then.
+    /// The errors of `keep`. The reader is not noted then.
     pub fn add(&self, descriptor: u64, keep: impl FnOnce(&[u8]) -> Result<()>) -> Result<bool> {
         let Notes { noted, excluded } = &mut *self.notes();
         if (*excluded || noted.len() >= MOST) && !noted.contains(&descriptor) {
@@ -73,10 +83,10 @@ impl Natives {
         Ok(true)
     }
 
-    /// Strikes one out, if it is noted, which `keep` keeps.
+    /// Removes the note of a reader, if there is one. `keep` stores the other notes.
     ///
     /// # Errors
-    /// Those of `keep`; it is struck out here all the same.
+    /// The errors of `keep`. The note is removed from this list all the same.
     pub fn remove(&self, descriptor: u64, keep: impl FnOnce(&[u8]) -> Result<()>) -> Result<()> {
         let noted = &mut self.notes().noted;
         if !noted.remove(&descriptor) {
@@ -85,14 +95,15 @@ impl Natives {
         keep(&encode(noted))
     }
 
-    /// Notes those that were kept.
+    /// Takes over the notes that another worker stored.
     pub fn recall(&self, kept: &[u8]) {
         let (numbers, _) = kept.as_chunks::<8>();
         self.notes().noted = numbers.iter().map(|number| u64::from_le_bytes(*number)).collect();
     }
 }
 
-/// How often natives have been closed, to wait for it: close(2) returns before we are told of it.
+/// Counts native readers that were closed, so that a request can wait for the next one. close(2)
+/// returns before the daemon receives RELEASE.
 #[derive(Default)]
 pub struct Closings {
     count: Mutex<u64>,
@@ -100,18 +111,19 @@ pub struct Closings {
 }
 
 impl Closings {
-    /// How many there have been.
+    /// The number of closings so far.
     pub fn count(&self) -> u64 {
         *self.count.lock().expect("no panic while it is counted")
     }
 
-    /// One more.
+    /// Counts a closing, and wakes all waiters.
     pub fn add(&self) {
         *self.count.lock().expect("no panic while it is counted") += 1;
         self.another.notify_all();
     }
 
-    /// Waits until there have been more than `seen`, until `deadline` at most. Returns whether there were.
+    /// Waits until there have been more than `seen` closings, or until `deadline`. True if there
+    /// have been.
     pub fn wait(&self, seen: u64, deadline: Instant) -> bool {
         let patience = deadline.saturating_duration_since(Instant::now());
         let count = self.count.lock().expect("no panic while it is counted");

@@ -1,12 +1,15 @@
-//! How long a request may keep its thread and the locks of files.
+//! The rules by which a request that takes long makes room for others.
 //!
-//! A thread that serves the kernel's requests carries one out only if that is short. Otherwise it answers [`Error::TakesLong`] before
-//! anything has changed, and the request is carried out once more on another thread. There, a long change of a file gives way
-//! between its pieces, and ends early when its caller was killed.
+//! A thread that serves the kernel's requests carries a request out only if that is short.
+//! Otherwise the attempt ends with [`Error::TakesLong`] before anything has changed, and another
+//! thread carries the request out from its beginning. There, a long change of a file gives way to
+//! other requests between its pieces, and ends early when its caller was killed.
 //!
-//! A caller that is killed waits on: the kernel answers its system call when the request is answered (fs/fuse/dev.c,
-//! request_wait_answer), and only then lets the process go. The kernel would tell of the signal by FUSE_INTERRUPT, but fuser 0.18
-//! answers that with ENOSYS, after which the kernel sends none. So the daemon looks for a pending SIGKILL itself.
+//! A killed caller still waits: the kernel returns from its system call only when the daemon
+//! answers the request (fs/fuse/dev.c, request_wait_answer), and the process cannot exit before
+//! that. The kernel could report the signal by FUSE_INTERRUPT. But fuser 0.18 answers
+//! FUSE_INTERRUPT with ENOSYS, and after that answer the kernel sends no more of them. So the
+//! daemon itself looks for a pending SIGKILL.
 
 use super::Ticket;
 use super::object::Locked;
@@ -15,36 +18,38 @@ use crate::sys::process::is_killed;
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-/// The least time between two looks at the caller: a look reads a file in /proc, which takes some 20 us.
+/// The shortest time between two looks at the caller. A look reads a file in /proc, which takes
+/// about 20 us.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(10);
 
 /// The pace of one request.
 #[derive(Debug)]
 pub struct Pace {
-    /// Others wait for the thread.
+    /// The thread serves requests, so other requests wait for it.
     brief: bool,
-    /// The thread that waits for the answer; 0 where that is not known.
+    /// The thread that waits for the answer. 0 if the daemon does not know it.
     caller: u32,
     looked: Cell<Instant>,
 }
 
 impl Pace {
-    /// That of a request.
+    /// The pace of a request.
     pub fn of(ticket: Ticket) -> Self {
         Self { brief: ticket.brief, caller: ticket.thread, looked: Cell::new(Instant::now()) }
     }
 
-    /// That of what the daemon does by itself: no caller's death ends it.
+    /// The pace of the daemon's own work, which the death of no caller ends.
     pub fn steady() -> Self {
         Self { brief: false, caller: 0, looked: Cell::new(Instant::now()) }
     }
 
-    /// Whether others wait for the thread.
+    /// True if other requests wait for the thread.
     pub fn is_brief(&self) -> bool {
         self.brief
     }
 
-    /// Refuses what takes long on a thread that others wait for. To be asked before anything has changed.
+    /// Refuses long work on a thread for which other requests wait. The caller must not have
+    /// changed anything yet.
     ///
     /// # Errors
     /// [`Error::TakesLong`].
@@ -52,18 +57,19 @@ impl Pace {
         if self.brief && takes_long()? { Err(Error::TakesLong) } else { Ok(()) }
     }
 
-    /// A lock; on a thread that others wait for, only if that is free.
+    /// Takes a lock. A thread for which other requests wait takes it only if it is free.
     ///
     /// # Errors
-    /// [`Error::TakesLong`].
+    /// [`Error::TakesLong`] if the lock is not free.
     pub fn lock<G>(&self, take: impl FnOnce() -> G, try_take: impl FnOnce() -> Option<G>) -> Result<G> {
         if self.brief { try_take().ok_or(Error::TakesLong) } else { Ok(take()) }
     }
 
-    /// Lets those who wait for the file have it first. The file may have changed when this returns.
+    /// Gives the lock of the file to the requests that wait for it, and takes the lock back after
+    /// them. The file may be different when this returns.
     ///
     /// # Errors
-    /// [`Error::Interrupted`] where the caller was killed: the change is to be ended or undone.
+    /// [`Error::Interrupted`] if the caller was killed. The change must end, or be undone.
     pub fn give_way(&self, file: &mut Locked<'_>) -> Result<()> {
         if !self.brief {
             file.let_others_go_first();
@@ -71,10 +77,10 @@ impl Pace {
         self.go_on()
     }
 
-    /// The same for work that holds no lock at the moment.
+    /// As [`Pace::give_way`], for work that holds no lock at the moment.
     ///
     /// # Errors
-    /// As for [`Pace::give_way`].
+    /// The errors of [`Pace::give_way`].
     pub fn go_on(&self) -> Result<()> {
         if self.caller == 0 || self.looked.get().elapsed() < BETWEEN_LOOKS {
             return Ok(());
@@ -92,7 +98,7 @@ mod tests {
         Pace::of(Ticket { number: 1, again: false, thread, unprivileged: false, brief })
     }
 
-    /// Asks as if the last look at the caller were long ago.
+    /// Acts as if the last look at the caller was long ago.
     fn look(pace: &Pace) -> Result<()> {
         pace.looked.set(Instant::now().checked_sub(BETWEEN_LOOKS).expect("the machine is up"));
         pace.go_on()

@@ -1,29 +1,39 @@
-//! The places of objects: each object's superblock is mounted in the daemon's namespace. How many more places there can be.
+//! The places of objects, and the number of places that can still be made. A place is a directory
+//! `/objects/<node id>` in the daemon's mount namespace, where one object's superblock is mounted.
 //!
-//! **Why a mount each.** A superblock lives as long as something refers to it, and the descriptors of a worker end with the worker.
-//! So something that outlives workers must hold each superblock: here the namespace does, by a mount at `/objects/<node id>`. A new
-//! worker reads the directory, and an upgrade enters the namespace; neither is handed anything. The price is a bound: the kernel
-//! allows `fs.mount-max` mounts in a namespace, 100,000 where the administrator has not raised the number. The alternatives:
+//! **Why one mount for each object.** A superblock lives as long as something refers to it. The
+//! kernel closes the descriptors of a worker when the worker dies. So a thing that outlives workers
+//! must hold each superblock. Here the mount namespace holds it, by the mount. A new worker reads
+//! the directory `/objects`, and an upgrade enters the namespace, so no process must hand
+//! superblocks to another. The price is a bound: the kernel allows `fs.mount-max` mounts in a
+//! namespace, 100,000 unless the administrator has raised the number. The alternatives are worse:
 //!
-//! - *The supervisor holds a descriptor of each superblock.* Mounts that are not attached are in no namespace (5,000 of them added
-//!   no line to /proc/self/mountinfo), so the bound would be the limit of descriptors, 2^20. But workers would have to send the
-//!   supervisor each descriptor, ask for all of them after a death, and say which to drop; an upgrade would have to move them
-//!   between two supervisors, 253 a message (SCM_MAX_FD), while files come and go. The supervisor would keep a table, allocate,
-//!   and read messages, and a fault in any of that would be the loss of all files. Now the supervisor has no such part.
-//! - *Several namespaces, or trees of mounts.* A thread attaches only to a tree of its own namespace (move_mount(2)), so each
-//!   creation and removal would have to enter another one (setns(2), which a process with threads cannot use for mounts). A
-//!   tree that is not attached cannot have mounts below it before Linux 6.15.
-//! - *A superblock for several files* has free blocks or full ones in common, and S1 is each file's own ([`crate::sealed`]).
+//! - *The supervisor holds a descriptor of each superblock.* A mount that is not attached is in no
+//!   namespace (5,000 such mounts added no line to /proc/self/mountinfo). So the bound would be the
+//!   limit of descriptors, 2^20. But workers would have to send each descriptor to the supervisor,
+//!   ask for all of them after a death, and say which descriptors to close. An upgrade would have
+//!   to move the descriptors between two supervisors, 253 in a message (SCM_MAX_FD), while files
+//!   come and go. The supervisor would keep a table, allocate memory and read messages. A fault in
+//!   any of that would lose all files. Now the supervisor has no such part.
+//! - *Several namespaces, or trees of mounts.* A thread can attach a mount only to a tree of its
+//!   own namespace (move_mount(2)). So each creation and removal would have to enter another
+//!   namespace (setns(2)), and a process with threads cannot do that for mount namespaces. A tree
+//!   that is not attached cannot have mounts below it before Linux 6.15.
+//! - *One superblock for several files.* These files would share free blocks, or the lack of them.
+//!   But S1 is a rule for each single file ([`crate::sealed`]).
 //!
-//! An administrator raises the bound by one line, `sysctl fs.mount-max=1000000`, and little slows down: on a machine with a load of
-//! 20 (two processors, Linux 6.18), a place took 0.2 ms to make beside 2,000 mounts and 0.4 ms beside 60,000. The next bounds are
-//! the 2^20 descriptors that a process may have (fs.nr_open), of which a file takes one, and the machine's 2^20 anonymous device
-//! numbers, of which a superblock takes one. The latter are not counted here, as no interface tells how many are left: to make a
-//! file without one is ENOSPC, too.
+//! An administrator raises the bound by one command, `sysctl fs.mount-max=1000000`, and little gets
+//! slower. On a machine with a load of 20 (two processors, Linux 6.18), the daemon made a place in
+//! 0.2 ms beside 2,000 mounts and in 0.4 ms beside 60,000. The next bounds are the 2^20 descriptors
+//! that a process may have (fs.nr_open), and the machine's 2^20 anonymous device numbers. A file
+//! takes one descriptor, and a superblock takes one device number. This module does not count the
+//! device numbers, because no interface tells how many are left. Without one, the creation of a
+//! file fails with ENOSPC, too.
 //!
-//! **What is kept for the files that are there.** To read, quarantine, repair and remove a file takes descriptors for a moment, and a
-//! new worker opens all files. So [`SPARE_DESCRIPTORS`] of them are not for new files: who makes files until no more can be made
-//! stops nobody else from using theirs.
+//! **Descriptors for existing files.** The daemon needs descriptors for a moment when it reads,
+//! quarantines, repairs or removes a file, and a new worker opens all files. So new files never get
+//! the last [`SPARE_DESCRIPTORS`]. A user who makes files until no more can be made does not stop
+//! other users from using their files.
 
 use super::OBJECTS;
 use crate::error::{Error, Result};
@@ -37,39 +47,41 @@ use rustix::io::Errno;
 use std::ffi::{CStr, CString};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// Descriptors that no new file gets: some for each request that is carried out at the same moment, and for the start of a worker.
+/// Descriptors that no new file gets: some for each request under way, and some for the start of a
+/// worker.
 const SPARE_DESCRIPTORS: u64 = 256;
 
-/// Makes and removes places, and counts them.
+/// Makes, removes and counts places.
 pub struct Places {
-    /// Mounts in the namespace. Only the daemon mounts there, so a worker counts them at its start, some 5 us each.
+    /// The number of mounts in the namespace. Only the daemon mounts there. A worker counts the
+    /// mounts at its start, which takes about 5 us for each.
     mounts: AtomicU64,
-    /// It was logged why no more files can be made.
+    /// The log has the reason why no more files can be made.
     is_told: AtomicBool,
 }
 
 impl Places {
-    /// Those that are there.
+    /// Counts the mounts of the namespace.
     ///
     /// # Errors
-    /// What reading /proc/self/mountinfo answers.
+    /// The errors of reading /proc/self/mountinfo.
     pub fn count() -> Result<Self> {
         Ok(Self { mounts: mounts::count()?.into(), is_told: AtomicBool::new(false) })
     }
 
-    /// How many more there can be.
+    /// The number of places that can still be made.
     ///
     /// # Errors
-    /// What reading /proc answers.
+    /// The errors of reading /proc.
     pub fn left(&self) -> Result<u64> {
         let mounts = mounts::most()?.saturating_sub(self.mounts.load(Ordering::Relaxed));
         Ok(mounts.min(descriptors_for_files(descriptors()?)))
     }
 
-    /// A new object for the file `node`, in its place.
+    /// Makes a new object for the file `node`, and its place.
     ///
     /// # Errors
-    /// [`Error::TooManyFiles`] and [`Error::NoMemory`]: nothing has changed.
+    /// [`Error::TooManyFiles`] or [`Error::NoMemory`]. Nothing has changed then.
     pub fn make(&self, node: NodeId, create: impl FnOnce() -> Result<Holding>) -> Result<Holding> {
         self.refuse_the_last_descriptors()?;
         let mut holding = create().map_err(no_more)?;
@@ -95,8 +107,8 @@ impl Places {
         Err(Error::TooManyFiles)
     }
 
-    /// Takes the place of `node` away. The superblock ends with the last who uses it. Nothing tries this a second time, so a
-    /// shortage does not end it.
+    /// Removes the place of `node`. The superblock ends with its last user. A shortage does not end
+    /// this removal, because nothing would try it again.
     pub fn remove(&self, node: NodeId) {
         let path = path(node);
         match insist(|| tmpfs::detach(text(&path))) {
@@ -113,10 +125,10 @@ fn descriptors_for_files(now: Descriptors) -> u64 {
     now.most.saturating_sub(SPARE_DESCRIPTORS).saturating_sub(now.open)
 }
 
-/// Refuses to open so many files where this process may not have the descriptors.
+/// Refuses `files` files if the limit of this process leaves too few descriptors to open them.
 ///
 /// # Errors
-/// [`Error::Invalid`], with both numbers.
+/// [`Error::Invalid`], with the number of files and the limit.
 pub fn refuse_too_few_descriptors(files: u64) -> Result<()> {
     let most = descriptors()?.most;
     if files.saturating_add(SPARE_DESCRIPTORS) <= most {
@@ -127,7 +139,7 @@ pub fn refuse_too_few_descriptors(files: u64) -> Result<()> {
     )))
 }
 
-/// Attached at its path: all of it or nothing.
+/// Attaches the object's superblock at its place, or changes nothing.
 fn attach(node: NodeId, holding: &mut Holding) -> Result<()> {
     let path = path(node);
     calls::mkdir(&*path, Mode::from_raw_mode(0o700))?;
@@ -137,7 +149,8 @@ fn attach(node: NodeId, holding: &mut Holding) -> Result<()> {
     })
 }
 
-/// What the kernel answers for want of descriptors, of anonymous device numbers (fs/super.c, get_anon_bdev) and of mounts.
+/// Turns the kernel's errors for lack of descriptors, of anonymous device numbers (fs/super.c,
+/// get_anon_bdev) and of mounts into [`Error::TooManyFiles`].
 fn no_more(error: Error) -> Error {
     match error {
         Error::Os(Errno::MFILE | Errno::NFILE | Errno::NOSPC) => Error::TooManyFiles,

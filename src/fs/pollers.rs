@@ -1,38 +1,43 @@
-//! The open files that programs poll for a grown quarantine (POLLPRI).
+//! Pollers: open files whose programs poll(2) for a growth of the quarantine (POLLPRI).
 //!
-//! The kernel names an open file by a handle. All pollers of a file are woken at once, and each of
-//! them once: a program that polls on comes again. The handles are noted with the file, for the
-//! next worker to wake them ([`wake_noted`]). The notes are in chunks, and one poller more writes
-//! one chunk anew: it costs as much beside a thousand others as beside none.
+//! The kernel names an open file by a *handle*. The daemon wakes all pollers of a file at once, and
+//! each poller once. A program that polls on sends a new poll request after that. The daemon notes
+//! the handles with the file, so that the next worker can wake them ([`wake_noted`]). The notes are
+//! in chunks. One more poller rewrites one chunk, so its cost does not grow with the number of
+//! pollers.
 //!
-//! The kernel does not tell that a polled file was closed. So a full list is emptied by waking all:
-//! the programs that still poll come again. If the list had too little room for these, it would be
-//! emptied for ever: a program that polls many files starts anew whenever it is woken, and poll(2)
-//! does not even look at its timeout then (fs/select.c, `do_poll`). So the list must grow with the
-//! number of open files, and with nothing else:
+//! The kernel does not tell the daemon that a polled file was closed. So the daemon empties a full
+//! list by waking all its pollers, and the programs that still poll send new requests. A list with
+//! too little room for these programs would be emptied again and again. A program that polls many
+//! files polls all of them anew after each wake-up, and poll(2) does not even look at its timeout
+//! then (fs/select.c, `do_poll`). So the room of the list must grow with the number of open files,
+//! and with nothing else:
 //!
 //! - Handles rise: the kernel takes the next number for each file that it opens (fs/fuse/file.c,
 //!   `fuse_file_alloc`).
-//! - A handle is **old** if it is not above all that came before the list was last emptied. Its
-//!   file was open at that moment, or the handle would not have come since.
-//! - When a list is full, its room becomes twice the number of its old handles, at least [`FEW`].
-//!   A list is never longer than twice the number of files that were open at one time, or [`FEW`].
-//! - So a full list gets more room if more than half of its handles are old. Otherwise at least
-//!   half of them came for the first time. So emptying costs a few requests for each file that is
-//!   opened and polled, and programs that all come again fit in soon.
+//! - A handle is **old** if it is not above the highest handle that had come when the list was last
+//!   emptied. Its file was open before that moment, and still was open after it, because the handle
+//!   has come again.
+//! - When a list is full, its room becomes twice the number of its old handles, but at least
+//!   [`FEW`]. So a list is never longer than twice the largest number of files that were open at
+//!   one time, or [`FEW`].
+//! - A full list gets more room if more than half of its handles are old. Otherwise, at least half
+//!   of its handles came for the first time. So the wake-ups cost a few requests for each file that
+//!   is opened and polled, and the programs that poll on soon have room in the list.
 
 use crate::error::Result;
 use crate::sealed::Notes;
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard};
 
-/// Runs once, when the quarantine of a file has grown.
+/// Wakes the programs that poll one open file. The daemon runs it once, when the quarantine of the
+/// file has grown.
 pub type Waker = Box<dyn FnOnce() + Send>;
 
-/// Handles in one chunk: 1 KiB of them.
+/// Handles in one chunk: 1 KiB.
 const CHUNK: usize = 128;
 
-/// So many pollers a list has room for at least.
+/// The least number of pollers for which a list has room.
 const FEW: usize = 1024;
 
 /// The pollers of one file.
@@ -42,11 +47,11 @@ struct List {
     wakers: HashMap<u64, Waker>,
     /// The handles of the wakers, in the order of their notes: chunk after chunk.
     noted: Vec<u64>,
-    /// So many wakers are a full list.
+    /// The number of wakers at which the list is full.
     room: usize,
     /// The highest handle that has come.
     highest: u64,
-    /// The highest handle that had come when the list was emptied.
+    /// The highest handle that had come when the list was last emptied.
     old: u64,
 }
 
@@ -62,11 +67,11 @@ impl Pollers {
         self.0.lock().expect("no panic while the list is open")
     }
 
-    /// Has `waker` run when all are woken; a later one for the same handle takes its place. The
-    /// handle is noted first.
+    /// Adds a poller: `waker` runs when all are woken. A later waker for the same handle replaces
+    /// it. The handle is noted first.
     ///
     /// # Errors
-    /// What setxattr(2) and removexattr(2) answer: the waker is not taken.
+    /// The errors of setxattr(2) and removexattr(2). The list does not have the waker then.
     pub fn add(&self, handle: u64, waker: Waker, notes: &Notes) -> Result<()> {
         let mut list = self.list();
         if !list.wakers.contains_key(&handle) {
@@ -80,24 +85,25 @@ impl Pollers {
         Ok(())
     }
 
-    /// Wakes all, and removes their notes.
+    /// Wakes all pollers, and removes their notes.
     ///
     /// # Errors
-    /// What removexattr(2) answers: all are woken, and the next worker wakes some of them again.
+    /// The errors of removexattr(2). All pollers are woken then, and the next worker wakes some of
+    /// them again.
     pub fn wake(&self, notes: &Notes) -> Result<()> {
         self.list().wake(notes)
     }
 }
 
 impl List {
-    /// Makes room for all whose files may still be open.
+    /// Makes room for all pollers whose files may still be open.
     fn grow(&mut self) {
         let old = self.noted.iter().filter(|handle| **handle <= self.old).count();
         self.room = FEW.max(2 * old);
     }
 
-    /// The notes go after the wakers have run: a worker that dies in between leaves them to the
-    /// next one.
+    /// Runs all wakers, and then removes the notes. If the worker dies in between, the next worker
+    /// finds the notes.
     fn wake(&mut self, notes: &Notes) -> Result<()> {
         std::mem::take(&mut self.wakers).into_values().for_each(|wake| wake());
         let chunks = std::mem::take(&mut self.noted).len().div_ceil(CHUNK);
@@ -105,7 +111,7 @@ impl List {
         discard(chunks, notes)
     }
 
-    /// Writes the last chunk, with `handle` behind the others.
+    /// Rewrites the last chunk, with `handle` added at its end.
     fn note(&mut self, handle: u64, notes: &Notes) -> Result<()> {
         let chunk = self.noted.len() / CHUNK;
         let handles = self.noted[chunk * CHUNK..].iter().chain([&handle]);
@@ -117,10 +123,11 @@ impl List {
     }
 }
 
-/// Wakes by the handles that [`Pollers::add`] noted in another process; then the notes are removed.
+/// Calls `wake` for each handle that [`Pollers::add`] noted in another process, and then removes
+/// the notes.
 ///
 /// # Errors
-/// What getxattr(2) and removexattr(2) answer.
+/// The errors of getxattr(2) and removexattr(2).
 pub fn wake_noted(notes: &Notes, wake: impl Fn(u64)) -> Result<()> {
     let mut chunks = 0;
     while let Some(bytes) = notes.kept(&name(chunks))? {
@@ -131,13 +138,14 @@ pub fn wake_noted(notes: &Notes, wake: impl Fn(u64)) -> Result<()> {
     discard(chunks, notes)
 }
 
-/// Removes the first `chunks` chunks, from the last to the first: if the worker dies in between,
-/// [`wake_noted`] finds all that are left.
+/// Removes the first `chunks` chunks, from the last to the first. If the worker dies in between,
+/// [`wake_noted`] finds all chunks that are left.
 fn discard(chunks: usize, notes: &Notes) -> Result<()> {
     (0..chunks).rev().try_for_each(|chunk| notes.discard(&name(chunk)))
 }
 
-/// What a chunk is kept under. The first is also the only one of a worker that knows no chunks.
+/// The name under which a chunk is stored. The name of the first chunk is also the only one of a
+/// worker that knows no chunks.
 fn name(chunk: usize) -> String {
     if chunk == 0 { "pollers".to_owned() } else { format!("pollers {chunk}") }
 }
@@ -152,12 +160,13 @@ mod tests {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    /// The notes of an empty file, which stays as long as they do.
+    /// The notes of an empty file. The file lives as long as the notes.
     fn notes() -> Notes {
         Holding::create(PageSize::Huge).unwrap().sealed().notes().clone()
     }
 
-    /// Adds a poller for each of `handles`. Returns how many of all pollers were woken by that.
+    /// Adds a poller for each of `handles`. Returns the number of pollers, old and new, that this
+    /// has woken.
     fn add(
         pollers: &Pollers,
         handles: impl IntoIterator<Item = u64>,

@@ -1,4 +1,5 @@
-//! The filesystem as another process has left it.
+//! The start of a new worker: it opens the filesystem that another process has left, and finishes
+//! or undoes each change that was under way.
 
 use super::unavailable::Extent;
 use super::{Fs, OBJECTS, Pace, Repaired};
@@ -11,10 +12,12 @@ use crossbeam::channel::Sender;
 use std::collections::HashSet;
 
 impl Fs {
-    /// What is there, with everything that was half done finished or undone. As for [`Fs::create`] otherwise.
+    /// Opens the existing filesystem, and finishes or undoes all changes that are half done.
+    /// Reports to `repaired` as [`Fs::create`].
     ///
     /// # Errors
-    /// [`Error::Corrupt`] for what this version does not know; what the kernel answers.
+    /// [`Error::Corrupt`] for stored data that this version does not know; the errors of the system
+    /// calls.
     pub fn open(options: &Options, repaired: Option<Sender<Repaired>>) -> Result<Self> {
         let index = Index::reopen(options)?;
         let pool = Pool::open(options.page_size)?;
@@ -30,7 +33,8 @@ impl Fs {
             fs.note_orphan(Some(node), &Pace::steady());
         }
         fs.dismantle_stranded_or_warn();
-        // What was reported to an agent that has died with its worker is not known any more.
+        // The agent has died with its worker, and its list of folios with it. So all folios are
+        // reported.
         for object in fs.all_objects() {
             let size = object.read_lock().sealed().size();
             fs.report_repaired(object, Range::new(0, size));
@@ -38,7 +42,8 @@ impl Fs {
         Ok(fs)
     }
 
-    /// Takes an object in; one that belongs to no file is to be dismantled.
+    /// Takes an existing object in. An object that belongs to no file becomes stranded, and is
+    /// dismantled later.
     fn adopt(&self, node: NodeId) -> Result<()> {
         match self.open_object(node)? {
             None => {}
@@ -48,7 +53,8 @@ impl Fs {
         Ok(())
     }
 
-    /// Completes the pool's account by what the files have; then they can be settled. One that cannot be is set aside.
+    /// Completes the pool's account with the pages and bytes of all files, and then settles the
+    /// files. A file that cannot be settled is set aside.
     fn balance(&self) -> Result<()> {
         let (mut pages, mut bytes) = self.extent_of_unavailable();
         let objects = self.objects_and_stranded();
@@ -65,10 +71,11 @@ impl Fs {
         Ok(())
     }
 
-    /// The numbers that files are known by to the kernel ([`Object::backing`]).
+    /// The backing numbers of all files ([`Object::backing`]).
     ///
     /// # Errors
-    /// [`Error::Corrupt`] where there is a file whose number is not known; what getxattr(2) answers.
+    /// [`Error::Corrupt`] if a file could not be opened, because its number is not known then; the
+    /// errors of getxattr(2).
     pub fn backings(&self) -> Result<HashSet<u32>> {
         let (objects, stranded) = (self.all_objects(), self.stranded().len());
         let places = std::fs::read_dir(OBJECTS)?.count();
@@ -81,15 +88,17 @@ impl Fs {
         objects.iter().filter_map(|object| object.backing().transpose()).collect()
     }
 
-    /// The nodes without names. The kernel tells once that it has given one up, and may have told a worker that has died.
+    /// The nodes without a name. The kernel tells only once that it has given up a node, and may
+    /// have told a worker that has died.
     pub fn orphans(&self) -> Vec<NodeId> {
         self.index.orphans()
     }
 
-    /// Has those look again who poll open files, as far as another worker was told of them; by the kernel's handles.
+    /// Calls `wake` with each handle of the kernel's that another worker noted, so that the
+    /// programs which poll these open files look again.
     ///
     /// # Errors
-    /// What getxattr(2) and removexattr(2) answer.
+    /// The errors of getxattr(2) and removexattr(2).
     pub fn wake_pollers(&self, wake: impl Fn(u64)) -> Result<()> {
         self.all_objects().iter().try_for_each(|object| object.wake_noted_pollers(&wake))
     }
