@@ -1,4 +1,5 @@
-//! The extended attributes that are this filesystem's interface, beside those that users set.
+//! The extended attributes that are this filesystem's interface, beside the attributes that users
+//! set.
 
 use super::{Fs, Object, Pace, Ticket};
 use crate::error::{Error, Result};
@@ -21,18 +22,18 @@ use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// Longest value that getxattr(2) returns (XATTR_SIZE_MAX).
+/// The longest value that getxattr(2) returns (XATTR_SIZE_MAX).
 const LONGEST_VALUE: usize = 64 << 10;
 
-/// Whether a value is wanted or only its length: looking at a length acknowledges nothing.
+/// The two uses of getxattr(2). A caller that asks only for the length has not seen the value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reading {
-    /// The value, for which there is room for so many bytes.
+    /// The caller wants the value, and has a buffer of `room` bytes.
     Value {
-        /// A longer one is not delivered.
+        /// Bytes of the buffer. The caller does not get a longer value.
         room: usize,
     },
-    /// Its length.
+    /// The caller wants only the length of the value.
     Length,
 }
 
@@ -50,21 +51,21 @@ enum Protocol {
     Size,
     Check,
     Unavailable,
-    /// Only for tests: what to die after.
+    /// Only for tests: arms a step or another way to die.
     #[cfg(debug_assertions)]
     Die,
-    /// Only for tests: how often each step was done.
+    /// Only for tests: how often the worker has done each step.
     #[cfg(debug_assertions)]
     Steps,
-    /// Only for tests: how many threads have stopped at the step that is held.
+    /// Only for tests: the number of threads that have stopped at the step which is held.
     #[cfg(debug_assertions)]
     Stopped,
-    /// Only for tests: which system call is to fail, and what has come of it.
+    /// Only for tests: arms the failure of a system call, and reports the outcome.
     #[cfg(debug_assertions)]
     Fail,
 }
 
-/// Whose attribute it is.
+/// The node that has the attribute: each regular file, or the root.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum On {
     File,
@@ -93,7 +94,7 @@ const TABLE: &[(&str, Protocol, On)] = &[
     ("trusted.hugetlb2.fail", Protocol::Fail, On::Root),
 ];
 
-/// Names under these belong to the protocol, whether it uses them or not.
+/// All names under these prefixes belong to the protocol, used or not.
 const PREFIXES: [&[u8]; 2] = [b"user.hugetlb2.", b"trusted.hugetlb2."];
 
 fn find(name: &OsStr) -> Option<(Protocol, On)> {
@@ -104,8 +105,12 @@ fn is_ours(name: &OsStr) -> bool {
     PREFIXES.iter().any(|prefix| name.as_bytes().starts_with(prefix))
 }
 
-/// `<n> <step>`: the worker dies when the step is done for the n-th time. `now`: it panics at this very request. `killed`:
-/// it is killed at this very request, as by the OOM killer. `hold <step>`: threads stop at the step, until `release`.
+/// Arms a death or a stop. The values:
+///
+/// - `<n> <step>`: the worker dies when it has done the step for the n-th time.
+/// - `now`: the worker panics at this very request.
+/// - `killed`: the worker dies at this very request, as by the OOM killer.
+/// - `hold <step>`: threads stop at the step until `release`.
 #[cfg(debug_assertions)]
 fn arm(value: &[u8]) -> Result<()> {
     let text = std::str::from_utf8(value).unwrap_or_default();
@@ -128,13 +133,14 @@ fn arm(value: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// How often each step was done since this was last asked for, `<n> <step>` a line.
+/// The number of times that each step was done since the last call, one step a line: `<n> <step>`.
 #[cfg(debug_assertions)]
 fn steps_text() -> String {
     steps::tally().fold(String::new(), |text, (step, count)| text + &format!("{count} {}\n", step.name()))
 }
 
-/// `<n> ENOMEM` or the like: the n-th system call from now on that can answer that answers it.
+/// Arms a failure by a value such as `<n> ENOMEM`: of the system calls from now on that can fail
+/// with this error, the n-th does.
 #[cfg(debug_assertions)]
 fn arm_failure(value: &[u8]) -> Result<()> {
     let text = std::str::from_utf8(value).unwrap_or_default();
@@ -225,7 +231,7 @@ impl Fs {
         }
     }
 
-    /// The counters of the pool, `<name> <value>` a line.
+    /// The counters of the pool, one a line: `<name> <value>`.
     fn pool_text(&self, pace: &Pace) -> Result<String> {
         let account = self.pool.balance();
         let objects = self.all_objects();
@@ -264,10 +270,11 @@ impl Fs {
         Ok(text)
     }
 
-    /// setxattr(2) of a value, with flags, by somebody.
+    /// setxattr(2) of a value with flags, on behalf of the user `by`.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a value that does not parse, EOPNOTSUPP for a name that is not used or not to be written.
+    /// [`Error::Invalid`] for a value that does not parse; EOPNOTSUPP for a name of the protocol
+    /// that is unused or read-only.
     pub fn set_attribute(
         &self,
         node: NodeId,
@@ -311,7 +318,8 @@ impl Fs {
     ) -> Result<()> {
         let (object, pace) = (self.object(node)?, Pace::of(ticket));
         pace.refuse_if(|| Ok(true))?;
-        // Whoever asks has perhaps just been sent a SIGBUS, and the patrol has not come round yet.
+        // The caller may have just received a SIGBUS for an error that the patrol has not found
+        // yet.
         self.look_for_poison_in(&object, &pace)?;
         match attribute {
             Protocol::Poison => object.quarantine(value, &self.pool, &pace),
@@ -323,7 +331,7 @@ impl Fs {
             Protocol::Inject => {
                 let resumed = self.was_due(ticket, object.is_injectable(value))?;
                 match object.inject(value) {
-                    Err(Error::Invalid(_)) if resumed => Ok(()), // it is there already
+                    Err(Error::Invalid(_)) if resumed => Ok(()), // the dead worker has injected it
                     Err(Error::Unsupported) => {
                         log::warn!("nothing injected: this kernel has no CONFIG_MEMORY_FAILURE");
                         Err(Error::Unsupported)
@@ -335,12 +343,14 @@ impl Fs {
         }
     }
 
-    /// A program whose SIGBUS tells it of a memory error asks for repair at once, before the patrol has come by.
+    /// Repairs as a value of the repair attribute asks. A program may ask at once after a SIGBUS
+    /// has told it of a memory error, before the patrol has found the error. So this looks for
+    /// errors first.
     fn repair(&self, object: &Arc<Object>, value: &[u8], resumed: bool, ticket: Ticket) -> Result<()> {
         self.look_for_poison_in(object, &Pace::of(ticket))?;
         let repair = || self.with_context(object, ticket, |context| object.repair(value, resumed, context));
         match repair() {
-            // The kernel counts an error only after programs can have met it.
+            // Programs can meet an error before the kernel counts it, so this looks once more.
             Err(Error::NoData) if object.look_for_poison(&Pace::of(ticket))? > 0 => repair(),
             result => result,
         }
@@ -358,15 +368,17 @@ impl Fs {
     /// removexattr(2).
     ///
     /// # Errors
-    /// [`Error::NotPermitted`] for those of the protocol: a quarantine ends by repair, not by removing its description.
+    /// [`Error::NotPermitted`] for an attribute of the protocol: a repair ends a quarantine, not
+    /// the removal of its description.
     pub fn remove_attribute(&self, node: NodeId, name: &OsStr, ticket: Ticket) -> Result<()> {
         if is_ours(name) { Err(Error::NotPermitted) } else { self.remove_user_attribute(node, name, ticket) }
     }
 
-    /// listxattr(2): names with a NUL behind each; those of `trusted.` for root only.
+    /// listxattr(2): the names, each with a NUL behind it. Only root sees names that begin with
+    /// `trusted.`.
     ///
     /// # Errors
-    /// What listxattr(2) answers.
+    /// The errors of listxattr(2).
     pub fn attribute_names(&self, node: NodeId, caller: u32) -> Result<Vec<u8>> {
         let names = self.index.attribute_names(node)?;
         let visible = |name: &[u8]| caller == 0 || !name.starts_with(b"trusted.");

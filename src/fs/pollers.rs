@@ -16,8 +16,8 @@
 //! - Handles rise: the kernel takes the next number for each file that it opens (fs/fuse/file.c,
 //!   `fuse_file_alloc`).
 //! - A handle is **old** if it is not above the highest handle that had come when the list was last
-//!   emptied. Its file was open before that moment, and still was open after it, because the handle
-//!   has come again.
+//!   emptied. Its file was open at that moment: the kernel had opened the file before, and the
+//!   program has polled it since.
 //! - When a list is full, its room becomes twice the number of its old handles, but at least
 //!   [`FEW`]. So a list is never longer than twice the largest number of files that were open at
 //!   one time, or [`FEW`].

@@ -1,13 +1,17 @@
-//! What changes names and attributes, carried out once, though it may be asked for twice.
+//! Requests that change names and attributes. Each takes effect once, even if the kernel sends the
+//! request twice.
 //!
-//! What a worker had read and not answered when it died, the kernel asks of the next one again ([`Ticket::again`]). Most requests
-//! come out the same the second time. For the others:
+//! If a worker dies, the kernel sends each request that this worker had read and not answered to
+//! the next worker ([`Ticket::again`]). Most requests have the same result the second time. The
+//! others need care:
 //!
-//! - To make a name that exists, or remove one that does not, is an error the first time and what the dead worker has done the
-//!   second: the kernel asks for it only when it has looked the name up, and keeps the directory locked from then on until
-//!   it is answered, so that nobody else can have made or removed it.
-//! - What an exchange of names, an attribute that must (not) exist, or a repair found is noted before it is changed
-//!   ([`crate::index::Index::witness`]); the second time, the answer goes by the note.
+//! - On a re-sent creation, EEXIST means that the dead worker already made the name. On a re-sent
+//!   removal, ENOENT means that the dead worker already removed the name. This is safe: the kernel
+//!   has looked the name up before it sends the request, and keeps the directory locked from then
+//!   on until the daemon answers. So no other request can have made or removed the name.
+//! - An exchange of names, a change of an attribute that must (not) exist, and a repair note what
+//!   they find before they change anything ([`crate::index::Index::witness`]). On the re-sent
+//!   request, the answer follows the note.
 
 use super::{Fs, Pace};
 use crate::error::{Error, Result};
@@ -19,30 +23,32 @@ use rustix::fs::{RenameFlags, XattrFlags};
 use rustix::io::Errno;
 use std::ffi::OsStr;
 
-/// A request of the kernel's.
+/// The identity and the circumstances of one request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ticket {
-    /// Its number, which no other has.
+    /// The number of the request. The kernel never gives a number to two requests.
     pub number: u64,
-    /// It was asked before, of a worker that died without an answer.
+    /// The kernel sent this request before, to a worker that died without an answer.
     pub again: bool,
-    /// The thread that asks and waits for the answer; 0 where that cannot be seen from here, in another pid namespace.
+    /// The thread that waits for the answer. 0 if the daemon cannot see the thread, because it is
+    /// in another pid namespace.
     pub thread: u32,
-    /// That thread is without CAP_FSETID: set-id bits are dropped when it changes contents.
+    /// The thread has no CAP_FSETID, so its change of contents drops set-id bits.
     pub unprivileged: bool,
-    /// The thread that carries the request out serves others: what takes longer than a moment is [`Error::TakesLong`].
+    /// The thread that carries the request out also serves other requests. Work that takes longer
+    /// than a moment fails with [`Error::TakesLong`] there.
     pub brief: bool,
 }
 
-/// What a request found at first.
+/// The texts of a note: the thing that the request is about was absent or present at first.
 const ABSENT: &str = "absent";
 const PRESENT: &str = "present";
 
 impl Fs {
-    /// Makes an entry that belongs to `caller`.
+    /// Makes an entry with `caller` as its owner.
     ///
     /// # Errors
-    /// EEXIST and the like.
+    /// EEXIST and the other errors of mknod(2), mkdir(2) and symlink(2).
     pub fn make(
         &self,
         parent: NodeId,
@@ -70,7 +76,7 @@ impl Fs {
         }
     }
 
-    /// unlink(2). The memory stays until the last user is gone.
+    /// unlink(2). The memory stays until the last user of the file is gone.
     ///
     /// # Errors
     /// ENOENT, EISDIR.
@@ -119,10 +125,10 @@ impl Fs {
         Ok(noted.is_some_and(|noted| noted != now))
     }
 
-    /// Sets an attribute of the inode itself, by somebody.
+    /// Sets an attribute that the index stores with the inode, on behalf of the user `by`.
     ///
     /// # Errors
-    /// What setxattr(2) answers.
+    /// The errors of setxattr(2).
     pub(super) fn set_user_attribute(
         &self,
         node: NodeId,
@@ -133,15 +139,15 @@ impl Fs {
     ) -> Result<()> {
         let mut flags = XattrFlags::from_bits_retain(flags as u32);
         if flags.contains(XattrFlags::CREATE) && self.first_found(node, name, ticket)? == Some(false) {
-            flags.remove(XattrFlags::CREATE); // what is there now is what this request has put there
+            flags.remove(XattrFlags::CREATE); // this request has made the attribute that exists now
         }
         self.inode_changed(node, || self.index.set_attribute(node, name, value, flags.bits() as i32, by))
     }
 
-    /// Removes an attribute of the inode itself.
+    /// Removes an attribute that the index stores with the inode.
     ///
     /// # Errors
-    /// What removexattr(2) answers.
+    /// The errors of removexattr(2).
     pub(super) fn remove_user_attribute(&self, node: NodeId, name: &OsStr, ticket: Ticket) -> Result<()> {
         let first = self.first_found(node, name, ticket)?;
         match self.index.remove_attribute(node, name) {
@@ -150,7 +156,8 @@ impl Fs {
         }
     }
 
-    /// Whether the attribute was there when this request was asked for the first time; `None` if that is now.
+    /// True if the attribute existed when the kernel sent this request first. None if the kernel
+    /// sends the request for the first time.
     fn first_found(&self, node: NodeId, name: &OsStr, ticket: Ticket) -> Result<Option<bool>> {
         self.found_before(self.index.attribute(node, name).is_ok(), ticket)
     }
@@ -160,18 +167,18 @@ impl Fs {
         Ok(noted.map(|noted| noted == PRESENT))
     }
 
-    /// Whether a request was `due` when it was asked for the first time, of a worker that died.
+    /// True if an earlier worker noted that this request was `due`, and died before it answered.
     pub(super) fn was_due(&self, ticket: Ticket, due: bool) -> Result<bool> {
         Ok(self.found_before(due, ticket)? == Some(true))
     }
 
-    /// The request has been answered, and will not be asked again.
+    /// Forgets the note of an answered request, which the kernel will not send again.
     pub fn dismiss(&self, ticket: Ticket) {
         self.index.dismiss(ticket.number);
     }
 }
 
-/// What a removal found no name for, asked again, it has removed.
+/// Turns ENOENT into success on a re-sent removal: the dead worker has removed the name.
 fn removed(result: Result<Option<NodeId>>, ticket: Ticket) -> Result<Option<NodeId>> {
     match result {
         Err(Error::Os(Errno::NOENT)) if ticket.again => Ok(None),

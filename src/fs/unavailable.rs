@@ -1,4 +1,5 @@
-//! Files that cannot be opened: each answers EIO alone, its memory stays as it is, and the patrol tries it again each second.
+//! Files that cannot be opened. Each answers EIO, other files are not affected, and the memory of
+//! the file stays as it is. The patrol tries to open the file again each second.
 //!
 //! ```text
 //!   a worker starts -- opens and settles a file -- fails --> unavailable: EIO
@@ -7,13 +8,18 @@
 //!   served <----------------------------------------------------+--+ each second
 //! ```
 //!
-//! **The account.** A file that is unavailable has pages and memory all the same. How much is known without opening it: its
-//! superblock's limit of blocks, and the number of its pages where that can be read ([`Extent`]). The pool counts them as held, so
-//! neither is handed out. When the file can be opened, the account is corrected by what it has in truth. Pages that it has beyond
-//! what was counted must be free at that moment; until they are, it stays unavailable. Until then stat(2) tells the size that the
-//! memory has, which the kernel does not keep: a change that has not ended may be undone.
+//! **The account.** An unavailable file still has pages and memory. The daemon can see two numbers
+//! without opening the file: the limit of blocks of its superblock, and the number of its pages if
+//! that can be read ([`Extent`]). The pool counts these pages and this memory as held, so it hands
+//! out neither. When the file can be opened, the daemon corrects the account by the true numbers.
+//! If the file has more pages than were counted, the additional ones must be free at that moment.
+//! The file stays unavailable until they are.
 //!
-//! **Requests** take the list's lock for a look-up, and never wait for a file that is being opened.
+//! **stat(2)** tells the size of the file's memory until then. The kernel does not keep that size,
+//! because a change that was under way may still be undone.
+//!
+//! **Requests** hold the lock of the list for a look-up only. They never wait until a file is
+//! opened.
 
 use super::{Fs, OBJECTS, Object, Pace};
 use crate::error::{Error, Result};
@@ -29,26 +35,27 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, MutexGuard};
 
-/// What a file has, as the pool counts it.
+/// The pages and the memory of a file, as the pool counts them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Extent {
     pub(super) pages: u64,
-    /// Of memory, in whole folios.
+    /// Bytes of memory, in whole folios.
     pub(super) bytes: u64,
 }
 
 impl Extent {
-    /// What an open file has.
+    /// The extent of an open file.
     pub(super) fn of(holding: &Holding) -> Self {
         Self { pages: holding.pages(), bytes: holding.sealed().folio_count() * FOLIO_SIZE }
     }
 
-    /// What the file at `place` has, as far as that can be seen from outside. Memory that is moving counts for it.
+    /// The extent of the file at `place`, from what the daemon sees without opening it. Memory that
+    /// is moving counts as the file's.
     fn at(place: &Path, page_size: u64) -> Result<Self> {
         if !place.join("ledger").try_exists()? {
-            return Ok(Self { pages: 0, bytes: 0 }); // only the place for a file
+            return Ok(Self { pages: 0, bytes: 0 }); // the place has no file yet
         }
-        let limit = rustix::fs::statfs(place)?.f_blocks.saturating_sub(1); // one is the ledger's
+        let limit = rustix::fs::statfs(place)?.f_blocks.saturating_sub(1); // one block is the ledger's
         let bytes = limit * SUBPAGE_SIZE / FOLIO_SIZE * FOLIO_SIZE;
         let size = size_at(place)?;
         let reserved = sealed::superblock_at(place).map_or(0, |superblock| superblock.reserved_pages);
@@ -69,26 +76,27 @@ impl Fs {
         self.unavailable.lock().expect("no panic while the list is open")
     }
 
-    /// Files that cannot be opened.
+    /// The number of files that cannot be opened.
     pub fn unavailable_count(&self) -> usize {
         self.unavailable().len()
     }
 
-    /// Pages and bytes that are counted for them.
+    /// The pages and bytes that the account counts for these files.
     pub(super) fn extent_of_unavailable(&self) -> (u64, u64) {
         let unavailable = self.unavailable();
         unavailable.values().fold((0, 0), |sum, file| (sum.0 + file.extent.pages, sum.1 + file.extent.bytes))
     }
 
-    /// The same, for the check.
+    /// As [`Fs::extent_of_unavailable`], for the check.
     pub(super) fn held_by_unavailable(&self) -> Held {
         let (pages, bytes) = self.extent_of_unavailable();
         Held { pages, bytes, stuck: 0 }
     }
 
-    /// Those files, `<path> <pages> <why>` a line. Characters that are not printable are escaped in a path, and so are spaces.
+    /// These files, one a line: `<path> <pages> <why>`. Spaces and unprintable characters of the
+    /// path are escaped.
     pub fn unavailable_text(&self) -> String {
-        let files = self.unavailable().clone(); // the look-ups of many paths take long
+        let files = self.unavailable().clone(); // many look-ups of paths take long, and need no lock
         files.iter().fold(String::new(), |mut text, (node, file)| {
             let path = self.index.path_of(*node).unwrap_or_else(|_| format!("file {node}"));
             let path = path.escape_debug().to_string().replace(' ', "\\u{20}");
@@ -97,7 +105,7 @@ impl Fs {
         })
     }
 
-    /// [`Error::Corrupt`] where the file cannot be opened.
+    /// [`Error::Corrupt`] if the file is among those that cannot be opened.
     pub(super) fn refuse_unavailable(&self, node: NodeId) -> Result<()> {
         match self.unavailable().get(&node) {
             None => Ok(()),
@@ -105,13 +113,14 @@ impl Fs {
         }
     }
 
-    /// Size in bytes and pages of a file that cannot be opened.
+    /// The size in bytes and the pages of `node`, if it cannot be opened.
     pub(super) fn size_of_unavailable(&self, node: NodeId) -> Result<Option<(u64, u64)>> {
         let Some(file) = self.unavailable().get(&node).cloned() else { return Ok(None) };
         Ok(Some((size_at(&place_of(node))?, file.extent.pages)))
     }
 
-    /// The file at its place in [`OBJECTS`], as another worker has left it; none where there is only the place for a file.
+    /// Opens the file at its place in [`OBJECTS`], as another worker has left it. None if the place
+    /// has no file; the place is removed then.
     pub(super) fn open_object(&self, node: NodeId) -> Result<Option<Arc<Object>>> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let place = place_of(node);
@@ -128,17 +137,17 @@ impl Fs {
         Ok(Some(object))
     }
 
-    /// A file that could not be opened answers EIO from now on.
+    /// Makes a file that could not be opened answer EIO from now on.
     ///
     /// # Errors
-    /// What statfs(2) answers: how much it has must be known.
+    /// The errors of statfs(2): the account needs to know the file's memory.
     pub(super) fn set_aside(&self, node: NodeId, why: &Error) -> Result<()> {
         let extent = Extent::at(&place_of(node), self.pool.page_size().bytes())?;
         self.note_unavailable(node, extent, why);
         Ok(())
     }
 
-    /// A file that was opened, but could not be settled, answers EIO from now on.
+    /// Makes a file that was opened but could not be settled answer EIO from now on.
     pub(super) fn set_object_aside(&self, object: &Object, why: &Error) {
         self.stranded().retain(|other| other.node() != object.node());
         self.objects().remove(&object.node());
@@ -152,7 +161,7 @@ impl Fs {
         }
     }
 
-    /// Tries again to open what cannot be opened.
+    /// Tries to open each unavailable file again.
     pub fn retry_unavailable(&self) {
         let _one_at_a_time = self.retrying.lock().expect("no panic while a file is opened");
         let nodes: Vec<NodeId> = self.unavailable().keys().copied().collect();
@@ -181,7 +190,8 @@ impl Fs {
         Ok(())
     }
 
-    /// Has the account count what a file has. That can give memory to the machine, so no lock is held that requests wait for.
+    /// Corrects the account by the true extent of a file. This can give memory to the machine, so
+    /// the thread holds no lock for which requests wait.
     fn correct_account(&self, node: NodeId, has: Extent) -> Result<()> {
         let counted = self.unavailable().get(&node).expect("only one thread takes files out").extent;
         self.pool.correct((counted.pages, counted.bytes), (has.pages, has.bytes))?;
@@ -193,10 +203,11 @@ impl Fs {
         self.unavailable().entry(node).and_modify(|file| file.extent = has);
     }
 
-    /// A file that is settled is served from now on. Where it has neither a name nor a user, it is dismantled next time.
+    /// Serves a settled file from now on. A file without a name and a user is dismantled the next
+    /// time.
     fn take_in(&self, object: Arc<Object>) -> Result<()> {
         let node = object.node();
-        let _none_is_made = self.making(node); // nor does its inode go meanwhile
+        let _none_is_made = self.making(node); // meanwhile its inode is not erased either
         let mut stranded = self.stranded();
         let mut objects = self.objects();
         if self.index.exists(node)? {
@@ -214,7 +225,7 @@ fn place_of(node: NodeId) -> PathBuf {
     Path::new(OBJECTS).join(node.to_string())
 }
 
-/// Size in bytes of the file at `place`; 0 where there is only the place for a file.
+/// The size in bytes of the file at `place`. 0 if the place has no file yet.
 fn size_at(place: &Path) -> Result<u64> {
     match std::fs::metadata(place.join("data")) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(0),

@@ -1,17 +1,17 @@
-//! Contents on a pool that no mount shows, which needs root and nothing else.
+//! Tests of contents on a pool that no mount shows. They need root and nothing else.
 
 use super::*;
 use crate::units::PageSize;
 
 const NODE: NodeId = NodeId(7);
-/// The subpage that [`refuse_to_be_written`] is for.
+/// The subpage that tests pass to [`refuse_to_be_written`].
 const UNWRITABLE: Subpage = Subpage(25);
 
 fn pool(pages: u64) -> Pool {
     Pool::fill(PageSize::Huge, pages, |_| Ok(())).expect("root takes memory")
 }
 
-/// Of `size` bytes, each of which is `byte`.
+/// An object of `size` bytes, each of which is `byte`.
 fn filled(pool: &Pool, size: u64, byte: u8) -> Object {
     let object = Object::new(NODE, Holding::create(PageSize::Huge).unwrap());
     assert_eq!(
@@ -25,8 +25,9 @@ fn context<'a>(pool: &'a Pool, pace: &'a Pace) -> Context<'a> {
     Context { pool, recovery_write: true, keep_punched: false, repaired: &|_| {}, pace }
 }
 
-/// Makes a subpage refuse to be written though nothing says that it is lost, as a memory error does before it is noted:
-/// punches it, and has another file of its superblock take the block.
+/// Makes writes to a subpage fail although no record says that it is quarantined. A memory error
+/// has this effect before it is noted. The function punches the subpage, and another file of the
+/// superblock takes the block.
 fn refuse_to_be_written(object: &Object, subpage: Subpage) {
     const ELSEWHERE: u64 = 1 << 40;
     tmpfs::punch(object.data(), subpage.range()).unwrap();
