@@ -11,7 +11,7 @@
 //!   huge                                          count N         (2 MiB entries that map it, smaps)
 //!   advise OFFSET LENGTH ADVICE                   ok              (madvise(2), by number)
 //!   bind OFFSET LENGTH NODE                       ok              (mbind(2), MPOL_BIND)
-//!   keep-binding OFFSET LENGTH NODE               ok              (a thread does so over and over until the program ends)
+//!   keep-binding OFFSET LENGTH NODE               ok              (a thread does so and undoes it until the program ends)
 //!   occupy NODE BYTES                             ok              (takes so much memory from that NUMA node only, and keeps it)
 //!   hammer OFFSET [BYTE]                          ok              (a thread stores there until stop: BYTE, or what it loads)
 //!   tally TOUCHES                                 count N M       (of so many or more touches that began from now on)
@@ -205,7 +205,9 @@ impl Toucher {
                 let range = Range::at(number(&mut words)?, number(&mut words)?);
                 let (mapping, node) = (self.mapping()?.clone(), number(&mut words)?);
                 bind(&mapping, range, node)?;
-                std::thread::spawn(move || while bind(&mapping, range, node).is_ok() {});
+                // The kernel passes over a policy that the mapping has already, so another comes in between.
+                let set = move |policy| mapping.set_policy(range, policy).is_ok();
+                std::thread::spawn(move || while set(Policy::Default) && set(Policy::Bind(node)) {});
                 Ok("ok".to_owned())
             }
             Some("occupy") => self.occupy(number(&mut words)?, number(&mut words)?),
