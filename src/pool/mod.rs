@@ -1,4 +1,4 @@
-//! The pool: the memory that was taken at mount, and who has it.
+//! The pool: the memory that was taken at the mount, and the owners of its pages.
 //!
 //! ```text
 //!   free pages --reserve()--> Token --hand_over()--> pages of a Holding --release()--> free pages
@@ -7,24 +7,32 @@
 //!       +-------------------------------------------------------------------------------+
 //! ```
 //!
-//! > **P1.** Pages of holdings + pages of tokens + free pages = the pool's size; and the memory of the reserves plus
-//! > the memory of all files' `data` plus what is short = that size in bytes plus the float, but for the one piece
-//! > that is moving ([`moves`]).
+//! > **P1.** Pages of holdings + pages of tokens + free pages = the pool's size. And: memory of the
+//! > reserves + memory of the `data` of all files + short bytes = the pool's size in bytes + the
+//! > float. The second sum does not count the one piece that is moving ([`moves`]).
 //!
-//! The account (pages) is a mutex that is held for an addition; memory (folios) moves outside of it. A [`Token`]
-//! stands for pages that nobody else can have; taking from it cannot fail for want of space. A file's pages belong
-//! to it whole, but their memory stays in the reserve as far as it lies behind the 2 MiB folio with the end of file: no
-//! program can reach it there, and none must reach memory that has not been cleared (see [`crate::sealed`]).
+//! The account counts pages. It is a mutex that a thread holds for an addition only; memory
+//! (folios) moves outside of it. A [`Token`] stands for pages that are promised to its owner alone,
+//! so taking from a token cannot fail for want of space. A file owns its pages whole. But the
+//! memory behind the 2 MiB folio with the end of file stays in the reserve: no program can reach
+//! memory there, and no program may reach memory that the kernel has not cleared (see
+//! [`crate::sealed`]).
 //!
-//! **Moves.** Memory goes from one sealed file to another in pieces: the source gives one, then the target takes as much. What
-//! another process catches in between is the *float*'s, which belongs to no page ([`moves`]).
+//! **Moves.** Memory goes from one sealed file to another in pieces: the source gives a piece, then
+//! the target takes as much. If another process takes the memory between the two, the *float* has
+//! lost it. The float belongs to no page ([`moves`]).
 //!
-//! **A death in between.** The reserves are mounted at [`RESERVES`], and what the size of the pool is meant to be is noted there: when it
-//! grows, once the memory is there; when it shrinks, before any goes. So whoever opens the pool ([`Pool::open`]) finds what there
-//! should be; or more, which it gives back to the machine; or a piece less, which it takes from the machine when there is some.
+//! **A death in between.** The reserves are mounted at [`RESERVES`], and the intended size of the
+//! pool is noted there. A growth notes the new size once the memory is there; a shrinking notes it
+//! before any memory goes. So the worker that opens the pool next ([`Pool::open`]) finds one of
+//! three states:
+//! - the memory that the size demands;
+//! - more, which the worker gives back to the machine;
+//! - a piece less, which the worker takes from the machine when that has some.
 //!
-//! **Locks**, in order: that of the pool's size, a file's own (the caller's), that of the piece that moves, the reserves' in the
-//! order of their nodes, the account. Nobody waits for pages with any of them but the first: [`Pool::patiently`].
+//! **Locks**, in this order: the pool's size, a file's own lock (the caller takes it), the piece
+//! that moves, the reserves in the order of their NUMA nodes, the account. A thread waits for pages
+//! ([`Pool::patiently`]) with no lock but the first.
 
 mod holding;
 mod moves;
@@ -46,16 +54,19 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-/// Most memory that the pool takes from the machine, or gives back to it, at once when its size changes.
+/// The most memory that the pool takes from the machine, or gives back to it, in one step of a
+/// resize.
 pub const STEP: u64 = 64 << 20;
 
-/// How long to wait for one more page of the files that were unlinked and whose last user may be gone: the kernel tells
-/// of that (FORGET) by itself, but not before unlink(2) returns. In naps, as time also passes while the machine is too
-/// busy to run whoever brings the page: that stretches a nap, and the others with it.
+/// Naps while the pool waits for one more page of unlinked files, and the length of a nap. The
+/// kernel reports by itself that the last user of such a file is gone (FORGET), but only after
+/// unlink(2) has returned. The wait counts naps, not time: on a busy machine the thread that brings
+/// the page runs late, and each nap takes longer, too.
 const RECLAIM_NAPS: u32 = 20;
 const RECLAIM_NAP: Duration = Duration::from_millis(10);
 
-/// How long to wait in all, where pages come back all the time and others are faster to take them.
+/// The limit of the whole wait, for the case that pages come back all the time and other callers
+/// take them first.
 const RECLAIM_LIMIT: Duration = Duration::from_secs(5);
 
 /// The pool.
@@ -64,27 +75,28 @@ pub struct Pool {
     page_size: PageSize,
     reserves: Vec<Reserve>,
     account: Mutex<Account>,
-    /// Signalled when free pages grow.
+    /// Signalled when the number of free pages grows.
     freed: Condvar,
-    /// Held while the pool's size changes.
+    /// Held during a resize of the pool.
     resizing: Mutex<()>,
-    /// Held while a piece moves.
+    /// Held during the move of a piece.
     moving: Mutex<()>,
-    /// Mounted at [`RESERVES`].
+    /// The reserves are mounted at [`RESERVES`].
     outlives_us: bool,
     huge_at_mount: u64,
 }
 
-/// Free memory, taken for one NUMA node. Where that was full, the kernel has taken another's: see [`moves`].
+/// Free memory, taken from one NUMA node. Where that node was full, the kernel took memory of
+/// another one: see [`moves`].
 #[derive(Debug)]
 struct Reserve {
     node: u32,
     sealed: Mutex<Sealed>,
-    /// Its size as it was when the lock was given up last.
+    /// The reserve's size when the lock was last released.
     bytes: AtomicU64,
 }
 
-/// A reserve's lock.
+/// A reserve, locked.
 struct Opened<'a> {
     reserve: &'a Reserve,
     sealed: MutexGuard<'a, Sealed>,
@@ -110,35 +122,36 @@ impl Drop for Opened<'_> {
     }
 }
 
-/// Pages, and bytes that the pool lacks.
+/// The account: pages, and the bytes that the pool lacks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Account {
     /// The pool's size.
     pub total: u64,
-    /// Nobody's.
+    /// Pages without an owner.
     pub free: u64,
-    /// In tokens.
+    /// Pages that are promised.
     pub reserved: u64,
-    /// Of those that holdings have: of files that were unlinked.
+    /// Pages of unlinked files. Holdings have them.
     pub orphaned: u64,
-    /// Pages of the tokens that there are: with those that holdings keep reserved ([`Token::keep`]), all that is reserved.
+    /// Pages of live tokens. With the pages that holdings keep reserved ([`Token::keep`]), they
+    /// make up `reserved`.
     in_tokens: u64,
-    /// How often pages have become free.
+    /// The number of times that pages have become free.
     returns: u64,
     /// Bytes that the pool lacks of its pages and its float.
     pub short: u64,
-    /// Free pages that are not handed out, as what is short is more than the float.
+    /// Free pages that the pool does not hand out, because more is short than the float.
     pub missing: u64,
 }
 
-/// What holdings have together.
+/// The sum over all holdings.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Held {
-    /// Pages.
+    /// Pages of the files.
     pub pages: u64,
     /// Bytes of memory.
     pub bytes: u64,
-    /// Pages that stay reserved for memory that is stuck with a holding.
+    /// Pages that stay reserved because their memory is stuck in a holding.
     pub stuck: u64,
 }
 
@@ -158,7 +171,7 @@ impl Account {
         self.returns += u64::from(pages > 0);
     }
 
-    /// Free pages that can be handed out.
+    /// Free pages that the pool can hand out.
     pub fn available(&self) -> u64 {
         self.free.saturating_sub(self.missing)
     }
@@ -169,7 +182,7 @@ impl Account {
     }
 }
 
-/// Pages that were promised to somebody. Dropping it gives them back.
+/// Pages that are promised to the token's owner. Dropping the token gives them back.
 #[derive(Debug)]
 pub struct Token<'pool> {
     pool: &'pool Pool,
@@ -177,7 +190,7 @@ pub struct Token<'pool> {
 }
 
 impl Token<'_> {
-    /// So many of the pages become a holding's, or (negative) the other way round.
+    /// `pages` of the token's pages become a holding's. A negative number goes the other way.
     fn hand_over(&mut self, pages: i64) {
         let mut account = self.pool.account();
         account.reserved = account.reserved.checked_add_signed(-pages).expect("no more than there are");
@@ -185,14 +198,15 @@ impl Token<'_> {
         self.pages = self.pages.checked_add_signed(-pages).expect("no more than there are");
     }
 
-    /// The pages stay reserved, for [`Pool::token_of_kept`].
+    /// Keeps the pages reserved without a token. [`Pool::token_of_kept`] makes a token for them
+    /// again.
     fn keep(mut self) -> u64 {
         let pages = std::mem::take(&mut self.pages);
         self.pool.account().in_tokens -= pages;
         pages
     }
 
-    /// The pages leave the pool.
+    /// Removes the pages from the pool.
     fn destroy(mut self) {
         let pages = std::mem::take(&mut self.pages);
         let mut account = self.pool.account();
@@ -214,12 +228,12 @@ impl Drop for Token<'_> {
 }
 
 impl Pool {
-    /// Takes `pages` pages from the machine, evenly from its NUMA nodes as far as these have room ([`shares`]), and tells
-    /// `progress` how many bytes it has.
+    /// Takes `pages` pages from the machine, evenly from its NUMA nodes as far as these have room
+    /// ([`shares`]). Tells `progress` the number of bytes that are taken so far.
     ///
     /// # Errors
-    /// [`Error::NoMemory`] where the machine cannot give that much; what was taken is given back. What `progress`
-    /// answers, likewise.
+    /// [`Error::NoMemory`] where the machine cannot give that much, and the errors of `progress`.
+    /// The memory that was taken is given back.
     pub fn fill(
         page_size: PageSize,
         pages: u64,
@@ -246,14 +260,14 @@ impl Pool {
         Ok(Self::on(page_size, reserves, Account { total: pages, free: pages, ..Account::default() }))
     }
 
-    /// A pool on `reserves`, with this account, that ends with the process.
+    /// A pool with these reserves and this account. It ends with the process.
     fn on(page_size: PageSize, reserves: Vec<Reserve>, account: Account) -> Self {
         let (account, freed) = (Mutex::new(account), Condvar::new());
         let (resizing, moving) = (Mutex::default(), Mutex::default());
         Self { page_size, reserves, account, freed, resizing, moving, outlives_us: false, huge_at_mount: 0 }
     }
 
-    /// Grain of reservation.
+    /// The size of the pool's pages.
     pub fn page_size(&self) -> PageSize {
         self.page_size
     }
@@ -263,7 +277,7 @@ impl Pool {
         *self.account()
     }
 
-    /// The reserves' NUMA nodes and bytes, as the last move that has ended left them.
+    /// NUMA node and bytes of each reserve, as of the end of the last move.
     pub fn reserves(&self) -> Vec<(u32, u64)> {
         let row = |reserve: &Reserve| (reserve.node, reserve.bytes.load(Ordering::Relaxed));
         self.reserves.iter().map(row).collect()
@@ -273,10 +287,10 @@ impl Pool {
         self.account.lock().expect("no panic while the account is open")
     }
 
-    /// Reserves pages: all or none.
+    /// Reserves `pages` pages: all or none.
     ///
     /// # Errors
-    /// [`Error::Full`], or [`Error::Returning`] where the pages of unlinked files would make it possible.
+    /// [`Error::Full`]; or [`Error::Returning`] where the pages of unlinked files would suffice.
     pub fn reserve(&self, pages: u64) -> Result<Token<'_>> {
         let mut account = self.account();
         if account.available() < pages {
@@ -289,18 +303,18 @@ impl Pool {
         Ok(Token { pool: self, pages })
     }
 
-    /// The token for pages that stayed reserved after [`Token::keep`].
+    /// A token for pages that [`Token::keep`] left reserved.
     fn token_of_kept(&self, pages: u64) -> Token<'_> {
         self.account().in_tokens += pages;
         Token { pool: self, pages }
     }
 
-    /// Does `request` again as long as it answers [`Error::Returning`] and pages do come back.
+    /// Repeats `request` as long as its error is [`Error::Returning`] and pages do come back.
     ///
-    /// To be called without a lock, on a thread that nobody needs to give pages back.
+    /// The caller holds no lock, and its thread is not one that gives pages back.
     ///
     /// # Errors
-    /// What `request` answers, in the end.
+    /// The last error of `request`.
     pub fn patiently<T>(&self, mut request: impl FnMut() -> Result<T>) -> Result<T> {
         let limit = Instant::now() + RECLAIM_LIMIT;
         loop {
@@ -312,7 +326,8 @@ impl Pool {
         }
     }
 
-    /// Whether pages became free after the account had `seen` so many returns.
+    /// Waits for free pages. True if some became free after the caller had `seen` this count of
+    /// returns.
     fn wait_for_return(&self, seen: u64) -> bool {
         let mut account = self.account();
         for _ in 0..RECLAIM_NAPS {
@@ -326,13 +341,13 @@ impl Pool {
         false
     }
 
-    /// A holding has given up `pages` pages, whose memory is back in the reserves.
+    /// A holding has given up `pages` pages. Their memory is back in the reserves.
     fn release(&self, pages: u64) {
         self.account().give_back(pages);
         self.freed.notify_all();
     }
 
-    /// So many pages more, or (negative) fewer, belong to unlinked files.
+    /// `pages` more pages belong to unlinked files. A negative number means fewer.
     fn note_orphaned(&self, pages: i64) {
         let mut account = self.account();
         account.orphaned = account.orphaned.saturating_add_signed(pages);
@@ -341,8 +356,8 @@ impl Pool {
     /// Changes the pool's size while it is in use.
     ///
     /// # Errors
-    /// [`Error::Busy`] for less than is in use, [`Error::NoMemory`] for more than the machine can give; the size is as
-    /// before.
+    /// [`Error::Busy`] for a size below the pages in use, [`Error::NoMemory`] for more than the
+    /// machine can give. The size is as before.
     pub fn resize(&self, pages: u64) -> Result<()> {
         let _one_at_a_time = self.keep_size();
         let before = self.balance().total;
@@ -366,7 +381,8 @@ impl Pool {
         Ok(())
     }
 
-    /// Gives `bytes` of the reserves back to the machine, which are promised to no file. Returns how many it has given.
+    /// Gives `bytes` of the reserves back to the machine. No file has a promise of them. Returns
+    /// the number of bytes that were given.
     fn cut_reserves(&self, bytes: u64) -> (u64, Result<()>) {
         let mut left = bytes;
         while left > 0 {
@@ -382,7 +398,8 @@ impl Pool {
         (bytes, Ok(()))
     }
 
-    /// Gives `bytes` that the pool has too much back to the machine. What stays here, the next worker gives back.
+    /// Gives `bytes`, which the pool has too many, back to the machine. The next worker gives back
+    /// what remains.
     fn give_surplus(&self, bytes: u64) {
         if let (given, Err(error)) = self.cut_reserves(bytes) {
             log::warn!("the pool has {} bytes too many: {error}", bytes - given);
@@ -424,15 +441,17 @@ impl Pool {
         Ok(())
     }
 
-    /// Whether the next move has to wait: for another one, for a reserve, or for memory that the pool lacks.
+    /// True if the next move has to wait: for another move, for a reserve, or for memory that the
+    /// pool lacks.
     pub fn move_must_wait(&self) -> bool {
         self.moving.try_lock().is_err()
             || self.reserves.iter().any(|reserve| reserve.sealed.try_lock().is_err())
             || self.is_float_used_up()
     }
 
-    /// Looks the free memory through for memory errors, and replaces what has one: nobody is ever given it. A step at a time, so
-    /// that nobody waits for long. Returns how many there were.
+    /// Looks for memory errors in the free memory and replaces each bad subpage, so that no file
+    /// ever gets one. Works in steps, so that no other thread waits for long. Returns the number of
+    /// subpages replaced.
     ///
     /// # Errors
     /// [`Error::NoMemory`].
@@ -448,10 +467,11 @@ impl Pool {
         Ok(replaced)
     }
 
-    /// Puts what came in small pages into folios, and remembers how many bytes of the reserves are in 2 MiB folios.
+    /// Collapses the parts of the reserves that the kernel gave in small pages. Remembers the
+    /// number of bytes of the reserves in 2 MiB folios.
     ///
     /// # Errors
-    /// What mmap(2) and the page map answer.
+    /// The errors of mmap(2) and of reading the page map.
     pub fn collapse_reserves(&mut self) -> Result<()> {
         let mut folios = 0;
         for reserve in &self.reserves {
@@ -461,21 +481,22 @@ impl Pool {
         Ok(())
     }
 
-    /// Bytes of the pool's pages that were in 2 MiB folios when it was mounted.
+    /// Bytes of the pool's pages that were in 2 MiB folios at the mount.
     pub fn huge_at_mount(&self) -> u64 {
         self.huge_at_mount
     }
 
-    /// Keeps the pool's size as it is for as long as the guard lives. Comes before all other locks: a resize waits for
-    /// pages with this one.
+    /// Fixes the pool's size for as long as the guard lives. This lock comes before all others: a
+    /// resize holds it while it waits for pages.
     pub fn keep_size(&self) -> MutexGuard<'_, ()> {
         self.resizing.lock().expect("no panic while the pool is resized")
     }
 
-    /// Checks S1 of the reserves; says what does not hold. Moves wait for a piece of one reserve.
+    /// Checks S1 of the reserves. Returns a line for each violation. Moves wait while one reserve's
+    /// part of [`PIECE`] bytes is checked.
     ///
     /// # Errors
-    /// What the kernel answers.
+    /// The errors of the kernel.
     pub fn check_reserves(&self) -> Result<Vec<String>> {
         let mut wrong = Vec::new();
         for reserve in &self.reserves {
@@ -490,8 +511,9 @@ impl Pool {
         Ok(wrong)
     }
 
-    /// Checks P1, and that what is reserved is reserved for somebody, given what all holdings together have; says what does
-    /// not hold. The caller keeps pages from moving meanwhile, and the size with [`Pool::keep_size`].
+    /// Checks P1, and that each reserved page has a token or a holding, given the sum of all
+    /// holdings. Returns a line for each violation. The caller keeps pages from moving meanwhile,
+    /// and the size fixed with [`Pool::keep_size`].
     pub fn check(&self, held: Held) -> Vec<String> {
         let _all_moved = self.moving();
         let reserves: u64 =
@@ -521,7 +543,7 @@ impl Pool {
     }
 }
 
-/// The part of `bytes` that each reserve is to take from the machine.
+/// The part of `bytes` that each reserve takes from the machine.
 fn shares_of(reserves: &[Reserve], bytes: u64, page_size: PageSize) -> Result<Vec<(&Reserve, u64)>> {
     let mut nodes = Vec::new();
     for reserve in reserves {
@@ -544,11 +566,12 @@ impl Reserve {
         Opened { reserve: self, sealed }
     }
 
-    /// Takes `bytes` more from the machine; what was taken before an error stays.
+    /// Takes `bytes` more from the machine. Memory that was taken before an error stays.
     ///
-    /// What cannot succeed is refused before it starts: it would take the last memory of the machine from everybody
-    /// else, if only for a moment. Others take memory while this goes on, so each step asks again. Where the node has come to be
-    /// full meanwhile, the kernel takes from another.
+    /// A step that cannot succeed is refused before it starts: it would take the machine's last
+    /// memory from all other processes, if only for a moment. Other processes take memory
+    /// meanwhile, so each step asks again. Where the NUMA node has become full meanwhile, the
+    /// kernel takes memory from another node.
     fn grow(&self, bytes: u64, mut progress: impl FnMut(u64) -> Result<()>) -> Result<()> {
         for step in Range::new(0, bytes).steps(STEP) {
             refuse_more_than_available(step.len())?;

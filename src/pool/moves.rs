@@ -1,4 +1,5 @@
-//! Moves of memory between a file and the reserves, piece by piece, and the float that is at stake meanwhile.
+//! Moves of memory between a file and the reserves, piece by piece, and the float, which is at
+//! stake meanwhile.
 //!
 //! ```text
 //!            reserve                      machine                     file
@@ -7,26 +8,35 @@
 //!   ================|=====<--------  piece  <----------------------  =====      move in
 //! ```
 //!
-//! Memory changes hands by way of the machine: tmpfs has no other way. The source gives a piece, and the target takes as
-//! much at once. So a move needs no memory beyond the pool, however little the machine has left. Between the two calls another
-//! process can catch what was given. For that the pool holds some memory more than its pages, the *float* ([`float_of`]).
-//! A piece is never larger than what is left of the float, and one piece moves at a time: what is lost is the float's. Where
-//! nothing of the float is left, a free page takes its place, and a piece is a folio. Pages of files, and pages that are
-//! reserved, are never at stake.
+//! Memory changes hands by way of the machine, as tmpfs has no other way. The source gives a piece
+//! to the machine, and the target takes as much at once. So a move needs no memory beyond the pool,
+//! however little the machine has left.
 //!
-//! **Short.** What the pool has less than its pages and its float is noted in the account ([`Account::short`]). It is taken from the
-//! machine again when there is some ([`Pool::refill`]): by the patrol each second, and by a move that finds the float
-//! used up. A move that finds neither float nor free page then is refused. Nothing is noted for the next worker: the worker
-//! sees by the bytes that are there how much is short. Where that is more than the float, as many free pages are *missing*:
-//! they are not handed out. That is so when a program has given memory of its file to the machine by MADV_REMOVE, and the
-//! worker died before it took the memory back.
+//! Between the two calls another process can take the memory that was given. For this case the pool
+//! holds more memory than its pages have: the *float* ([`float_of`]). A piece is never larger than
+//! the rest of the float, and one piece moves at a time, so a loss is the float's loss. Where
+//! nothing of the float is left, a free page is put at stake in its place, and the piece is one
+//! folio. Pages of files and reserved pages are never at stake.
 //!
-//! **Loans.** A quarantine or a repair needs memory for a second copy, and then frees that of the first. The float lends it
-//! ([`Pool::with_loan`]): a reserve gives a folio, which the pool lacks from then on, and takes one when the change has ended. So
-//! pieces move meanwhile, and after a death the pool lacks a folio, as after any other.
+//! **Short.** The bytes that the pool lacks of its pages and its float are noted in the account
+//! ([`Account::short`]). The patrol takes them from the machine again each second, if the machine
+//! has some ([`Pool::refill`]). A move that finds the float used up does so, too; if it then finds
+//! neither float nor free page, it is refused. The daemon stores no note of this for the next
+//! worker, which computes the lack from the bytes that are there.
 //!
-//! A machine that is short of memory is asked for one folio at a time. The kernel keeps what a processor has just freed on that
-//! processor's own list (mm/page_alloc.c, `free_frozen_page_commit`), from which the very next allocation is served.
+//! If more is short than the float, as many free pages are *missing*: the pool does not hand them
+//! out. This happens when a program has given memory of its file to the machine by MADV_REMOVE, and
+//! the worker died before it took the memory back.
+//!
+//! **Loans.** A quarantine or a repair needs memory for a second copy of some bytes, and then frees
+//! the memory of the first copy. The float lends it ([`Pool::with_loan`]): a reserve gives a folio
+//! to the machine, and takes one back when the change has ended. The account counts the folio as
+//! short in between. So pieces can move during the change, and after a death the pool lacks a
+//! folio, as after a death in a move.
+//!
+//! If the machine is short of memory, the pool asks for one folio at a time. The kernel keeps
+//! memory that a processor has just freed on that processor's own list (mm/page_alloc.c,
+//! `free_frozen_page_commit`), and serves the very next allocation from that list.
 
 use super::{Account, Opened, Pool, Reserve, Token};
 use crate::error::{Error, Result};
@@ -37,73 +47,78 @@ use crate::sys::{self, MARGIN, refuse_more_than_available};
 use crate::units::{FOLIO_SIZE, Range};
 use std::sync::MutexGuard;
 
-/// Most memory that moves between a file and the reserves at once, chosen so that a piece takes some milliseconds: others
-/// wait for that long.
+/// The most memory that moves between a file and the reserves at once. A piece of this size takes
+/// some milliseconds; other callers wait for that long.
 pub const PIECE: u64 = 32 << 20;
 
-/// A change that takes no more than this needs no loan: any system call can take as much for itself.
+/// A change that takes no more than this needs no loan, as any system call can take as much for
+/// itself.
 const LITTLE: u64 = 64 << 10;
 
 /// The float of a small pool.
 const LEAST_FLOAT: u64 = 2 * FOLIO_SIZE;
 
-/// How large the float of a pool is whose pages have so many bytes.
+/// Bytes of the float of a pool whose pages have `bytes` bytes.
 pub fn float_of(bytes: u64) -> u64 {
     (bytes / 64).next_multiple_of(FOLIO_SIZE).clamp(LEAST_FLOAT, PIECE)
 }
 
-/// How much may move at once where the machine has so much available, and so much of the float is there.
+/// Bytes that may move at once, if the machine has `available` bytes and `float` bytes of the float
+/// are there.
 fn longest_piece(available: u64, float: u64) -> u64 {
     let most = if available < PIECE + MARGIN { FOLIO_SIZE } else { PIECE };
     most.min(float)
 }
 
 impl Account {
-    /// Has the pool lack so many bytes of its pages of `page_size` bytes and their float.
+    /// Sets the bytes that the pool lacks of its pages, of `page_size` bytes each, and their float.
     pub(super) fn set_short(&mut self, short: u64, page_size: u64) {
         self.short = short;
         self.missing = short.saturating_sub(float_of(self.total * page_size)).div_ceil(page_size);
     }
 
-    /// Has the pool consist of so many pages of `page_size` bytes.
+    /// Sets the number of the pool's pages, of `page_size` bytes each.
     pub(super) fn set_total(&mut self, total: u64, page_size: u64) {
         self.total = total;
         self.set_short(self.short, page_size);
     }
 }
 
-/// Held while a piece moves.
+/// Held during the move of a piece.
 type Moving<'a> = MutexGuard<'a, ()>;
 
-/// A piece that is going to move.
+/// The right to move a piece.
 struct Piece<'pool> {
     _moving: Moving<'pool>,
-    /// How long it may be.
+    /// The most bytes that the piece may have.
     most: u64,
-    /// A free page, where nothing of the float is left: it is promised to no file until the piece has moved.
+    /// A free page, where nothing of the float is left. No file is promised this page until the
+    /// piece has moved.
     _at_stake: Option<Token<'pool>>,
 }
 
 impl Pool {
-    /// What all the memory of a pool of so many pages comes to.
+    /// Bytes of all the memory of a pool of `pages` pages, with the float.
     pub(super) fn bytes_of(&self, pages: u64) -> u64 {
         let bytes = pages * self.page_size.bytes();
         bytes + float_of(bytes)
     }
 
-    /// Waits until no piece moves, and keeps others from moving one. Comes before the reserves' locks.
+    /// Waits until no piece moves, and keeps other threads from moving one. This lock comes before
+    /// those of the reserves.
     pub(super) fn moving(&self) -> Moving<'_> {
         self.moving.lock().expect("no panic while memory moves")
     }
 
-    /// The pool lacks so many bytes more.
+    /// The pool lacks `bytes` more.
     pub(super) fn note_short(&self, bytes: u64) {
         let mut account = self.account();
         let short = account.short + bytes;
         account.set_short(short, self.page_size.bytes());
     }
 
-    /// The pool lacks up to so many bytes less: it has taken them, or needs them no more. Returns how many it lacked of these.
+    /// The pool lacks up to `bytes` less, because it has taken them or needs them no more. Returns
+    /// the part of `bytes` that the pool did lack.
     pub(super) fn lack_less(&self, bytes: u64) -> u64 {
         let mut account = self.account();
         let lacked = account.short.min(bytes);
@@ -118,17 +133,19 @@ impl Pool {
         float_of(account.total * self.page_size.bytes()).saturating_sub(account.short)
     }
 
-    /// No piece can move before the pool has taken some memory from the machine, or put a free page at stake.
+    /// True if no piece can move before the pool takes some memory from the machine, or puts a free
+    /// page at stake.
     pub(super) fn is_float_used_up(&self) -> bool {
         self.float_at_hand() < FOLIO_SIZE
     }
 
-    /// Takes what the pool lacks from the machine, as far as that can give it. Moves go on in between.
+    /// Takes the lacking bytes from the machine, as far as the machine can give them. Other moves
+    /// go on between two steps.
     pub fn refill(&self) {
         while self.balance().short > 0 && self.refill_step(&self.moving()) {}
     }
 
-    /// Takes a piece of what the pool lacks. Returns whether the machine had one.
+    /// Takes a piece of the lacking bytes. Returns true if the machine had one.
     fn refill_step(&self, _moving: &Moving<'_>) -> bool {
         let short = self.account().short;
         let affordable = |step: &u64| *step > 0 && refuse_more_than_available(*step).is_ok();
@@ -136,21 +153,23 @@ impl Pool {
         step.is_some_and(|step| self.take_lacking(step))
     }
 
-    /// Takes so many of the bytes that the pool lacks. Returns whether the machine had them. No piece moves meanwhile.
+    /// Takes `bytes` of the lacking bytes. Returns true if the machine had them. No piece moves
+    /// meanwhile.
     fn take_lacking(&self, bytes: u64) -> bool {
         if let Err(error) = self.lengthen(&mut self.lock_poorest().1, bytes) {
             log::warn!("the pool lacks {bytes} bytes still: {error}");
             return false;
         }
         self.give_surplus(bytes - self.lack_less(bytes)); // the pool may have shrunk meanwhile
-        self.freed.notify_all(); // pages that were missing
+        self.freed.notify_all(); // pages that were missing are free now
         true
     }
 
-    /// Runs `work`, which takes up to `bytes`, a folio at most, and then gives as much, with as much of the float.
+    /// Runs `work` with a loan of the float. `work` takes up to `bytes` of memory, a folio at most,
+    /// and then frees as much.
     ///
     /// # Errors
-    /// [`Error::NoMemory`] where nothing is left to lend: `work` is not run. What `work` answers.
+    /// [`Error::NoMemory`] where nothing is left to lend; `work` has not run. The errors of `work`.
     pub fn with_loan<T>(&self, bytes: u64, work: impl FnOnce() -> Result<T>) -> Result<T> {
         assert!(bytes <= FOLIO_SIZE, "a loan is a folio");
         let at_stake = if bytes > LITTLE { Some(self.lend()?) } else { None };
@@ -162,7 +181,7 @@ impl Pool {
         result
     }
 
-    /// A reserve gives a folio to the machine. Returns the page that is at stake, if one is.
+    /// A reserve gives a folio to the machine. Returns the page at stake, if there is one.
     fn lend(&self) -> Result<Option<Token<'_>>> {
         let Piece { _moving, _at_stake, .. } = self.begin_piece()?;
         let (_, mut source) = self.lock_richest();
@@ -173,7 +192,8 @@ impl Pool {
         Ok(_at_stake)
     }
 
-    /// Where another process was faster, the patrol takes it later. Where the patrol has done so already, nothing is lacking.
+    /// Takes a folio back. If another process has taken the memory, the patrol takes a folio later.
+    /// If the patrol has done so already, nothing is lacking.
     fn take_loan_back(&self) {
         let _moving = self.moving();
         let bytes = FOLIO_SIZE.min(self.account().short);
@@ -182,7 +202,7 @@ impl Pool {
         }
     }
 
-    /// Begins to move a piece. A machine that is short of memory is asked for a folio.
+    /// Begins to move a piece. If the machine is short of memory, the piece is a folio.
     fn begin_piece(&self) -> Result<Piece<'_>> {
         let moving = self.moving();
         while self.is_float_used_up() && self.refill_step(&moving) {}
@@ -195,12 +215,12 @@ impl Pool {
         }
     }
 
-    /// Moves a piece of memory for the start of `range`, which has none, into `target`, and makes that up to `size` bytes long as it
-    /// goes. Returns the length of the piece.
+    /// Moves a piece of memory into `target`, for the start of `range`, which has no memory. Makes
+    /// `target` longer for that, up to `size` bytes. Returns the length of the piece.
     ///
     /// # Errors
-    /// [`Error::NoMemory`] where nothing is left to put at stake, or others were faster to take what was given. Nothing has moved, but
-    /// `target` may be longer.
+    /// [`Error::NoMemory`] where nothing is left to put at stake, or where other processes have
+    /// taken the memory that was given. No memory has moved, but `target` may be longer.
     pub(super) fn move_piece_out(&self, target: &mut Sealed, range: Range, size: u64) -> Result<u64> {
         let begun = self.begin_piece()?;
         let (reserve, mut source) = self.lock_richest();
@@ -214,7 +234,8 @@ impl Pool {
         }
     }
 
-    /// The reserve `source` gives as much as `target` takes for `piece`. Returns how much that is.
+    /// The reserve `source` gives memory, and `target` takes as much for `piece`. Returns the
+    /// number of bytes.
     fn exchange(&self, source: &mut Sealed, target: &mut Sealed, piece: Range, size: u64) -> Result<u64> {
         let left = source.size().checked_sub(piece.len()).filter(|_| !piece.is_empty());
         let left = left.ok_or(Error::NoMemory)?; // pages are missing
@@ -228,11 +249,13 @@ impl Pool {
         Ok(piece.len())
     }
 
-    /// Moves a piece of memory from the end of `range`, as far as that has any, back into the reserves: `give` takes it out of
-    /// `source`. Returns which part it was; none where there is no memory.
+    /// Moves a piece of memory back into the reserves: the last part of `range` that has memory.
+    /// `give` takes the memory out of `source`. Returns the part that moved, or `None` where
+    /// `range` has no memory.
     ///
     /// # Errors
-    /// [`Error::NoMemory`] where nothing is left to put at stake; nothing has moved. What `give` answers.
+    /// [`Error::NoMemory`] where nothing is left to put at stake; nothing has moved. The errors of
+    /// `give`.
     pub(super) fn move_piece_in(
         &self,
         source: &mut Sealed,
@@ -255,7 +278,8 @@ impl Pool {
         given.map(|()| Some(piece))
     }
 
-    /// A reserve takes what was given just now. Where another process was faster, the float is short of it.
+    /// A reserve takes the memory that was given just now. If another process has taken it first,
+    /// the pool is short of it.
     fn take_back(&self, reserve: &mut Sealed, bytes: u64) {
         if let Err(error) = self.lengthen(reserve, bytes) {
             log::warn!(
@@ -270,7 +294,7 @@ impl Pool {
         reserve.take(Range::at(size, bytes), size + bytes)
     }
 
-    /// The last run of folios with memory in `range`, of one node and at most `most` bytes long.
+    /// The last run of folios with memory in `range`: of one NUMA node, at most `most` bytes long.
     fn last_piece_within(&self, source: &Sealed, range: Range, most: u64) -> Option<Range> {
         let mut folios = range.folios().rev().skip_while(|folio| !source.has_memory(*folio));
         let last = folios.next()?;
@@ -292,7 +316,8 @@ impl Pool {
         self.reserves.iter().find(|reserve| Some(reserve.node) == node).unwrap_or(&self.reserves[0])
     }
 
-    /// Until the guard is dropped, this thread takes new memory from `node`, as far as that has some.
+    /// Until the guard is dropped, the kernel takes new memory of this thread from NUMA node
+    /// `node`, as far as that node has some.
     fn prefer(&self, node: u32) -> Option<Preference> {
         if self.reserves.len() == 1 {
             return None;
@@ -306,7 +331,8 @@ impl Pool {
         }
     }
 
-    /// The reserve with the most memory. All of them are locked to find it, so that it has some where there is any.
+    /// The reserve with the most memory. All reserves are locked for the choice, so the result has
+    /// memory if any reserve has.
     pub(super) fn lock_richest(&self) -> (&Reserve, Opened<'_>) {
         let richest = self.lock_all().max_by_key(|(_, sealed)| sealed.size());
         richest.expect("there is a node with memory")
@@ -324,7 +350,8 @@ impl Pool {
     }
 }
 
-/// Makes a reserve `left` bytes long. Where only its limit of blocks could not be lowered, that is done by the next move.
+/// Makes a reserve `left` bytes long. If only the lowering of its limit of blocks failed, the next
+/// move lowers the limit.
 pub(super) fn shorten(reserve: &mut Sealed, left: u64) -> Result<()> {
     match reserve.cut(left) {
         Err(error) if reserve.size() <= left => {

@@ -1,4 +1,4 @@
-//! A pool that outlives the process that has filled it.
+//! A pool that outlives the process that filled it.
 
 use super::{Account, Pool, Reserve};
 use crate::error::{Error, Result};
@@ -7,18 +7,20 @@ use crate::sys::calls;
 use crate::units::{FOLIO_SIZE, PageSize};
 use rustix::fs::{CWD, Mode, OFlags, XattrFlags};
 
-/// Where the reserves are mounted in the daemon's namespace, each below the number of its NUMA node.
+/// The directory in the daemon's namespace below which the reserves are mounted. The name of each
+/// is the number of its NUMA node.
 pub const RESERVES: &str = "/reserve";
 
-/// Pages of the pool, and bytes that were in folios at first: attributes of that directory, decimal.
+/// Attributes of that directory, decimal: pages of the pool, and bytes that were in folios at the
+/// mount.
 const PAGES: &str = "trusted.pages";
 const HUGE_AT_MOUNT: &str = "trusted.huge_at_mount";
 
 impl Pool {
-    /// Mounts the reserves, so that the pool is there for another process when this one is gone.
+    /// Mounts the reserves, so that another process finds the pool when this process is gone.
     ///
     /// # Errors
-    /// What mkdir(2), move_mount(2) and setxattr(2) answer.
+    /// The errors of mkdir(2), move_mount(2) and setxattr(2).
     pub fn attach(&mut self) -> Result<()> {
         self.outlives_us = true;
         for reserve in &self.reserves {
@@ -30,7 +32,7 @@ impl Pool {
         self.note_size(self.balance().total)
     }
 
-    /// Notes what the pool's size is to be.
+    /// Notes the intended size of the pool.
     pub(super) fn note_size(&self, pages: u64) -> Result<()> {
         if self.outlives_us { note(PAGES, pages) } else { Ok(()) }
     }
@@ -38,7 +40,7 @@ impl Pool {
     /// The pool that another process has attached. Its account is empty until [`Pool::adopt`].
     ///
     /// # Errors
-    /// As for [`Sealed::open`].
+    /// Those of [`Sealed::open`].
     pub fn open(page_size: PageSize) -> Result<Self> {
         let (total, huge_at_mount) = (noted(PAGES)?, noted(HUGE_AT_MOUNT)?);
         let mut reserves = Vec::new();
@@ -52,18 +54,19 @@ impl Pool {
         Ok(Self { outlives_us: true, huge_at_mount, ..Self::on(page_size, reserves, account) })
     }
 
-    /// The account of a pool that was just opened, before [`Pool::adopt`].
+    /// Makes the account that of a pool that was just opened, before [`Pool::adopt`].
     #[cfg(test)]
     pub(super) fn forget_account(&self) {
         let mut account = self.account();
         *account = Account { total: account.total, reserved: account.total, ..Account::default() };
     }
 
-    /// Completes the account: all files together have `pages`, and `bytes` of memory. What there is more than P1 says goes back
-    /// to the machine. What there is less is short: it was moving, or a program has taken it out of its file.
+    /// Completes the account: all files together have `pages` pages, and `bytes` of memory. Memory
+    /// beyond P1 goes back to the machine. Memory that P1 lacks is short: it was moving, or a
+    /// program took it out of its file.
     ///
     /// # Errors
-    /// [`Error::Corrupt`] where files have more than there is.
+    /// [`Error::Corrupt`] where files have more pages than the pool.
     pub fn adopt(&self, pages: u64, bytes: u64) -> Result<()> {
         let total = self.balance().total;
         let free = total.checked_sub(pages);
@@ -87,10 +90,12 @@ impl Pool {
 }
 
 impl Pool {
-    /// Corrects the account by a file of which `counted` pages and bytes were adopted, and which `has` so many.
+    /// Corrects the account of one file. [`Pool::adopt`] counted `counted` pages and bytes for it,
+    /// and the file has `has`.
     ///
     /// # Errors
-    /// [`Error::Full`] where it has more pages than were counted, and they are not free; nothing has changed.
+    /// [`Error::Full`] where the file has more pages than were counted, and the pool has no free
+    /// ones; nothing has changed.
     pub fn correct(&self, counted: (u64, u64), has: (u64, u64)) -> Result<()> {
         match has.0.checked_sub(counted.0) {
             Some(more) => self.reserve(more)?.hand_over(more as i64),
@@ -126,13 +131,14 @@ fn note(name: &str, value: u64) -> Result<()> {
 }
 
 fn noted(name: &str) -> Result<u64> {
-    let mut text = [0; 20]; // digits of 2^64
+    let mut text = [0; 20]; // a u64 has 20 digits at most
     let length = calls::getxattr(RESERVES, name, &mut text[..])?;
     let number = std::str::from_utf8(&text[..length]).ok().and_then(|text| text.parse().ok());
     number.ok_or_else(|| Error::Corrupt(format!("{RESERVES}: {name}")))
 }
 
-/// Memory goes back as it came, step by step between file and reserve: the machine is asked for no more than a step.
+/// Memory goes back as it came, step by step between file and reserve. The machine gives no more
+/// than a step.
 #[cfg(test)]
 mod tests {
     use super::super::Holding;
@@ -141,7 +147,7 @@ mod tests {
 
     const SIZE: u64 = 3 * FOLIO_SIZE;
 
-    /// A pool of eight pages, three of which are a file's.
+    /// A pool of eight pages, and a file with three of these.
     fn three_of_eight() -> (Pool, Holding) {
         let pool = Pool::fill(PageSize::Huge, 8, |_| Ok(())).expect("root takes 16 MiB");
         let mut holding = Holding::create(PageSize::Huge).unwrap();
@@ -150,7 +156,8 @@ mod tests {
         (pool, holding)
     }
 
-    /// What the next process makes of both. Nothing goes to the machine on the way, or is taken from it.
+    /// The holding as the next process opens it. No memory goes to the machine or comes from there
+    /// on the way.
     fn come_back(pool: &Pool, holding: &Holding) -> Holding {
         let reserves = pool.reserves();
         let mount = holding.sealed().mount().unwrap();

@@ -1,11 +1,11 @@
-//! How much of the pool's memory each NUMA node is to give; pure.
+//! The share of the pool's memory that each NUMA node gives; pure.
 
 use crate::units::FOLIO_SIZE;
 
-/// A node, when memory is going to be taken from the machine.
+/// A NUMA node, before memory is taken from the machine.
 #[derive(Clone, Copy, Debug)]
 pub struct Node {
-    /// Bytes that the pool has of it.
+    /// Bytes of the node that the pool has.
     pub has: u64,
     /// Bytes that the node can give.
     pub room: u64,
@@ -18,10 +18,12 @@ impl Node {
     }
 }
 
-/// Divides `wanted` bytes, whole folios, among the nodes, of which there is one at least. A grain (a page) after the other comes from
-/// the node that the pool has the least of, as long as that has room for one. What no node has room for as a whole is divided by
-/// folios. What no node has room for at all is to come from the one with the most room: that is the kernel's to find, which
-/// takes back what is in use as cache.
+/// Divides `wanted` bytes, whole folios, among the nodes. `nodes` has at least one.
+///
+/// Each grain (a page) comes from a node with room for the grain: from the node of which the pool
+/// has the least. A grain that fits into no node is divided by folios. A folio that fits into no
+/// node is assigned to the node with the most room: the kernel then finds the memory, as it can
+/// take back memory that is used as cache.
 pub fn shares(wanted: u64, grain: u64, nodes: &[Node]) -> Vec<u64> {
     let mut after = nodes.to_vec();
     let mut left = wanted;

@@ -1,4 +1,4 @@
-//! Making pages a file's: memory first, then the account.
+//! Growth and allocation: memory moves first, then the account changes.
 
 use super::{Holding, PageSet, Progress};
 use crate::error::{Error, Result};
@@ -10,18 +10,19 @@ use crate::units::{FOLIO_SIZE, Range};
 /// A growth or an allocation that is under way.
 #[derive(Debug)]
 pub struct Growth<'pool> {
-    /// For the pages that become the file's.
+    /// The token for the pages that become the file's.
     token: Option<Token<'pool>>,
     /// The released pages that become the file's again.
     missing: PageSet,
     reserved_pages: u64,
     before: u64,
     size: u64,
-    /// What is to have memory and has none yet, the first last. The part behind the old memory comes after the released pages.
+    /// The ranges that still need memory, the first one last. The part behind the old memory comes
+    /// after the released pages.
     wanting: Vec<Range>,
-    /// What has got memory, in order.
+    /// The ranges that have got memory, in this order.
     filled: Vec<Range>,
-    /// The released pages are the file's again, and not the token's.
+    /// The released pages are the file's again, and not the token's any more.
     are_taken: bool,
     failure: Option<Error>,
 }
@@ -91,7 +92,7 @@ impl<'pool> Growth<'pool> {
         self.token.as_ref().expect("it is kept to the end")
     }
 
-    /// So many pages of the token become the file's, or (negative) the other way round.
+    /// `pages` of the token's pages become the file's. A negative number goes the other way.
     fn hand_over(&mut self, holding: &Holding, pages: i64) {
         let token = self.token.as_mut().expect("it is kept to the end");
         token.hand_over(pages);

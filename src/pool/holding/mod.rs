@@ -1,4 +1,4 @@
-//! A file's pages: a sealed file, and how many of the pool's pages are its own.
+//! A file's pages: a sealed file, and the account of the pool's pages that the file owns.
 //!
 //! ```text
 //!     page 0        page 1 (released)   page 2            page 3
@@ -8,11 +8,13 @@
 //!                                        end of file ^  ^ its folio     ^ reserved_pages
 //! ```
 //!
-//! The pages up to `reserved_pages` are the file's, except those that it has released (punched). Memory is in them up
-//! to the folio with the end of file; what lies behind is the file's in the account, and in the reserve as memory.
+//! The file owns the pages up to `reserved_pages`, except those that it has released (punched). Its
+//! memory reaches up to the folio with the end of file. Behind that folio the account gives the
+//! pages to the file, but their memory is in the reserve.
 //!
-//! **Changes.** A change that moves memory is made in pieces ([`Change`]), each some milliseconds long. Between two of them the
-//! caller may let others look at the file; it lets no second change begin ([`Holding::ready`] asserts that).
+//! **Changes.** A change that moves memory is made in pieces ([`Change`]), each some milliseconds
+//! long. Between two pieces the caller may let others look at the file, but may begin no second
+//! change ([`Holding::ready`] asserts that).
 //!
 //! ```text
 //!            begin_*()                  advance() ...                  advance()
@@ -24,26 +26,35 @@
 //!                                       +--> unsettled, until the next change or worker settles it
 //! ```
 //!
-//! | change | while it is under way, others see | given up, or failed |
+//! | change | others see meanwhile | after a failure or giving up |
 //! |---|---|---|
 //! | growth, allocation | the old size ([`Holding::size`]), no new page | all is as before |
-//! | shrinking | the file getting shorter | it stays as short as it has become |
-//! | release | pages turning into holes, one by one | some pages are released, the others whole; what was moved of one is zeros |
+//! | shrinking | the file gets shorter | the file keeps the size that it has reached |
+//! | release | pages become holes, one by one | some are released; moved parts of others are zero |
 //! | settling | | the holding stays unsettled |
 //!
-//! All that can be refused is decided in `begin_*`, before anything changes: the pool's pages, soft holes, and the number of
-//! runs of released pages that can be noted. Memory is moved while the token for its pages is held; a token that can be neither spent
-//! nor given back, as memory is stuck half-way, stays with the holding until that is settled.
+//! `begin_*` decides everything that can be refused, before anything changes: the pool's pages,
+//! soft holes, and the number of runs of released pages that can be noted. A change holds the token
+//! for its pages while it moves memory. If memory is stuck half-way, the token can be neither spent
+//! nor given back: its pages stay reserved for the holding until that is settled.
 //!
-//! **A death in between.** The released pages are noted with the file ([`RELEASED`]). A release notes its pages before it moves any
-//! memory, a growth strikes pages out after it has moved all of it. So a page that is noted and has memory is on its way, in one
-//! direction or the other: it is the file's. A growth that lengthens the file notes the size to come back to in the superblock first;
-//! that note goes with the last step, which makes the pages the file's. So [`Holding::open`] finds every page either released and
-//! without memory, or the file's. Where a page that is noted lacks memory up to the end of file, it was on its way, and gets memory
-//! again: zeros, as was asked for. [`Settling`] does so when the pool's account is complete, since what
-//! was under way is undone as it was done: piece by piece between the file and the reserves. A move back by way of the machine would
-//! need all of it at once, and another process could take it. Where a page that is not noted lacks memory, a program has taken that
-//! out by MADV_REMOVE: the blocks stay free for the program's touches until [`Sealed::resume`] has filled them.
+//! **A death in between.** The released pages are noted with the file ([`RELEASED`]). A release
+//! notes its pages before it moves any memory. A growth strikes pages out of the note after it has
+//! moved all memory. So a page that is noted and has memory was on its way, in one direction or the
+//! other: it is the file's. A growth that lengthens the file first notes the old size in the header
+//! ([`Superblock`]), as `undo_size`. Its last step clears `undo_size` and makes the pages the
+//! file's.
+//!
+//! So [`Holding::open`] leaves every page in one of two states: released and without memory, or the
+//! file's. A page of the file that is noted as released, and lacks some of its memory before the
+//! end of file, was on its way. It gets memory again, which is zeros, as the caller had asked for.
+//! [`Settling`] fills it once the pool's account is complete. A settling undoes a change as the
+//! change was made: piece by piece between the file and the reserves. One step by way of the
+//! machine would need all of the memory at once, and another process could take it.
+//!
+//! A page that is not noted and lacks memory is one out of which a program took memory by
+//! MADV_REMOVE. Its blocks stay free for the program's touches until [`Sealed::resume`] has filled
+//! them.
 
 mod growth;
 mod page_set;
@@ -64,15 +75,15 @@ use release::Release;
 use settling::Settling;
 use shrinking::Shrinking;
 
-/// Why soft holes forbid a resize (see S1).
+/// The reason for which soft holes forbid a resize (see S1).
 const HAS_SOFT_HOLES: Error =
     Error::Busy("the file has quarantined subpages; repair them before it grows or gives pages back");
 
-/// Why released pages forbid to release more, or to take one back from the middle of others.
+/// The refusal of a release, or of an allocation in the middle of a released run.
 const TOO_MANY_RUNS: Error =
     Error::Busy("the file would have more separate holes than can be noted; allocate some of them first");
 
-/// What the released pages are noted under.
+/// The name under which the released pages are noted.
 const RELEASED: &str = "released";
 
 /// A file's pages.
@@ -81,27 +92,28 @@ pub struct Holding {
     sealed: Sealed,
     page_size: PageSize,
     released: PageSet,
-    /// What is noted as released differs from `released`.
+    /// The note of the released pages differs from `released`.
     note_is_stale: bool,
-    /// A change has begun that has not ended.
+    /// A change has begun and has not ended.
     under_way: bool,
-    /// A change could be neither finished nor undone. So many pages stay reserved in the account, as their memory may be
-    /// here.
+    /// A change could be neither finished nor undone. This number of pages stays reserved in the
+    /// account, as their memory may be in this file.
     unsettled: Option<u64>,
-    /// It belongs to a file without names, and the pool counts its pages as orphaned.
+    /// The file has no name, and the pool counts its pages as orphaned.
     orphaned: bool,
 }
 
-/// Whether a [`Change`] is over.
+/// The state of a [`Change`] after a piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
-    /// There are pieces left.
+    /// Pieces are left.
     More,
-    /// All is done.
+    /// The change is complete.
     Done,
 }
 
-/// A change of a holding that is under way. It is to be advanced until it is over, with the holding that has begun it.
+/// A change of a holding that is under way. The caller advances it until it is over, with the
+/// holding that began it.
 #[derive(Debug)]
 #[must_use = "a change that is not advanced to its end leaves the file between two states"]
 pub struct Change<'pool>(Kind<'pool>);
@@ -119,7 +131,8 @@ impl Change<'_> {
     /// Makes one piece: it moves at most [`super::PIECE`] of memory, and takes some milliseconds.
     ///
     /// # Errors
-    /// Why the change failed, or was given up. It is over then, and undone as far as the table above says.
+    /// The reason for which the change failed or was given up. The change is over then, and undone
+    /// as far as the table above says.
     pub fn advance(&mut self, holding: &mut Holding) -> Result<Progress> {
         let progress = match &mut self.0 {
             Kind::Nothing => Ok(Progress::Done),
@@ -132,8 +145,9 @@ impl Change<'_> {
         progress
     }
 
-    /// The caller does not want the change any more. It is to be advanced until it is over all the same: the pieces that follow undo
-    /// what was done, or bring that to an end, and the last of them answers `why`.
+    /// The caller does not want the change any more, for the reason `why`. The caller still
+    /// advances it until it is over: the pieces that follow undo the change or bring it to an end,
+    /// and the last one fails with `why`.
     pub fn give_up(&mut self, why: Error) {
         match &mut self.0 {
             Kind::Nothing | Kind::Settling(_) => {}
@@ -145,7 +159,7 @@ impl Change<'_> {
 }
 
 impl Holding {
-    /// One without pages.
+    /// A holding without pages.
     ///
     /// # Errors
     /// As for [`Sealed::create`].
@@ -158,16 +172,17 @@ impl Holding {
         Self { sealed, page_size, released, note_is_stale, under_way, unsettled: None, orphaned: false }
     }
 
-    /// The one that `sealed` was a part of in another process; [`Holding::begin_settling`] is to follow.
+    /// The holding of `sealed`, which another process has left. [`Holding::begin_settling`] must
+    /// follow.
     ///
     /// # Errors
-    /// What getxattr(2) answers, and as for [`Sealed::resume`].
+    /// The errors of getxattr(2), and those of [`Sealed::resume`].
     pub fn open(page_size: PageSize, sealed: Sealed) -> Result<Self> {
         let noted = sealed.notes().kept(RELEASED)?.map(|runs| PageSet::decode(&runs)).unwrap_or_default();
         let mut holding = Self::of(sealed, page_size);
         holding.released = noted.clone();
-        holding.released.remove(holding.reserved().end..Page(u64::MAX)); // they were given up
-        // A program has taken out what is missing of the others, by MADV_REMOVE, and may touch it again.
+        holding.released.remove(holding.reserved().end..Page(u64::MAX)); // the dead worker gave them up
+        // A program took out what other pages lack, by MADV_REMOVE, and may touch it again.
         let meant = holding.owned_in(Range::new(0, holding.size()));
         holding.sealed.resume(meant.into_iter().flat_map(Range::folios))?;
         holding.own_what_has_memory();
@@ -176,7 +191,7 @@ impl Holding {
         Ok(holding)
     }
 
-    /// Makes released pages that have memory the file's, and returns how many.
+    /// Makes each released page that has memory the file's. Returns the number of such pages.
     fn own_what_has_memory(&mut self) -> u64 {
         let memory = self.memory_end();
         let with_memory = self.released.runs().flat_map(|run| {
@@ -190,7 +205,7 @@ impl Holding {
         owned.count()
     }
 
-    /// Notes the released pages, where the note does not say so already.
+    /// Notes the released pages, unless the note is true already.
     fn note_released(&mut self) -> Result<()> {
         if self.note_is_stale {
             self.note(&self.released)?;
@@ -199,8 +214,9 @@ impl Holding {
         Ok(())
     }
 
-    /// The same where the note does no harm as it is: a page that is noted and has memory is the file's, and so is one
-    /// behind those that are reserved nobody's. The next change notes what is right, or is refused.
+    /// Notes the released pages, and goes on if that fails: a stale note does no harm here. A page
+    /// that is noted and has memory is the file's, and a page that is noted behind `reserved_pages`
+    /// has no owner. The next change corrects the note, or is refused.
     fn try_to_note_released(&mut self) {
         if let Err(error) = self.note_released() {
             log::warn!("pages of a file stay noted as released that are not: {error}");
@@ -212,7 +228,7 @@ impl Holding {
         self.sealed.notes().keep(RELEASED, &released.encode())
     }
 
-    /// Has other released pages, and notes them; as before where that fails.
+    /// Notes `released` as the released pages and then sets them. On an error both are as before.
     fn set_released(&mut self, released: PageSet) -> Result<()> {
         if released != self.released || self.note_is_stale {
             self.note(&released)?;
@@ -222,14 +238,15 @@ impl Holding {
         Ok(())
     }
 
-    // ---- what there is ------------------------------------------------------------------------------------------
+    // ---- what there is -------------------------------------------------------------------------
 
     /// The sealed file.
     pub fn sealed(&self) -> &Sealed {
         &self.sealed
     }
 
-    /// The sealed file, for quarantine and repair; its folios and its size are this module's.
+    /// The sealed file, for quarantine and repair. Only this module changes its folios and its
+    /// size.
     pub fn sealed_mut(&mut self) -> &mut Sealed {
         &mut self.sealed
     }
@@ -249,17 +266,17 @@ impl Holding {
         self.sealed.superblock().reserved_pages - self.released.count()
     }
 
-    /// The pages that are the file's or released.
+    /// The pages that the file owns or has released.
     fn reserved(&self) -> Run {
         Page(0)..Page(self.sealed.superblock().reserved_pages)
     }
 
-    /// The file has memory up to here, except in released pages.
+    /// The end of the file's memory. Only released pages before it have none.
     fn memory_end(&self) -> u64 {
         self.size().next_multiple_of(FOLIO_SIZE)
     }
 
-    /// Some page is released.
+    /// True if a page is released.
     pub fn has_released(&self) -> bool {
         !self.released.is_empty()
     }
@@ -278,12 +295,13 @@ impl Holding {
         runs.iter().map(|run| self.page_size.bytes_of(run).intersect(range)).collect()
     }
 
-    /// Whether every byte of `range` has memory or is a soft hole.
+    /// True if every byte of `range` has memory or is a soft hole.
     pub fn has_pages(&self, range: Range) -> bool {
         range.end <= self.size() && self.released_in(range).next().is_none()
     }
 
-    /// Whether a write of `range` lengthens the file within memory that it has, and so moves none ([`Sealed::append`]).
+    /// True if a write of `range` lengthens the file within the memory that it has, so that no
+    /// memory moves ([`Sealed::append`]).
     pub fn can_append(&self, range: Range) -> bool {
         let (size, folio) = (self.size(), Subpage::containing(self.size()).folio());
         self.is_settled()
@@ -295,22 +313,23 @@ impl Holding {
             && self.has_pages(Range::new(range.start.min(size), size))
     }
 
-    /// No change is under way, nor stuck half-way.
+    /// True if no change is under way, and none is stuck half-way.
     pub fn is_settled(&self) -> bool {
         !self.under_way && self.unsettled.is_none()
     }
 
-    /// What it has of the pool.
+    /// This holding's part of [`Held`].
     pub fn held(&self) -> Held {
         let bytes = self.sealed.folio_count() * FOLIO_SIZE;
         Held { pages: self.pages(), bytes, stuck: self.unsettled.unwrap_or(0) }
     }
 
-    /// Checks what can be told of the holding as a whole ([`Sealed::check_part`] has the rest); says what does not hold. Between
-    /// two pieces of a change, only that of which is true at each moment.
+    /// Checks the holding as a whole; [`Sealed::check_part`] checks the rest. Returns a line for
+    /// each violation. Between two pieces of a change, checks only the invariants that hold at each
+    /// moment.
     ///
     /// # Errors
-    /// What the kernel answers.
+    /// The errors of the kernel.
     pub fn check(&self) -> Result<Vec<String>> {
         let mut wrong = self.sealed.check_totals()?;
         if self.is_settled() {
@@ -352,7 +371,7 @@ impl Holding {
         Ok(wrong)
     }
 
-    /// The first folios of `range` that follow one another and have no memory, where there are any.
+    /// The first run of folios in `range` that have no memory, if there is one.
     fn first_without_memory(&self, range: Range) -> Option<Range> {
         let lacks = |folio: &Folio| !self.sealed.has_memory(*folio);
         let mut folios = range.folios().skip_while(|folio| !lacks(folio)).take_while(lacks);
@@ -361,8 +380,8 @@ impl Holding {
         Some(Range::new(first.range().start, last.range().end))
     }
 
-    /// The end of `range`, so short that giving back what it holds takes no longer than a piece should: to forget a run of
-    /// soft holes costs some 10 us. It has memory if `range` has.
+    /// The last part of `range` that can be given back within the time of a piece: to forget a run
+    /// of soft holes costs some 10 us. The part has memory if `range` has.
     fn end_with_few_holes(&self, range: Range) -> Range {
         const MOST_HOLES: usize = 128;
         let first = self.sealed.holes().in_range(range).rev().nth(MOST_HOLES);
@@ -370,13 +389,15 @@ impl Holding {
         first.map_or(range, |hole| Range::new(folio_of(hole).start.max(range.start), range.end))
     }
 
-    // ---- changes ------------------------------------------------------------------------------------------------
+    // ---- changes -------------------------------------------------------------------------------
 
-    /// Begins to make the file at least `size` bytes long, with memory for every byte from the old end on and in `range`.
+    /// Begins to make the file at least `size` bytes long. Every byte from the old end on and in
+    /// `range` gets memory.
     ///
     /// # Errors
-    /// [`Error::Full`], [`Error::Returning`], [`Error::Busy`] where soft holes forbid it or there would be too many
-    /// separate holes; nothing has changed. The change itself fails with [`Error::NoMemory`], likewise.
+    /// [`Error::Full`] and [`Error::Returning`]; [`Error::Busy`] where soft holes forbid the growth
+    /// or there would be too many separate holes. Nothing has changed. The change itself fails with
+    /// [`Error::NoMemory`], and nothing has changed either.
     pub fn begin_growth<'pool>(
         &mut self,
         pool: &'pool Pool,
@@ -395,23 +416,23 @@ impl Holding {
         self.begin_acquiring(pool, missing, size, size)
     }
 
-    /// Begins to make the pages up to the end of `range` the file's, with memory for what lies in `range` before the end of
-    /// file, and leaves its size alone.
+    /// Begins to make the pages up to the end of `range` the file's. The part of `range` before the
+    /// end of file gets memory. The file keeps its size.
     ///
     /// # Errors
-    /// As for [`Holding::begin_growth`].
+    /// Those of [`Holding::begin_growth`].
     pub fn begin_allocation<'pool>(&mut self, pool: &'pool Pool, range: Range) -> Result<Change<'pool>> {
         self.ready(pool)?;
         let size = self.size();
         let missing = self.released_touching(range);
         if !self.released_touching(range.intersect(Range::new(0, size))).is_empty() {
-            self.refuse_with_holes()?; // behind the end no memory moves
+            self.refuse_with_holes()?; // behind the end of file no memory moves
         }
         self.begin_acquiring(pool, missing, size, range.end)
     }
 
-    /// Begins to make the pages up to `end` and the released ones in `missing` the file's, with memory for what lies before the
-    /// end of file, which comes to be at `size`.
+    /// Begins to make the file own the pages up to `end` and the released pages in `missing`, with
+    /// memory before the end of file, which will be at `size`.
     fn begin_acquiring<'pool>(
         &mut self,
         pool: &'pool Pool,
@@ -431,15 +452,16 @@ impl Holding {
         Ok(self.begun(Kind::Growth(Growth::new(self, token, missing, wanted, size))))
     }
 
-    /// Begins to make the file `size` bytes long, not longer than it is, and to give back the pages behind; what was
-    /// quarantined there is forgotten. Where the file is that long already, no memory moves, so soft holes do not forbid it.
+    /// Begins to shorten the file to `size` bytes and to give back the pages behind. Quarantines
+    /// behind the new end are forgotten. If the file has this size already, no memory moves, and
+    /// soft holes do not forbid the change.
     ///
     /// # Errors
-    /// [`Error::Busy`] where soft holes before the new end forbid it. The change itself fails with [`Error::NoMemory`] where the
-    /// machine has none for a piece.
+    /// [`Error::Busy`] where soft holes before the new end forbid it. The change itself fails with
+    /// [`Error::NoMemory`] where the machine has no memory for a piece.
     pub fn begin_shrinking<'pool>(&mut self, pool: &'pool Pool, size: u64) -> Result<Change<'pool>> {
         if size > 0 {
-            self.ready(pool)?; // what is stuck goes with the rest otherwise
+            self.ready(pool)?; // to size 0, stuck memory goes with the rest
         }
         if size < self.size() && self.sealed.holes().in_range(Range::new(0, size)).next().is_some() {
             return Err(HAS_SOFT_HOLES);
@@ -447,11 +469,13 @@ impl Holding {
         Ok(self.begun(Kind::Shrinking(Shrinking::new(pool, size))))
     }
 
-    /// Begins to give back the pages of which `range` holds every byte; what was quarantined there is forgotten.
+    /// Begins to give back the pages that lie in `range` whole. Quarantines in these pages are
+    /// forgotten.
     ///
     /// # Errors
-    /// [`Error::Busy`] where soft holes elsewhere forbid it or there would be too many separate holes; nothing has changed. The
-    /// change itself fails with [`Error::NoMemory`] after some of the pages.
+    /// [`Error::Busy`] where soft holes elsewhere forbid it or there would be too many separate
+    /// holes; nothing has changed. The change itself may fail with [`Error::NoMemory`] after it has
+    /// released some of the pages.
     pub fn begin_release<'pool>(&mut self, pool: &'pool Pool, range: Range) -> Result<Change<'pool>> {
         self.ready(pool)?;
         let within = self.page_size.pages_within(range);
@@ -470,11 +494,12 @@ impl Holding {
         Ok(self.begun(Kind::Release(Release::new(self, pool, runs))))
     }
 
-    /// Begins to undo the change that another process has left under way, or that could not be undone in this one, and to give
-    /// pages of the file what memory they lack.
+    /// Begins to undo a change that another process left under way, or that this process could not
+    /// undo, and to give the file's pages the memory that they lack.
     ///
     /// # Errors
-    /// The change itself fails with [`Error::NoMemory`] where the machine has none for a piece.
+    /// The change itself fails with [`Error::NoMemory`] where the machine has no memory for a
+    /// piece.
     pub fn begin_settling<'pool>(&mut self, pool: &'pool Pool) -> Change<'pool> {
         self.begun(Kind::Settling(Settling::new(pool)))
     }
@@ -488,13 +513,13 @@ impl Holding {
     /// Carries a change out without a pause.
     ///
     /// # Errors
-    /// As for [`Change::advance`].
+    /// Those of [`Change::advance`].
     pub fn complete(&mut self, mut change: Change<'_>) -> Result<()> {
         while change.advance(self)? == Progress::More {}
         Ok(())
     }
 
-    /// Makes the holding ready for a change: what an earlier one has left half-way is settled.
+    /// Makes the holding ready for a change: settles an earlier change that is stuck half-way.
     fn ready(&mut self, pool: &Pool) -> Result<()> {
         assert!(!self.under_way, "one change of a file begins while another is under way");
         if self.unsettled.is_some() {
@@ -504,7 +529,8 @@ impl Holding {
         Ok(())
     }
 
-    /// A change could not be undone. Its memory stays here, and its pages stay reserved for that.
+    /// A change could not be undone. Its memory stays here, and its pages stay reserved for that
+    /// memory.
     fn leave_unsettled(&mut self, token: Option<Token<'_>>, why: &Error) {
         let kept = token.map_or(0, Token::keep);
         log::error!(
@@ -513,13 +539,13 @@ impl Holding {
         self.unsettled = Some(self.unsettled.unwrap_or(0) + kept);
     }
 
-    /// The released pages that hold any byte of `range`. A range may be as long as the largest file size, which is no
-    /// file's.
+    /// The released pages that hold any byte of `range`. `range` may reach up to the largest file
+    /// size, so the released runs are searched, not `range`.
     fn released_touching(&self, range: Range) -> PageSet {
         self.released.within(self.page_size.pages_touching(range)).collect()
     }
 
-    /// Gives back the pages behind the one with the end of file. No memory moves for that.
+    /// Gives back the pages behind the page with the end of file. No memory moves for that.
     fn give_up_pages_behind_end(&mut self, pool: &Pool) -> Result<()> {
         let end = Page(self.page_size.pages_up(self.sealed.size()));
         let before = self.pages();
@@ -527,7 +553,7 @@ impl Holding {
             superblock.reserved_pages = superblock.reserved_pages.min(end.0);
             superblock.undo_size = None;
         };
-        insist(|| self.sealed.update(update))?; // memory may have moved already
+        insist(|| self.sealed.update(update))?; // must succeed, as memory may have moved already
         steps::done(Step::ShrinkNoted);
         if self.released.within(end..Page(u64::MAX)).next().is_some() {
             self.released.remove(end..Page(u64::MAX));
@@ -539,7 +565,7 @@ impl Holding {
         Ok(())
     }
 
-    /// Tells the account of pages whose memory is in the reserves.
+    /// Tells the account that the file gave up `pages` pages, whose memory is in the reserves.
     fn release_to(&self, pool: &Pool, pages: u64) {
         pool.release(pages);
         if self.orphaned {
@@ -547,7 +573,8 @@ impl Holding {
         }
     }
 
-    /// Its file has lost its last name, so its pages will come back when the last user is gone.
+    /// The file has lost its last name. The pool counts its pages as orphaned: they come back when
+    /// the last user is gone.
     pub fn note_orphaned(&mut self, pool: &Pool) {
         if !self.orphaned {
             self.orphaned = true;

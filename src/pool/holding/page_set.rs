@@ -1,4 +1,4 @@
-//! A set of a file's pages, kept as runs: no cost grows with the number of pages in it.
+//! A set of a file's pages, kept as runs: no cost grows with the number of pages in the set.
 
 use crate::units::Page;
 use rangemap::RangeSet;
@@ -7,11 +7,12 @@ use std::ops::Range;
 /// Pages that follow one another.
 pub type Run = Range<Page>;
 
-/// Bytes of one run as it is kept with a file: its first page and its length, 32 bits each, little-endian.
+/// Bytes of one run as it is stored with a file: its first page and its length, 32 bits each,
+/// little-endian.
 const RUN_BYTES: usize = 8;
 
-/// The most runs that an extended attribute of a file holds (XATTR_SIZE_MAX, 64 KiB). In unit tests fewer, as 8,192 separate
-/// pages are more memory than a test may take.
+/// The most runs that an extended attribute of a file can hold (XATTR_SIZE_MAX, 64 KiB). Unit tests
+/// have fewer, as 8,192 separate pages are more memory than a test may take.
 pub const MOST_RUNS: usize = if cfg!(test) { 4 } else { (64 << 10) / RUN_BYTES };
 
 /// A set of pages.
@@ -22,17 +23,17 @@ pub struct PageSet {
 }
 
 impl PageSet {
-    /// How many pages are in the set.
+    /// The number of pages in the set.
     pub fn count(&self) -> u64 {
         self.count
     }
 
-    /// How many runs the set consists of.
+    /// The number of runs of the set.
     pub fn run_count(&self) -> usize {
         self.runs.len()
     }
 
-    /// No page is in the set.
+    /// True if the set has no page.
     pub fn is_empty(&self) -> bool {
         self.count == 0
     }
@@ -87,10 +88,10 @@ impl PageSet {
         self.within(run.clone()).map(|part| length(&part)).sum()
     }
 
-    /// The set as it is kept with a file.
+    /// The set in the form in which it is stored with a file.
     ///
     /// # Panics
-    /// Where a page has a number of more than 32 bits, which no page of a pool has.
+    /// If the number of a page has more than 32 bits. No page of a pool has such a number.
     pub fn encode(&self) -> Vec<u8> {
         let number =
             |value: u64| u32::try_from(value).expect("a file has fewer pages than 2^32").to_le_bytes();
@@ -118,7 +119,7 @@ impl FromIterator<Run> for PageSet {
     }
 }
 
-/// How many pages `run` has.
+/// The number of pages of `run`.
 pub fn length(run: &Run) -> u64 {
     run.end.0 - run.start.0
 }

@@ -1,4 +1,4 @@
-//! Giving pages in the middle of a file back, from the last to the first.
+//! Release: pages in the middle of a file go back, from the last to the first.
 
 use super::page_set::{MOST_RUNS, Run, length};
 use super::{Holding, Progress};
@@ -8,17 +8,17 @@ use crate::sealed::Sealed;
 use crate::steps::{self, Step};
 use crate::units::{Page, Range};
 
-/// A release that is under way. Its pages are noted as released from the start.
+/// A release that is under way. All of its pages are noted as released from the start.
 #[derive(Debug)]
 pub struct Release<'pool> {
     pool: &'pool Pool,
-    /// The pages that are still the file's, ascending.
+    /// The pages that the file still owns, ascending.
     runs: Vec<Run>,
-    /// From this byte on, the last of them has no memory any more.
+    /// The last of these pages has no memory from this byte on.
     moved_from: u64,
-    /// Why to stop at the next page.
+    /// The reason to stop at the next page.
     stop: Option<Error>,
-    /// Memory could not be moved: the page that was begun is to be whole again.
+    /// Memory could not be moved: the page that was begun must become whole again.
     failed: bool,
 }
 
@@ -37,7 +37,7 @@ impl<'pool> Release<'pool> {
         self.moved_from = self.runs.last().map_or(0, |run| holding.page_size.bytes_of(run).end);
     }
 
-    /// The part of the page that was begun which has no memory any more.
+    /// The part of the page under way that has no memory any more.
     fn begun(&self, holding: &Holding) -> Range {
         let end = self.runs.last().map_or(0, |run| holding.page_size.bytes_of(run).end);
         Range::new(self.moved_from, end).intersect(Range::new(0, holding.memory_end()))
@@ -57,7 +57,7 @@ impl<'pool> Release<'pool> {
 
     fn release_piece(&mut self, holding: &mut Holding) -> Progress {
         let Some(run) = self.runs.last().cloned() else { return Progress::More };
-        // A release that is to stop ends with the page that was begun.
+        // A release that has to stop ends with the page that was begun.
         let first = if self.stop.is_some() { Page(run.end.0 - 1) } else { run.start };
         let start = holding.page_size.range(first).start;
         let memory = holding.end_with_few_holes(Range::new(start, self.moved_from.min(holding.memory_end())));
@@ -75,7 +75,7 @@ impl<'pool> Release<'pool> {
         Progress::More
     }
 
-    /// The pages of `run` that have no memory any more are not the file's.
+    /// The pages of `run` without memory do not belong to the file any more.
     fn note_released(&mut self, holding: &mut Holding, run: Run) {
         let from = Page(holding.page_size.pages_up(self.moved_from));
         let released = from..run.end;
@@ -97,7 +97,7 @@ impl<'pool> Release<'pool> {
         }
     }
 
-    /// Gives what was begun memory again: zeros.
+    /// Gives memory, which is zeros, to the page that was begun.
     fn make_whole(&mut self, holding: &mut Holding) -> Result<Progress> {
         let why = self.stop.clone().expect("there is a reason to stop");
         let memory = Range::new(0, holding.memory_end());
@@ -115,7 +115,7 @@ impl<'pool> Release<'pool> {
         }
     }
 
-    /// Ends early: what is noted is what has been released so far.
+    /// Ends the release early, and notes only the pages that were released so far.
     fn end(&self, holding: &mut Holding, why: Error) -> Result<Progress> {
         if let Err(error) = holding.note_released() {
             holding.leave_unsettled(None, &error);

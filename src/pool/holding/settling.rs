@@ -1,4 +1,4 @@
-//! Undoing what a change has left half-way, in this process or in one that has died.
+//! Settling: undoes a change that was stopped half-way, in this process or in one that has died.
 
 use super::{Holding, Progress};
 use crate::error::Result;
@@ -14,9 +14,9 @@ pub struct Settling<'pool> {
 
 #[derive(Debug)]
 enum Stage {
-    /// Memory behind the size to come back to goes back to the reserves.
+    /// Memory behind `undo_size` goes back to the reserves.
     Shorten,
-    /// The file's pages get what memory they lack, from this byte on.
+    /// The file's pages get the memory that they lack, from this byte on.
     Fill(u64),
 }
 
@@ -48,7 +48,8 @@ impl<'pool> Settling<'pool> {
         Ok(Progress::More)
     }
 
-    /// Released pages that have memory become the file's, out of those that were kept for that.
+    /// Released pages that have memory become the file's. They are taken out of the pages that
+    /// stayed reserved for stuck memory.
     fn own_what_has_memory(&self, holding: &mut Holding) {
         let owned = holding.own_what_has_memory();
         if let Some(kept) = &mut holding.unsettled {
@@ -70,7 +71,7 @@ impl<'pool> Settling<'pool> {
     fn finish(&self, holding: &mut Holding) -> Result<Progress> {
         holding.sealed.update(|superblock| superblock.undo_size = None)?;
         let left = holding.unsettled.take().unwrap_or(0);
-        drop(self.pool.token_of_kept(left)); // its memory has gone back
+        drop(self.pool.token_of_kept(left)); // the memory of these pages has gone back
         Ok(Progress::Done)
     }
 }

@@ -1,4 +1,4 @@
-//! Making a file shorter: its memory goes back from the end on, then its pages.
+//! Shrinking: memory goes back from the end of the file on, then the pages do.
 
 use super::{Holding, Progress};
 use crate::error::{Error, Result};
@@ -6,7 +6,8 @@ use crate::pool::Pool;
 use crate::steps::{self, Step};
 use crate::units::{FOLIO_SIZE, Range};
 
-/// A shrinking that is under way. Readers never see a byte of the file change: they see the file end earlier, piece by piece.
+/// A shrinking that is under way. Readers never see a byte of the file change. They see the file
+/// end earlier, piece by piece.
 #[derive(Debug)]
 pub struct Shrinking<'pool> {
     pool: &'pool Pool,
@@ -44,10 +45,10 @@ impl<'pool> Shrinking<'pool> {
         }
     }
 
-    /// The file is as short as it is going to be.
+    /// The file does not get any shorter: its pages behind the end go back.
     fn finish(&mut self, holding: &mut Holding) -> Result<Progress> {
         if let Some(why) = self.failure.take_if(|_| !self.has_moved) {
-            return Err(why); // all is as before, the pages behind the end, too
+            return Err(why); // nothing has changed, nor have the pages behind the end
         }
         steps::done(Step::ShrinkMoved);
         if self.failure.is_none() && self.size < holding.sealed.size() {
@@ -57,7 +58,7 @@ impl<'pool> Shrinking<'pool> {
         holding.give_up_pages_behind_end(self.pool)?;
         if holding.sealed.size() == 0 {
             let stuck = holding.unsettled.take().unwrap_or(0);
-            drop(self.pool.token_of_kept(stuck)); // whatever memory was stuck has gone back with the rest
+            drop(self.pool.token_of_kept(stuck)); // stuck memory has gone back with the rest
         }
         self.failure.take().map_or(Ok(Progress::Done), Err)
     }

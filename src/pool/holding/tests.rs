@@ -1,13 +1,13 @@
-//! Changes that are refused, given up, or cut off by a death after any of their pieces, on real superblocks.
+//! Changes that are refused, given up, or cut off by a death after any piece, on real superblocks.
 
 use super::*;
 use crate::pool::float_of;
 use crate::sys::tmpfs;
 
 const SIZE: PageSize = PageSize::Huge;
-/// Pages of a piece: no piece is larger than the float.
+/// Pages of a piece: a piece is never larger than the float.
 const PIECE_PAGES: u64 = 2;
-/// Four pages and two pieces, the last of which has one page.
+/// Four pages and two pieces. The last piece has one page.
 const PAGES: u64 = 4 + 2 * PIECE_PAGES - 1;
 const POOL: u64 = PAGES + 8;
 
@@ -20,7 +20,7 @@ fn pool() -> Pool {
     Pool::fill(SIZE, POOL, |_| Ok(())).expect("root takes 34 MiB")
 }
 
-/// A file of so many pages, each of which holds its number plus one.
+/// A file of `count` pages. Each page holds its number plus one.
 fn file(pool: &Pool, count: u64) -> Holding {
     let mut holding = Holding::create(SIZE).expect("root makes superblocks");
     grow(pool, &mut holding, count).unwrap();
@@ -41,7 +41,7 @@ fn release(pool: &Pool, holding: &mut Holding, range: Range) -> Result<()> {
     holding.complete(release)
 }
 
-/// Every invariant of the pool, whose pages are this holding's or free.
+/// Every invariant of the pool holds. Each page of the pool is this holding's or free.
 #[track_caller]
 fn assert_sound(pool: &Pool, holding: &Holding) {
     assert_eq!(pool.check(holding.held()), Vec::<String>::new());
@@ -64,7 +64,7 @@ fn assert_settled(pool: &Pool, holding: &Holding) {
     }
 }
 
-/// The pages in `range` of the file hold what [`file`] wrote.
+/// The pages in `range` of the file hold the bytes that [`file`] wrote.
 #[track_caller]
 fn assert_kept(holding: &Holding, range: Range) {
     for start in range.folios().map(|folio| folio.range().start) {
@@ -74,13 +74,13 @@ fn assert_kept(holding: &Holding, range: Range) {
     }
 }
 
-/// The holding as the process that comes after a death finds it, with a change under way.
+/// The holding as the next process finds it after a death with `change` under way.
 fn after_death_in(pool: &Pool, holding: Holding, change: Change<'_>) -> Holding {
     drop(change);
     after_death(pool, holding)
 }
 
-/// The same without one.
+/// The holding as the next process finds it after a death.
 fn after_death(pool: &Pool, holding: Holding) -> Holding {
     let reserves = pool.reserves();
     let mount = holding.sealed.mount().unwrap();
@@ -94,19 +94,19 @@ fn after_death(pool: &Pool, holding: Holding) -> Holding {
     again
 }
 
-/// Advances so many pieces; whether there are more.
+/// Advances by `pieces` pieces. True if more are left.
 fn advance(change: &mut Change<'_>, holding: &mut Holding, pieces: u64) -> bool {
     (0..pieces).all(|_| change.advance(holding).unwrap() == Progress::More)
 }
 
-/// Gives the change up and sees it to its end.
+/// Gives the change up and advances it to its end.
 #[track_caller]
 fn give_up(mut change: Change<'_>, holding: &mut Holding) {
     change.give_up(Error::Interrupted);
     assert!(matches!(holding.complete(change), Err(Error::Interrupted)));
 }
 
-// ---- refused --------------------------------------------------------------------------------------------------------
+// ---- refused -----------------------------------------------------------------------------------
 
 #[test]
 fn a_release_that_cannot_be_noted_leaves_the_page() {
@@ -157,7 +157,7 @@ fn soft_holes_refuse_what_would_move_memory_around_them() {
     assert_settled(&pool, &holding);
     assert_kept(&holding, pages(1, 3));
     let allocation = holding.begin_allocation(&pool, pages(4, 6)).unwrap();
-    holding.complete(allocation).unwrap(); // behind the end no memory moves
+    holding.complete(allocation).unwrap(); // behind the end of file no memory moves
     release(&pool, &mut holding, pages(0, 3)).unwrap(); // the hole goes with its page
     assert_settled(&pool, &holding);
 }
@@ -191,7 +191,7 @@ fn a_piece_gives_back_few_soft_holes() {
     assert_settled(&pool, &holding);
 }
 
-// ---- given up -------------------------------------------------------------------------------------------------------
+// ---- given up ----------------------------------------------------------------------------------
 
 #[test]
 fn a_growth_given_up_after_any_piece_leaves_all_as_before() {
@@ -264,11 +264,11 @@ fn a_release_given_up_has_released_some_pages_and_no_other() {
     }
 }
 
-// ---- a death between two pieces -------------------------------------------------------------------------------------
+// ---- a death between two pieces ----------------------------------------------------------------
 
 #[test]
 fn a_death_after_any_piece_of_a_growth_undoes_it() {
-    let pieces = 3; // of memory; that of the page that was released counts as one
+    let pieces = 3; // the memory of the released page counts as one
     for done in 0..=pieces {
         let pool = pool();
         let mut holding = file(&pool, 4);
@@ -349,7 +349,7 @@ fn a_page_of_which_a_part_was_moved_is_whole_after_a_death() {
     holding.complete(settling).unwrap();
     assert_eq!((holding.pages(), holding.sealed.folio_count()), (1, GIB / FOLIO_SIZE));
     assert_sound(&pool, &holding);
-    // Given up in the middle of the page, a release ends with the page.
+    // A release that is given up in the middle of the page still ends with the page.
     let mut change = holding.begin_release(&pool, Range::new(0, GIB)).unwrap();
     assert!(advance(&mut change, &mut holding, 3));
     give_up(change, &mut holding);
@@ -357,9 +357,9 @@ fn a_page_of_which_a_part_was_moved_is_whole_after_a_death() {
     assert_sound(&pool, &holding);
 }
 
-// ---- what cannot be undone ------------------------------------------------------------------------------------------
+// ---- what cannot be undone ---------------------------------------------------------------------
 
-/// A growth of which memory has moved, and which could not be undone.
+/// A holding with a growth that has moved memory and could not be undone.
 fn stuck_growth(pool: &Pool) -> Holding {
     let mut holding = file(pool, 4);
     release(pool, &mut holding, pages(1, 2)).unwrap();
@@ -381,7 +381,7 @@ fn memory_that_is_stuck_in_a_file_is_promised_once() {
     grow(&pool, &mut other, pool.balance().free).unwrap();
     let shrinking = other.begin_shrinking(&pool, 0).unwrap();
     other.complete(shrinking).unwrap();
-    // The next change settles it first.
+    // The next change settles the holding first.
     grow(&pool, &mut holding, 5).unwrap();
     assert_eq!(holding.size(), 5 * FOLIO_SIZE);
     assert_kept(&holding, pages(2, 4));
@@ -407,7 +407,7 @@ fn memory_that_is_stuck_in_a_file_is_settled_after_a_death() {
     assert_settled(&pool, &holding);
 }
 
-/// Four pages, of which the third is released, after `damage` has been done; and what the check says.
+/// The report of the check after `damage` to a file of four pages, the third of which is released.
 fn found_after(damage: impl FnOnce(&Pool, &mut Holding)) -> String {
     let pool = pool();
     let mut holding = file(&pool, 4);
