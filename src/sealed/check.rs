@@ -1,4 +1,4 @@
-//! Whether the invariants of a sealed file hold.
+//! Checks the invariants of a sealed file.
 
 use super::{Sealed, TRIES};
 use crate::error::Result;
@@ -7,25 +7,27 @@ use crate::units::{FOLIO_SIZE, Folio, Range, SUBPAGE_SIZE, SUBPAGES_PER_FOLIO};
 use std::ops::RangeInclusive;
 
 impl Sealed {
-    /// Checks S1 and Q1 (a soft hole has exactly one record, and the other way round); says what does not hold.
+    /// Checks S1 and Q1 (each soft hole has exactly one record, and each record is of a soft hole).
+    /// Returns a line for each invariant that does not hold.
     ///
     /// # Errors
-    /// What the kernel answers.
+    /// The errors of fstat(2), fstatfs(2), cachestat(2) and open_by_handle_at(2).
     pub fn check(&self) -> Result<Vec<String>> {
         let mut wrong = self.check_totals()?;
         wrong.extend(self.check_part(Range::new(0, self.memory_span()))?);
         Ok(wrong)
     }
 
-    /// No folio behind this byte has memory.
+    /// The end, in bytes, of the last folio that has memory.
     pub fn memory_span(&self) -> u64 {
         self.folios.len() as u64 * FOLIO_SIZE
     }
 
-    /// Checks what can be told of the whole file at once: S1, and the number of the ledger's blocks.
+    /// Checks the facts that concern the whole file: S1, the size, and the number of the ledger's
+    /// blocks.
     ///
     /// # Errors
-    /// What the kernel answers.
+    /// The errors of fstat(2), fstatfs(2) and open_by_handle_at(2).
     pub fn check_totals(&self) -> Result<Vec<String>> {
         let mut wrong = Vec::new();
         let blocks = tmpfs::blocks(&self.data)?;
@@ -50,7 +52,7 @@ impl Sealed {
     /// Checks the folios of `range` and the quarantined subpages in it.
     ///
     /// # Errors
-    /// What the kernel answers.
+    /// The errors of cachestat(2).
     pub fn check_part(&self, range: Range) -> Result<Vec<String>> {
         let mut wrong = Vec::new();
         for folio in range.intersect(Range::new(0, self.memory_span())).folios() {
@@ -70,15 +72,16 @@ impl Sealed {
         Ok(wrong)
     }
 
-    /// How many subpages of `folio`, which has memory, are not soft holes.
+    /// Number of subpages of `folio` that are not soft holes. `folio` has memory.
     fn meant_in(&self, folio: Folio) -> u64 {
         let holes: u64 =
             self.holes().in_range(folio.range()).map(|hole| hole.range.len() / SUBPAGE_SIZE).sum();
         SUBPAGES_PER_FOLIO - holes
     }
 
-    /// How many subpages of `range` have memory; looked at until that is as `meant`, or often enough. A touch of a hole, as it
-    /// fails, has its page in the file for an instant before it asks for a block (mm/shmem.c, shmem_alloc_and_add_folio).
+    /// Number of subpages of `range` that have memory. The function looks again until the number is
+    /// in `meant`, [`TRIES`] times at most. A touch of a hole puts its page into the file for an
+    /// instant, before it asks for a block and fails (mm/shmem.c, shmem_alloc_and_add_folio).
     fn settled(&self, range: Range, meant: RangeInclusive<u64>) -> Result<u64> {
         let mut resident = tmpfs::resident(&self.data, range)?;
         for _ in 0..TRIES {

@@ -1,4 +1,5 @@
-//! Memory that was punched out and is the file's all the same: on request, or by a program that did not ask.
+//! Gaps: parts of a file that were punched out and still belong to the file. A program requests a
+//! gap (option `punch=keep`), or makes one by MADV_REMOVE, of which the daemon is not told.
 
 use super::holes::between;
 use super::{Bytes, PUNCHED, Sealed};
@@ -7,17 +8,20 @@ use crate::steps::{self, Step};
 use crate::sys::{self, tmpfs};
 use crate::units::{Folio, Range, SUBPAGE_SIZE, SUBPAGES_PER_FOLIO};
 
-/// How much of a file is taken back in one piece, which is to clear as much memory: 1 to 2 ms.
+/// Bytes of a file that are taken back in one piece. The kernel clears as much memory for it, which
+/// takes 1 to 2 ms.
 const RECLAIMED_AT_ONCE: u64 = 32 << 20;
 
 impl Sealed {
-    /// Gives the memory of `range` to the machine and lets whoever touches it have other, cleared memory there. In the account of
-    /// folios nothing changes. Subpages that the range covers in part are zeroed, if they have memory.
+    /// Gives the memory of `range` to the machine. The next touch there gets other, cleared memory.
+    /// The account of folios does not change. If the range covers a subpage in part, and the
+    /// subpage has memory, the function zeroes that part.
     ///
-    /// The file must not have soft holes: the blocks that come free would fill them.
+    /// The file must not have soft holes, as the freed blocks would fill them.
     ///
     /// # Errors
-    /// What the kernel answers; [`Error::Poisoned`] for a memory error in a subpage that is covered in part.
+    /// The errors of fallocate(2), pwrite(2) and setxattr(2). [`Error::Poisoned`] for a memory
+    /// error in a subpage that is covered in part.
     pub fn punch(&mut self, range: Range) -> Result<()> {
         assert!(self.holes().is_empty(), "a free block would open a hole");
         let range = range.intersect(Range::new(0, self.size));
@@ -39,7 +43,8 @@ impl Sealed {
         Ok(())
     }
 
-    /// Zeroes a part of a subpage, unless it has no memory and reads as zeros anyway.
+    /// Zeroes a part of a subpage. A subpage without memory reads as zeros, and stays without
+    /// memory.
     fn zero_present(&self, range: Range) -> Result<()> {
         const ZEROS: Bytes = [0; SUBPAGE_SIZE as usize];
         if range.is_empty() || tmpfs::resident(&self.data, range)? == 0 {
@@ -48,23 +53,25 @@ impl Sealed {
         tmpfs::write_all_at(&self.data, &ZEROS[..range.len() as usize], range.start)
     }
 
-    /// Whether there may be gaps that were asked for.
+    /// True if the file may have gaps that a program requested.
     pub fn is_punched(&self) -> bool {
         self.punched
     }
 
-    /// Bytes in gaps that were asked for: memory that is the machine's until it is touched.
+    /// Bytes in the gaps that a program requested. The machine has this memory until the next touch
+    /// of the gap.
     ///
     /// # Errors
-    /// What fstatfs(2) answers.
+    /// The errors of fstatfs(2).
     pub fn punched_bytes(&self) -> Result<u64> {
         Ok(if self.punched { tmpfs::blocks(&self.data)?.free * SUBPAGE_SIZE } else { 0 })
     }
 
-    /// The parts of `range` that have memory: what has none would get some from a touch, wherever a block is free.
+    /// The parts of `range` that have memory. The caller must not touch the other parts: if a block
+    /// is free, a touch there takes memory.
     ///
     /// # Errors
-    /// What cachestat(2) answers.
+    /// The errors of cachestat(2).
     pub fn present(&self, range: Range) -> Result<Vec<Range>> {
         let subpages = range.subpages_out();
         match tmpfs::resident(&self.data, range)? {
@@ -88,25 +95,26 @@ impl Sealed {
         Ok(tmpfs::resident(&self.data, folio.range())? == SUBPAGES_PER_FOLIO)
     }
 
-    /// Whether a program has given something up behind our back (madvise(2) with MADV_REMOVE punches the file without
-    /// asking), or a change that ended early has left blocks free.
+    /// True if blocks are free without a request. Either a program has punched the file by
+    /// madvise(2) with MADV_REMOVE, which the daemon is not told of, or a change that ended early
+    /// has left blocks free.
     ///
     /// # Errors
-    /// What fstatfs(2) answers.
+    /// The errors of fstatfs(2).
     pub fn is_torn(&self) -> Result<bool> {
         let blocks = tmpfs::blocks(&self.data)?;
         Ok(!self.punched && (blocks.free > 0 || blocks.limit != self.limit()))
     }
 
-    /// Whether a touch could take memory: of something that was given up, on request or not.
+    /// True if a touch could take memory: the file has gaps, with or without a request.
     ///
     /// # Errors
-    /// What fstatfs(2) answers.
+    /// The errors of fstatfs(2).
     pub fn has_free_blocks(&self) -> Result<bool> {
         Ok(tmpfs::blocks(&self.data)?.free > 0)
     }
 
-    /// Takes back what a program gave up, and what was punched, and shuts what that has opened.
+    /// Fills all gaps, requested or not, and shuts the holes that were opened by the free blocks.
     ///
     /// # Errors
     /// [`Error::NoMemory`].
@@ -118,11 +126,12 @@ impl Sealed {
         Ok(())
     }
 
-    /// Begins with that, and returns where the first piece is; none where nothing is to be done. Touched holes may have all blocks
-    /// that are free: `from_strays` has the file looked through for that.
+    /// Begins to fill all gaps. Returns the start of the first piece, or `None` if there is nothing
+    /// to do. If touched holes have taken all of the free blocks, no block is free: with
+    /// `from_strays`, the function looks through the file for such holes all the same.
     ///
     /// # Errors
-    /// What the kernel answers.
+    /// The errors of the system calls.
     pub fn begin_reclaiming(&mut self, from_strays: bool) -> Result<Option<u64>> {
         let blocks = tmpfs::blocks(&self.data)?;
         if blocks.limit != self.limit() {
@@ -136,8 +145,9 @@ impl Sealed {
         Ok(Some(0))
     }
 
-    /// Does a piece, from the byte `from` on. Returns where the next one begins; none where nothing is left to be done. Between two
-    /// pieces the file is as a program leaves it that gives up what the pieces to come take back.
+    /// Fills the gaps of one piece, from the byte `from` on. Returns the start of the next piece,
+    /// or `None` if there is nothing more to do. Between two pieces the file is in a state that a
+    /// program could make, too: its gaps are those that the next pieces fill.
     ///
     /// # Errors
     /// [`Error::NoMemory`].

@@ -1,8 +1,8 @@
-//! Which subpages of a file are soft holes, and since when. Nothing here does anything to the file.
+//! The table of a file's soft holes, and the time of each. This module does not touch the file.
 //!
-//! Holes are kept as runs, so that what the daemon remembers of a long quarantine is small: 40 bytes a run, and a folio
-//! that is quarantined whole is one run. No run reaches over the end of a folio, because a folio's runs are what one
-//! record of the ledger holds ([`super::ledger`]).
+//! The table keeps holes as runs. A run takes 40 bytes, and a folio that is quarantined whole is
+//! one run, so a long quarantine needs little memory of the daemon. No run crosses the end of a
+//! folio, because one record of the ledger holds the runs of one folio ([`super::ledger`]).
 
 use crate::units::{FOLIO_SIZE, Folio, Range, SUBPAGE_SIZE, Subpage};
 use std::collections::BTreeMap;
@@ -12,30 +12,31 @@ use std::collections::BTreeMap;
 pub struct Hole {
     /// Whole subpages of one folio.
     pub range: Range,
-    /// When they were quarantined, in seconds since the epoch.
+    /// Time of the quarantine, in seconds since the epoch.
     pub time: u64,
 }
 
 /// The soft holes of a file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Holes {
-    /// By their first byte: the byte behind them, and their time.
+    /// Key: the first byte of the run. Value: the byte behind the run, and its time.
     runs: BTreeMap<u64, (u64, u64)>,
     bytes: u64,
 }
 
 impl Holes {
-    /// Whether there is none.
+    /// True if there are no holes.
     pub fn is_empty(&self) -> bool {
         self.runs.is_empty()
     }
 
-    /// How many subpages are holes.
+    /// Number of subpages that are holes.
     pub fn count(&self) -> u64 {
         self.bytes / SUBPAGE_SIZE
     }
 
-    /// Those that hold any byte of `range`, cut to its whole subpages; ascending.
+    /// The holes that hold any byte of `range`, cut to the subpages that `range` touches;
+    /// ascending.
     pub fn in_range(&self, range: Range) -> impl DoubleEndedIterator<Item = Hole> + '_ {
         let range = range.subpages_out();
         let reaches_in =
@@ -48,7 +49,7 @@ impl Holes {
         self.runs.range(first..range.end.max(first)).map(cut).filter(|hole| !hole.range.is_empty())
     }
 
-    /// All of them, ascending.
+    /// All holes, ascending.
     pub fn all(&self) -> impl DoubleEndedIterator<Item = Hole> + '_ {
         self.runs.iter().map(|(start, (end, time))| Hole { range: Range::new(*start, *end), time: *time })
     }
@@ -61,15 +62,16 @@ impl Holes {
             .filter(move |folio| last.replace(*folio) != Some(*folio))
     }
 
-    /// Whether `subpage` is one.
+    /// True if `subpage` is a hole.
     pub fn contains(&self, subpage: Subpage) -> bool {
         self.in_range(subpage.range()).next().is_some()
     }
 
-    /// Adds a run, none of which is a hole yet. A neighbour in the same folio with the same time becomes one with it.
+    /// Adds a run. No part of the run is a hole yet. The run is joined with a neighbour in the same
+    /// folio that has the same time.
     ///
     /// # Panics
-    /// Where a part of it is a hole, or it reaches over the end of a folio.
+    /// If a part of the run is a hole, or the run crosses the end of a folio.
     pub fn add(&mut self, hole: Hole) {
         assert!(self.in_range(hole.range).next().is_none(), "{} is quarantined in part", hole.range);
         assert_eq!(hole.range.folios().count(), 1, "{} is not of one folio", hole.range);
@@ -90,7 +92,7 @@ impl Holes {
         self.runs.insert(start, (end, time));
     }
 
-    /// Takes out what of `range` is a hole.
+    /// Removes the holes, and parts of holes, in `range`.
     pub fn remove(&mut self, range: Range) {
         let range = range.subpages_out();
         let removed: Vec<Hole> = self.in_range(range).collect();
@@ -109,7 +111,7 @@ impl Holes {
     }
 }
 
-/// The parts of `range`, whole subpages, that `lost` leaves; it ascends.
+/// The parts of `range` that are not in `lost`. `range` is whole subpages, and `lost` ascends.
 pub fn between(range: Range, lost: impl Iterator<Item = Range>) -> Vec<Range> {
     let mut parts = Vec::new();
     let mut start = range.start;

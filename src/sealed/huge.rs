@@ -1,4 +1,4 @@
-//! How the memory of a file is mapped: in folios of one piece, and on which NUMA node.
+//! The mapping of a file's memory: folios in one piece, and their NUMA nodes.
 
 use super::Sealed;
 use crate::error::{Error, Result};
@@ -6,10 +6,11 @@ use crate::sys::mapping::Window;
 use crate::units::{FOLIO_SIZE, Folio, Range, SUBPAGE_SIZE};
 
 impl Sealed {
-    /// Puts `folio` back into one piece, where it is not.
+    /// Puts `folio` into one piece, if it is in small pages.
     ///
     /// # Errors
-    /// [`Error::Busy`] with a quarantined subpage in it; else as for [`Window::collapse`].
+    /// [`Error::Busy`] if a quarantined subpage or a gap is in the folio. Otherwise as for
+    /// [`Window::collapse`].
     pub fn collapse(&self, folio: Folio) -> Result<()> {
         if self.lost_in(folio.range()).next().is_some() {
             return Err(Error::Busy("a quarantined subpage keeps this part from being one huge page"));
@@ -20,10 +21,11 @@ impl Sealed {
         Window::new(&self.data, folio.range())?.collapse(folio)
     }
 
-    /// Maps `range`, which has memory, and returns which parts of it that maps by 2 MiB entries.
+    /// Maps `range` and returns the parts of it that the kernel maps by 2 MiB entries. A folio with
+    /// a hole or a gap is not touched.
     ///
     /// # Errors
-    /// What mmap(2) and the page map answer.
+    /// The errors of mmap(2) and of ioctl(2) on the page map.
     pub fn huge_ranges(&self, range: Range) -> Result<Vec<Range>> {
         let window = Window::new(&self.data, range)?;
         for folio in range.folios() {
@@ -38,7 +40,7 @@ impl Sealed {
         window.huge_ranges()
     }
 
-    /// The NUMA node that the memory of `folio` is on, as far as the kernel tells.
+    /// The NUMA node of the memory of `folio`; `None` if the kernel does not tell.
     pub fn node_of(&self, folio: Folio) -> Option<u32> {
         let window = Window::new(&self.data, folio.range()).ok()?;
         let present = self.present(folio.range()).ok()?;
@@ -48,7 +50,8 @@ impl Sealed {
         })
     }
 
-    /// What programs have set for `range` by mbind(2) does not count for memory that it is going to get.
+    /// Voids the policies that programs have set for `range` by mbind(2), so that they do not apply
+    /// to the memory that `range` gets next.
     pub(super) fn void_policy(&self, range: Range) {
         match Window::new(&self.data, range) {
             Ok(window) => window.void_policy(),
@@ -56,12 +59,13 @@ impl Sealed {
         }
     }
 
-    /// Puts what memory came in small pages into folios, and returns how many folios are in one piece.
+    /// Puts memory that came in small pages into folios. Returns the number of folios in one piece.
     ///
-    /// For memory that nobody has touched: it is mapped but neither read nor cleared.
+    /// This is for memory that no program has touched: the function maps the memory, but neither
+    /// reads nor clears it.
     ///
     /// # Errors
-    /// What mmap(2) and the page map answer.
+    /// The errors of mmap(2) and of ioctl(2) on the page map.
     pub fn collapse_untouched(&self) -> Result<u64> {
         if self.folios.is_empty() {
             return Ok(0);

@@ -1,17 +1,22 @@
-//! The ledger of a sealed file: what is known about the subpages that were quarantined.
+//! The ledger of a sealed file: the record of its quarantined subpages, and their bytes.
 //!
-//! The bytes of a quarantined subpage lie in the ledger at the same place as in `data`, one folio further on: the
-//! first folio is for the superblock's block, which is there because tmpfs takes a limit of 0 blocks for none.
-//! What *describes* them is an extended attribute of the ledger for each folio with soft holes, `trusted.folio.<n>`
-//! ([`encode_record`]). That has three uses: all that is known of a folio changes in one setxattr(2); a record says which
-//! copy of a subpage is the true one, whatever the two hold; and it survives a memory error in the bytes. For the
-//! last reason what the object keeps about itself is an attribute, too: `trusted.superblock` ([`Superblock`]).
+//! The ledger keeps the bytes of a quarantined subpage at the offset that they have in `data`, plus
+//! one folio. The first folio of the ledger has one block that means nothing: it is there because
+//! tmpfs takes a limit of 0 blocks for no limit.
 //!
-//! > A subpage that is in a record is a hole of `data`, and its block of the ledger is the true copy. For any other
-//! > subpage `data` is, and a block that the ledger has for it is left over from a process that died, to be freed.
+//! An extended attribute of the ledger, `trusted.folio.<n>`, describes the soft holes of one folio:
+//! its *record* ([`encode_record`]). There are three reasons for an attribute:
+//! - One setxattr(2) changes all that is known of a folio.
+//! - A record says which copy of a subpage is the true one, whatever bytes the two copies hold.
+//! - A record survives a memory error in the kept bytes. For this reason the header of the sealed
+//!   file is an attribute, too: `trusted.superblock` ([`Superblock`]).
 //!
-//! Each record has a block, so whoever opens the ledger finds all records by looking for blocks. A memory error takes
-//! no block away: the kernel keeps the page.
+//! > A subpage that is in a record is a hole of `data`, and its block of the ledger is the true
+//! > copy. For any other subpage, `data` is the true copy. If the ledger has a block for such a
+//! > subpage, a process that died has left it, and the next worker frees it.
+//!
+//! Each recorded subpage has a block, so a worker finds all records by looking for blocks. A memory
+//! error takes no block away: the kernel keeps the page.
 
 use super::holes::{Hole, Holes, between};
 use super::record::{
@@ -29,20 +34,21 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
-/// The file's name.
+/// Name of the ledger's file.
 pub const LEDGER: &CStr = c"ledger";
 
 const SUPERBLOCK: &str = "trusted.superblock";
-/// What the memory errors are kept under: a subpage and a time each, in 64 bits.
+/// Name of the note with the memory errors: for each error a subpage and a time, 64 bits each.
 const POISONED: &str = "poisoned";
 
 /// Bytes of one subpage.
 pub type Bytes = [u8; SUBPAGE_SIZE as usize];
 
-/// The ledger's file, and what is kept there for the owner of the sealed file, under names. It needs none of the locks that the rest
-/// of a ledger does.
+/// The ledger's file, and the notes in it, each under a name. Notes belong to the owner of the
+/// sealed file, and need no lock of the ledger.
 ///
-/// The file is opened when it is needed, from the data file that is on the same superblock: a descriptor less for each file.
+/// The daemon opens the file when it needs it, through the data file on the same superblock. This
+/// saves one descriptor for each file.
 #[derive(Clone, Debug)]
 pub struct Notes {
     data: Arc<File>,
@@ -50,17 +56,17 @@ pub struct Notes {
 }
 
 impl Notes {
-    /// Opens the file.
+    /// Opens the ledger's file.
     pub fn file(&self) -> Result<File> {
         open(&self.data, self.id)
     }
 
-    /// What was kept under `name`.
+    /// The note with this name; `None` if there is none.
     ///
     /// # Errors
-    /// What getxattr(2) answers.
+    /// The errors of getxattr(2).
     pub fn kept(&self, name: &str) -> Result<Option<Vec<u8>>> {
-        const ROOM: [usize; 2] = [256, 64 << 10]; // hardly any is longer; none is longer than XATTR_SIZE_MAX
+        const ROOM: [usize; 2] = [256, 64 << 10]; // a usual note; XATTR_SIZE_MAX
         for room in ROOM {
             let mut value = vec![0; room];
             match calls::fgetxattr(&self.file()?, kept_attribute(name), &mut value[..]) {
@@ -76,36 +82,36 @@ impl Notes {
         Err(Errno::RANGE.into())
     }
 
-    /// Keeps a few bytes under `name`, for as long as there is the file.
+    /// Writes a note of a few bytes under `name`. It lasts as long as the file.
     ///
     /// # Errors
-    /// What setxattr(2) answers.
+    /// The errors of setxattr(2).
     pub fn keep(&self, name: &str, value: &[u8]) -> Result<()> {
         Ok(calls::fsetxattr(&self.file()?, kept_attribute(name), value, XattrFlags::empty())?)
     }
 
-    /// Removes what was kept under `name`.
+    /// Removes the note with this name.
     ///
     /// # Errors
-    /// What removexattr(2) answers.
+    /// The errors of removexattr(2).
     pub fn discard(&self, name: &str) -> Result<()> {
         Ok(calls::fremovexattr(&self.file()?, kept_attribute(name))?)
     }
 }
 
-/// The ledger, and what it says.
+/// The ledger, and its records in memory.
 #[derive(Debug)]
 pub struct Ledger {
     notes: Notes,
     superblock: Superblock,
     holes: Holes,
-    /// When each memory error that the kernel keeps in the file was found. It has no block and no record: the kernel
-    /// holds the page itself.
+    /// The memory errors that the kernel keeps in the file, each with the time at which it was
+    /// found. The ledger has no block and no record for them, as the kernel holds the page itself.
     poisoned: BTreeMap<Subpage, u64>,
 }
 
 impl Ledger {
-    /// A new ledger in `file`, in a superblock that has one free block, and `data`.
+    /// Makes a new ledger in `file`. Its superblock has one free block, and also holds `data`.
     pub fn create(data: Arc<File>, file: File) -> Result<Self> {
         tmpfs::allocate(&file, Range::at(0, SUBPAGE_SIZE))?;
         let (superblock, id) = (Superblock::default(), handle::of(&file, c"")?);
@@ -115,10 +121,10 @@ impl Ledger {
         Ok(ledger)
     }
 
-    /// Reads back what `create` and the other functions wrote, in the superblock that is mounted at `mount`.
+    /// Reads the ledger in the superblock that is mounted at `mount`.
     ///
     /// # Errors
-    /// [`Error::Corrupt`] for a superblock or record that is damaged or of another version.
+    /// [`Error::Corrupt`] for a header or record that is damaged or of another version.
     pub fn open(data: Arc<File>, mount: &OwnedFd) -> Result<Self> {
         let id = handle::of(mount, LEDGER)?;
         let file = open(&data, id)?;
@@ -131,17 +137,17 @@ impl Ledger {
         Ok(Self { notes: Notes { data, id }, superblock, holes, poisoned: BTreeMap::new() })
     }
 
-    /// Its file, and what is kept there.
+    /// The ledger's file, and the notes in it.
     pub fn notes(&self) -> &Notes {
         &self.notes
     }
 
-    /// The object's superblock.
+    /// The header of the sealed file.
     pub fn superblock(&self) -> Superblock {
         self.superblock
     }
 
-    /// Changes the object's superblock.
+    /// Changes the header of the sealed file.
     pub fn update(&mut self, change: impl FnOnce(&mut Superblock)) -> Result<()> {
         let before = self.superblock;
         change(&mut self.superblock);
@@ -156,9 +162,10 @@ impl Ledger {
         Ok(calls::fsetxattr(&self.notes.file()?, SUPERBLOCK, &bytes, XattrFlags::empty())?)
     }
 
-    // ---- memory errors ------------------------------------------------------------------------------------------
+    // ---- memory errors --------------------------------------------------------------------------
 
-    /// The memory errors that the kernel keeps in the file, and when they were found.
+    /// The memory errors that the kernel keeps in the file, each with the time at which it was
+    /// found.
     pub fn poisoned(&self) -> &BTreeMap<Subpage, u64> {
         &self.poisoned
     }
@@ -169,10 +176,10 @@ impl Ledger {
         self.keep_poisoned()
     }
 
-    /// Strikes a memory error out, whose page is no longer in the file.
+    /// Forgets a memory error. Its page is no longer in the file.
     ///
     /// # Errors
-    /// What setxattr(2) answers; nothing has changed.
+    /// The errors of setxattr(2). Nothing has changed.
     pub fn forget_poisoned(&mut self, subpage: Subpage) -> Result<()> {
         let Some(time) = self.poisoned.remove(&subpage) else { return Ok(()) };
         self.keep_poisoned().inspect_err(|_| {
@@ -180,7 +187,8 @@ impl Ledger {
         })
     }
 
-    /// As many as an attribute holds; what is left out is found again when the kernel meets the next one.
+    /// Writes the note with the memory errors, as many as an attribute holds. The daemon finds the
+    /// others again when the kernel meets the next memory error.
     fn keep_poisoned(&self) -> Result<()> {
         const MOST: usize = (64 << 10) / 16; // XATTR_SIZE_MAX
         let pairs = self.poisoned.iter().take(MOST).flat_map(|(subpage, time)| [subpage.0, *time]);
@@ -188,7 +196,7 @@ impl Ledger {
         self.notes.keep(POISONED, &bytes)
     }
 
-    /// The memory errors that another process has noted, in place of ours.
+    /// Replaces the memory errors here by those that another process has noted.
     pub fn read_poisoned(&mut self) -> Result<()> {
         let bytes = self.notes.kept(POISONED)?.unwrap_or_default();
         let (words, _) = bytes.as_chunks::<8>();
@@ -198,18 +206,18 @@ impl Ledger {
         Ok(())
     }
 
-    // ---- records ------------------------------------------------------------------------------------------------
+    // ---- records --------------------------------------------------------------------------------
 
     /// The soft holes.
     pub fn holes(&self) -> &Holes {
         &self.holes
     }
 
-    /// Adds `runs` of a folio, none of which is a hole, to its record. When this returns, the ledger's copy of them is
-    /// the true one.
+    /// Adds `runs` of one folio to the folio's record. No subpage of `runs` is a hole yet. When
+    /// this function returns, the ledger has the true copy of these subpages.
     ///
     /// # Errors
-    /// What setxattr(2) answers; nothing has changed.
+    /// The errors of setxattr(2). Nothing has changed.
     pub fn record(&mut self, runs: &[Range], time: u64, checksums: &Checksums) -> Result<()> {
         let folio = folio_of(runs);
         let mut all = self.checksums(folio)?;
@@ -219,10 +227,11 @@ impl Ledger {
         })
     }
 
-    /// Strikes `runs` of a folio out of its record. When this returns, `data` is the true copy of them.
+    /// Removes `runs` of one folio from the folio's record. When this function returns, `data` has
+    /// the true copy of these subpages.
     ///
     /// # Errors
-    /// As for [`Ledger::record`].
+    /// The errors of setxattr(2) and removexattr(2). Nothing has changed.
     pub fn strike(&mut self, runs: &[Range]) -> Result<()> {
         let folio = folio_of(runs);
         let checksums = self.checksums(folio)?;
@@ -250,22 +259,24 @@ impl Ledger {
         Ok(())
     }
 
-    /// The checksums of what is kept of a folio.
+    /// The checksums of the bytes that the ledger keeps of `folio`.
     ///
     /// # Errors
-    /// What getxattr(2) answers.
+    /// The errors of getxattr(2). [`Error::Corrupt`] for a record that is damaged or of another
+    /// version.
     pub fn checksums(&self, folio: Folio) -> Result<Checksums> {
         let record = read_record(&self.notes.file()?, folio)?;
         Ok(record.map(|(_, checksums)| checksums).unwrap_or_default())
     }
 
-    // ---- bytes --------------------------------------------------------------------------------------------------
+    // ---- bytes ----------------------------------------------------------------------------------
 
-    /// Reads what is kept of `range`, whole subpages of one folio, from the ledger's `file` into `bytes`: zeros where
-    /// that is lost. Returns how many subpages are.
+    /// Reads the kept bytes of `range`, whole subpages of one folio, from the ledger's `file` into
+    /// `bytes`. A subpage whose kept bytes are lost becomes zeros. Returns the number of such
+    /// subpages.
     ///
     /// # Errors
-    /// A shortage: nothing is known to be lost.
+    /// A shortage. Then it is not known if bytes are lost.
     pub fn read(file: &File, range: Range, checksums: &Checksums, bytes: &mut [u8]) -> Result<u64> {
         let is_read = |range: Range, bytes: &mut [u8]| match tmpfs::read_at(file, bytes, place(range).start) {
             Err(error) if error.is_shortage() => Err(error),
@@ -289,18 +300,18 @@ impl Ledger {
         Ok(lost)
     }
 
-    /// Frees what blocks the ledger has for `range`, which is in no record.
+    /// Frees the ledger's blocks for `range`, which is in no record.
     ///
     /// # Errors
-    /// What fallocate(2) answers.
+    /// The errors of fallocate(2).
     pub fn free(&self, range: Range) -> Result<()> {
         tmpfs::punch(&self.notes.file()?, place(range))
     }
 
-    /// Frees what blocks the ledger has for `folio` that are neither in its record nor in `runs`, which ascend.
+    /// Frees the ledger's blocks for `folio`, except those of its record and of `runs`.
     ///
     /// # Errors
-    /// What fallocate(2) and cachestat(2) answer.
+    /// The errors of fallocate(2) and cachestat(2).
     pub fn trim(&self, folio: Folio, runs: &[Range]) -> Result<()> {
         let file = self.notes.file()?;
         let mut kept: Vec<Range> = self.holes.in_range(folio.range()).map(|hole| hole.range).collect();
@@ -314,7 +325,7 @@ impl Ledger {
         Ok(())
     }
 
-    /// The same for all folios.
+    /// Frees the ledger's blocks of all folios, except those of the records.
     ///
     /// # Errors
     /// As for [`Ledger::trim`].
@@ -325,23 +336,23 @@ impl Ledger {
         folios_with_blocks(&self.notes.file()?)?.into_iter().try_for_each(|folio| self.trim(folio, &[]))
     }
 
-    /// Blocks that the ledger holds, its superblock among them.
+    /// Number of blocks that the ledger has, with the first one, which means nothing.
     pub fn blocks(&self) -> Result<u64> {
         tmpfs::blocks_taken(&self.notes.file()?)
     }
 }
 
-/// Where the ledger keeps the bytes of `range`.
+/// The offsets at which the ledger keeps the bytes of `range`.
 pub fn place(range: Range) -> Range {
     Range::at(range.start + FOLIO_SIZE, range.len())
 }
 
-/// The folio that `runs` are of.
+/// The folio in which all `runs` lie.
 fn folio_of(runs: &[Range]) -> Folio {
     Subpage::containing(runs[0].start).folio()
 }
 
-/// The folios of `data` that the ledger's `file` has blocks for.
+/// The folios of `data` for which the ledger's `file` has blocks.
 fn folios_with_blocks(file: &File) -> Result<Vec<Folio>> {
     let mut found = Vec::new();
     for folio in Range::new(FOLIO_SIZE, tmpfs::size(file)?).folios() {
@@ -356,18 +367,19 @@ fn open(data: &File, id: NodeId) -> Result<File> {
     Ok(handle::open(data, id, libc::O_RDWR)?.into())
 }
 
-/// Whether the sealed file in `directory` is of a version that is known here.
+/// Checks that the sealed file in `directory` has the version of this daemon.
 ///
 /// # Errors
-/// [`Error::Corrupt`] where it is not; ENOENT where none is there.
+/// [`Error::Corrupt`] for another version. ENOENT if there is no sealed file.
 pub fn check_version(directory: &Path) -> Result<()> {
     superblock_at(directory).map(drop)
 }
 
-/// The superblock of the sealed file whose superblock is mounted there, which need not be opened for that.
+/// The header of the sealed file whose superblock is mounted at `directory`. The file need not be
+/// open.
 ///
 /// # Errors
-/// [`Error::Corrupt`] for one that is damaged or of another version.
+/// [`Error::Corrupt`] for a header that is damaged or of another version.
 pub fn superblock_at(directory: &Path) -> Result<Superblock> {
     read_superblock(&File::open(directory.join("ledger"))?)
 }

@@ -1,39 +1,58 @@
 //! A sealed file: a tmpfs superblock of its own, all of whose blocks are taken.
 //!
+//! The superblock has two files. Programs map `data`. The *ledger* keeps the bytes of quarantined
+//! subpages.
+//!
 //! ```text
-//!            data                                    ledger
-//!   +--------------------------+---------+     +----+- - - - -+----+- - -+----+
-//!   | 2 MiB | 2 MiB | 2M |....|  no     |     | sb |  holes  | r1 |     | r2 |     limit = taken = data + ledger
-//!   | folio | folio | *  |  * |  memory |     |    |         |    |     |    |     (*: a soft hole; its block is r1, r2)
-//!   +--------------------------+---------+     +----+- - - - -+----+- - -+----+
+//!          data                                     ledger
+//!   +-------+-------+---------+---------+     +---+- - - -+----+- - -+----+
+//!   | 2 MiB | 2 MiB |  2 MiB  |   no    |     | h |       | r1 |     | r2 |
+//!   | folio | folio |  *   *  | memory  |     |   |       |    |     |    |
+//!   +-------+-------+---------+---------+     +---+- - - -+----+- - -+----+
+//!
+//!   *        a soft hole: a quarantined subpage, which is punched out of data
+//!   r1, r2   the ledger's blocks, with the bytes of these two holes
+//!   h        a block that is always there; between the blocks the ledger has no memory
+//!
+//!   blocks of data   = 512 * folios with memory - soft holes
+//!   blocks of ledger = 1 + soft holes
+//!   limit            = blocks of data + blocks of ledger = 512 * folios with memory + 1
 //! ```
 //!
-//! > **S1.** A sealed file has no free block, except inside a resize, for the microseconds of a quarantine or repair,
-//! > for gaps (see below), which a file with soft holes does not have, and after a program has punched the file by
-//! > madvise(2) with MADV_REMOVE: until the next request for the file, or the patrol, has taken that memory back.
+//! > **S1.** A sealed file has no free block. There are four exceptions:
+//! > - inside a resize;
+//! > - for the microseconds of a quarantine or repair;
+//! > - for gaps that a program requested (see below), in a file without soft holes;
+//! > - after a program has punched the file by madvise(2) with MADV_REMOVE, until the next request
+//! >   for the file, or the patrol, has taken that memory back.
 //!
-//! From S1 follows that *a hole in `data` cannot be filled by anyone*: a fault there finds no block and becomes SIGBUS
-//! in every process that maps the file, a write becomes ENOSPC. This module is the only one that changes how
-//! many blocks a superblock has, takes or frees, and so the owner of S1.
+//! S1 keeps every soft hole of `data` empty. A fault in a hole finds no block, and becomes SIGBUS
+//! in every process that maps the file. A write to a hole fails with ENOSPC. Only this module
+//! changes the number of blocks that a superblock has, takes or frees. So this module owns S1.
 //!
-//! **Who may do what.** Functions with `&mut self` need the caller's exclusive lock on the file and leave S1 as
-//! they found it, whatever they return. Functions with `&self` may run beside each other. Neither keeps a program that
-//! maps the file from touching it at any instruction; that is what [`Sealed::shut_strays`] is for: where a block was
-//! free for an instant, a touched hole may have caught it. cachestat(2) finds the hole, and it is punched again, counted
-//! and logged.
+//! **Locks.** A function with `&mut self` needs the caller's exclusive lock on the file. The
+//! function leaves S1 as it found S1, whatever it returns. Functions with `&self` may run at the
+//! same time. No lock stops a program that maps the file: the program may touch the file at any
+//! instruction. If the program touches a hole while a block is free, the hole takes that block and
+//! becomes a *stray*. [`Sealed::shut_strays`] finds strays by cachestat(2), punches them again,
+//! counts them and logs them.
 //!
-//! **No uncleared folio is ever within a program's reach.** Memory for `data` is taken by a write fault of our own, below
-//! the end of file, where tmpfs clears a folio before anybody can see it. fallocate(2) would be faster (it clears
-//! nothing), but a program that calls MADV_COLLAPSE on such a folio gets it mapped with its former user's bytes, even
-//! beyond the end of file (Linux 6.18, `collapse_pte_mapped_thp` does not look at the uptodate flag). fallocate is
-//! for memory that no program can map ([`Reach::Private`]), and for parts of a folio, which MADV_COLLAPSE leaves alone.
+//! **No uncleared folio is ever within a program's reach.** The daemon takes memory for `data` by a
+//! write fault of its own, below the end of file. There tmpfs clears a folio before any program can
+//! see it. fallocate(2) would be faster, as it clears nothing. But a program that calls
+//! MADV_COLLAPSE on an uncleared folio maps it with the bytes of its former user, even beyond the
+//! end of file (Linux 6.18: `collapse_pte_mapped_thp` does not look at the uptodate flag). So the
+//! daemon calls fallocate(2) only for memory that no program can map ([`Reach::Private`]), and for
+//! parts of a folio, which MADV_COLLAPSE leaves alone.
 //!
-//! **Gaps.** A file without soft holes has nothing that S1 would have to keep shut. There, memory can be punched out and its blocks
-//! left free ([`Sealed::punch`]): a touch fills the gap with cleared memory, and so do a write and userfaultfd(2). A note with the
-//! file says that this was asked for; no folio changes hands meanwhile, but when the file is dismantled. Whoever opens the file leaves the
-//! gaps as they are, because a gap that came to have memory would look to userfaultfd as if it had been filled. For the same reason
-//! nothing that only looks at memory touches a gap ([`Sealed::present`]). [`Sealed::reclaim_removed`] ends it, before anything
-//! that needs S1.
+//! **Gaps.** In a file without soft holes, S1 has nothing to keep shut. [`Sealed::punch`] punches
+//! memory out of such a file and leaves the blocks free. A touch, a write or userfaultfd(2) fills
+//! the gap with cleared memory. A note with the file says that a program requested the gaps. Until
+//! the gaps are filled, no folio moves between this file and another, except when the file is
+//! dismantled. A worker that opens the file leaves the gaps as they are: if it put memory into a
+//! gap, userfaultfd(2) would report the gap as filled. For the same reason, code that only looks at
+//! memory touches no gap ([`Sealed::present`]). Before a change that needs S1,
+//! [`Sealed::reclaim_removed`] fills the gaps.
 
 mod check;
 mod gaps;
@@ -63,47 +82,48 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-/// Tries at something that a program which hammers the file can spoil; each takes some 10 us, and the worst seen
-/// needed 200.
+/// Tries at a change that a program can spoil by hammering the file. A try takes some 10 us. The
+/// worst case seen needed 200 tries.
 const TRIES: u32 = 10_000;
 
 const PINNED: &str = "the folio is pinned (vmsplice, io_uring, VFIO or the like) and cannot be split";
 const UNWINNABLE: &str = "the subpage is pinned (vmsplice, io_uring, VFIO or the like), or touched faster than it can be \
     taken away";
 
-/// Whether the file has gaps on purpose, as what is kept with it.
+/// Name of the note that says that a program requested gaps in the file.
 const PUNCHED: &str = "punched";
 
-/// Holes that were filled while a block was free, found and shut again, since the daemon started.
+/// Strays that were found and shut again since the daemon started.
 pub static STRAYS_SHUT: AtomicU64 = AtomicU64::new(0);
 
-/// Whether programs can map a sealed file's `data`.
+/// Says if programs can map the `data` of a sealed file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reach {
-    /// They can: memory is cleared before they can see it.
+    /// Programs can map it. Memory is cleared before they can see it.
     Programs,
-    /// Only the daemon, which never reads it: memory stays as it came.
+    /// Only the daemon has it, and never reads it. Memory stays as the kernel delivers it.
     Private,
 }
 
-/// What repaired subpages are to hold.
+/// The content of repaired subpages.
 #[derive(Clone, Copy, Debug)]
 pub enum Content<'a> {
     /// Zeros.
     Zero,
-    /// What is known of them, and zeros where nothing is.
+    /// The bytes that are known, and zeros where no bytes are known.
     Known,
     /// These bytes.
     Bytes {
-        /// Where the bytes start in the file.
+        /// Offset in the file of the first byte.
         start: u64,
-        /// At least up to the end of what is repaired, or the end of file.
+        /// The bytes. They reach at least to the end of the repaired range, or to the end of file.
         bytes: &'a [u8],
     },
 }
 
 impl Content<'_> {
-    /// Those for `range`, a part of a subpage or what the bytes were given for. Of a memory error nothing is known.
+    /// The bytes for `range`, which is part of one subpage or of the range of `Bytes`. Of a memory
+    /// error no bytes are known, so `Known` gives zeros here.
     fn of(&self, range: Range) -> &[u8] {
         const ZEROS: &Bytes = &[0; SUBPAGE_SIZE as usize];
         let length = range.len() as usize;
@@ -114,30 +134,33 @@ impl Content<'_> {
     }
 }
 
-/// A sealed file. Dropping it closes it; the memory is freed with the last user of the superblock.
+/// A sealed file. Dropping it closes the file. The kernel frees the memory with the last user of
+/// the superblock.
 #[derive(Debug)]
 pub struct Sealed {
-    /// The root directory of its superblock, by which that is reached from `data`: the one descriptor that is kept open.
+    /// The root directory of the superblock. The daemon opens it by this handle through `data`,
+    /// which is the one descriptor that stays open.
     root: NodeId,
-    /// The mount of its superblock, until that is attached to a path.
+    /// The mount of the superblock, until [`Sealed::attach`] attaches it to a path.
     unattached: Option<OwnedFd>,
     data: Arc<File>,
     ledger: Ledger,
     reach: Reach,
     size: u64,
-    /// Whether each folio of `data` has memory.
+    /// For each folio of `data`: true if the folio has memory.
     folios: Vec<bool>,
-    /// How many of them do.
+    /// Number of folios that have memory.
     folio_count: u64,
-    /// It may have gaps that were asked for; there are no soft holes then.
+    /// True if the file may have gaps that a program requested. Then it has no soft holes.
     punched: bool,
 }
 
 impl Sealed {
-    /// Creates an empty one, with memory from `node`, where one is given, as far as that has some.
+    /// Creates an empty sealed file. If `node` is given, memory comes from that NUMA node as long
+    /// as the node has some.
     ///
     /// # Errors
-    /// [`Error::NoMemory`], and what fsopen(2) and openat(2) answer.
+    /// [`Error::NoMemory`], and the errors of fsopen(2) and openat(2).
     pub fn create(reach: Reach, node: Option<u32>) -> Result<Self> {
         let options = tmpfs::Options { blocks: Some(1), huge: true, node, ..Default::default() };
         let mount = tmpfs::create(&options)?;
@@ -153,10 +176,10 @@ impl Sealed {
         Ok(Self { root, unattached, data, ledger, reach, size, folios, folio_count, punched })
     }
 
-    /// Mounts its superblock at `path`, so that it is there for another process when this one is gone.
+    /// Mounts the superblock at `path`, so that another process finds it when this process is gone.
     ///
     /// # Errors
-    /// What move_mount(2) answers.
+    /// The errors of move_mount(2).
     pub fn attach(&mut self, path: &str) -> Result<()> {
         let mount = self.unattached.as_ref().expect("a superblock is attached once");
         tmpfs::attach(mount, path)?;
@@ -164,10 +187,10 @@ impl Sealed {
         Ok(())
     }
 
-    /// The root directory of its superblock.
+    /// Opens the root directory of the superblock.
     ///
     /// # Errors
-    /// What open_by_handle_at(2) answers.
+    /// The errors of open_by_handle_at(2).
     pub fn mount(&self) -> Result<OwnedFd> {
         handle::open(&self.data, self.root, libc::O_RDONLY | libc::O_DIRECTORY)
     }
@@ -182,20 +205,20 @@ impl Sealed {
         self.size
     }
 
-    /// What it keeps about itself.
+    /// The header: the data that the sealed file keeps about itself.
     pub fn superblock(&self) -> Superblock {
         self.ledger.superblock()
     }
 
-    /// Changes what it keeps about itself.
+    /// Changes the header.
     ///
     /// # Errors
-    /// What pwrite(2) answers.
+    /// The errors of setxattr(2). The header is as before.
     pub fn update(&mut self, change: impl FnOnce(&mut Superblock)) -> Result<()> {
         self.ledger.update(change)
     }
 
-    /// What is kept with the file for its owner.
+    /// The notes that the file's owner keeps with the file.
     pub fn notes(&self) -> &Notes {
         self.ledger.notes()
     }
@@ -205,18 +228,19 @@ impl Sealed {
         self.ledger.holes()
     }
 
-    /// The memory errors that the kernel keeps in the file, and when they were found.
+    /// The memory errors that the kernel keeps in the file, each with the time at which it was
+    /// found.
     pub fn poisoned(&self) -> &BTreeMap<Subpage, u64> {
         self.ledger.poisoned()
     }
 
-    /// The quarantined subpages of either kind that hold any byte of `range`, ascending.
+    /// The quarantined subpages (soft and hw) that hold any byte of `range`, ascending.
     pub fn lost_in(&self, range: Range) -> impl Iterator<Item = Subpage> + '_ {
         let subpages = |run: Range| run.steps(SUBPAGE_SIZE).map(|subpage| Subpage::containing(subpage.start));
         self.lost_runs_in(range).flat_map(subpages)
     }
 
-    /// The same as runs, none of which reaches over the end of a folio.
+    /// The subpages of [`Sealed::lost_in`], as runs. No run crosses the end of a folio.
     pub fn lost_runs_in(&self, range: Range) -> impl Iterator<Item = Range> + '_ {
         let mut soft = self.holes().in_range(range).map(|hole| hole.range).peekable();
         let hw = self.poisoned().range(range.subpages());
@@ -228,17 +252,17 @@ impl Sealed {
         })
     }
 
-    /// How many subpages are quarantined, of either kind. No subpage is of both.
+    /// Number of quarantined subpages, soft and hw. No subpage is both.
     pub fn lost_count(&self) -> u64 {
         self.holes().count() + self.poisoned().len() as u64
     }
 
-    /// Whether `subpage` is quarantined.
+    /// True if `subpage` is quarantined.
     pub fn is_lost(&self, subpage: Subpage) -> bool {
         self.holes().contains(subpage) || self.poisoned().contains_key(&subpage)
     }
 
-    /// Whether `folio` has memory.
+    /// True if `folio` has memory.
     pub fn has_memory(&self, folio: Folio) -> bool {
         self.folios.get(folio.0 as usize).copied().unwrap_or(false)
     }
@@ -248,23 +272,24 @@ impl Sealed {
         (0..self.folios.len() as u64).map(Folio).filter(|folio| self.has_memory(*folio))
     }
 
-    /// Folios that have memory.
+    /// Number of folios that have memory.
     pub fn folio_count(&self) -> u64 {
         self.folio_count
     }
 
-    /// The limit that makes S1 hold: everything that is meant to be taken, and the superblock of the ledger.
+    /// The limit with which S1 holds: all blocks of the folios with memory, and the first block of
+    /// the ledger.
     fn limit(&self) -> u64 {
         self.folio_count * SUBPAGES_PER_FOLIO + 1
     }
 
-    // ---- resize -------------------------------------------------------------------------------------------------
+    // ---- resize ---------------------------------------------------------------------------------
 
-    /// Takes memory for the folios of `range` (none of which has any) and makes `data` at least `size` long, but not
-    /// longer than `range` reaches.
+    /// Takes memory for the folios of `range`, none of which has memory, and makes `data` at least
+    /// `size` long, but not longer than the end of `range`.
     ///
     /// # Errors
-    /// [`Error::NoMemory`] or [`Error::Full`]; everything is as before.
+    /// [`Error::NoMemory`] or [`Error::Full`]. Everything is as before.
     pub fn take(&mut self, range: Range, size: u64) -> Result<()> {
         assert!(range.folios().all(|folio| !self.has_memory(folio)), "{range} has memory already");
         let before = self.size;
@@ -290,8 +315,9 @@ impl Sealed {
         }
     }
 
-    /// Gives every block of `range` memory, out of the free blocks that there are for it. A touch of a hole that is going to
-    /// fail can have one of them for an instant, which shows nowhere: the next try finds it back.
+    /// Fills every block of `range` from the free blocks, of which there are enough. A program's
+    /// touch of a hole takes a block for an instant before the touch fails. No count shows this
+    /// block; the next try finds it free again.
     fn fill(&mut self, range: Range) -> Result<()> {
         if self.reach == Reach::Programs {
             self.void_policy(range);
@@ -335,7 +361,8 @@ impl Sealed {
         self.fill_behind_end(Range::new(end, range.end))
     }
 
-    /// The part of a folio that lies behind the end of file; nothing is left to do where the folio is in one piece.
+    /// Fills the part of a folio that lies behind the end of file. If the folio is in one piece,
+    /// all of its blocks have memory already.
     fn fill_behind_end(&self, tail: Range) -> Result<()> {
         if tail.is_empty() {
             return Ok(());
@@ -345,12 +372,14 @@ impl Sealed {
         tmpfs::clear(&self.data, tail)
     }
 
-    /// Gives back the memory of the folios of `range`, with the soft holes in it and their records. Where that is the
-    /// end of the file, the caller shrinks it with [`Sealed::cut`] instead.
+    /// Gives back the memory of the folios of `range`, and forgets the soft holes in `range` and
+    /// their records. If `range` is the end of the file, the caller shrinks the file with
+    /// [`Sealed::cut`] instead.
     ///
     /// # Errors
-    /// [`Error::Busy`] where programs touch the file faster than memory can be taken from it. A shortage is no reason to fail:
-    /// nothing is taken that the machine could lack for long.
+    /// [`Error::Busy`] if programs touch the file faster than the daemon can take memory from it. A
+    /// shortage does not end this function, as it takes no memory that the machine could lack for
+    /// long.
     pub fn give(&mut self, range: Range) -> Result<()> {
         self.forget_holes(range)?;
         steps::done(Step::GiveHoles);
@@ -360,9 +389,10 @@ impl Sealed {
         self.vacate(range)
     }
 
-    /// Makes `data` `size` bytes long (not longer than it is) and gives back the memory of all folios from there on.
+    /// Makes `data` `size` bytes long, which is not longer than before, and gives back the memory
+    /// of all folios behind the new end.
     ///
-    /// The folio that holds the new end keeps its memory, zeroed behind the end.
+    /// The folio with the new end keeps its memory, zeroed behind the end.
     ///
     /// # Errors
     /// As for [`Sealed::give`].
@@ -385,10 +415,11 @@ impl Sealed {
         Ok(())
     }
 
-    /// Makes `data` `size` bytes long (not shorter than it is) within the folio that holds its end.
+    /// Makes `data` `size` bytes long, within the folio that holds the end of file. A `size` that
+    /// is not larger than before changes nothing.
     ///
     /// # Errors
-    /// What the kernel answers; the size is as before.
+    /// The errors of pwrite(2), fallocate(2) and ftruncate(2). The size is as before.
     pub fn grow_size(&mut self, size: u64) -> Result<()> {
         if size <= self.size {
             return Ok(());
@@ -402,11 +433,12 @@ impl Sealed {
         grown
     }
 
-    /// Writes at `offset`, up to behind the end of file but within the folio that holds the end and has memory. Nobody sees
-    /// the file longer before the bytes are there. Ends early where a memory error is in the way.
+    /// Writes at `offset`, which may be behind the end of file. The written range lies within the
+    /// folio that holds the end, and this folio has memory. No program sees the file longer before
+    /// the bytes are in it. The write ends early at a memory error.
     ///
     /// # Errors
-    /// What pwrite(2) answers; the size is as before.
+    /// The errors of pwrite(2). The size is as before.
     pub fn append(&mut self, bytes: &[u8], offset: u64) -> Result<usize> {
         let end = offset + bytes.len() as u64;
         assert!(end <= self.size.next_multiple_of(FOLIO_SIZE) && self.holes().is_empty());
@@ -421,8 +453,8 @@ impl Sealed {
         written
     }
 
-    /// A program that maps the folio with the end of file by a 2 MiB entry can write behind the end. Those bytes must
-    /// not come to light when the file grows.
+    /// Zeroes the bytes behind the end of file. A program that maps the folio with the end by a 2
+    /// MiB entry can write behind the end. These bytes must not appear when the file grows.
     fn zero_behind_end(&mut self, size: u64) -> Result<()> {
         static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
         let end = size.min(self.size.next_multiple_of(FOLIO_SIZE));
@@ -440,8 +472,9 @@ impl Sealed {
         Ok(())
     }
 
-    /// The same, subpage by subpage, where a memory error is in the way. One that lies wholly behind the end held nothing:
-    /// a healthy page takes its place. One with the end in it stays lost, and its rest need not be zeroed.
+    /// Zeroes `range` subpage by subpage, as a memory error is in the way. If the bad subpage lies
+    /// wholly behind the end of file, it holds no data, and a healthy page takes its place. If the
+    /// end of file lies in the bad subpage, it stays quarantined, and its rest needs no zeros.
     fn zero_around_poison(&mut self, range: Range) -> Result<()> {
         const ZEROS: Bytes = [0; SUBPAGE_SIZE as usize];
         self.void_policy(range);
@@ -457,7 +490,8 @@ impl Sealed {
         Ok(())
     }
 
-    /// What is known of the quarantined subpages of `range` is discarded, and that they were quarantined.
+    /// Forgets the quarantined subpages of `range`, and discards the bytes that the ledger has of
+    /// them.
     fn forget_holes(&mut self, range: Range) -> Result<()> {
         let runs: Vec<Range> = self.holes().in_range(range).map(|hole| hole.range).collect();
         let of_one_folio = |one: &Range, next: &Range| one.start / FOLIO_SIZE == next.start / FOLIO_SIZE;
@@ -470,8 +504,9 @@ impl Sealed {
         poisoned.into_iter().try_for_each(|subpage| insist(|| self.ledger.forget_poisoned(subpage)))
     }
 
-    /// Lowers the limit once `range`, of which no folio is meant to have memory, has been given up: a program may touch
-    /// what was just punched as long as there is a block for it, and is punched again.
+    /// Lowers the limit after the memory of `range` was given up. No folio of `range` is meant to
+    /// have memory now. As long as there is a free block, a program can touch the punched range and
+    /// take that block. Then the function punches the range again.
     fn vacate(&mut self, range: Range) -> Result<()> {
         for _ in 0..TRIES {
             match insist(|| self.set_limit(0)) {
@@ -485,8 +520,8 @@ impl Sealed {
         Err(Error::Busy("the file is touched faster than memory can be taken from it"))
     }
 
-    /// Setting the size that a tmpfs file has already is no idle call: it frees what lies behind the end, and splits the
-    /// folio for it (shmem_setattr).
+    /// Sets the size, unless the file has this size. ftruncate(2) to the size that a tmpfs file
+    /// already has frees the memory behind the end, and splits the folio for it (shmem_setattr).
     fn set_size(&mut self, size: u64) -> Result<()> {
         if size != self.size {
             tmpfs::set_size(&self.data, size)?;
@@ -495,7 +530,7 @@ impl Sealed {
         Ok(())
     }
 
-    /// Lets the superblock have what is meant to be taken, and `more` blocks.
+    /// Sets the superblock's limit to the blocks that are meant to be taken, and `more`.
     fn set_limit(&self, more: u64) -> Result<()> {
         tmpfs::set_limit(self.mount()?, self.limit() + more)
     }

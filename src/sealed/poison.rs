@@ -1,4 +1,4 @@
-//! Memory errors that the kernel has met in a file and keeps there.
+//! Memory errors (hw): the kernel has met them in a file, and keeps their pages there.
 
 use super::{Reach, Sealed};
 use crate::error::{Error, Result};
@@ -7,16 +7,17 @@ use crate::sys::tmpfs;
 use crate::units::{Range, SUBPAGE_SIZE, Subpage};
 
 impl Sealed {
-    /// Finds the memory errors that the kernel has met in the file since the last time, and notes them. Returns the new
-    /// ones. Costs next to nothing for memory that is mapped huge, and touches no byte of it.
+    /// Finds the memory errors that the kernel has met in the file since the last time, and notes
+    /// them. Returns the new ones. For memory that is mapped huge, this costs next to nothing. It
+    /// touches no byte.
     ///
     /// # Errors
-    /// What mmap(2) and setxattr(2) answer.
+    /// The errors of mmap(2) and setxattr(2).
     pub fn note_poison(&mut self, time: u64) -> Result<Vec<Subpage>> {
         self.note_poison_in(Range::new(0, self.size).subpages_out(), time)
     }
 
-    /// The same for `range`, whole subpages.
+    /// Finds and notes the new memory errors in `range`, whole subpages.
     ///
     /// # Errors
     /// As for [`Sealed::note_poison`].
@@ -33,7 +34,8 @@ impl Sealed {
         Ok(new)
     }
 
-    /// Lets memory errors in `range` of a reserve go, and takes healthy memory in their place. Returns how many there were.
+    /// Drops the pages with memory errors in `range` of a reserve, and takes healthy memory in
+    /// their place. Returns the number of these errors.
     ///
     /// # Errors
     /// [`Error::NoMemory`].
@@ -47,11 +49,11 @@ impl Sealed {
         Ok(found.len() as u64)
     }
 
-    /// Whether the kernel has met a memory error in `range` that is not noted yet. It costs a walk over the range's page
-    /// tables, and touches no byte.
+    /// True if the kernel has met a memory error in `range` that is not noted yet. This costs a
+    /// walk over the page tables of the range, and touches no byte.
     ///
     /// # Errors
-    /// What mmap(2) answers.
+    /// The errors of mmap(2).
     pub fn has_news_of_poison(&self, range: Range) -> Result<bool> {
         let inside = range.intersect(Range::new(0, self.size));
         let found = if inside.is_empty() { Vec::new() } else { self.find_poison(inside.subpages_out())? };
@@ -72,10 +74,10 @@ impl Sealed {
         Ok(found)
     }
 
-    /// Has the kernel treat `subpage` as if the hardware had reported an error in it.
+    /// Makes the kernel treat `subpage` as if the hardware had reported an error in it.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] where the kernel has no CONFIG_MEMORY_FAILURE.
+    /// [`Error::Unsupported`] for a kernel without CONFIG_MEMORY_FAILURE.
     pub fn inject(&self, subpage: Subpage) -> Result<()> {
         let window = Window::new(&self.data, subpage.folio().range())?;
         window.populate(subpage.range())?;
@@ -83,12 +85,12 @@ impl Sealed {
     }
 }
 
-/// Those of `range`, all of which has memory.
+/// The subpages of `range` with a memory error. All of `range` has memory.
 pub(super) fn poisoned_subpages(window: &Window, range: Range) -> Result<Vec<Subpage>> {
     let mut found = Vec::new();
     match window.populate(range) {
         Ok(()) => return Ok(found),
-        Err(Error::Poisoned | Error::NoData) => {} // some of them, or punched in the meantime
+        Err(Error::Poisoned | Error::NoData) => {} // some have an error, or were punched meanwhile
         Err(error) => return Err(error),
     }
     for subpage in range.steps(SUBPAGE_SIZE) {

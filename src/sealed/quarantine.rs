@@ -1,28 +1,35 @@
-//! Quarantine and repair of the subpages of a folio, and the strays that come of it.
+//! Quarantine and repair of the subpages of one folio, and the strays that come of both.
 //!
-//! **Take, then give.** Both changes first take `n` blocks for a second copy, then say in the ledger's record which of
-//! the two copies is the true one, then free the blocks of the other:
+//! **Take, then give.** A quarantine or repair of `n` subpages first takes `n` blocks for a second
+//! copy. Then it changes the ledger's record, which says which copy is the true one. Then it frees
+//! the blocks of the other copy.
 //!
 //! ```text
-//!   quarantine                                     repair
-//!     the limit is raised by n                       the limit is raised by n
-//!     the ledger has n blocks with the bytes         the holes have n blocks with the content
-//!     the record names the subpages        <- one setxattr(2) ->   the record names them no more
-//!     data is punched                                the ledger is punched
-//!     the limit is lowered by n: S1                  the limit is lowered by n: S1
+//!   quarantine                              true    repair                                  true
+//!                                           copy                                            copy
+//!   1. raise the limit by n                 data    1. raise the limit by n                 ledger
+//!   2. copy the bytes to n ledger blocks    data    2. write the content into the n holes   ledger
+//!   3. add the subpages to the record       ledger  3. strike them out of the record        data
+//!   4. punch data                           ledger  4. punch the ledger                     data
+//!   5. lower the limit by n: S1 holds       ledger  5. lower the limit by n: S1 holds       data
 //! ```
 //!
-//! So at every instruction a record says which copy is true, and nothing is told from contents: a program may store
-//! into an opened hole at any moment. Whoever opens a file that a process has left empties the holes of the records,
-//! frees the ledger's other blocks, and lowers the limit ([`super::recovery`]).
+//! Step 3 is one setxattr(2), or one removexattr(2) if the record becomes empty. So the record is
+//! true at every instruction, and no code guesses from the bytes: a program may store into an
+//! opened hole at any moment. If the worker dies after any step, the next worker empties the holes
+//! that are in records, frees the ledger's other blocks, and lowers the limit
+//! ([`super::recovery`]). So a quarantine or repair that died before step 3 is undone. One that died
+//! after step 3 is finished, unless a pin prevents it.
 //!
-//! **Strays.** While the limit is raised, a program that touches a hole of the file takes a block for it. tmpfs lowers
-//! a limit only to what is taken, so a stray is found at the latest when the limit is lowered: the hole is punched
-//! again, and the limit is tried again ([`Sealed::seal`]). A program that hammers a hole wins the block now and then,
-//! and loses it with the next punch.
+//! **Strays.** While the limit is raised, a program that touches a hole takes a block for it: the
+//! hole becomes a stray. tmpfs refuses a limit below the number of blocks that are taken. So the
+//! daemon finds a stray at the latest when it lowers the limit. Then it punches the hole again, and
+//! lowers the limit again ([`Sealed::seal`]). A program that hammers a hole wins the block now and
+//! then, and loses it with the next punch.
 //!
-//! **Pins.** The kernel cannot split a folio that is pinned. A punch zeroes the subpages then and frees nothing, so
-//! that the limit cannot be lowered. The bytes are in the ledger by then; they are put back as a repair does.
+//! **Pins.** The kernel cannot split a pinned folio. A punch there zeroes the subpages and frees no
+//! block, so the limit cannot be lowered. At that time the ledger has the bytes, and the daemon
+//! puts them back as a repair does.
 
 use super::holes::between;
 use super::record::Checksums;
@@ -40,13 +47,14 @@ use std::time::{Duration, Instant};
 const PIECE: u64 = 256 << 10;
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
-/// How often a folio must have withstood being split to be called pinned, and how long its holder is let run in between.
-/// A fault that waits for it holds it as a pin does, for as long as its thread gets no processor, so that some tries in a
-/// row tell nothing; and with every try more, what was written to the subpage meanwhile is lost to its owner.
+/// Split attempts before the folio is reported as pinned, and the pause after each. A fault that
+/// waits for the folio holds a reference, too, for as long as its thread gets no processor. So a
+/// few quick failures prove nothing. More attempts have a price: each one zeroes the subpage, and
+/// with it the bytes that a program has stored since the last attempt.
 const SPLIT_TRIES: u32 = 64;
 const SPLIT_NAP: Duration = Duration::from_millis(1);
 
-/// Tries at something that programs can spoil by touching the file.
+/// Counts the tries at a change that programs can spoil by touching the file.
 struct Patience {
     tries: u32,
     started: Instant,
@@ -62,12 +70,12 @@ impl Patience {
         Self { tries: 0, started: Instant::now(), time: Self::TIME }
     }
 
-    /// From now on it ends after `time`.
+    /// Sets the time after which patience ends.
     fn last(&mut self, time: Duration) {
         self.time = time;
     }
 
-    /// Counts a try. Patience ends after so many, and not before so much time.
+    /// Counts a try. True after [`Patience::TRIES`] tries, but not before the time is over.
     fn is_over(&mut self) -> bool {
         self.tries += 1;
         self.tries > Self::TRIES && self.started.elapsed() > self.time
@@ -75,19 +83,21 @@ impl Patience {
 }
 
 impl Sealed {
-    // ---- quarantine ---------------------------------------------------------------------------------------------
+    // ---- quarantine -----------------------------------------------------------------------------
 
-    /// Takes the subpages of `part`, which is of one folio, out of the file: from when this returns, touching them is
-    /// SIGBUS and nothing fills them. Those that are quarantined already stay as they are.
+    /// Takes the subpages of `part`, which is of one folio, out of the file. When this function
+    /// returns, a touch of them is SIGBUS and nothing fills them. Subpages that are quarantined
+    /// already stay as they are.
     ///
     /// # Errors
-    /// [`Error::Busy`] where a program has pinned the folio, so that the kernel cannot split it; [`Error::NoMemory`]. The
-    /// bytes are as before.
+    /// [`Error::Busy`] if a program has pinned the folio, so that the kernel cannot split it.
+    /// [`Error::NoMemory`]. The bytes are as before.
     pub fn quarantine(&mut self, part: Range, time: u64) -> Result<()> {
         let folio = Subpage::containing(part.start).folio();
         assert!(folio.range().covers(part) && self.has_memory(folio), "{part} is not memory of one folio");
         match self.quarantine_readable(part, time) {
-            // A memory error that was not noted yet: the kernel keeps that subpage out of use by itself.
+            // The memory error was not noted before. The kernel keeps that subpage out of use by
+            // itself.
             Err(Error::Poisoned) if !self.note_poison_in(folio.range(), time)?.is_empty() => {
                 self.quarantine_readable(part, time)
             }
@@ -114,7 +124,8 @@ impl Sealed {
         Ok(())
     }
 
-    /// Copies `runs` of a folio to the ledger, and has the record say that the copy is the true one.
+    /// Copies `runs` of one folio to the ledger, and then adds them to the record: the copy is now
+    /// the true one.
     pub(super) fn keep(&mut self, runs: &[Range], time: u64) -> Result<()> {
         let (file, mut checksums) = (self.notes().file()?, Checksums::default());
         for piece in runs.iter().flat_map(|run| run.steps(PIECE)) {
@@ -137,7 +148,7 @@ impl Sealed {
         let mut bytes = vec![0; piece.len() as usize];
         let inside = piece.intersect(Range::new(0, self.size())).len() as usize;
         if tmpfs::read_at(self.data(), &mut bytes[..inside], piece.start)? < inside {
-            return Err(Error::Poisoned); // the one cause for a read to end before the end of file
+            return Err(Error::Poisoned); // the only reason for a read to end early
         }
         checksums.note(piece.start, &bytes);
         let folio = Subpage::containing(piece.start).folio();
@@ -147,8 +158,8 @@ impl Sealed {
         })
     }
 
-    /// Undoes what a quarantine that did not succeed has changed. It may have got no further than to raise the limit, or as far
-    /// as to lower it again.
+    /// Undoes the changes of a quarantine that failed. It may have raised the limit and no more, or
+    /// it may have lowered the limit again already.
     fn undo_quarantine(&mut self, runs: &[Range], alarm: bool) -> Result<()> {
         let folio = Subpage::containing(runs[0].start).folio();
         if self.holes().contains(Subpage::containing(runs[0].start)) {
@@ -160,21 +171,23 @@ impl Sealed {
         insist(|| self.seal(&[]))
     }
 
-    /// Gives `runs` their bytes back from the ledger, and strikes them out of the record.
+    /// Writes the bytes of `runs` from the ledger back into the file, and strikes `runs` out of the
+    /// record.
     ///
     /// # Errors
-    /// What the kernel answers; the ledger's copy is the true one as before.
+    /// The errors of the system calls. The ledger's copy is the true one, as before.
     pub(super) fn put_back(&mut self, runs: &[Range]) -> Result<()> {
         insist(|| self.fill_and_strike(runs, Content::Known))
             .inspect_err(|error| log::error!("{} could not be written back: {error}", runs[0]))
     }
 
-    // ---- repair -------------------------------------------------------------------------------------------------
+    // ---- repair ---------------------------------------------------------------------------------
 
-    /// Puts what is quarantined of `part`, which is of one folio, back, holding `content`; other soft holes stay shut.
+    /// Puts healthy subpages with `content` in place of the quarantined subpages of `part`, which
+    /// is of one folio. Other soft holes stay shut.
     ///
     /// # Errors
-    /// What the kernel answers; what is soft is quarantined as before.
+    /// The errors of the system calls. The soft holes are as before.
     pub fn repair(&mut self, part: Range, content: Content<'_>) -> Result<()> {
         assert_eq!(part.folios().count(), 1, "{part} is not of one folio");
         let runs: Vec<Range> = self.holes().in_range(part).map(|hole| hole.range).collect();
@@ -193,7 +206,8 @@ impl Sealed {
             insist(|| self.seal(runs))?;
             return Err(error);
         }
-        // They are repaired. Where the rest fails, the next request that needs S1 finishes it ([`Sealed::reclaim_removed`]).
+        // The subpages are repaired. If the rest fails, the next request that needs S1 finishes it
+        // ([`Sealed::reclaim_removed`]).
         let freed = runs.iter().try_for_each(|run| insist(|| self.ledger.free(*run)));
         steps::done(Step::RepairFreed);
         if let Err(error) = freed.and_then(|()| insist(|| self.seal(&[]))) {
@@ -203,7 +217,8 @@ impl Sealed {
         Ok(())
     }
 
-    /// Fills the holes `runs`, for which there are blocks, and has the record say that the file's copy is the true one.
+    /// Fills the holes `runs`, for which there are blocks, and strikes them out of the record: the
+    /// file's copy is now the true one.
     fn fill_and_strike(&mut self, runs: &[Range], content: Content<'_>) -> Result<()> {
         self.void_policy(runs[0]);
         runs.iter().try_for_each(|run| self.fill_run(*run, runs, content))?;
@@ -213,8 +228,9 @@ impl Sealed {
         Ok(())
     }
 
-    /// Writes the content of `run`, one of `runs`. A write of a whole subpage fills a hole in one step: no program can map
-    /// the subpage before the bytes are in it. Behind the end of file nothing is written, as that would move the end.
+    /// Writes the content of `run`, one of `runs`. A write of a whole subpage fills a hole in one
+    /// step: no program can map the subpage before the bytes are in it. The function writes nothing
+    /// behind the end of file, as such a write would move the end.
     fn fill_run(&self, run: Range, runs: &[Range], content: Content<'_>) -> Result<()> {
         let inside = run.intersect(Range::new(0, self.size()));
         let write = |bytes: &[u8], offset| {
@@ -237,8 +253,9 @@ impl Sealed {
         }
     }
 
-    /// Lets the kernel's poisoned page go, which never comes back, and puts a healthy one in its place. From the punch on a touch
-    /// of the subpage would find zeros, so a shortage does not end this.
+    /// Drops the page with the memory error, which no program can ever use again, and puts a
+    /// healthy page in its place. After the punch, a touch of the subpage would find zeros. So a
+    /// shortage does not end this function.
     fn replace_poisoned(&mut self, subpage: Subpage, content: Content<'_>) -> Result<()> {
         let inside = subpage.range().intersect(Range::new(0, self.size()));
         let mut patience = Patience::new();
@@ -247,7 +264,8 @@ impl Sealed {
             tmpfs::punch(self.data(), subpage.range())?;
             match insist(|| tmpfs::write_all_at(self.data(), content.of(inside), inside.start)) {
                 Ok(()) => break,
-                Err(Error::Full | Error::Poisoned) if !patience.is_over() => {} // a stray has the block, or the page is still there
+                // A stray has taken the block, or the bad page is still there.
+                Err(Error::Full | Error::Poisoned) if !patience.is_over() => {}
                 Err(Error::Full | Error::Poisoned) => return Err(Error::Busy(UNWINNABLE)),
                 Err(error) => return Err(error),
             }
@@ -257,10 +275,10 @@ impl Sealed {
         insist(|| self.shut_strays()).map(drop)
     }
 
-    /// What is kept of a quarantined subpage.
+    /// The bytes that the ledger keeps of a quarantined subpage.
     ///
     /// # Errors
-    /// [`Error::NoData`] where nothing is known; a shortage, where that cannot be told.
+    /// [`Error::NoData`] if no bytes are known. A shortage: then it is not known if the ledger has them.
     pub fn rescued(&self, subpage: Subpage) -> Result<Bytes> {
         if !self.holes().contains(subpage) {
             return Err(Error::NoData);
@@ -273,13 +291,14 @@ impl Sealed {
         }
     }
 
-    // ---- S1 -----------------------------------------------------------------------------------------------------
+    // ---- S1 -------------------------------------------------------------------------------------
 
-    /// Empties the holes `fresh` of one folio, which have memory yet, and lowers the limit to what is meant to be taken; other
-    /// holes that were filled meanwhile are shut.
+    /// Empties the holes `fresh` of one folio, which still have memory, and lowers the limit to the
+    /// blocks that are meant to be taken. Shuts other holes that were filled meanwhile.
     ///
     /// # Errors
-    /// [`Error::Busy`] where the folio is pinned, or a hole is touched faster than it can be punched.
+    /// [`Error::Busy`] if the folio is pinned, or if a program touches a hole faster than the
+    /// daemon can punch it.
     pub(super) fn seal(&self, fresh: &[Range]) -> Result<()> {
         self.punch_fresh(fresh)?;
         match self.set_limit(0) {
@@ -311,7 +330,9 @@ impl Sealed {
                 }
                 std::thread::sleep(SPLIT_NAP);
             }
-            // Each punch is one more chance for the other thread. As long as there are strays, no pin is to blame.
+            // Each punch is one more chance for the other thread to lower the limit. As long as
+            // there are strays,
+            // no pin is to blame.
             while self.shut_strays_but(fresh)? > 0 && !patience.is_over() {
                 patience.last(Patience::LONG);
             }
@@ -335,8 +356,8 @@ impl Sealed {
         Ok(true)
     }
 
-    /// Whether the folio of `fresh`, which were punched, is still in one piece. Touches neither these nor any other
-    /// hole: with a block free, that would fill it.
+    /// True if the folio of `fresh` is still in one piece, although `fresh` was punched. The
+    /// function touches no hole: while a block is free, a touch would fill the hole.
     fn is_in_one_piece(&self, fresh: &[Range]) -> Result<bool> {
         let Some(first) = fresh.first() else { return Ok(false) };
         let folio = Subpage::containing(first.start).folio().range();
@@ -344,7 +365,7 @@ impl Sealed {
         let sound = between(inside, self.lost_runs_in(inside)).first().copied();
         let holes: Vec<Range> = self.holes().in_range(folio).map(|hole| hole.range).collect();
         let Some(sound) = sound.filter(|_| subpages(&holes) == subpages(fresh)) else {
-            return Ok(false); // it was split before, or there is nothing to tell by
+            return Ok(false); // an earlier hole split it, or no subpage is left to look at
         };
         let window = Window::new(self.data(), folio)?;
         match window.populate(Range::at(sound.start, SUBPAGE_SIZE)) {
@@ -354,23 +375,24 @@ impl Sealed {
         }
     }
 
-    /// Finds strays and punches them. Returns how many subpages that were.
+    /// Finds strays and punches them. Returns the number of their subpages.
     ///
     /// # Errors
-    /// What the kernel answers.
+    /// The errors of the system calls.
     pub fn shut_strays(&self) -> Result<u64> {
         self.shut_strays_but(&[])
     }
 
-    /// Whether there are any. Costs one cachestat(2) for each run of holes.
+    /// True if there are strays. Costs one cachestat(2) for each run of holes.
     ///
     /// # Errors
-    /// What cachestat(2) answers.
+    /// The errors of cachestat(2).
     pub fn has_strays(&self) -> Result<bool> {
         Ok(!self.filled_holes(&[])?.is_empty())
     }
 
-    /// The same, but for the holes `runs` of one folio, which the caller fills or empties.
+    /// Finds strays and punches them, except in the holes `runs` of one folio, which the caller
+    /// fills or empties.
     fn shut_strays_but(&self, runs: &[Range]) -> Result<u64> {
         let mut shut = self.punch_where_no_memory_is_meant()?;
         for hole in self.filled_holes(runs)? {
@@ -382,7 +404,7 @@ impl Sealed {
         Ok(shut)
     }
 
-    /// The runs of holes that have memory somewhere, but for `runs` of one folio.
+    /// The runs of holes that have memory in some subpage, except in `runs` of one folio.
     pub(super) fn filled_holes(&self, runs: &[Range]) -> Result<Vec<Range>> {
         let mut filled = Vec::new();
         for hole in self.holes().all() {
@@ -409,9 +431,9 @@ impl Sealed {
     }
 }
 
-/// Writes all of `bytes`, for which there are blocks. A hole that a program has touched may have one of them, and so may
-/// the neighbourhood, as tmpfs fills more than it is asked to where that makes a large folio. Then `free` makes the
-/// blocks free again, and the write goes on where it ended.
+/// Writes all of `bytes`. There are blocks for them, but a hole that a program has touched may have
+/// taken one. So may subpages next to the range, as tmpfs fills more than the range if this makes a
+/// large folio. Then `free` frees these blocks, and the write continues where it ended.
 fn write_among_strays(file: &File, bytes: &[u8], offset: u64, free: impl Fn() -> Result<()>) -> Result<()> {
     let mut patience = Patience::new();
     let mut done = 0;
@@ -426,9 +448,11 @@ fn write_among_strays(file: &File, bytes: &[u8], offset: u64, free: impl Fn() ->
     }
 }
 
-/// Runs `work`, which frees blocks, and `take`, which takes them, over and over in another thread. A program that hammers a
-/// hole takes a block back within microseconds, sooner than a second call of one thread can come; both threads need a processor for
-/// that. `work` says what fails. Where the kernel refuses a thread, `work` goes without; it fails more often then, beside a hammer.
+/// Runs `work`, which frees blocks, while another thread runs `take` again and again, which takes
+/// them. A program that hammers a hole takes a freed block within microseconds, which is before one
+/// thread gets to its next call. Both threads need a processor for this. The result is that of
+/// `work`. If the kernel refuses the thread, `work` runs alone, and fails more often beside a
+/// program that hammers.
 pub(super) fn meanwhile<T>(take: impl Fn() + Sync, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let stop = AtomicBool::new(false);
     let _wherever_there_is_time = processors::All::use_them();
@@ -447,7 +471,7 @@ pub(super) fn meanwhile<T>(take: impl Fn() + Sync, work: impl FnOnce() -> Result
     })
 }
 
-/// How many subpages `runs` have.
+/// Number of subpages in `runs`.
 fn subpages(runs: &[Range]) -> u64 {
     runs.iter().map(|run| run.len() / SUBPAGE_SIZE).sum()
 }

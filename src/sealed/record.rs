@@ -1,11 +1,12 @@
-//! What outlives a process of a sealed file, as bytes: the superblock, and a record for each folio with soft holes.
+//! The bytes of a sealed file that outlive a process: the header, and a record for each folio with
+//! soft holes.
 
 use super::holes::{Hole, Holes};
 use crate::error::{Error, Result};
 use crate::units::{Folio, Range, SUBPAGE_SIZE, SUBPAGES_PER_FOLIO, Subpage};
 
-/// Version of [`Superblock`] and of the records; a reader that does not know it refuses the object. 1 had a record for
-/// each subpage.
+/// Version of [`Superblock`] and of the records. A reader refuses an object of a version that it
+/// does not know. Version 1 had a record for each subpage.
 const VERSION: u32 = 2;
 const MAGIC: [u8; 8] = *b"hugetlb2";
 
@@ -16,24 +17,26 @@ const HEAD_BYTES: usize = 16;
 const RUN_BYTES: usize = 16;
 const CHECKSUM_BYTES: usize = 4;
 
-/// Most bytes of an encoded record: each subpage a run of its own.
+/// Most bytes of an encoded record, in which each subpage is a run of its own.
 pub const MOST_RECORD_BYTES: usize =
     HEAD_BYTES + SUBPAGES_PER_FOLIO as usize * (RUN_BYTES + CHECKSUM_BYTES) + CHECKSUM_BYTES;
 const _: () = assert!(MOST_RECORD_BYTES <= 64 << 10, "XATTR_SIZE_MAX");
 
-/// What a sealed file keeps about itself.
+/// The header: the data that a sealed file keeps about itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Superblock {
-    /// Pages from the file's start on that belong to it, whether it has memory in all of them or not.
+    /// Pages from the start of the file on that belong to the file. Some of them may have no
+    /// memory.
     pub reserved_pages: u64,
-    /// The quarantine has grown since its owner last looked (POLLPRI).
+    /// True if the quarantine has grown since a program last read the list (POLLPRI).
     pub alarm: bool,
-    /// A change of the file's size or memory is under way, which is undone by coming back to this size.
+    /// Present while a change of the file's size or memory is under way. To undo the change, the
+    /// file goes back to this size.
     pub undo_size: Option<u64>,
 }
 
 impl Superblock {
-    /// As bytes.
+    /// Encodes the header.
     pub fn encode(self) -> [u8; SUPERBLOCK_BYTES] {
         let mut out = [0; SUPERBLOCK_BYTES];
         out[..8].copy_from_slice(&MAGIC);
@@ -47,10 +50,10 @@ impl Superblock {
         out
     }
 
-    /// From bytes.
+    /// Decodes a header.
     ///
     /// # Errors
-    /// [`Error::Corrupt`] for what is damaged or of another version.
+    /// [`Error::Corrupt`] for a header that is damaged or of another version.
     pub fn decode(bytes: &[u8; SUPERBLOCK_BYTES]) -> Result<Self> {
         if bytes[..8] != MAGIC || number(&bytes[32..36]) != u64::from(crc32fast::hash(&bytes[..32])) {
             return Err(Error::Corrupt("an object's superblock".into()));
@@ -66,7 +69,8 @@ impl Superblock {
     }
 }
 
-/// Checksums of what the ledger keeps of a folio's subpages; 0 for those that it keeps nothing of.
+/// Checksums of the bytes that the ledger keeps, one for each subpage of a folio. 0 for a subpage
+/// of which the ledger keeps no bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Checksums(Box<[u32; SUBPAGES_PER_FOLIO as usize]>);
 
@@ -77,19 +81,19 @@ impl Default for Checksums {
 }
 
 impl Checksums {
-    /// That of `subpage`.
+    /// The checksum of `subpage`.
     pub fn of(&self, subpage: Subpage) -> u32 {
         self.0[Self::index(subpage)]
     }
 
-    /// Notes that of the subpages from `start` on, whose bytes are `bytes`.
+    /// Computes the checksums of the subpages from offset `start` on, whose bytes are `bytes`.
     pub fn note(&mut self, start: u64, bytes: &[u8]) {
         for (subpage, bytes) in (start / SUBPAGE_SIZE..).zip(bytes.chunks(SUBPAGE_SIZE as usize)) {
             self.0[Self::index(Subpage(subpage))] = crc32fast::hash(bytes);
         }
     }
 
-    /// Takes over those of the subpages in `range` from `other`.
+    /// Copies the checksums of the subpages in `range` from `other`.
     pub fn copy(&mut self, other: &Self, range: Range) {
         for subpage in range.steps(SUBPAGE_SIZE).map(|subpage| Subpage::containing(subpage.start)) {
             self.0[Self::index(subpage)] = other.of(subpage);
@@ -105,10 +109,13 @@ fn subpages_of(hole: Hole) -> impl Iterator<Item = Subpage> {
     hole.range.steps(SUBPAGE_SIZE).map(|subpage| Subpage::containing(subpage.start))
 }
 
-/// The record of a folio with these holes, all of which are in it:
+/// Encodes the record of a folio. All of `holes` are in this folio.
 ///
 /// ```text
-///   version u32, runs u32, folio u64 | first subpage u32, subpages u32, time u64 | ... | checksum u32 a subpage | checksum
+///   version u32, runs u32, folio u64           once
+///   first subpage u32, subpages u32, time u64  for each run
+///   checksum u32                               for each subpage of the runs
+///   checksum u32                               once, of all bytes before it
 /// ```
 pub fn encode_record(folio: Folio, holes: &Holes, checksums: &Checksums) -> Vec<u8> {
     let runs = holes.all().count() as u32;
@@ -130,10 +137,10 @@ pub fn encode_record(folio: Folio, holes: &Holes, checksums: &Checksums) -> Vec<
     out
 }
 
-/// What [`encode_record`] was given.
+/// Decodes a record: the holes, and the checksums of their subpages.
 ///
 /// # Errors
-/// [`Error::Corrupt`] for what is damaged, another folio's, or of another version.
+/// [`Error::Corrupt`] for a record that is damaged, of another folio or of another version.
 pub fn decode_record(folio: Folio, bytes: &[u8]) -> Result<(Vec<Hole>, Checksums)> {
     let damaged =
         || Error::Corrupt(format!("the ledger's record of the 2 MiB at {:#x}", folio.range().start));
@@ -169,7 +176,7 @@ fn decode_run(folio: Folio, run: &[u8; RUN_BYTES]) -> Hole {
     Hole { range: Range::at(start, number(&run[4..8]) * SUBPAGE_SIZE), time: number(&run[8..]) }
 }
 
-/// A little-endian number of up to eight bytes.
+/// Decodes a little-endian number of up to eight bytes.
 fn number(bytes: &[u8]) -> u64 {
     bytes.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte))
 }

@@ -1,8 +1,26 @@
-//! A sealed file as a process has left it that may have died between any two system calls.
+//! Opens a sealed file that another process has left. That process may have died between any two
+//! system calls.
 //!
-//! The records of the ledger say which copy of a subpage is the true one; nothing is told from contents. Nothing below
-//! takes a byte that is known for lost, and nothing narrows what a program could touch before: a gap that a program
-//! has made by MADV_REMOVE keeps its free blocks until it is filled.
+//! The ledger's records say which copy of a subpage is the true one. No code here guesses from the
+//! bytes. Two rules hold:
+//! - No byte that is known is treated as lost.
+//! - A program can touch all that it could touch before, except quarantined subpages. If a program
+//!   has made a gap by MADV_REMOVE, the gap keeps its free blocks until it is filled.
+//!
+//! The order of [`Sealed::resume`]:
+//!
+//! ```text
+//!   state that a dead process leaves               change here
+//!   a reserve without memory at its end            the reserve is cut behind its last memory
+//!   a ledger block that is in no record            the block is freed
+//!   a hole in a record that has memory             the hole is punched; if a pin holds its memory,
+//!                                                  the quarantine is undone
+//!   a limit that is not the one of S1              the limit is set
+//!   a noted memory error that the kernel           the note is removed
+//!     no longer holds
+//!   a gap that no program requested                the gap is filled; if the machine has no memory,
+//!                                                  the next request that needs the gap fills it
+//! ```
 
 use super::poison::poisoned_subpages;
 use super::{Ledger, PUNCHED, Reach, Sealed};
@@ -16,8 +34,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 impl Sealed {
-    /// Opens what [`Sealed::create`] made by the mount of its superblock. Changes nothing: [`Sealed::resume`] is to
-    /// follow.
+    /// Opens a file that [`Sealed::create`] made, by the mount of its superblock. Changes nothing.
+    /// The caller then calls [`Sealed::resume`].
     ///
     /// # Errors
     /// [`Error::Corrupt`] for a ledger that is damaged or of another version.
@@ -33,22 +51,24 @@ impl Sealed {
         Ok(sealed)
     }
 
-    /// Finishes or undoes what was under way, and restores S1.
+    /// Finishes or undoes the change that was under way, and restores S1.
     ///
-    /// A folio in which there is nothing at all is a gap that a program has made if it is `meant` to have memory, and gets
-    /// some again; any other has no memory afterwards, unless the file was punched, whose gaps are left as they are. So
-    /// is a size that was noted ([`super::Superblock::undo_size`]): to come back to it is for the owner, as memory moves
-    /// for that.
+    /// `meant` are the folios that should have memory. If such a folio has none at all, a program
+    /// has made a gap there, and the function fills it. A folio without memory that is not in
+    /// `meant` stays without memory. Requested gaps ([`Sealed::punch`]) stay as they are. So does a
+    /// noted size ([`super::Superblock::undo_size`]): memory must move when the file goes back to
+    /// it, so this is left to the owner.
     ///
     /// # Errors
-    /// What the kernel answers. For want of memory nothing fails: the gaps are filled at the next request that needs it.
+    /// The errors of the system calls. If memory is missing, nothing fails: the next request that
+    /// needs the gaps' memory fills them.
     pub fn resume(&mut self, meant: impl Iterator<Item = Folio>) -> Result<()> {
         meant.for_each(|folio| self.mark(folio.range(), true));
         self.fit_reserve()?;
         self.ledger.trim_all()?;
         self.empty_holes()?;
         if tmpfs::blocks(&self.data)?.limit != self.limit() {
-            self.seal(&[])?; // a change of the superblock's is the dearest of all this
+            self.seal(&[])?; // only if needed: this remount is the most expensive call here
         }
         self.recall_poison()?;
         if !self.punched {
@@ -57,8 +77,9 @@ impl Sealed {
         Ok(())
     }
 
-    /// Empties the holes that have memory: a touch has filled them, or they were being quarantined or repaired. Where a pin
-    /// holds the memory, the quarantine cannot be finished, and is undone.
+    /// Empties the holes that have memory: a touch has filled them, or a quarantine or repair of
+    /// them was under way. If a pin holds the memory, the quarantine cannot be finished, and the
+    /// function undoes it.
     fn empty_holes(&mut self) -> Result<()> {
         let filled = self.filled_holes(&[])?;
         let of_one_folio = |one: &Range, next: &Range| one.start / FOLIO_SIZE == next.start / FOLIO_SIZE;
@@ -75,8 +96,9 @@ impl Sealed {
         Ok(())
     }
 
-    /// Fills what has been emptied, as [`Sealed::reclaim_removed`] does. A memory error that nobody knows of yet, as the kernel
-    /// has met it while there was no daemon, is no reason to fail: it is noted, and filled around.
+    /// Fills gaps, as [`Sealed::reclaim_removed`] does. The kernel may have met a memory error
+    /// while there was no daemon, so the error is not noted yet. The function then notes it, and
+    /// fills the gaps around it.
     fn reclaim_around_poison(&mut self) -> Result<()> {
         let mut reclaimed = self.reclaim_removed();
         if let Err(Error::Poisoned) = reclaimed {
@@ -94,7 +116,7 @@ impl Sealed {
         }
     }
 
-    /// Memory errors that were known, as far as the kernel still holds them.
+    /// Reads the noted memory errors, and removes those that the kernel no longer holds.
     fn recall_poison(&mut self) -> Result<()> {
         self.ledger.read_poisoned()?;
         let noted: Vec<Subpage> = self.poisoned().keys().copied().collect();
@@ -110,7 +132,9 @@ impl Sealed {
         Ok(())
     }
 
-    /// A folio has memory if there is any in it, or a soft hole; or a gap, as all there is without memory is one then.
+    /// Finds the folios that have memory. A folio counts as such if any memory or a soft hole is in
+    /// it. In a file with requested gaps each folio counts, as a part without memory is a gap
+    /// there.
     fn find_memory(&mut self) -> Result<()> {
         for folio in Range::new(0, self.size).folios() {
             let has_holes = self.holes().in_range(folio.range()).next().is_some();
@@ -121,7 +145,7 @@ impl Sealed {
         Ok(())
     }
 
-    /// A reserve is as long as it has memory.
+    /// Cuts a reserve behind its last folio with memory.
     fn fit_reserve(&mut self) -> Result<()> {
         match self.reach {
             Reach::Programs => Ok(()),
@@ -130,7 +154,7 @@ impl Sealed {
     }
 }
 
-/// States between two system calls, made by hand on real superblocks.
+/// States between two system calls. The tests make them by hand on real superblocks.
 #[cfg(test)]
 mod tests {
     use super::super::{Bytes, Content};
@@ -143,10 +167,10 @@ mod tests {
     const SEVENS: Bytes = [7; SUBPAGE_SIZE as usize];
     const SIZE: u64 = 2 * FOLIO_SIZE;
     const LOST: Subpage = Subpage(3);
-    /// Where a program stores into the subpage.
+    /// Offset in the subpage at which a program stores.
     const PLACE: u64 = 100;
 
-    /// Two folios of sevens.
+    /// A file of two folios; each byte is 7.
     fn sevens() -> Sealed {
         let mut sealed = Sealed::create(Reach::Programs, None).expect("root makes superblocks");
         sealed.take(Range::new(0, SIZE), SIZE).unwrap();
@@ -172,7 +196,8 @@ mod tests {
         tmpfs::write_all_at(&sealed.data, &[9], LOST.offset() + PLACE).unwrap();
     }
 
-    /// What is kept of the subpage, or in it, must be all sevens but for what a program has stored.
+    /// Asserts that each byte of the subpage, or of its copy in the ledger, is 7. Only the byte
+    /// that a program has stored may differ.
     fn assert_known(sealed: &Sealed) {
         let is_lost = sealed.is_lost(LOST);
         let bytes = if is_lost { sealed.rescued(LOST).unwrap() } else { bytes_of(sealed, LOST) };
@@ -190,12 +215,12 @@ mod tests {
         let mut again = open_again(&sealed, false);
         assert!(bytes_of(&again, LOST) == [8; SUBPAGE_SIZE as usize], "a store is lost");
         assert!(again.holes().is_empty());
-        again.quarantine(LOST.range(), TIME).unwrap(); // the request is sent again
+        again.quarantine(LOST.range(), TIME).unwrap(); // as the kernel sends the request again
         assert!(again.rescued(LOST).unwrap() == [8; SUBPAGE_SIZE as usize]);
     }
 
-    /// The states of a quarantine and of a repair in which the record names the subpage: the limit is raised, and the hole
-    /// has memory or not.
+    /// The states of a quarantine and of a repair in which the record names the subpage. The limit
+    /// is raised, and the hole has memory or not.
     #[test]
     fn a_recorded_subpage_is_a_hole_in_spite_of_stores() {
         for (punched, stored) in [(false, false), (false, true), (true, false), (true, true)] {

@@ -1,4 +1,5 @@
-//! On real superblocks, which need root and nothing else: no mount is made that anybody could see.
+//! Tests on real superblocks. They need root and nothing else. No mount is visible to other
+//! programs.
 
 use super::*;
 use crate::sys::policy::Policy;
@@ -11,7 +12,7 @@ fn lost(sealed: &Sealed) -> Vec<Subpage> {
     sealed.lost_in(Range::new(0, sealed.size())).collect()
 }
 
-/// As another process has it.
+/// Opens the file as another process would.
 fn open_again(sealed: &Sealed) -> Sealed {
     let mut again = Sealed::open(sealed.reach, sealed.mount().unwrap()).unwrap();
     again.resume(std::iter::empty()).unwrap();
@@ -22,7 +23,7 @@ fn folios(count: u64) -> Range {
     Range::new(0, count * FOLIO_SIZE)
 }
 
-/// Of `size` bytes, each of which is its offset's remainder by 251.
+/// A file of `size` bytes. Each byte is its offset modulo 251.
 fn sealed(size: u64) -> Sealed {
     let mut sealed = Sealed::create(Reach::Programs, None).expect("root makes superblocks");
     sealed.take(Range::new(0, size).folios_out(), size).unwrap();
@@ -66,7 +67,7 @@ fn what_came_in_small_pages_is_gathered() {
     assert_sealed(&sealed);
 }
 
-/// What is said of a mapping: `ADDRESS POLICY ...` a line.
+/// The policy of a mapping, from its line `ADDRESS POLICY ...` in numa_maps.
 fn policy_of(mapping: &Mapping) -> String {
     let maps = std::fs::read_to_string("/proc/self/numa_maps").expect("a kernel with CONFIG_NUMA");
     let address = format!("{:x} ", mapping.address());
