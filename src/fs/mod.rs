@@ -1,15 +1,23 @@
-//! Files and directories as users see them: the tree's names, the objects' contents, one set of rules.
+//! The filesystem as users see it: files and directories with one set of rules.
 //!
-//! Names and inodes are the index's, contents an [`Object`]'s, pages the pool's; this module joins them. An object is
-//! made when a regular file is opened for the first time (the kernel must be told then which file to map, though it
-//! be empty yet), and ends when the kernel forgets the node after its last name is gone. Where objects are, and how many
-//! there can be, is for `places` to say.
+//! The index has the names and inodes, an [`Object`] has the contents of a regular file, and the
+//! pool has the pages. This module joins them. The daemon makes an object when a regular file is
+//! opened for the first time, even if the file is still empty: the answer to open(2) must tell the
+//! kernel which file to map. An object ends when its node has lost its last name and the kernel has
+//! forgotten the node. The module `places` says where the objects are and how many there can be.
 //!
-//! **Locks**, in order: `retrying`, `dismantling`, `making`, `stranded`, `objects`, `unavailable`, a file's own. `stranded` and
-//! `objects` are held for one look-up, or while the kernel is asked for a node and that goes. The check shares the locks of all
-//! files for an addition, so that no page moves; it looks at the two tables then, and does not wait for them. `making` is held
-//! while an object is made or served again, `dismantling` while memory moves back from files that are gone, and `retrying` while
-//! a file is opened that could not be opened before.
+//! **Locks**, in their order:
+//!
+//! - `retrying`, while the daemon opens a file that could not be opened before.
+//! - `dismantling`, while the memory of removed files moves back to the pool.
+//! - `making`, while an object is made or served again.
+//! - `stranded` and `objects`, for one look-up, or while the daemon asks the kernel if it still
+//!   knows a node and removes the inode of that node.
+//! - `unavailable`, for one look-up.
+//! - the lock of a file.
+//!
+//! The check shares the locks of all files for an addition, so that no page moves. Only then it
+//! looks at the tables `stranded` and `objects`, and it does not wait for their locks.
 
 mod attributes;
 mod modified;
@@ -49,18 +57,19 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use unavailable::Unavailable;
 
-/// Where the objects' superblocks are mounted in the daemon's namespace.
+/// The directory of the daemon's mount namespace where the superblocks of the objects are mounted.
 pub const OBJECTS: &str = "/objects";
 
-/// How long a descriptor that reads natively is waited for to turn out closed: some thousand times what it takes the kernel to tell of it,
-/// as that may be on a busy machine.
+/// The time to wait for the kernel's RELEASE of a native reader. close(2) returns before the daemon
+/// receives RELEASE. The time is some thousand times as long as the kernel needs, because the
+/// machine may be busy.
 const CLOSING_PATIENCE: Duration = Duration::from_millis(300);
 
-/// What the kernel's counts of memory errors that have been seen are kept under.
+/// The names under which the index keeps the kernel's counts of memory errors that have been seen.
 const FAILURES: &str = "failures";
 const FAILURES_IN_POOL: &str = "failures in pool";
 
-/// A part of a file whose folios may be whole again, and put back into one piece.
+/// A part of a file whose folios may be whole again, so that they can be collapsed.
 pub type Repaired = (Arc<Object>, Range);
 
 /// The filesystem.
@@ -69,35 +78,38 @@ pub struct Fs {
     pool: Pool,
     places: Places,
     objects: Mutex<HashMap<NodeId, Arc<Object>>>,
-    /// One of these is held while an object is made, by its node: two requests may open the same file for the first time.
+    /// Locks for the making of objects. The node selects one of them. Two requests may open one
+    /// file for the first time at the same moment.
     making: [Mutex<()>; 64],
-    /// Objects of nodes that are gone, whose pages have yet to be moved.
+    /// Objects whose nodes are gone, and whose pages have not moved yet.
     stranded: Mutex<Vec<Arc<Object>>>,
-    /// Held while they are moved.
+    /// Held while pages of stranded objects move.
     dismantling: Mutex<()>,
-    /// Nodes that have lost their last name, whose pages are not counted as orphaned yet.
+    /// Objects whose nodes have lost their last name, and whose pages are not counted as orphaned
+    /// yet.
     uncounted: Mutex<Vec<Arc<Object>>>,
     /// Files that cannot be opened ([`unavailable`]).
     unavailable: Mutex<BTreeMap<NodeId, Unavailable>>,
-    /// Held while one of them is tried again.
+    /// Held while the daemon tries to open an unavailable file again.
     retrying: Mutex<()>,
     refusals: Refusals,
-    /// The options in force, as the attribute has them.
+    /// The options in force, as the text of the attribute.
     options: String,
     recovery_write: bool,
-    /// Who opens a file for reading only reads it without us.
+    /// Descriptors for reading only become native readers (option `io=`).
     native: bool,
     closings: Closings,
     keep_punched: bool,
     repaired: Option<Sender<Repaired>>,
-    /// The kernel's count of memory errors when all files were last looked through; `None` where it has none.
+    /// The kernel's count of memory errors when all files were last looked through. `None` if the
+    /// kernel has no such count, or if the look must be repeated.
     failures: Mutex<Option<u64>>,
-    /// The same for free memory.
+    /// The same count for free memory.
     failures_in_pool: Mutex<Option<u64>>,
     nodes: Vec<u32>,
 }
 
-/// What setattr is to change.
+/// The changes that setattr asks for.
 #[derive(Clone, Copy, Debug)]
 pub struct Changes {
     /// Permission bits.
@@ -114,27 +126,29 @@ pub struct Changes {
     pub modified: Time,
 }
 
-/// What statfs(2) tells.
+/// The numbers that statfs(2) returns.
 #[derive(Clone, Copy, Debug)]
 pub struct Statistics {
-    /// Bytes in a page, the unit of the next two.
+    /// Bytes in a page. A page is the unit of `pages` and `free_pages`.
     pub page_size: u64,
     /// Pages of the pool.
     pub pages: u64,
-    /// Nobody's.
+    /// Free pages that can be handed out.
     pub free_pages: u64,
-    /// Inodes that there are, and [`Statistics::free_inodes`].
+    /// The existing inodes, plus [`Statistics::free_inodes`].
     pub inodes: u64,
-    /// Regular files that can still be made. Each takes an inode and a place; what is no regular file takes no place, so where
-    /// places are fewer than inodes, directories can be made beyond this number.
+    /// Regular files that can still be made. Each takes an inode and a place. Other kinds of files
+    /// take no place, so if fewer places than inodes are left, more directories than this can be
+    /// made.
     pub free_inodes: u64,
 }
 
 impl Fs {
-    /// An empty filesystem on `pool`. What becomes whole again is reported to `repaired`.
+    /// Makes an empty filesystem on `pool`. Reports parts of files that have become whole to
+    /// `repaired`.
     ///
     /// # Errors
-    /// What the kernel answers.
+    /// The errors of the system calls.
     pub fn create(options: &Options, mut pool: Pool, repaired: Option<Sender<Repaired>>) -> Result<Self> {
         pool.collapse_reserves()?;
         pool.attach()?;
@@ -181,7 +195,7 @@ impl Fs {
         self.pool.huge_at_mount()
     }
 
-    // ---- names --------------------------------------------------------------------------------------------------
+    // ---- names ---------------------------------------------------------------------------------
 
     /// Looks a name up.
     ///
@@ -203,7 +217,7 @@ impl Fs {
         if attributes.kind != Kind::File {
             return Ok(attributes);
         }
-        // This list first: a file that leaves it is among the objects already.
+        // This list first: a file joins the objects before it leaves this list.
         if let Some((size, pages)) = self.size_of_unavailable(attributes.node)? {
             (attributes.size, attributes.blocks) = (size, pages * self.pool.page_size().bytes() / STAT_BLOCK);
             attributes.provisional = true;
@@ -213,10 +227,11 @@ impl Fs {
         Ok(attributes)
     }
 
-    /// Changes what setattr asks for; the size first, as that is what can fail.
+    /// Makes the changes that setattr asks for. The size comes first, because only its change is
+    /// likely to fail.
     ///
     /// # Errors
-    /// What truncate(2), chmod(2), chown(2) and utimens(2) answer.
+    /// The errors of truncate(2), chmod(2), chown(2) and utimens(2).
     pub fn change(&self, node: NodeId, changes: &Changes, ticket: Ticket) -> Result<Attributes> {
         let inode = self.index.inode(node)?;
         if let Some(size) = changes.size {
@@ -242,14 +257,16 @@ impl Fs {
         Ok(())
     }
 
-    /// What a change of a file's contents does to its inode. It is done before the contents change, as Linux itself does it
-    /// (mm/filemap.c, __generic_file_write_iter): the change is refused where this is, and is never told as refused afterwards.
+    /// Updates the inode for a change of the file's contents. Like Linux itself (mm/filemap.c,
+    /// __generic_file_write_iter), the daemon does this before the contents change. So an error
+    /// here refuses the change, and no change is reported as refused after it has happened.
     fn contents_change(&self, object: &Object, unprivileged: bool) -> Result<()> {
         let node = object.node();
         object.modified().note(unprivileged, || self.index.contents_changed(node, unprivileged))
     }
 
-    /// Runs `change`, of the mode, owner, times or attributes of an inode, after which the next change of contents is as the first.
+    /// Runs `change`, a change of an inode's mode, owner, times or attributes. After it, the next
+    /// change of contents updates the inode again.
     fn inode_changed<T>(&self, node: NodeId, change: impl FnOnce() -> Result<T>) -> Result<T> {
         let changed = change();
         if let Some(object) = self.known_object(node) {
@@ -258,8 +275,8 @@ impl Fs {
         changed
     }
 
-    /// Counts the pages of a node that has lost its last name as orphaned; later where its lock is not free now
-    /// ([`Fs::count_orphans`]).
+    /// Counts the pages of a node that has lost its last name as orphaned. If the lock of the file
+    /// is not free now, [`Fs::count_orphans`] does it later.
     fn note_orphan(&self, orphan: Option<NodeId>, pace: &Pace) {
         if let Some(object) = orphan.and_then(|node| self.known_object(node))
             && object.note_orphaned(&self.pool, pace).is_err()
@@ -272,12 +289,13 @@ impl Fs {
         self.uncounted.lock().expect("no panic while the list is open")
     }
 
-    /// Whether [`Fs::count_orphans`] has something to do.
+    /// True if [`Fs::count_orphans`] has something to do.
     pub fn has_uncounted_orphans(&self) -> bool {
         !self.uncounted().is_empty()
     }
 
-    /// Counts what could not be counted at once. It waits for the files' locks.
+    /// Counts the orphans that [`Fs::note_orphan`] could not count. It waits for the locks of the
+    /// files.
     pub fn count_orphans(&self) {
         let uncounted = std::mem::take(&mut *self.uncounted());
         for object in uncounted {
@@ -297,15 +315,15 @@ impl Fs {
     /// Opens a directory for [`Fs::read_directory`].
     ///
     /// # Errors
-    /// What open(2) answers.
+    /// The errors of open(2).
     pub fn open_directory(&self, node: NodeId) -> Result<OwnedFd> {
         self.index.open_directory(node)
     }
 
-    /// Reads a directory from the place `from` on for as long as `take` answers true.
+    /// Reads a directory from the position `from` on, as long as `take` returns true.
     ///
     /// # Errors
-    /// What getdents(2) answers.
+    /// The errors of getdents(2).
     pub fn read_directory(&self, fd: &OwnedFd, from: u64, take: impl FnMut(DirEntry) -> bool) -> Result<()> {
         self.index.read_directory(fd, from, take)
     }
@@ -313,7 +331,7 @@ impl Fs {
     /// statfs(2).
     ///
     /// # Errors
-    /// What fstatfs(2) answers.
+    /// The errors of fstatfs(2).
     pub fn statistics(&self) -> Result<Statistics> {
         let account = self.pool.balance();
         let (most, left) = self.index.inodes()?;
@@ -328,19 +346,21 @@ impl Fs {
         })
     }
 
-    /// The kernel gives up references to `node`. Where that has no name, and the kernel does not know it any more, its inode goes,
-    /// and true is returned: [`Fs::dismantle_stranded`] is to give its memory back to the pool. Before that, `close` has the
-    /// kernel let go of the memory.
+    /// The kernel gives up references to `node`. If the node has no name and the kernel does not
+    /// know it any more, this removes its inode and returns true. Then the caller must call
+    /// [`Fs::dismantle_stranded`], which gives the memory back to the pool. Before the inode is
+    /// removed, `close` makes the kernel let the memory go.
     ///
-    /// From the question to the kernel until the inode is gone, no request finds the object ([`Fs::object`]). One that comes
-    /// later, for a file handle that a program has kept, finds no inode: ESTALE.
+    /// From the question to the kernel until the inode is gone, no request finds the object
+    /// ([`Fs::object`]). A later request, for a file handle that a program has kept, finds no
+    /// inode: ESTALE.
     pub fn forget(&self, node: NodeId, is_known: impl FnOnce() -> bool, close: impl FnOnce(&Object)) -> bool {
         self.index.is_orphan(node) && self.part_with(node, is_known, close)
     }
 
     fn part_with(&self, node: NodeId, is_known: impl FnOnce() -> bool, close: impl FnOnce(&Object)) -> bool {
         let _none_is_made = self.making(node);
-        let mut stranded = self.stranded(); // the check must not see an object twice, or not at all
+        let mut stranded = self.stranded(); // held so that the check sees an object exactly once
         let mut objects = self.objects();
         if !self.index.is_orphan(node) || is_known() {
             return false;
@@ -356,7 +376,7 @@ impl Fs {
         true
     }
 
-    // ---- objects ------------------------------------------------------------------------------------------------
+    // ---- objects -------------------------------------------------------------------------------
 
     fn objects(&self) -> MutexGuard<'_, HashMap<NodeId, Arc<Object>>> {
         self.objects.lock().expect("no panic while the table of objects is open")
@@ -371,10 +391,11 @@ impl Fs {
         self.objects().values().cloned().collect()
     }
 
-    /// The contents of a regular file; made now if it has none yet.
+    /// The contents of a regular file. Makes its object if there is none yet.
     ///
     /// # Errors
-    /// EINVAL for anything else; [`Error::NoMemory`], [`Error::TooManyFiles`].
+    /// EISDIR for a directory, EINVAL for other kinds of files; [`Error::NoMemory`],
+    /// [`Error::TooManyFiles`]; [`Error::Corrupt`] for an unavailable file.
     pub fn object(&self, node: NodeId) -> Result<Arc<Object>> {
         if let Some(object) = self.known_object(node) {
             return Ok(object);
@@ -395,7 +416,7 @@ impl Fs {
         Ok(object)
     }
 
-    /// Does again what had to wait for memory of the machine's.
+    /// Repeats the work that had to wait for memory of the machine.
     pub fn retry_what_waits(&self) {
         self.pool.refill();
         self.retry_unavailable();
@@ -409,18 +430,18 @@ impl Fs {
         lock.lock().expect("no panic while an object is made")
     }
 
-    /// Gives the memory of files that are gone back to the pool. What cannot be moved now stays for the patrol, which tries
-    /// again each second.
+    /// Gives the memory of removed files back to the pool. If some memory cannot move now, the
+    /// patrol tries again each second.
     ///
     /// # Errors
-    /// Why the memory of a file could not be moved, after all files were tried.
+    /// The reason why the memory of a file could not move, after all files were tried.
     pub fn dismantle_stranded(&self) -> Result<()> {
         let _one_at_a_time = self.dismantling.lock().expect("no panic while memory is moved back");
         let stranded = self.stranded().clone();
         stranded.iter().map(|object| self.dismantle(object)).fold(Ok(()), Result::and)
     }
 
-    /// As for [`Fs::dismantle_stranded`]; the log tells what stays.
+    /// As [`Fs::dismantle_stranded`]. An error goes to the log.
     pub fn dismantle_stranded_or_warn(&self) {
         if let Err(error) = self.dismantle_stranded() {
             log::warn!(
@@ -444,11 +465,11 @@ impl Fs {
 
     fn report_repaired(&self, object: Arc<Object>, range: Range) {
         if let Some(sender) = &self.repaired {
-            let _ = sender.send((object, range)); // an agent that has ended is no reason for a repair to fail
+            let _ = sender.send((object, range)); // a repair does not fail if the agent has ended
         }
     }
 
-    /// Makes what [`Object`]s need to know.
+    /// Runs `run` with the context that [`Object`] needs for a change.
     fn with_context<T>(&self, object: &Arc<Object>, ticket: Ticket, run: impl FnOnce(Context<'_>) -> T) -> T {
         let repaired = |folio: Folio| self.report_repaired(object.clone(), folio.range());
         let (recovery_write, keep_punched) = (self.recovery_write, self.keep_punched);
@@ -456,13 +477,13 @@ impl Fs {
         run(Context { pool: &self.pool, recovery_write, keep_punched, repaired: &repaired, pace })
     }
 
-    // ---- memory errors ------------------------------------------------------------------------------------------
+    // ---- memory errors -------------------------------------------------------------------------
 
-    /// Looks a file through for memory errors, if the kernel has met any that the patrol has not looked for yet. Returns how many
-    /// there were.
+    /// Looks for memory errors in a file, if the kernel has met errors for which the patrol has not
+    /// looked yet. Returns the number of new errors.
     ///
     /// # Errors
-    /// [`Error::TakesLong`]; what mmap(2) and setxattr(2) answer.
+    /// [`Error::TakesLong`]; the errors of mmap(2) and setxattr(2).
     pub fn look_for_poison_in(&self, object: &Object, pace: &Pace) -> Result<usize> {
         if memory_failures() == *self.failures.lock().expect("no panic while a number is compared") {
             return Ok(0);
@@ -471,7 +492,7 @@ impl Fs {
         object.look_for_poison(pace)
     }
 
-    /// Looks all files through for memory errors, if the kernel has met any since the last time.
+    /// Looks for memory errors in all files, if the kernel has met any since the last time.
     pub fn look_for_poison(&self) {
         self.if_memory_failed(&self.failures, FAILURES, || {
             let look = |object: &Arc<Object>| {
@@ -480,12 +501,13 @@ impl Fs {
                     log::error!("file {}: looking for memory errors: {error}", object.node())
                 })
             };
-            // All of them, and only then whether that was well.
+            // An error in one file does not stop the look at the others.
             self.all_objects().iter().map(look).fold(Ok(()), Result::and)
         });
     }
 
-    /// The same for memory that is nobody's, which takes longer: it may never have been touched.
+    /// Looks for memory errors in free memory. This takes longer, because free memory may never
+    /// have been touched.
     pub fn look_for_poison_in_free_memory(&self) {
         self.if_memory_failed(&self.failures_in_pool, FAILURES_IN_POOL, || {
             let replaced = self.pool.replace_poisoned();
@@ -498,28 +520,30 @@ impl Fs {
         });
     }
 
-    /// Shuts the soft holes that programs have opened by madvise(2) with MADV_REMOVE. Costs one fstatfs(2) for each file
-    /// with soft holes, and one cachestat(2) for each run of these.
+    /// Shuts the soft holes that programs have opened by madvise(2) with MADV_REMOVE. Costs one
+    /// fstatfs(2) for each file with soft holes, and one cachestat(2) for each run of holes.
     pub fn shut_opened_holes(&self) {
         self.all_objects().iter().for_each(|object| object.shut_opened_holes());
     }
 
-    /// Runs `look` if the kernel has met memory errors since it last went well; this worker's or another's.
+    /// Runs `look` if the kernel has met memory errors since `look` last succeeded, in this worker
+    /// or in an earlier one.
     fn if_memory_failed(&self, seen: &Mutex<Option<u64>>, kept: &str, look: impl FnOnce() -> Result<()>) {
         let seen = || seen.lock().expect("no panic while a number is compared");
-        // What happens from here on counts as not seen, even if it is.
+        // An error that the kernel meets from here on counts as unseen, even if `look` finds it.
         let now = memory_failures();
         if now == *seen() {
             return;
         }
-        let looked = if look().is_ok() { now } else { None }; // once more, then
+        let looked = if look().is_ok() { now } else { None }; // `None`: look again
         *seen() = looked;
         if let Err(error) = self.index.keep(kept, looked) {
             log::warn!("the next worker will not know which memory errors were seen: {error}");
         }
     }
 
-    /// Runs `access` once more where it met a memory error that was not known, as it may go on around it then.
+    /// Runs `access`. If it meets a memory error that was not known, notes the error and runs
+    /// `access` once more: now `access` may go on around the error.
     fn heeding_poison<T>(
         &self,
         object: &Object,
@@ -535,14 +559,15 @@ impl Fs {
         }
     }
 
-    // ---- contents -----------------------------------------------------------------------------------------------
+    // ---- contents ------------------------------------------------------------------------------
 
-    /// Does `request` again as long as what it wants is on its way: where it answers [`Error::Returning`], pages that [`Fs::forget`]
-    /// brings; where it answers [`Error::OpenNatively`], a descriptor's end ([`Fs::close_natively`]). The caller leaves a thread
-    /// for those.
+    /// Repeats `request` as long as the thing that it waits for may come. For [`Error::Returning`],
+    /// these are pages that [`Fs::forget`] brings back. For [`Error::OpenNatively`], it is the
+    /// close of a native reader ([`Fs::close_natively`]). The caller leaves a thread free to serve
+    /// the messages that bring them.
     ///
     /// # Errors
-    /// What `request` answers, in the end.
+    /// The error of the last run of `request`.
     pub fn patiently<T>(&self, mut request: impl FnMut() -> Result<T>) -> Result<T> {
         let deadline = Instant::now() + CLOSING_PATIENCE;
         loop {
@@ -555,16 +580,17 @@ impl Fs {
         }
     }
 
-    /// Whether a descriptor that is being opened, for reading only or not, may have the kernel read the file's memory without us
-    /// ([`Object::open_natively`]); by the number of the request, which stands for it from then on.
+    /// True if the kernel may read the file's memory without the daemon for a descriptor that is
+    /// being opened ([`Object::open_natively`]). The number of the request stands for the
+    /// descriptor from then on.
     ///
     /// # Errors
-    /// What setxattr(2) answers.
+    /// The errors of setxattr(2).
     pub fn open_natively(&self, object: &Object, read_only: bool, ticket: Ticket) -> Result<bool> {
         if self.native && read_only { object.open_natively(ticket.number) } else { Ok(false) }
     }
 
-    /// Such a descriptor is closed.
+    /// A native reader is closed.
     pub fn close_natively(&self, node: NodeId, number: u64) {
         if let Some(object) = self.known_object(node) {
             object.close_natively(number);
@@ -593,7 +619,7 @@ impl Fs {
         self.heeding_poison(&object, ticket, write)
     }
 
-    /// fallocate(2) of so many bytes at an offset.
+    /// fallocate(2) of `length` bytes at `offset`.
     ///
     /// # Errors
     /// ENOSPC, EIO, EBUSY, EFBIG.
@@ -610,10 +636,10 @@ impl Fs {
         self.heeding_poison(&object, ticket, || self.with_context(&object, ticket, allocate))
     }
 
-    /// copy_file_range(2): up to `length` bytes, perhaps fewer.
+    /// copy_file_range(2): copies up to `length` bytes, perhaps fewer.
     ///
     /// # Errors
-    /// What reading and writing answer, where nothing could be copied.
+    /// The errors of reading and writing, if not one byte could be copied.
     pub fn copy(&self, from: (NodeId, u64), to: (NodeId, u64), length: u64, ticket: Ticket) -> Result<usize> {
         const PIECE: usize = 1 << 20;
         const MOST: usize = 256 << 20; // so that one request does not keep a thread for seconds
@@ -655,18 +681,20 @@ impl Fs {
         object.seek(offset, data, &pace)
     }
 
-    // ---- check --------------------------------------------------------------------------------------------------
+    // ---- check ---------------------------------------------------------------------------------
 
-    /// Verifies S1, P1, P2 and Q1; says what does not hold. The files are looked at one after the other, and no request waits
-    /// for longer than for a piece of one of them.
+    /// Verifies S1, P1, P2 and Q1, and returns a text for each violation. The check looks at one
+    /// file after the other. No request waits longer for the check than it takes to look at a piece
+    /// of one file.
     ///
     /// # Errors
-    /// What the kernel answers; [`Error::Busy`] where files come and go faster than they can be counted.
+    /// The errors of the system calls; [`Error::Busy`] if files come and go faster than the check
+    /// can count them.
     pub fn check(&self, pace: &Pace) -> Result<Vec<String>> {
         let mut wrong = Vec::new();
         for object in self.objects_and_stranded() {
             wrong.extend(object.check(pace)?);
-            // An object goes before its inode does.
+            // An object is removed before its inode.
             if !self.index.exists(object.node())? && self.known_object(object.node()).is_some() {
                 wrong.push(format!("P2: object {} belongs to no file", object.node()));
             }
@@ -677,12 +705,13 @@ impl Fs {
     }
 
     fn objects_and_stranded(&self) -> Vec<Arc<Object>> {
-        let stranded = self.stranded(); // an object that is about to be dismantled is in one of the two
+        let stranded = self.stranded(); // an object that is being removed is in one of the two
         self.objects().values().chain(&*stranded).cloned().collect()
     }
 
-    /// Compares the pool's account with what all files have. No page moves while their locks are shared, which takes as long as the
-    /// pieces that are under way, and an addition for each file.
+    /// Compares the pool's account with the pages of all files. No page moves while this shares the
+    /// locks of all files. That lasts as long as the pieces that are under way, and an addition for
+    /// each file.
     fn check_account(&self) -> Result<Vec<String>> {
         const TRIES: u32 = 1000;
         let _as_large_as_it_is = self.pool.keep_size();
@@ -690,7 +719,7 @@ impl Fs {
         for _ in 0..TRIES {
             let objects = self.objects_and_stranded();
             let locked: Vec<_> = objects.iter().map(|object| object.read_lock()).collect();
-            // Neither of the tables is waited for with a file locked: their owners wait for files.
+            // With files locked, this does not wait for the tables: their owners wait for files.
             let tables = (self.stranded.try_lock(), self.objects.try_lock());
             if let (Ok(stranded), Ok(table)) = &tables
                 && has_all(&objects, table.values().chain(&**stranded))
@@ -705,14 +734,15 @@ impl Fs {
     }
 }
 
-/// Whether `objects` are those of `now`, however they are ordered.
+/// True if `objects` are the objects of `now`, in any order.
 fn has_all<'a>(objects: &[Arc<Object>], now: impl Iterator<Item = &'a Arc<Object>>) -> bool {
     let known: HashSet<NodeId> = objects.iter().map(|object| object.node()).collect();
     let now: Vec<NodeId> = now.map(|object| object.node()).collect();
     now.len() == known.len() && now.iter().all(|node| known.contains(node))
 }
 
-/// What was mounted with, `<name> <value>` a line; but for the size, which may have been changed since.
+/// The options of the mount, one a line: `<name> <value>`. The size is not among them, because it
+/// may have changed since.
 fn in_force(options: &Options) -> String {
     let lasting = options.given().filter(|(name, _)| *name != "size");
     lasting.fold(String::new(), |text, (name, value)| text + name + " " + &value + "\n")

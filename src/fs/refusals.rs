@@ -1,13 +1,14 @@
-//! Reasons of refused requests, for the programs that asked.
+//! The reasons of refused requests, for the threads that made them.
 //!
-//! setxattr(2) answers with a number, and EBUSY has a dozen causes. So the worker keeps the sentence, and the thread that asked can
-//! read it as an attribute of the same file. A worker that dies forgets the sentences.
+//! setxattr(2) returns only a number, and EBUSY has a dozen causes. So the worker keeps the reason
+//! as a sentence. The thread that made the request can read the sentence as an attribute of the
+//! same file. When a worker dies, its sentences are lost.
 
 use crate::units::NodeId;
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard};
 
-/// Most sentences that are kept; the oldest goes first.
+/// The number of sentences that are kept. A new one replaces the oldest.
 const MOST: usize = 64;
 
 /// The sentences.
@@ -25,8 +26,9 @@ impl Refusals {
         self.0.lock().expect("no panic while the list is open")
     }
 
-    /// Keeps the reason of the last refusal of a thread for a file; `None` where that succeeded. The kernel gives threads of
-    /// other process id namespaces the number 0, all alike: for these no reason is kept.
+    /// Keeps the reason why a request of `thread` for `node` was refused, in place of an earlier
+    /// one. None removes the reason, because the request has succeeded. All threads of other
+    /// process id namespaces have the number 0 here, so the list keeps no reason for them.
     pub fn note(&self, node: NodeId, thread: u32, why: Option<String>) {
         let mut kept = self.kept();
         kept.retain(|refusal| (refusal.node, refusal.thread) != (node, thread));
@@ -38,7 +40,7 @@ impl Refusals {
         }
     }
 
-    /// The reason of the last refusal of this thread for this file.
+    /// The reason of the last refusal for this thread and file.
     pub fn of(&self, node: NodeId, thread: u32) -> Option<String> {
         let kept = self.kept();
         let found = kept.iter().find(|refusal| (refusal.node, refusal.thread) == (node, thread));

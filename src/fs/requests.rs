@@ -68,7 +68,7 @@ impl Fs {
     /// link(2).
     ///
     /// # Errors
-    /// EEXIST, EMLINK and the like.
+    /// EEXIST, EMLINK and the other errors of link(2).
     pub fn link(&self, node: NodeId, parent: NodeId, name: &OsStr, ticket: Ticket) -> Result<Attributes> {
         match self.index.link(node, parent, name) {
             Err(Error::Os(Errno::EXIST)) if ticket.again => self.lookup(parent, name),
@@ -156,8 +156,8 @@ impl Fs {
         }
     }
 
-    /// True if the attribute existed when the kernel sent this request first. None if the kernel
-    /// sends the request for the first time.
+    /// True if an earlier worker noted for this request that the attribute existed. None if no
+    /// worker noted anything: then this note is the first.
     fn first_found(&self, node: NodeId, name: &OsStr, ticket: Ticket) -> Result<Option<bool>> {
         self.found_before(self.index.attribute(node, name).is_ok(), ticket)
     }

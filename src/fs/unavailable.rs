@@ -18,8 +18,8 @@
 //! **stat(2)** tells the size of the file's memory until then. The kernel does not keep that size,
 //! because a change that was under way may still be undone.
 //!
-//! **Requests** hold the lock of the list for a look-up only. They never wait until a file is
-//! opened.
+//! **Requests** hold the lock of the list for a look-up only, and never wait for the opening of a
+//! file.
 
 use super::{Fs, OBJECTS, Object, Pace};
 use crate::error::{Error, Result};
@@ -55,7 +55,7 @@ impl Extent {
         if !place.join("ledger").try_exists()? {
             return Ok(Self { pages: 0, bytes: 0 }); // the place has no file yet
         }
-        let limit = rustix::fs::statfs(place)?.f_blocks.saturating_sub(1); // one block is the ledger's
+        let limit = rustix::fs::statfs(place)?.f_blocks.saturating_sub(1); // one is the ledger's
         let bytes = limit * SUBPAGE_SIZE / FOLIO_SIZE * FOLIO_SIZE;
         let size = size_at(place)?;
         let reserved = sealed::superblock_at(place).map_or(0, |superblock| superblock.reserved_pages);
@@ -96,7 +96,7 @@ impl Fs {
     /// These files, one a line: `<path> <pages> <why>`. Spaces and unprintable characters of the
     /// path are escaped.
     pub fn unavailable_text(&self) -> String {
-        let files = self.unavailable().clone(); // many look-ups of paths take long, and need no lock
+        let files = self.unavailable().clone(); // look-ups of paths take long
         files.iter().fold(String::new(), |mut text, (node, file)| {
             let path = self.index.path_of(*node).unwrap_or_else(|_| format!("file {node}"));
             let path = path.escape_debug().to_string().replace(' ', "\\u{20}");
