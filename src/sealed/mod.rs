@@ -277,8 +277,8 @@ impl Sealed {
         self.folio_count
     }
 
-    /// The limit with which S1 holds: all blocks of the folios with memory, and the first block of
-    /// the ledger.
+    /// The limit with which S1 holds: the blocks of the folios with memory (for a soft hole the
+    /// ledger's block counts), and the first block of the ledger.
     fn limit(&self) -> u64 {
         self.folio_count * SUBPAGES_PER_FOLIO + 1
     }

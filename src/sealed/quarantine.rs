@@ -18,8 +18,9 @@
 //! true at every instruction, and no code guesses from the bytes: a program may store into an
 //! opened hole at any moment. If the worker dies after any step, the next worker empties the holes
 //! that are in records, frees the ledger's other blocks, and lowers the limit
-//! ([`super::recovery`]). So a quarantine or repair that died before step 3 is undone. One that died
-//! after step 3 is finished, unless a pin prevents it.
+//! ([`super::recovery`]). So a quarantine or repair that died before step 3 is undone. One that
+//! died after step 3 is finished. If a pin holds the memory of a recorded hole, the next worker
+//! undoes the quarantine instead.
 //!
 //! **Strays.** While the limit is raised, a program that touches a hole takes a block for it: the
 //! hole becomes a stray. tmpfs refuses a limit below the number of blocks that are taken. So the
@@ -278,7 +279,8 @@ impl Sealed {
     /// The bytes that the ledger keeps of a quarantined subpage.
     ///
     /// # Errors
-    /// [`Error::NoData`] if no bytes are known. A shortage: then it is not known if the ledger has them.
+    /// [`Error::NoData`] if no bytes are known. A shortage: then it is not known if the ledger has
+    /// them.
     pub fn rescued(&self, subpage: Subpage) -> Result<Bytes> {
         if !self.holes().contains(subpage) {
             return Err(Error::NoData);
@@ -451,8 +453,8 @@ fn write_among_strays(file: &File, bytes: &[u8], offset: u64, free: impl Fn() ->
 /// Runs `work`, which frees blocks, while another thread runs `take` again and again, which takes
 /// them. A program that hammers a hole takes a freed block within microseconds, which is before one
 /// thread gets to its next call. Both threads need a processor for this. The result is that of
-/// `work`. If the kernel refuses the thread, `work` runs alone, and fails more often beside a
-/// program that hammers.
+/// `work`. If the kernel refuses the thread, `work` runs alone, and fails more often while a
+/// program hammers a hole.
 pub(super) fn meanwhile<T>(take: impl Fn() + Sync, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let stop = AtomicBool::new(false);
     let _wherever_there_is_time = processors::All::use_them();

@@ -18,8 +18,8 @@
 //!   a limit that is not the one of S1              the limit is set
 //!   a noted memory error that the kernel           the note is removed
 //!     no longer holds
-//!   a gap that no program requested                the gap is filled; if the machine has no memory,
-//!                                                  the next request that needs the gap fills it
+//!   a gap that no program requested                the gap is filled; if the machine has no
+//!                                                  memory, the next request that needs it fills it
 //! ```
 
 use super::poison::poisoned_subpages;
