@@ -694,7 +694,7 @@ impl Fs {
         let mut wrong = Vec::new();
         for object in self.objects_and_stranded() {
             wrong.extend(object.check(pace)?);
-            // An object is removed before its inode.
+            // An object leaves the table before its inode is erased.
             if !self.index.exists(object.node())? && self.known_object(object.node()).is_some() {
                 wrong.push(format!("P2: object {} belongs to no file", object.node()));
             }

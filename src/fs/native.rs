@@ -7,6 +7,14 @@
 //! file without soft holes admits them again. open(2) needs no lock of the file for this, so
 //! open(2) waits for no change.
 //!
+//! ```text
+//!   admitted                -- exclude(), no reader is noted -->   excluded
+//!   readers come and go,                                           no reader is noted,
+//!   no soft hole            <-- admit(), no soft hole is left --   soft holes come and go
+//! ```
+//!
+//! [`Natives::exclude`] fails while a reader is noted, and the quarantine with it.
+//!
 //! A native reader is noted by the number of the request that opened it. The number stays the same
 //! when the kernel sends the request again, and the kernel repeats the number when it tells of the
 //! close. So a second note of one number changes nothing, nor does a second removal.

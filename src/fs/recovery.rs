@@ -1,5 +1,15 @@
 //! The start of a new worker: it opens the filesystem that another process has left, and finishes
 //! or undoes each change that was under way.
+//!
+//! The order matters:
+//!
+//! 1. The worker opens each object at its place. An object whose node is gone becomes stranded. A
+//!    file that cannot be opened is set aside (`unavailable`), and the worker goes on.
+//! 2. It completes the pool's account with the pages and bytes of all these files.
+//! 3. It settles each file. This needs the account, because it moves pages and memory between the
+//!    file and the pool.
+//! 4. It counts the pages of orphans, dismantles stranded objects, and reports all files to the
+//!    agent that collapses folios.
 
 use super::unavailable::Extent;
 use super::{Fs, OBJECTS, Pace, Repaired};
