@@ -1,20 +1,23 @@
-//! Requests that take long, off the threads that serve.
+//! Long requests, which run outside of the threads that serve.
 //!
 //! ```text
 //!   serving thread --submit()--> queue of the user --turn--> a job's thread --> answered
-//!        |                                                        | waits for pages, or for a close(2)
-//!        | answered at once, where that is short                  +--admit()--> a thread of its own --> answered
+//!        |                                                   | waits for pages or a close(2)
+//!        | short requests: answered at once                  +--admit()--> own thread --> answered
 //! ```
 //!
-//! The threads that serve read one request after the other, and all users wait for them. So a request that moves memory, looks through
-//! a file or finds the file locked goes to a job's thread ([`crate::error::Error::TakesLong`]). Users take turns there, and one
-//! user has [`MOST_OF_USER`] threads at most: a user with a thousand long requests delays the first one of another user by
-//! what is left of a running one at most. All of them leave one processor to the threads that serve ([`processors::leave_one`]): so a
-//! machine with two processors carries out long requests with one, and answers short ones with the other.
+//! A thread that serves reads one request after the other, and all users wait for it. So a request
+//! that moves memory, looks through a file, or finds the file locked goes to a job's thread
+//! ([`crate::error::Error::TakesLong`]). Users take turns there, and one user has [`MOST_OF_USER`]
+//! threads at most. So a user with a thousand long requests delays the first long request of
+//! another user by the rest of one running request at most. All job threads leave one processor to
+//! the threads that serve ([`processors::leave_one`]): a machine with two processors carries out
+//! long requests with one, and answers short ones with the other.
 //!
-//! A request that waits for what other requests bring back holds no job's thread meanwhile. [`MOST_WAITING`] of all users wait at once; the
-//! next one is refused, as it would be after having waited in vain. The same goes for the bytes that requests keep
-//! ([`Held`]).
+//! Some requests wait for pages or a close(2) that other requests bring. Such a request holds no
+//! job's thread while it waits. [`MOST_WAITING`] requests wait at once, over all users. The next
+//! one is refused, as if it had waited in vain. There is a limit for the bytes that requests keep,
+//! too ([`Held`]).
 
 use crate::sys::processors;
 use std::collections::{HashMap, VecDeque};
@@ -25,25 +28,26 @@ use std::thread::JoinHandle;
 /// Threads for long requests.
 const THREADS: usize = 16;
 
-/// Of which one user has at most so many at a time.
+/// The most of these threads that one user has at a time.
 const MOST_OF_USER: usize = 2;
 
-/// Requests that wait for what others bring back: of all users, and of one. Each has a thread.
+/// The most requests that wait for other requests: of all users, and of one. Each has a thread.
 const MOST_WAITING: Limits = Limits { total: 128, of_user: 64 };
 
-/// Bytes that requests keep for later: of all users, and of one.
+/// The most bytes that requests keep for later: of all users, and of one.
 const MOST_HELD: Limits = Limits { total: 16 << 20, of_user: 8 << 20 };
 
-/// A request may keep so many in any case: no more than its caller's stack takes in the kernel.
+/// Bytes that a request may keep in any case: no more than its caller's stack takes in the kernel.
 const ALWAYS_HELD: usize = 4096;
 
 /// The user whose jobs are the daemon's own.
 pub const DAEMON: u32 = u32::MAX; // no user has this id (setuid(2))
 
-/// What a thread is to do.
+/// The work of a thread.
 pub type Job = Box<dyn FnOnce() + Send>;
 
-/// The threads and their queue. Dropping it waits for the jobs that run, and forgets those that wait.
+/// The threads and their queue. Dropping it waits for the jobs that run, and discards the jobs that
+/// wait.
 pub struct Jobs {
     queue: Arc<Queue>,
     threads: Vec<JoinHandle<()>>,
@@ -53,7 +57,7 @@ impl Jobs {
     /// Starts the threads.
     ///
     /// # Errors
-    /// EAGAIN where no thread can be started.
+    /// EAGAIN where a thread cannot be started.
     pub fn start() -> io::Result<Self> {
         let mut jobs = Self { queue: Arc::default(), threads: Vec::new() };
         for number in 0..THREADS {
@@ -64,7 +68,7 @@ impl Jobs {
         Ok(jobs)
     }
 
-    /// Has `job` done when it is the turn of `user`.
+    /// Runs `job` on a job's thread when it is the turn of `user`.
     pub fn submit(&self, user: u32, job: impl FnOnce() + Send + 'static) {
         self.queue.turns().add(user, Box::new(job));
         self.queue.changed.notify_one();
@@ -97,11 +101,11 @@ impl Queue {
         while let Some((user, job)) = self.next() {
             job();
             self.turns().end(user);
-            self.changed.notify_one(); // the next job of this user may have waited for that
+            self.changed.notify_one(); // the next job of this user may have waited for the end
         }
     }
 
-    /// The next job, waited for; `None` when there will be none.
+    /// Waits for the next job. `None` if none will come.
     fn next(&self) -> Option<(u32, Job)> {
         let mut turns = self.turns();
         while !turns.closed {
@@ -114,9 +118,9 @@ impl Queue {
     }
 }
 
-/// Whose turn it is.
+/// The order in which jobs run.
 struct Turns<J> {
-    /// The users with jobs that wait, the next one first.
+    /// The users with waiting jobs, the next user first.
     users: VecDeque<u32>,
     waiting: HashMap<u32, VecDeque<J>>,
     running: HashMap<u32, usize>,
@@ -139,7 +143,7 @@ impl<J> Turns<J> {
         queue.push_back(job);
     }
 
-    /// The job whose turn it is, which runs from now on until [`Turns::end`].
+    /// The job whose turn it is. It counts as running until [`Turns::end`].
     fn next(&mut self) -> Option<(u32, J)> {
         let has_room = |user: &u32| self.running.get(user).is_none_or(|running| *running < MOST_OF_USER);
         let user = self.users.remove(self.users.iter().position(has_room)?)?;
@@ -174,14 +178,14 @@ fn subtract(counts: &mut HashMap<u32, usize>, user: u32, amount: usize) {
     }
 }
 
-/// How much there may be.
+/// The limits of an amount.
 #[derive(Clone, Copy, Debug)]
 struct Limits {
     total: usize,
     of_user: usize,
 }
 
-/// Who has how much of what is limited.
+/// The share of each user in an amount with limits.
 struct Shares {
     limits: Limits,
     by_user: Mutex<HashMap<u32, usize>>,
@@ -196,7 +200,7 @@ impl Shares {
         self.by_user.lock().expect("no panic while shares are counted")
     }
 
-    /// A share for `user`, unless that would be too much.
+    /// A share for `user`, or `None` if the share would exceed a limit.
     fn take(self: &Arc<Self>, user: u32, amount: usize) -> Option<Share> {
         let mut by_user = self.by_user();
         let (total, own) = (by_user.values().sum::<usize>(), by_user.get(&user).copied().unwrap_or(0));
@@ -208,7 +212,7 @@ impl Shares {
     }
 }
 
-/// Given back when it is dropped.
+/// A part of the amount. Dropping it gives the part back.
 struct Share {
     shares: Arc<Shares>,
     user: u32,
@@ -221,7 +225,7 @@ impl Drop for Share {
     }
 }
 
-/// Room for requests that wait.
+/// The places for requests that wait.
 pub struct Waiting(Arc<Shares>);
 
 impl Default for Waiting {
@@ -231,8 +235,9 @@ impl Default for Waiting {
 }
 
 impl Waiting {
-    /// Has `job` of `user` done: by a thread of its own and with the word that it may wait for others; or at once and without that
-    /// word where too many wait already, or where no thread can be started.
+    /// Runs `job` of `user`. If a place is free, the job runs on a thread of its own, with `true`:
+    /// it may wait for other requests. If too many requests wait, or no thread can be started, the
+    /// job runs at once on this thread, with `false`.
     pub fn admit(&self, user: u32, job: impl FnOnce(bool) + Send + 'static) {
         let Some(share) = self.0.take(user, 1) else { return job(false) };
         let (hand_over, take_over) = std::sync::mpsc::sync_channel::<Job>(1);
@@ -255,7 +260,7 @@ impl Waiting {
     }
 }
 
-/// Room for bytes that requests bring along and that are needed later.
+/// The room for bytes that requests bring and that the daemon needs later.
 pub struct Holds(Arc<Shares>);
 
 impl Default for Holds {
@@ -265,13 +270,13 @@ impl Default for Holds {
 }
 
 impl Holds {
-    /// Keeps `bytes` for `user`, or nothing where that would be too much.
+    /// Keeps `bytes` for `user`, or returns `None` where that would exceed a limit.
     pub fn hold(&self, user: u32, bytes: &[u8]) -> Option<Held> {
         let share = if bytes.len() <= ALWAYS_HELD { None } else { Some(self.0.take(user, bytes.len())?) };
         Some(Held { bytes: bytes.to_vec(), _share: share })
     }
 
-    /// Keeps as many of the first `bytes` for `user` as there is room for, and some in any case.
+    /// Keeps `bytes` for `user`, or only a short prefix where they would exceed a limit.
     pub fn hold_prefix(&self, user: u32, bytes: &[u8]) -> Held {
         let few = &bytes[..bytes.len().min(ALWAYS_HELD)];
         let held = self.hold(user, bytes).or_else(|| self.hold(user, few));
@@ -279,7 +284,7 @@ impl Holds {
     }
 }
 
-/// Bytes that are kept.
+/// Bytes that are kept for later.
 pub struct Held {
     bytes: Vec<u8>,
     _share: Option<Share>,

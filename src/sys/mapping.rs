@@ -1,8 +1,9 @@
-//! The daemon's own mappings of a file, never read or written through by its instructions.
+//! The daemon's own mappings of a file. No instruction of the daemon reads or writes through them.
 //!
-//! Short-lived ones ([`Window`]) are for what only madvise(2) and the page tables can do or tell: put a huge mapping back, find
-//! out how memory is mapped and on which node it lies. One that lasts ([`View`]) is where the kernel copies from when it
-//! delivers what was read. File bytes go through system calls alone, where a memory error is an errno and not a signal.
+//! A [`Window`] is short-lived. It serves the work that only madvise(2) and the page tables can do:
+//! put a huge mapping back, find out how memory is mapped and on which NUMA node it lies. A
+//! [`View`] lasts. The kernel copies from it when it delivers the bytes of a read. File bytes go
+//! through system calls alone, where a memory error is an errno and not a signal.
 
 use super::policy::{self, Policy};
 use super::shortage::{patiently, with_effort};
@@ -23,17 +24,18 @@ pub struct Window {
 }
 
 impl Window {
-    /// Maps `range`, grown to whole folios. Takes no memory and touches none.
+    /// Maps `range`, extended to whole folios. Takes no memory and touches none.
     ///
     /// # Errors
-    /// What mmap(2) answers.
+    /// The errors of mmap(2).
     #[track_caller]
     pub fn new(file: &File, range: Range) -> Result<Self> {
         let range = range.folios_out();
         assert!(!range.is_empty());
         attempt(Want::Memory)?;
         let map = MmapOptions::new().offset(range.start).len(range.len() as usize).map_raw(file)?;
-        // tmpfs aligns mappings of `huge=always` files itself since Linux 4.8 (shmem_get_unmapped_area).
+        // tmpfs aligns mappings of `huge=always` files by itself since Linux 4.8
+        // (shmem_get_unmapped_area).
         if !(map.as_ptr() as u64).is_multiple_of(FOLIO_SIZE) {
             return Err(Error::Again);
         }
@@ -48,22 +50,25 @@ impl Window {
     /// Faults `range` in for reading (MADV_POPULATE_READ, Linux 5.14).
     ///
     /// # Errors
-    /// [`Error::Poisoned`] where the kernel holds a poisoned page, [`Error::NoData`] where a hole cannot be filled.
+    /// [`Error::Poisoned`] where a page of the range has a memory error, [`Error::NoData`] where a
+    /// hole cannot be filled.
     #[track_caller]
     pub fn populate(&self, range: Range) -> Result<()> {
         let (start, length) = self.position(range);
         populate(&self.map, start, length)
     }
 
-    /// Faults `range` in for writing (MADV_POPULATE_WRITE, Linux 5.14), so that it has memory, cleared before anybody
-    /// else can see it.
+    /// Faults `range` in for writing (MADV_POPULATE_WRITE, Linux 5.14), so that the range has
+    /// memory. The kernel clears the memory before any program can see it.
     ///
-    /// The machine's free memory may be in smaller pieces than 2 MiB. Only for a mapping with MADV_HUGEPAGE does a fault then wait
-    /// for 2 MiB at all, rather than take small pages (`transparent_hugepage/defrag`, as it is by default), and even so it comes to
-    /// small pages here (see [`super::shortage`]). [`Window::gather`] puts these together.
+    /// The machine's free memory may be in pieces smaller than 2 MiB. A fault waits for 2 MiB, and
+    /// does not take small pages at once, only in a mapping with MADV_HUGEPAGE
+    /// (`transparent_hugepage/defrag`, by default). Even so the fault may end in small pages here
+    /// (see [`super::shortage`]). [`Window::gather`] puts these together.
     ///
     /// # Errors
-    /// [`Error::NoMemory`], [`Error::Full`] where the superblock has no block left or the file ends before `range` does.
+    /// [`Error::NoMemory`]; [`Error::Full`] where the superblock has no free block or the file ends
+    /// before `range` does.
     #[track_caller]
     pub fn populate_write(&self, range: Range) -> Result<()> {
         let (start, length) = self.position(range);
@@ -78,7 +83,8 @@ impl Window {
         })
     }
 
-    /// Puts each folio of `range` that is in small pages into one 2 MiB page, as far as the machine has some.
+    /// Makes one 2 MiB page of each folio of `range` that is in small pages, as far as the machine
+    /// has 2 MiB pages.
     pub fn gather(&self, range: Range) {
         let Ok(huge) = self.huge_ranges() else { return };
         let is_huge = |folio: &Folio| huge.iter().any(|range| range.covers(folio.range()));
@@ -89,11 +95,12 @@ impl Window {
         }
     }
 
-    /// What programs have set for the mapped part of the file by mbind(2) is void: new memory for it comes from where the thread that
-    /// asks wants it to. It would be taken where a program says otherwise, however little there is.
+    /// Voids the policies that programs have set for the mapped part of the file by mbind(2). New
+    /// memory then comes from the NUMA node that the asking thread wants. With a program's policy
+    /// the kernel would take it from the program's node, however little memory that node has.
     ///
-    /// That takes two calls. The kernel passes over what the mapping itself has been told already, and a new mapping has the default
-    /// (mm/mempolicy.c, mbind_range, Linux 6.18).
+    /// This takes two calls. The kernel passes over a policy that the mapping itself already has,
+    /// and a new mapping has the default (mm/mempolicy.c, mbind_range, Linux 6.18).
     pub fn void_policy(&self) {
         let set = |policy| policy::set_for_range(self.map.as_mut_ptr(), self.map.len(), policy);
         if let Err(error) = set(Policy::Local).and_then(|()| set(Policy::Default)) {
@@ -101,16 +108,18 @@ impl Window {
         }
     }
 
-    /// Puts `folio` into one 2 MiB page (MADV_COLLAPSE, Linux 6.1); other processes map it so at their next touch.
+    /// Puts `folio` into one 2 MiB page (MADV_COLLAPSE, Linux 6.1). Other processes map it as one
+    /// at their next touch.
     ///
     /// # Errors
-    /// [`Error::Again`] where somebody holds one of its pages at the moment, [`Error::NoMemory`] where the machine has
-    /// no free 2 MiB, [`Error::NoData`] where it has a hole.
+    /// [`Error::Again`] where one of the folio's pages is in use at the moment, [`Error::NoMemory`]
+    /// where the machine has no free 2 MiB, [`Error::NoData`] where the folio has a hole.
     #[track_caller]
     pub fn collapse(&self, folio: Folio) -> Result<()> {
         match self.collapse_once(folio) {
-            // So answers Linux 6.12 too, even for a folio that is in one piece, where the process has no page table yet
-            // for this GiB of its addresses (find_pmd_or_thp_or_none in mm/khugepaged.c). A touch makes one.
+            // Linux 6.12 also answers EINVAL for a folio in one piece, if this process has no page
+            // table yet for this GiB of its addresses (find_pmd_or_thp_or_none in mm/khugepaged.c).
+            // A touch makes one.
             Err(Error::NoData) => {
                 self.populate(Subpage::containing(folio.range().start).range())?;
                 self.collapse_once(folio)
@@ -125,7 +134,8 @@ impl Window {
         attempt(Want::Memory).map_err(|_| Error::NoMemory)?;
         let (start, length) = self.position(folio.range());
         let address = self.map.as_mut_ptr().wrapping_add(start);
-        // SAFETY: the range lies in our own mapping, and MADV_COLLAPSE changes how it is mapped, not what it holds.
+        // SAFETY: the range lies in our own mapping. MADV_COLLAPSE changes how the range is mapped,
+        // not the bytes in it.
         #[allow(unsafe_code)]
         let result = with_effort(|| unsafe { libc::madvise(address.cast(), length, MADV_COLLAPSE) });
         if result == 0 {
@@ -139,14 +149,16 @@ impl Window {
         })
     }
 
-    /// Has the kernel treat the mapped page at `subpage` as if the hardware had reported an error in it (MADV_HWPOISON).
+    /// Makes the kernel treat the mapped page at `subpage` as if the hardware had reported an error
+    /// in it (MADV_HWPOISON).
     ///
     /// # Errors
     /// [`Error::Unsupported`] where the kernel has no CONFIG_MEMORY_FAILURE.
     pub fn poison(&self, subpage: Subpage) -> Result<()> {
         let (start, length) = self.position(subpage.range());
         let address = self.map.as_mut_ptr().wrapping_add(start);
-        // SAFETY: the page lies in our own mapping, of which nothing is ever read or written.
+        // SAFETY: the page lies in our own mapping, and no instruction reads or writes that
+        // mapping.
         #[allow(unsafe_code)]
         let result =
             sigbus::expecting_news(|| unsafe { libc::madvise(address.cast(), length, libc::MADV_HWPOISON) })?;
@@ -154,17 +166,19 @@ impl Window {
             return Ok(());
         }
         match Errno::from_io_error(&std::io::Error::last_os_error()) {
-            // The page is marked as bad, only its folio could not be split: somebody has pinned it.
+            // The page is marked as bad. The kernel could not split its folio, as the folio is
+            // pinned.
             Some(Errno::HWPOISON) => Ok(()),
             Some(Errno::INVAL) => Err(Error::Unsupported),
             other => Err(Error::Os(other.unwrap_or(Errno::IO))),
         }
     }
 
-    /// The parts of the window that are mapped by 2 MiB entries right now (PAGEMAP_SCAN, Linux 6.7), ascending.
+    /// The parts of the window that are mapped by 2 MiB entries at this moment (PAGEMAP_SCAN, Linux
+    /// 6.7), ascending.
     ///
     /// # Errors
-    /// What ioctl(2) on /proc/self/pagemap answers.
+    /// The errors of opening /proc/self/pagemap and of ioctl(2) on it.
     #[track_caller]
     pub fn huge_ranges(&self) -> Result<Vec<Range>> {
         attempt(Want::Descriptor)?;
@@ -184,12 +198,13 @@ impl Window {
         Ok(found)
     }
 
-    /// The NUMA node of the page at `offset`, which must be mapped; `None` where it is not (move_pages(2)).
+    /// The NUMA node of the page at `offset` (move_pages(2)). `None` where the page is not mapped.
     pub fn node_of(&self, offset: u64) -> Option<u32> {
         let (start, _) = self.position(Range::at(offset, 1));
         let page: *const u8 = self.map.as_ptr().wrapping_add(start);
         let mut status: libc::c_int = -1;
-        // SAFETY: one page and one status, both alive for the call; without target nodes nothing is moved.
+        // SAFETY: one page and one status, both alive for the call. Without target nodes the kernel
+        // moves nothing.
         #[allow(unsafe_code)]
         let result = unsafe {
             libc::syscall(
@@ -217,11 +232,12 @@ fn populate(map: &MmapRaw, start: usize, length: usize) -> Result<()> {
     })
 }
 
-/// A mapping of a file from its start on, for as long as the file is read; it may be longer than the file.
+/// A mapping of a file from its start on, for as long as the file is read. It may be longer than
+/// the file.
 #[derive(Debug)]
 pub struct View(MmapRaw);
 
-/// Those that there are.
+/// The number of views in this process.
 static VIEWS: AtomicUsize = AtomicUsize::new(0);
 
 impl Drop for View {
@@ -234,7 +250,7 @@ impl View {
     /// Maps `length` bytes. Takes no memory and touches none.
     ///
     /// # Errors
-    /// What mmap(2) answers.
+    /// The errors of mmap(2).
     #[track_caller]
     pub fn new(file: &File, length: u64) -> Result<Self> {
         attempt(Want::Memory)?;
@@ -243,31 +259,35 @@ impl View {
         Ok(Self(map))
     }
 
-    /// How many there are in this process.
+    /// The number of views in this process.
     pub fn count() -> usize {
         VIEWS.load(Ordering::Relaxed)
     }
 
-    /// How long it is.
+    /// The length in bytes.
     pub fn length(&self) -> u64 {
         self.0.len() as u64
     }
 
-    /// Faults `range` in, which has to be done before each use: what was mapped may have been taken out since.
+    /// Faults `range` in. The caller does so before each use, as memory may have been taken out
+    /// since the last one.
     ///
     /// # Errors
-    /// As for [`Window::populate`].
+    /// Those of [`Window::populate`].
     #[track_caller]
     pub fn populate(&self, range: Range) -> Result<()> {
         populate(&self.0, range.start as usize, range.len() as usize)
     }
 
-    /// The bytes of `range`, to be named to a system call. They are other programs' to change and the kernel's to take away: no
-    /// instruction of ours may read them. The call may answer EFAULT for them, and a read of FUSE ends with EIO then; that takes a
-    /// memory error, or the end of this process, in the microseconds since they were faulted in.
+    /// The bytes of `range`, as an argument for a system call. Other programs may change these
+    /// bytes, and the kernel may take them away, so no instruction of the daemon may read them. The
+    /// call may answer EFAULT for them, and a read of FUSE then ends with EIO. For that, a memory
+    /// error or the end of this process must fall into the microseconds since the range was faulted
+    /// in.
     pub fn bytes(&self, range: Range) -> &[u8] {
         assert!(range.end <= self.length(), "{range} is outside of the view");
-        // SAFETY: the range lies in a mapping that lives as long as the slice. See above for what must not be done with it.
+        // SAFETY: the range lies in a mapping that lives as long as the slice. The comment above
+        // says what callers must not do with the slice.
         #[allow(unsafe_code)]
         unsafe {
             std::slice::from_raw_parts(self.0.as_ptr().add(range.start as usize), range.len() as usize)
@@ -304,7 +324,8 @@ struct PmScanArg {
 
 const _: () = assert!(size_of::<PmScanArg>() == 96 && size_of::<PageRegion>() == 24);
 
-/// Fills `regions` with what is mapped huge in `start..end`; returns how many, and how far the walk came.
+/// Fills `regions` with the parts of `start..end` that are mapped huge. Returns their number, and
+/// the address up to which the kernel has walked.
 fn scan_huge(pagemap: &File, start: u64, end: u64, regions: &mut [PageRegion]) -> Result<(usize, u64)> {
     const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610u32 as libc::Ioctl; // _IOWR('f', 16, struct pm_scan_arg)
     const PAGE_IS_HUGE: u64 = 1 << 6;
@@ -318,7 +339,8 @@ fn scan_huge(pagemap: &File, start: u64, end: u64, regions: &mut [PageRegion]) -
         return_mask: PAGE_IS_HUGE,
         ..PmScanArg::default()
     };
-    // SAFETY: the argument has the kernel's layout and names `regions`, which outlives the call, with its length.
+    // SAFETY: the argument has the kernel's layout and names `regions`, which outlives the call,
+    // with its length.
     #[allow(unsafe_code)]
     let count = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut argument) };
     if count < 0 {

@@ -1,7 +1,8 @@
-//! The system calls: one function one call, and the only `unsafe` of the project.
+//! The system calls. One function makes one call. This module has the only `unsafe` of the project.
 //!
-//! Descriptors are owned types, an errno becomes the thing it means ([`Error::Full`], [`Error::Busy`]) where the
-//! call is made, and calls that rustix offers are wrapped only where there is such a meaning to give.
+//! Descriptors are owned types. An errno becomes its meaning ([`Error::Full`], [`Error::Busy`])
+//! where the call is made. Calls that rustix offers are wrapped only where an errno has such a
+//! meaning.
 
 pub mod allocator;
 pub mod calls;
@@ -26,12 +27,12 @@ use rustix::io::Errno;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// The meaning of what memory-taking calls on tmpfs answer.
+/// The meaning of an errno of tmpfs, from a call that takes memory.
 fn meaning(errno: Errno) -> Error {
     match errno {
         Errno::NOSPC => Error::Full,
         Errno::NOMEM => Error::NoMemory,
-        // EIO of tmpfs has one cause only (mm/shmem.c, folio_test_hwpoison).
+        // tmpfs answers EIO for one reason only (mm/shmem.c, folio_test_hwpoison).
         Errno::HWPOISON | Errno::IO => Error::Poisoned,
         other => Error::Os(other),
     }
@@ -47,32 +48,36 @@ fn uninterrupted<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Err
     }
 }
 
-/// A path that names what `fd` refers to, whatever it was opened with (proc(5), /proc/self/fd).
+/// A path to the file of `fd`, for every mode in which `fd` may be open (proc(5), /proc/self/fd).
 pub fn fd_path(fd: BorrowedFd<'_>) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
-/// Takes over a descriptor that the parent process left open for us, and keeps our own children from getting it.
+/// Takes over a descriptor that the parent process left open for this process. The children of this
+/// process do not get it.
 ///
 /// # Errors
-/// EBADF where there is none of that number; [`Error::Invalid`] for standard input, output or error.
+/// EBADF where no descriptor has this number; [`Error::Invalid`] for standard input, output or
+/// error.
 pub fn inherited(fd: RawFd) -> Result<OwnedFd, Error> {
     if fd <= 2 {
         return Err(Error::invalid("standard input, output and error are not handed over"));
     }
-    // SAFETY: the number only reaches F_SETFD, which refuses one that is not open.
+    // SAFETY: the number only reaches F_SETFD, which refuses a number that is not open.
     #[allow(unsafe_code)]
     let result = unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
     if result != 0 {
         return Err(std::io::Error::last_os_error().into());
     }
-    // SAFETY: it is open, and by the caller's word nobody else's in this process.
+    // SAFETY: the descriptor is open, and the caller says that this process has no other owner of
+    // it.
     #[allow(unsafe_code)]
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Closes every descriptor from 3 on but these (close_range(2), Linux 5.9). For the start of a process, before it opens
-/// one: what its parent had open is none of its business.
+/// Closes every descriptor from 3 on, except `kept` (close_range(2), Linux 5.9). A process calls
+/// this at its start, before it opens a descriptor: it has no use for those that its parent left
+/// open.
 ///
 /// # Errors
 /// ENOSYS.
@@ -81,7 +86,8 @@ pub fn close_all_but(kept: &mut [RawFd]) -> Result<(), Error> {
     let mut first = 3;
     for end in kept.iter().map(|fd| i64::from(*fd)).chain([i64::from(u32::MAX) + 1]) {
         if first < end {
-            // SAFETY: by the caller's word no object of this process owns a descriptor of this range.
+            // SAFETY: the caller says that no object of this process owns a descriptor of this
+            // range.
             #[allow(unsafe_code)]
             let result = unsafe { libc::syscall(libc::SYS_close_range, first, end - 1, 0) };
             if result != 0 {
@@ -93,13 +99,14 @@ pub fn close_all_but(kept: &mut [RawFd]) -> Result<(), Error> {
     Ok(())
 }
 
-/// Has the kernel let go of a file that a FUSE server has given it for passthrough (FUSE_DEV_IOC_BACKING_CLOSE, Linux 6.9).
+/// Makes the kernel drop a file that a FUSE server gave it for passthrough
+/// (FUSE_DEV_IOC_BACKING_CLOSE, Linux 6.9).
 ///
 /// # Errors
-/// ENOENT where `number` is none.
+/// ENOENT where `number` is no backing number.
 pub fn close_backing(device: impl AsFd, number: u32) -> Result<(), Error> {
     const BACKING_CLOSE: libc::Ioctl = 0x4004_e502u32 as libc::Ioctl; // _IOW(229, 2, uint32_t)
-    // SAFETY: the kernel reads four bytes from there.
+    // SAFETY: the kernel reads four bytes from `number`.
     #[allow(unsafe_code)]
     let result = unsafe { libc::ioctl(device.as_fd().as_raw_fd(), BACKING_CLOSE, &raw const number) };
     if result < 0 { Err(std::io::Error::last_os_error().into()) } else { Ok(()) }
@@ -110,14 +117,15 @@ pub fn unix_time() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
-/// What is left to the machine when memory is taken from it.
+/// Bytes that stay with the machine when memory is taken from it.
 pub const MARGIN: u64 = 64 << 20;
 
-/// [`Error::NoMemory`] where the machine, those of its NUMA nodes that this process's cpuset allows, or a limit of its cgroup cannot
-/// give `bytes` now and keep a margin: to take them would be the end of other processes, or of this one.
+/// Refuses `bytes` that cannot be taken now with a margin left: from the machine, from the NUMA
+/// nodes that this process's cpuset allows, or within the limits of its cgroup. To take them would
+/// be the end of other processes, or of this one.
 ///
 /// # Errors
-/// And where /proc is not mounted.
+/// [`Error::NoMemory`] is the refusal. Another error means that /proc is not mounted.
 pub fn refuse_more_than_available(bytes: u64) -> Result<(), Error> {
     let wanted = bytes.saturating_add(MARGIN);
     if memory_available()? < wanted {
@@ -140,10 +148,10 @@ pub fn refuse_more_than_available(bytes: u64) -> Result<(), Error> {
     }
 }
 
-/// What the kernel could give without swapping (MemAvailable, proc(5)), in bytes.
+/// Bytes that the kernel can give without swapping (MemAvailable, proc(5)).
 ///
 /// # Errors
-/// Where /proc is not mounted or has no such line.
+/// If /proc is not mounted or has no such line.
 pub fn memory_available() -> Result<u64, Error> {
     meminfo("MemAvailable:")
 }
@@ -151,15 +159,16 @@ pub fn memory_available() -> Result<u64, Error> {
 /// The machine's memory (MemTotal, proc(5)), in bytes.
 ///
 /// # Errors
-/// Where /proc is not mounted or has no such line.
+/// If /proc is not mounted or has no such line.
 pub fn memory_total() -> Result<u64, Error> {
     meminfo("MemTotal:")
 }
 
-/// Whether tmpfs may have 2 MiB folios on this machine (Documentation/admin-guide/mm/transhuge.rst).
+/// Checks that tmpfs may have 2 MiB folios on this machine
+/// (Documentation/admin-guide/mm/transhuge.rst).
 ///
 /// # Errors
-/// [`Error::Invalid`] with what to change.
+/// [`Error::Invalid`], which names the setting to change.
 pub fn huge_tmpfs_allowed() -> Result<(), Error> {
     const SWITCH: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
     match std::fs::read_to_string(SWITCH) {
@@ -183,11 +192,11 @@ fn meminfo(name: &str) -> Result<u64, Error> {
     kib.map(|kib| kib * 1024).ok_or_else(|| Error::Corrupt(format!("/proc/meminfo has no {name}")))
 }
 
-/// The NUMA nodes that have memory (/sys/devices/system/node/has_memory) which this process's cpuset allows it (cpuset(7),
-/// Mems_allowed_list), ascending; never empty.
+/// The NUMA nodes that have memory (/sys/devices/system/node/has_memory) and that this process's
+/// cpuset allows (cpuset(7), Mems_allowed_list), ascending. Never empty.
 ///
 /// # Errors
-/// Where /proc or /sys is not mounted or a list does not parse.
+/// If /proc or /sys is not mounted, or if a list does not parse.
 pub fn memory_nodes() -> Result<Vec<u32>, Error> {
     let nodes = all_memory_nodes()?;
     let status = std::fs::read_to_string("/proc/self/status")?;
@@ -195,7 +204,7 @@ pub fn memory_nodes() -> Result<Vec<u32>, Error> {
     allowed_of(&nodes, allowed).ok_or_else(|| Error::Corrupt(format!("of nodes {nodes:?}: {allowed:?}")))
 }
 
-/// The same of all processes.
+/// The NUMA nodes that have memory.
 fn all_memory_nodes() -> Result<Vec<u32>, Error> {
     let Ok(text) = std::fs::read_to_string("/sys/devices/system/node/has_memory") else {
         return Ok(vec![0]); // a kernel without CONFIG_NUMA
@@ -203,10 +212,11 @@ fn all_memory_nodes() -> Result<Vec<u32>, Error> {
     parse_node_list(text.trim()).ok_or_else(|| Error::Corrupt(format!("node list {text:?}")))
 }
 
-/// The nodes that this process's cpuset allows, and the bytes that they can give; none where the cpuset allows every node.
+/// The nodes that this process's cpuset allows, and the bytes that they can give. `None` where the
+/// cpuset allows every node.
 ///
 /// # Errors
-/// As for [`memory_nodes`] and [`memory_available_on`].
+/// Those of [`memory_nodes`] and [`memory_available_on`].
 pub fn available_in_cpuset() -> Result<Option<(Vec<u32>, u64)>, Error> {
     let (allowed, all) = (memory_nodes()?, all_memory_nodes()?);
     if allowed == all {
@@ -216,7 +226,8 @@ pub fn available_in_cpuset() -> Result<Option<(Vec<u32>, u64)>, Error> {
     Ok(Some((allowed, available)))
 }
 
-/// Those of `nodes` that are in the list `allowed`, where there is one (CONFIG_CPUSETS). At least one is.
+/// The part of `nodes` that is in the list `allowed`, or all if there is no list (no
+/// CONFIG_CPUSETS). `None` where no node is left, or where the list does not parse.
 fn allowed_of(nodes: &[u32], allowed: Option<&str>) -> Option<Vec<u32>> {
     let Some(allowed) = allowed else { return Some(nodes.to_vec()) };
     let allowed = parse_node_list(allowed.trim())?;
@@ -224,18 +235,20 @@ fn allowed_of(nodes: &[u32], allowed: Option<&str>) -> Option<Vec<u32>> {
     (!nodes.is_empty()).then_some(nodes)
 }
 
-/// What a NUMA node could give without swapping, about: its free memory, and half of what is in its page cache, of which the kernel
-/// keeps some (/sys/devices/system/node/nodeN/meminfo). In bytes.
+/// About the bytes that a NUMA node can give without swapping
+/// (/sys/devices/system/node/nodeN/meminfo): its free memory and half of its page cache, as the
+/// kernel keeps some of that.
 ///
 /// # Errors
-/// Where /sys is not mounted or has no such lines.
+/// If /sys is not mounted or has no such lines.
 pub fn memory_available_on(node: u32) -> Result<u64, Error> {
     attempt(Want::Descriptor)?;
     let text = std::fs::read_to_string(format!("/sys/devices/system/node/node{node}/meminfo"))?;
     available_on(&text).ok_or_else(|| Error::Corrupt(format!("the meminfo of node {node} has no MemFree")))
 }
 
-/// The same by the text of that file, which has `Node N NAME: NUMBER kB` a line.
+/// Computes [`memory_available_on`] from the text of that file. Each line is `Node N NAME: NUMBER
+/// kB`.
 fn available_on(meminfo: &str) -> Option<u64> {
     let kib = |name: &str| {
         let mut lines = meminfo.lines().map(|line| line.split_ascii_whitespace().skip(2));
@@ -246,7 +259,8 @@ fn available_on(meminfo: &str) -> Option<u64> {
 }
 
 /// Memory errors that the kernel has handled since it started, in all NUMA nodes (Linux 6.3,
-/// /sys/devices/system/node/node*/memory_failure/total); `None` where it cannot (no CONFIG_MEMORY_FAILURE).
+/// /sys/devices/system/node/node*/memory_failure/total). `None` where the kernel cannot handle them
+/// (no CONFIG_MEMORY_FAILURE).
 pub fn memory_failures() -> Option<u64> {
     let nodes = memory_nodes().ok()?;
     let total =

@@ -1,7 +1,9 @@
-//! Memory policies: which NUMA node new memory comes from (numa(7), set_mempolicy(2), mbind(2)).
+//! Memory policies: the NUMA node from which new memory comes (numa(7), set_mempolicy(2),
+//! mbind(2)).
 //!
-//! A policy of a range of a tmpfs file belongs to the file: whoever maps the range can set it, and the kernel obeys it for all
-//! memory that the range gets, whoever asks for that. It comes before the policy of the thread (mm/shmem.c,
+//! A policy of a range of a tmpfs file belongs to the file. Any process that maps the range can set
+//! it. The kernel obeys it for all memory that the range gets, whichever process asks for the
+//! memory. The policy of the range comes before the policy of the thread (mm/shmem.c,
 //! shmem_get_pgoff_policy, Linux 6.18).
 
 use super::sigbus::Mapping;
@@ -9,16 +11,17 @@ use crate::error::{Error, Result};
 use crate::units::Range;
 use rustix::io::Errno;
 
-/// Where new memory comes from.
+/// The source of new memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Policy {
-    /// As if none had been set (MPOL_DEFAULT). For a range: where the thread wants it to; for a thread: as for [`Policy::Local`].
+    /// As if no policy was set (MPOL_DEFAULT). A range follows the thread's policy. A thread
+    /// behaves as with [`Policy::Local`].
     Default,
     /// Near the processor, unless that node is full (MPOL_LOCAL).
     Local,
     /// From this node, and from others where it is full (MPOL_PREFERRED).
     Prefer(u32),
-    /// From this node only (MPOL_BIND). Where that is full, the kernel has its OOM killer free some.
+    /// From this node only (MPOL_BIND). If the node is full, the kernel's OOM killer makes room.
     Bind(u32),
 }
 
@@ -45,26 +48,29 @@ impl Policy {
     }
 }
 
-/// Has the calling thread take new memory so (set_mempolicy(2)).
+/// Sets the policy for new memory of the calling thread (set_mempolicy(2)).
 ///
 /// # Errors
-/// EINVAL for a node that is not there, or that the process's cpuset does not allow.
+/// EINVAL for a node that does not exist, or that the process's cpuset does not allow.
 pub fn set_for_thread(policy: Policy) -> Result<()> {
     let mask = policy.nodes()?;
-    // SAFETY: the mask is alive for the call and has the number of bits that is named (the kernel reads one less).
+    // SAFETY: the mask is alive for the call and has the number of bits that the call names (the
+    // kernel reads one bit less).
     #[allow(unsafe_code)]
     let result =
         unsafe { libc::syscall(libc::SYS_set_mempolicy, policy.mode(), mask.as_ptr(), MAX_NODES + 1) };
     if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
 }
 
-/// Has the mapped file take new memory so for `length` bytes of a mapping from `address` on; memory that is there stays (mbind(2)).
+/// Sets the policy for new memory of the mapped file, for `length` bytes of the mapping from
+/// `address` on. Memory that is there stays (mbind(2)).
 ///
 /// # Errors
-/// As for [`set_for_thread`], and ENOMEM.
+/// Those of [`set_for_thread`], and ENOMEM.
 pub(super) fn set_for_range(address: *mut u8, length: usize, policy: Policy) -> Result<()> {
     let mask = policy.nodes()?;
-    // SAFETY: as above. The call changes no byte, and no mapping: the kernel refuses a range that is not mapped.
+    // SAFETY: the mask is as above. The call changes no byte and no mapping: the kernel refuses a
+    // range that is not mapped.
     #[allow(unsafe_code)]
     let result = unsafe {
         libc::syscall(libc::SYS_mbind, address, length, policy.mode(), mask.as_ptr(), MAX_NODES + 1, 0)
@@ -73,10 +79,10 @@ pub(super) fn set_for_range(address: *mut u8, length: usize, policy: Policy) -> 
 }
 
 impl Mapping {
-    /// Has the mapped file take new memory for `range` so.
+    /// Sets the policy for new memory of the mapped file in `range`.
     ///
     /// # Errors
-    /// What mbind(2) answers.
+    /// The errors of mbind(2).
     pub fn set_policy(&self, range: Range, policy: Policy) -> Result<()> {
         set_for_range(self.pointer(range.start), range.len() as usize, policy)
     }

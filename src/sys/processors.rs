@@ -1,15 +1,15 @@
-//! Which processors a thread runs on.
+//! The processors that a thread runs on.
 //!
-//! Where all processors are busy, a thread that was asleep waits for its turn up to a tick of the
-//! scheduler (4 ms with CONFIG_HZ=250), and a system call of a program takes several such turns: the
-//! kernel wakes the daemon, and the daemon wakes the program. So threads that work for long leave one
-//! processor to those that answer at once.
+//! If all processors are busy, a thread that was asleep waits for its turn, up to a tick of the
+//! scheduler (4 ms with CONFIG_HZ=250). A system call of a program takes several such turns: the
+//! kernel wakes the daemon, and the daemon wakes the program. So threads with long work leave one
+//! processor to the threads that answer at once.
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
-/// Keeps the calling thread, and the threads that it starts, off the last of the processors that it
-/// may run on, where it may run on others. Where the kernel refuses that, the log says so: long work
-/// may delay short work then.
+/// Keeps the calling thread, and the threads that it starts, off the last of its allowed
+/// processors, if it is allowed more than one. If the kernel refuses that, the log says so, and
+/// long work may delay short work.
 pub fn leave_one() {
     let left = sched_getaffinity(None).and_then(|allowed| match but_the_last(allowed) {
         Some(others) => sched_setaffinity(None, &others),
@@ -20,23 +20,23 @@ pub fn leave_one() {
     }
 }
 
-/// All processors of `allowed` but the last; none where that would be no processor.
+/// All processors of `allowed` except the last. `None` where no processor would be left.
 fn but_the_last(mut allowed: CpuSet) -> Option<CpuSet> {
     let last = (0..CpuSet::MAX_CPU).rev().find(|number| allowed.is_set(*number))?;
     allowed.unset(last);
     (allowed.count() > 0).then_some(allowed)
 }
 
-/// While it is held, the calling thread, and the threads that it starts, run wherever the first thread
-/// of the process may.
+/// While this value lives, the calling thread, and the threads that it starts, run on all
+/// processors that the first thread of the process may use.
 #[derive(Debug)]
 pub struct All {
     before: CpuSet,
 }
 
 impl All {
-    /// Lets the calling thread run there; none where the kernel refuses that, as [`leave_one`] has had
-    /// no effect then.
+    /// Lets the calling thread run on all of them. `None` where the kernel refuses that;
+    /// [`leave_one`] has had no effect either in this case.
     pub fn use_them() -> Option<Self> {
         let before = sched_getaffinity(None).ok()?;
         let all = sched_getaffinity(Some(rustix::process::getpid())).ok()?;
@@ -46,7 +46,7 @@ impl All {
 
 impl Drop for All {
     fn drop(&mut self) {
-        let _ = sched_setaffinity(None, &self.before); // refused only where no processor of these is left
+        let _ = sched_setaffinity(None, &self.before); // refused only where none of these processors is left
     }
 }
 

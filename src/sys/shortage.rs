@@ -1,31 +1,38 @@
-//! A thread that asks for memory which is not there. The kernel would have its OOM killer end some process for it, a stranger's as
-//! likely as ours. No thread of the daemon ever asks for that: each is an *IO flusher* (PR_SET_IO_FLUSHER, prctl(2), Linux 5.6).
+//! A shortage of memory. If a thread asks for memory and none is there, the kernel's OOM killer
+//! would end a process for it, perhaps a process of a stranger. The daemon's threads never cause
+//! that: each is an *IO flusher* (PR_SET_IO_FLUSHER, prctl(2), Linux 5.6).
 //!
 //! ```text
-//!   a call asks for a page, and there is none
-//!     |                                                                    any other thread:
-//!     +--> the kernel takes back what is not in use, by kswapd --> again   the OOM killer ends a process
-//!                                     ^                              |
-//!                                     +------- still none -----------+--> PATIENCE is over: SIGKILL for this worker
+//!   a call asks for a page, and there is none                 (any other thread: the OOM
+//!     |                                                        killer ends a process)
+//!     +--> the kernel takes back unused memory, by kswapd --> again
+//!                 ^                                             |
+//!                 +------------- still none --------------------+--> PATIENCE is over:
+//!                                                                    SIGKILL for this worker
 //! ```
 //!
-//! What such a thread asks for has no __GFP_FS, and for that the kernel's `out_of_memory` kills nobody. It lets the thread try again,
-//! unless the thread is about to be killed itself (mm/oom_kill.c, Linux 6.12 and 6.18). So a call on memory waits until there is
-//! some, and [`patiently`] ends the wait. The next worker finishes or undoes what was under way, and a request that workers end of
-//! again and again is refused. The OOM killer of a memory *cgroup* is not held off: it ends processes of the daemon's own cgroup.
+//! The requests of such a thread lack __GFP_FS, and for a request without it the kernel's
+//! `out_of_memory` kills no process. The kernel lets the thread try again, unless the thread itself
+//! is being killed (mm/oom_kill.c, Linux 6.12 and 6.18). So a call on memory waits until there is
+//! some, and [`patiently`] ends the wait: the worker dies. The next worker finishes or undoes the
+//! change that was under way. A request that workers die of again and again is refused. The OOM
+//! killer of a memory *cgroup* is not held off: it ends processes of the daemon's own cgroup.
 //!
-//! For the same reason the kernel moves no memory about to make 2 MiB of it (mm/compaction.c, `try_to_compact_pages`). A call that
-//! asks for 2 MiB or nothing never leads to the OOM killer, so that call may do without the state ([`with_effort`]).
+//! For the lack of __GFP_FS the kernel does not compact memory to make 2 MiB in one piece either
+//! (mm/compaction.c, `try_to_compact_pages`). A call that asks for 2 MiB or nothing never leads to
+//! the OOM killer, so such a call may run as no IO flusher ([`with_effort`]).
 
 use crate::error::Result;
 use rustix::process::configure_io_flusher_behavior;
 use std::cell::RefCell;
 use std::time::Duration;
 
-/// How long a call may wait for memory. Taking a piece takes some milliseconds, and on a busy machine a second.
+/// The time for which a call may wait for memory. To take a piece needs some milliseconds, and a
+/// second on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// From here on the OOM killer is not asked for on behalf of this thread, and of threads and processes that it starts.
+/// From now on the kernel does not call its OOM killer for this thread, nor for threads and
+/// processes that it starts.
 ///
 /// # Errors
 /// EPERM without CAP_SYS_RESOURCE.
@@ -33,7 +40,8 @@ pub fn spare_others() -> Result<()> {
     Ok(configure_io_flusher_behavior(true)?)
 }
 
-/// Makes a call that asks the kernel for 2 MiB or nothing, with all that the kernel can do to have them in one piece.
+/// Makes a call that asks the kernel for 2 MiB or nothing. The kernel uses all its means to get the
+/// 2 MiB in one piece.
 pub(super) fn with_effort<T>(call: impl FnOnce() -> T) -> T {
     let is_sparing = rustix::process::is_io_flusher().unwrap_or(false);
     if !is_sparing || configure_io_flusher_behavior(false).is_err() {
@@ -48,7 +56,8 @@ thread_local! {
     static TIMER: RefCell<Option<Timer>> = const { RefCell::new(None) };
 }
 
-/// Makes a call that may wait for memory. When it has waited for too long, the kernel kills this process.
+/// Makes a call that may wait for memory. If the call waits for too long, the kernel kills this
+/// process.
 pub(super) fn patiently<T>(call: impl FnOnce() -> T) -> T {
     set_timer(PATIENCE);
     let result = call();
@@ -65,13 +74,14 @@ fn set_timer(after: Duration) {
     });
 }
 
-/// A timer of the calling thread's, which sends SIGKILL to the process (timer_create(2)). The kernel deletes it with the process.
+/// A timer of the calling thread, which sends SIGKILL to the process (timer_create(2)). The kernel
+/// deletes the timer with the process.
 struct Timer(libc::timer_t);
 
 impl Timer {
-    /// None where the kernel has no memory for one.
+    /// `None` where the kernel has no memory for a timer.
     fn new() -> Option<Self> {
-        // SAFETY: a structure of integers and a pointer, which SIGEV_SIGNAL does not use.
+        // SAFETY: sigevent is integers and a pointer, and SIGEV_SIGNAL does not use the pointer.
         #[allow(unsafe_code)]
         let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
         (event.sigev_notify, event.sigev_signo) = (libc::SIGEV_SIGNAL, libc::SIGKILL);
@@ -83,13 +93,13 @@ impl Timer {
         created.then_some(Self(timer))
     }
 
-    /// Has it go off after so long; zero for never.
+    /// Sets the timer to go off after `after`. Zero stops it.
     fn set(&self, after: Duration) {
         let value =
             libc::timespec { tv_sec: after.as_secs() as libc::time_t, tv_nsec: after.subsec_nanos().into() };
         let once =
             libc::itimerspec { it_interval: libc::timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
-        // SAFETY: the timer is there as long as this object, and the structure is alive for the call.
+        // SAFETY: the timer lives as long as this object, and the structure is alive for the call.
         #[allow(unsafe_code)]
         let result = unsafe { libc::timer_settime(self.0, 0, &raw const once, std::ptr::null_mut()) };
         debug_assert_eq!(result, 0, "timer_settime(2) fails for what is no timer only");
@@ -98,7 +108,7 @@ impl Timer {
 
 impl Drop for Timer {
     fn drop(&mut self) {
-        // SAFETY: the timer was made by this object and is deleted once.
+        // SAFETY: this object made the timer, and deletes it once.
         #[allow(unsafe_code)]
         unsafe {
             libc::timer_delete(self.0);
@@ -117,7 +127,7 @@ mod tests {
         const NAME: &str = "sys::shortage::tests::a_call_that_waits_for_too_long_ends_the_process";
         const ROLE: &str = "HUGETLB2_TEST_ENDS";
         if std::env::var_os(ROLE).is_some() {
-            patiently(|| ()); // which ends in time
+            patiently(|| ()); // the call ends in time
             set_timer(Duration::from_millis(1));
             std::thread::sleep(Duration::from_secs(60)); // a call that waits
             return;

@@ -1,4 +1,5 @@
-//! tmpfs superblocks and the memory of their files (tmpfs(5), fsopen(2), fallocate(2), cachestat(2)).
+//! tmpfs superblocks and the memory of their files (tmpfs(5), fsopen(2), fallocate(2),
+//! cachestat(2)).
 
 use super::calls::{
     fsconfig_create, fsconfig_reconfigure, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, fspick,
@@ -15,26 +16,26 @@ use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, UnmountFlags};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-/// How a tmpfs superblock is made.
+/// The options of a new tmpfs superblock.
 #[derive(Debug, Default)]
 pub struct Options {
-    /// Most blocks (4 KiB) that its files may take; `None` for tmpfs's own default.
+    /// The most blocks (4 KiB) that its files may take. `None` for tmpfs's own default.
     pub blocks: Option<u64>,
     /// Allocate in 2 MiB folios (`huge=always`).
     pub huge: bool,
-    /// Most inodes, as tmpfs counts them (`nr_inodes`); `None` for tmpfs's own default.
+    /// The most inodes, as tmpfs counts them (`nr_inodes`). `None` for tmpfs's own default.
     pub inodes: Option<u64>,
-    /// Inode numbers of 32 bits, so that one fits in half a node id.
+    /// Use inode numbers of 32 bits, so that a number fits into half a node id.
     pub inode32: bool,
     /// Take memory from this NUMA node, and from others where it is full (`mpol=prefer:N`).
     pub node: Option<u32>,
 }
 
-/// Creates a superblock; nothing can reach it but the mount that is returned, and it ends with that
-/// (unless it is [`attach`]ed somewhere).
+/// Creates a superblock. Only the returned mount leads to it, and the superblock ends with that
+/// mount, unless the mount is [`attach`]ed.
 ///
 /// # Errors
-/// What fsopen(2), fsconfig(2) and fsmount(2) answer; EINVAL for `noswap` on Linux before 6.4.
+/// The errors of fsopen(2), fsconfig(2) and fsmount(2); EINVAL for `noswap` on Linux before 6.4.
 #[track_caller]
 pub fn create(options: &Options) -> Result<OwnedFd> {
     let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
@@ -62,32 +63,34 @@ pub fn create(options: &Options) -> Result<OwnedFd> {
     Ok(fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?)
 }
 
-/// Puts a superblock's mount where a path leads to it.
+/// Puts a superblock's mount at `path`.
 ///
 /// # Errors
-/// What move_mount(2) answers.
+/// The errors of move_mount(2).
 #[track_caller]
 pub fn attach(mount: impl AsFd, path: &str) -> Result<()> {
     Ok(move_mount(mount, "", rustix::fs::CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
 }
 
-/// Takes a mount away from its path; it ends when its last user does.
+/// Takes a mount away from its path. The mount ends with its last user.
 ///
 /// # Errors
-/// What umount2(2) answers.
+/// The errors of umount2(2).
 #[track_caller]
 pub fn detach(path: &str) -> Result<()> {
     Ok(unmount(path, UnmountFlags::DETACH)?)
 }
 
-/// Changes how many blocks a superblock's files may take.
+/// Changes the number of blocks that a superblock's files may take.
 ///
-/// A fault that has read the old limit can be counted right after the kernel has compared the new one with what is taken
-/// (mm/shmem.c, shmem_reconfigure and shmem_inode_acct_blocks, Linux 6.18). Then more is taken than the limit, and the
-/// number of free blocks wraps around.
+/// The kernel compares the new limit with the blocks that are taken, and then sets the limit. A
+/// fault that has read the old limit can be counted in between (mm/shmem.c, shmem_reconfigure and
+/// shmem_inode_acct_blocks, Linux 6.18). Then more blocks are taken than the limit, and the number
+/// of free blocks wraps around.
 ///
 /// # Errors
-/// [`Error::Busy`] for fewer than they have taken already; the limit may be the new one all the same.
+/// [`Error::Busy`] where more than `limit` blocks are taken. The limit may be the new one all the
+/// same.
 #[track_caller]
 pub fn set_limit(mount: impl AsFd, limit: u64) -> Result<()> {
     const MORE_TAKEN: Error = Error::Busy("more blocks are taken than that");
@@ -99,38 +102,38 @@ pub fn set_limit(mount: impl AsFd, limit: u64) -> Result<()> {
         Errno::INVAL => MORE_TAKEN,
         other => Error::Os(other),
     })?;
-    let now = insist(|| blocks(mount))?; // the limit is the new one already
+    let now = insist(|| blocks(mount))?; // must succeed, as the limit is the new one already
     if now.free > now.limit { Err(MORE_TAKEN) } else { Ok(()) }
 }
 
 /// Blocks (4 KiB) of a superblock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Blocks {
-    /// Most that may be taken.
+    /// The most blocks that may be taken.
     pub limit: u64,
-    /// Not taken.
+    /// The blocks that are not taken.
     pub free: u64,
 }
 
 /// Counts a superblock's blocks (fstatfs(2)).
 ///
 /// # Errors
-/// What fstatfs(2) answers.
+/// The errors of fstatfs(2).
 #[track_caller]
 pub fn blocks(mount: impl AsFd) -> Result<Blocks> {
     let stat = calls::fstatfs(mount)?;
     Ok(Blocks { limit: stat.f_blocks, free: stat.f_bfree })
 }
 
-/// Takes memory for `range` and leaves the file's size alone.
+/// Takes memory for `range`. The file keeps its size.
 ///
-/// Fresh memory is *not cleared* by this call: tmpfs does that when somebody touches it, but not when the
-/// toucher is MADV_COLLAPSE, which maps such a folio with the bytes of its former user in it (seen on Linux
+/// This call does *not clear* fresh memory. tmpfs clears it at a touch, but not when MADV_COLLAPSE
+/// touches it: MADV_COLLAPSE maps such a folio with the bytes of its former user (seen on Linux
 /// 6.18). Memory that programs will see needs [`clear`] before they can reach it.
 ///
 /// # Errors
-/// [`Error::Full`] where the superblock's limit does not allow it, [`Error::NoMemory`] where the machine does not;
-/// the file is as before.
+/// [`Error::Full`] where the superblock's limit forbids it, [`Error::NoMemory`] where the machine
+/// has no memory. The file is as before.
 #[track_caller]
 pub fn allocate(file: impl AsFd, range: Range) -> Result<()> {
     attempt(Want::Room).map_err(meaning)?;
@@ -139,22 +142,24 @@ pub fn allocate(file: impl AsFd, range: Range) -> Result<()> {
     patiently(|| uninterrupted(take)).map_err(meaning)
 }
 
-/// Zeroes what [`allocate`] took and nobody has touched since; what has been touched stays as it is.
+/// Zeroes memory that [`allocate`] took and that has not been touched since. Touched memory keeps
+/// its bytes.
 ///
-/// It is the same system call once more: tmpfs must initialise a folio that is allocated a second time (mm/shmem.c,
-/// shmem_get_folio_gfp, SGP_FALLOC). 42 ms per GiB where clearing is bound by memory.
+/// This makes the system call of [`allocate`] once more: tmpfs must initialise a folio that is
+/// allocated a second time (mm/shmem.c, shmem_get_folio_gfp, SGP_FALLOC). It takes 42 ms per GiB if
+/// the speed of memory bounds the clearing.
 ///
 /// # Errors
-/// As for [`allocate`].
+/// Those of [`allocate`].
 #[track_caller]
 pub fn clear(file: impl AsFd, range: Range) -> Result<()> {
     allocate(file, range)
 }
 
-/// Gives back the memory of `range`, whole 4 KiB blocks only; the file's size stays.
+/// Gives back the memory of `range`, whole 4 KiB blocks only. The file keeps its size.
 ///
 /// # Errors
-/// What fallocate(2) answers.
+/// The errors of fallocate(2).
 #[track_caller]
 pub fn punch(file: impl AsFd, range: Range) -> Result<()> {
     attempt(Want::Memory).map_err(meaning)?;
@@ -163,10 +168,11 @@ pub fn punch(file: impl AsFd, range: Range) -> Result<()> {
     uninterrupted(|| rustix::fs::fallocate(file, flags, range.start, range.len())).map_err(meaning)
 }
 
-/// Sets a file's size; shrinking gives back all memory from the new end on, also what lay beyond the old one.
+/// Sets a file's size. A call that does not lengthen the file gives back all memory from the new
+/// end on, also the memory behind the old end.
 ///
 /// # Errors
-/// What ftruncate(2) answers.
+/// The errors of ftruncate(2).
 #[track_caller]
 pub fn set_size(file: impl AsFd, size: u64) -> Result<()> {
     attempt(Want::Memory).map_err(meaning)?;
@@ -174,10 +180,11 @@ pub fn set_size(file: impl AsFd, size: u64) -> Result<()> {
     uninterrupted(|| rustix::fs::ftruncate(file, size)).map_err(meaning)
 }
 
-/// Reads at `offset` until `buffer` is full or the file ends; holes read as zeros.
+/// Reads at `offset` until `buffer` is full or the file ends. Holes read as zeros.
 ///
 /// # Errors
-/// [`Error::Poisoned`] or EIO where a memory error is met before the first byte.
+/// [`Error::Poisoned`] where the first byte has a memory error, and the other errors of pread(2).
+/// After the first byte an error ends the read early.
 #[track_caller]
 pub fn read_at(file: impl AsFd, buffer: &mut [u8], offset: u64) -> Result<usize> {
     attempt(Want::Memory).map_err(meaning)?;
@@ -194,10 +201,12 @@ pub fn read_at(file: impl AsFd, buffer: &mut [u8], offset: u64) -> Result<usize>
     Ok(done)
 }
 
-/// Writes at `offset` and returns how much was written: all, unless an error was met on the way.
+/// Writes at `offset` and returns the number of bytes written: all of them, unless an error ended
+/// the write.
 ///
 /// # Errors
-/// [`Error::Full`] where the first byte falls on a hole that no free block can fill.
+/// [`Error::Full`] where the first byte falls into a hole that no free block can fill, and the
+/// other errors of pwrite(2).
 #[track_caller]
 pub fn write_at(file: impl AsFd, bytes: &[u8], offset: u64) -> Result<usize> {
     match write_prefix(file, bytes, offset) {
@@ -209,13 +218,14 @@ pub fn write_at(file: impl AsFd, bytes: &[u8], offset: u64) -> Result<usize> {
 /// Writes all of `bytes` at `offset`.
 ///
 /// # Errors
-/// The error that ended the write, as for [`write_at`]; the bytes before it are written.
+/// The error that ended the write, as for [`write_at`]. The bytes before it are written.
 #[track_caller]
 pub fn write_all_at(file: impl AsFd, bytes: &[u8], offset: u64) -> Result<()> {
     write_prefix(file, bytes, offset).1
 }
 
-/// How much of `bytes` was written, and the error that ended the write, if one did.
+/// Writes at `offset`. Returns the number of bytes written, and the error that ended the write, if
+/// one did.
 #[track_caller]
 pub fn write_prefix(file: impl AsFd, bytes: &[u8], offset: u64) -> (usize, Result<()>) {
     if let Err(errno) = attempt(Want::Memory) {
@@ -226,7 +236,7 @@ pub fn write_prefix(file: impl AsFd, bytes: &[u8], offset: u64) -> (usize, Resul
     while done < bytes.len() {
         let write = || rustix::io::pwrite(file, &bytes[done..], offset + done as u64);
         match patiently(|| uninterrupted(write)) {
-            Ok(0) => return (done, Err(Error::Os(Errno::IO))), // pwrite(2) names no case of this
+            Ok(0) => return (done, Err(Error::Os(Errno::IO))), // pwrite(2) names no such case
             Ok(written) => done += written,
             Err(errno) => return (done, Err(meaning(errno))),
         }
@@ -237,7 +247,7 @@ pub fn write_prefix(file: impl AsFd, bytes: &[u8], offset: u64) -> (usize, Resul
 /// Blocks (4 KiB) that one file has taken (fstat(2)).
 ///
 /// # Errors
-/// What fstat(2) answers.
+/// The errors of fstat(2).
 #[track_caller]
 pub fn blocks_taken(file: impl AsFd) -> Result<u64> {
     let stat = rustix::fs::fstat(file)?;
@@ -247,19 +257,20 @@ pub fn blocks_taken(file: impl AsFd) -> Result<u64> {
 /// A file's size in bytes (fstat(2)).
 ///
 /// # Errors
-/// What fstat(2) answers.
+/// The errors of fstat(2).
 #[track_caller]
 pub fn size(file: impl AsFd) -> Result<u64> {
     Ok(rustix::fs::fstat(file)?.st_size as u64)
 }
 
-/// The same number on every architecture; the libc crate has none.
+/// The number is the same on every architecture. The libc crate does not have it.
 pub(super) const SYS_CACHESTAT: libc::c_long = 451;
 
-/// How many 4 KiB subpages of `range` have memory, touched or not (cachestat(2), Linux 6.5).
+/// The number of 4 KiB subpages of `range` that have memory, touched or not (cachestat(2), Linux
+/// 6.5).
 ///
 /// # Errors
-/// What cachestat(2) answers.
+/// The errors of cachestat(2).
 #[track_caller]
 pub fn resident(file: impl AsFd, range: Range) -> Result<u64> {
     #[repr(C)]
@@ -277,7 +288,7 @@ pub fn resident(file: impl AsFd, range: Range) -> Result<u64> {
         recently_evicted: u64,
     }
     if range.is_empty() {
-        return Ok(0); // a length of 0 would mean: to the end of the file
+        return Ok(0); // a length of 0 means: to the end of the file
     }
     attempt(Want::Memory)?;
     let wanted = CachestatRange { offset: range.start, length: range.len() };
