@@ -32,7 +32,7 @@ fn main() -> ExitCode {
         return run_case(&name);
     }
     assert_eq!(std::process::id(), 1, "this is the init of the lab's machine: cargo test --test lab");
-    let served = leave_the_initramfs().and_then(|()| mount_the_usual()).and_then(|()| serve());
+    let served = make_a_root().and_then(|()| mount_the_usual()).and_then(|()| serve());
     if let Err(error) = served {
         eprintln!("lab: {error}");
     }
@@ -42,27 +42,36 @@ fn main() -> ExitCode {
 
 // ---- process 1 ----------------------------------------------------------------------------------
 
-/// Moves to a tmpfs: pivot_root(2) cannot leave the initramfs, and the daemon must call it.
-fn leave_the_initramfs() -> io::Result<()> {
+/// Puts the programs into /bin: of the initramfs, or of a tmpfs that becomes the root. pivot_root(2)
+/// cannot leave the initramfs, and the daemon must.
+fn make_a_root() -> io::Result<()> {
+    if cases::stays_in_the_initramfs() {
+        return move_programs(Path::new("/bin"));
+    }
     fs::create_dir("/newroot")?;
     mount("root", "/newroot", "tmpfs", MountFlags::empty(), None)?;
-    fs::create_dir("/newroot/bin")?;
-    for program in fs::read_dir("/")?.collect::<Result<Vec<_>, _>>()? {
-        if program.file_type()?.is_file() {
-            let name = if program.file_name() == "init" { "lab-guest".into() } else { program.file_name() };
-            fs::copy(program.path(), Path::new("/newroot/bin").join(name))?;
-            fs::remove_file(program.path())?;
-        }
-    }
+    move_programs(Path::new("/newroot/bin"))?;
     chdir("/newroot")?;
     mount_move(".", "/")?;
     chroot(".")?;
     Ok(chdir("/")?)
 }
 
+fn move_programs(directory: &Path) -> io::Result<()> {
+    fs::create_dir(directory)?;
+    for program in fs::read_dir("/")?.collect::<Result<Vec<_>, _>>()? {
+        if program.file_type()?.is_file() {
+            let name = if program.file_name() == "init" { "lab-guest".into() } else { program.file_name() };
+            fs::copy(program.path(), directory.join(name))?;
+            fs::remove_file(program.path())?;
+        }
+    }
+    Ok(())
+}
+
 fn mount_the_usual() -> io::Result<()> {
     for (kind, place) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("tmpfs", "/tmp")] {
-        fs::create_dir(place)?;
+        fs::create_dir_all(place)?; // the kernel has made /dev in the initramfs
         mount(kind, place, kind, MountFlags::empty(), None)?;
     }
     Ok(())

@@ -1,6 +1,7 @@
 //! Pools on the lab's kernel and machines, without memory errors.
 
 use super::cases;
+use crate::support::place::Place;
 use crate::support::{COLLAPSE, FOLIO, GIB, MAP, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, poison, set};
 use std::os::unix::fs::FileExt;
 
@@ -8,6 +9,7 @@ cases! {
     SMALL: a_pool_mounts_and_serves, a_quarantine_takes_one_subpage_and_repair_returns_it;
     TWO_NODES: a_pool_takes_evenly_from_two_nodes_and_files_give_back;
     GIGANTIC: a_pool_of_one_gigantic_page_serves;
+    INITRAMFS: an_initramfs_is_named_as_what_cannot_be_left;
 }
 
 fn a_pool_mounts_and_serves() {
@@ -89,4 +91,12 @@ fn a_pool_of_one_gigantic_page_serves() {
     pool.check();
     drop((toucher, file));
     pool.unmount();
+}
+
+fn an_initramfs_is_named_as_what_cannot_be_left() {
+    const FAILED: i32 = 32;
+    assert!(std::fs::read_to_string("/proc/self/mountinfo").unwrap().contains(" / / rw - rootfs "));
+    let place = Place::new();
+    let words = "pivot_root(2): this root directory cannot be left: it is the initramfs";
+    place.assert_refused(&mut place.mount("size=8M,pagesize=2M"), FAILED, words);
 }
