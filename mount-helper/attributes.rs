@@ -1,4 +1,5 @@
-//! The filesystem's attributes from a program's side: nothing here that getfattr(1) and setfattr(1) could not do.
+//! The filesystem's attributes from a program's side. getfattr(1) and setfattr(1) can do all of
+//! this.
 
 use crate::daemons;
 use hugetlb2fs::sys::cgroup;
@@ -18,14 +19,14 @@ pub const REPAIR: &str = "user.hugetlb2.repair";
 pub const COLLAPSE: &str = "user.hugetlb2.collapse";
 /// Real memory errors, asked for.
 pub const INJECT: &str = "trusted.hugetlb2.inject";
-/// How a file is mapped.
+/// The mapping of a file.
 pub const MAP: &str = "user.hugetlb2.map";
 const REFUSAL: &str = "user.hugetlb2.refusal";
 const POOL: &str = "user.hugetlb2.pool";
 const OPTIONS: &str = "user.hugetlb2.options";
 const SIZE: &str = "trusted.hugetlb2.size";
 const UNAVAILABLE: &str = "trusted.hugetlb2.unavailable";
-/// What does not hold.
+/// The invariants that do not hold.
 pub const CHECK: &str = "trusted.hugetlb2.check";
 
 /// Reads an attribute; `None` where it has no value now.
@@ -44,7 +45,8 @@ pub fn read(path: &Path, name: &str) -> Result<Option<String>, Errno> {
     }
 }
 
-/// Text for a terminal. Names of files are users' text, and a filesystem that is none of ours answers as it likes.
+/// Text that is safe for a terminal. Users choose the names of files, and a filesystem that is no
+/// pool answers as it likes.
 fn harmless(text: &str) -> String {
     let escaped = |c: char| (c.is_control() && c != '\n').then(|| c.escape_default().to_string());
     text.chars().map(|c| escaped(c).unwrap_or_else(|| c.to_string())).collect()
@@ -58,8 +60,8 @@ pub fn write(path: &Path, name: &str, value: &str) -> Result<(), Errno> {
     setxattr(path, name, value.as_bytes(), XattrFlags::empty())
 }
 
-/// The daemon's own reason for the last [`write`] of this thread to a file that failed; `None` where it has none, or is a version
-/// that tells none.
+/// The daemon's own reason for the last [`write`] of this thread to a file that failed. `None` if
+/// the daemon has none, or is of a version that tells none.
 pub fn refusal(file: &Path) -> Option<String> {
     read(file, REFUSAL).ok().flatten()
 }
@@ -78,8 +80,9 @@ impl Counters {
         self.0.iter().map(|(name, value)| (name.as_str(), *value))
     }
 
-    /// Puts the numbers that the daemon's processes have here in the place of those that they know themselves by. Where
-    /// none is known, the numbers are left out: here they could be a stranger's.
+    /// Replaces the process ids that the daemon's processes have in their namespace by those that
+    /// they have here. A process that is not seen here loses its number, because here the number
+    /// could be a stranger's.
     pub fn translate_processes(&mut self, directory: &Path) {
         let found = daemons::connection_of(directory).map(daemons::of).unwrap_or_default();
         let mut found = found.into_iter().map(|process| u64::from(process.pid));
@@ -108,7 +111,8 @@ impl Counters {
     }
 }
 
-/// Reads the options in force, but for the size, of the pool that is mounted on `directory`: names and values.
+/// Reads the options in force of the pool that is mounted on `directory`, names and values, without
+/// the size.
 ///
 /// # Errors
 /// A sentence.
@@ -139,8 +143,8 @@ pub fn pool(directory: &Path) -> Result<Counters, String> {
     Ok(Counters(text.lines().filter_map(row).collect()))
 }
 
-/// The same, for as long as `patience`; `None` where no answer comes. The thread that asks is left behind then; it ends with
-/// this program.
+/// The same within `patience`. `None` if no answer comes; then the thread that asks is left behind,
+/// and ends with this program.
 pub fn pool_within(directory: &Path, patience: Duration) -> Option<Result<Counters, String>> {
     let (sender, answer) = mpsc::channel();
     let asked = directory.to_owned();
@@ -151,7 +155,8 @@ pub fn pool_within(directory: &Path, patience: Duration) -> Option<Result<Counte
     }
 }
 
-/// The files of a pool that cannot be opened, `<path> <pages> <why>` each; none for a caller that may not see their names.
+/// The files of a pool that cannot be opened, `<path> <pages> <why>` each. Empty for a caller that
+/// may not see their names.
 pub fn unavailable(directory: &Path) -> Vec<String> {
     let text = read(directory, UNAVAILABLE).ok().flatten().unwrap_or_default();
     text.lines().map(str::to_owned).collect()
@@ -170,8 +175,8 @@ pub fn resize(directory: &Path, bytes: u64) -> Result<(), String> {
     })
 }
 
-/// That there is no memory for a larger pool. The limit of the daemon's cgroup is named where there is one: which of the two was
-/// too small is in the daemon's log.
+/// The message for a larger pool that does not fit. It names the limit of the daemon's cgroup if
+/// there is one; the daemon's log says which of the two was too small.
 fn no_memory(directory: &Path) -> String {
     let daemon = daemons::supervisor_of(directory).ok();
     match daemon.and_then(|daemon| cgroup::tightest_limit(&daemon.pid.to_string())) {

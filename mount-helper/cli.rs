@@ -1,7 +1,8 @@
 //! The command hugetlb2: for people. Everything it does goes through the filesystem's attributes.
 
 use crate::mappers::{self, Misaligned};
-use crate::{attributes, daemons, demo, mount, mounts, say, session, touch};
+use crate::terminal::say;
+use crate::{attributes, daemons, demo, mount, mounts, session, touch};
 use clap::{Parser, Subcommand, ValueEnum};
 use hugetlb2fs::quarantine;
 use rustix::fs::{major, minor, statvfs};
@@ -39,7 +40,8 @@ enum Action {
     },
     /// Show what is quarantined in a file, or quarantine a range of it
     ///
-    /// A range is rounded outward to 4 KiB. Its bytes are kept as far as they can be read, for `repair salvage`.
+    /// A range is rounded outward to 4 KiB. Its bytes are kept as far as they can be read, for
+    /// `repair salvage`.
     Poison {
         /// The file
         file: PathBuf,
@@ -71,7 +73,8 @@ enum Action {
         /// The file
         file: PathBuf,
     },
-    /// Have the kernel treat a subpage as if the hardware had reported an error in it; for tests, root only
+    /// Have the kernel treat a subpage as if the hardware had reported an error in it; for tests,
+    /// root only
     Inject {
         /// The file
         file: PathBuf,
@@ -83,13 +86,15 @@ enum Action {
         /// The mount point
         directory: PathBuf,
     },
-    /// Replace the daemon of a pool in use, by another version or the same; no call fails, no mapping notices
+    /// Replace the daemon of a pool in use, by another version or the same; no call fails, no
+    /// mapping notices
     ///
     /// A version that does not know what the other leaves to it refuses, and the other goes on.
     Upgrade {
         /// The mount point
         directory: PathBuf,
-        /// The new hugetlb2fsd; the one beside this program or in /usr/local/sbin or /usr/sbin, if none is given
+        /// The new hugetlb2fsd; the one beside this program or in /usr/local/sbin or /usr/sbin, if
+        /// none is given
         #[arg(long)]
         binary: Option<PathBuf>,
     },
@@ -98,7 +103,7 @@ enum Action {
     /// Mount a pool: mount.hugetlb2 by another name, see `hugetlb2 mount --help`
     #[command(disable_help_flag = true)]
     Mount {
-        /// What mount.hugetlb2 takes
+        /// The arguments of mount.hugetlb2
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
@@ -160,8 +165,8 @@ fn mount_points() -> Result<Vec<PathBuf>, String> {
     Ok(mounts::all()?.into_iter().map(|pool| pool.mount_point).collect())
 }
 
-/// The metadata of a regular file in a pool. No other file will do: an ordinary filesystem would take our attributes for
-/// some text of the user's, and nothing would have been done.
+/// The metadata of a regular file in a pool. Another file is refused: an ordinary filesystem would
+/// store the attributes as some text of the user's, and do nothing.
 fn pool_file(file: &Path) -> Result<Metadata, String> {
     let metadata = std::fs::metadata(file).map_err(|error| format!("{}: {error}", file.display()))?;
     let device = format!("{}:{}", major(metadata.dev()), minor(metadata.dev()));
@@ -171,7 +176,7 @@ fn pool_file(file: &Path) -> Result<Metadata, String> {
     Err(format!("{}: not a regular file of a hugetlb2 pool", file.display()))
 }
 
-/// How long a worker is waited for before it is said to hang.
+/// The time after which a worker that does not answer is said to hang.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The counters of a pool, or who it is that does not deliver them.
@@ -206,7 +211,7 @@ fn status(directories: &[PathBuf], json: bool) -> Done {
         let counters = match counters(&directory) {
             Ok(counters) => counters,
             Err(_) if all && !mount_points()?.contains(&directory) => continue, // unmounted since we looked
-            // Of several pools, one whose daemon has died must not keep the others from being shown.
+            // A pool whose daemon has died must not hide the other pools.
             Err(why) if all && json => {
                 pools.push(json!({ "mount_point": directory.to_string_lossy(), "error": why }));
                 continue;
@@ -248,7 +253,8 @@ fn status(directories: &[PathBuf], json: bool) -> Done {
     Ok(ExitCode::SUCCESS)
 }
 
-/// How many inodes there are and how many more files can be made, where that is bounded by an option, or where few can.
+/// Inodes in use, and files that can still be made; only if an option bounds them, or if few can be
+/// made.
 fn inodes(directory: &Path, options: &[(String, String)]) -> Option<(u64, u64)> {
     const FEW: u64 = 1000;
     let (files, free) = statvfs(directory).map(|counts| (counts.f_files, counts.f_ffree)).ok()?;
@@ -420,7 +426,7 @@ fn describe(file: &Path, errno: Errno) -> String {
     format!("{}: {why}", file.display())
 }
 
-/// Shows the lines of an attribute: as they are under a heading, or as JSON with numbers as numbers.
+/// Shows the lines of an attribute: under a heading, or as JSON with numbers as numbers.
 fn show_table(text: &str, columns: &[&str], json: bool) -> Result<(), String> {
     let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split(' ').collect()).collect();
     if json {

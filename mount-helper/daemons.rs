@@ -1,4 +1,4 @@
-//! Who serves a mount, found without asking the mount: it may not answer.
+//! The processes that serve a mount, found without asking the mount, which may not answer.
 
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use rustix::io::Errno;
@@ -15,9 +15,10 @@ pub struct Process {
     pub state: &'static str,
 }
 
-/// The processes that serve the mount whose files have the device number 0:`minor`: the supervisor, then its worker.
-/// They are known by /proc/PID/fdinfo (`fuse_connection`, Linux 6.5), by the numbers that they have here: a daemon of
-/// another process id namespace knows itself by others. None is seen by a user who may not look at them.
+/// The processes that serve the mount with the device number 0:`minor`: the supervisor, then its
+/// worker. They are recognised by /proc/PID/fdinfo (`fuse_connection`, Linux 6.5). Their numbers
+/// are those that they have here: in another process id namespace they have others. A user who may
+/// not look at the processes sees none.
 pub fn of(minor: u32) -> Vec<Process> {
     let entries = fs::read_dir("/proc").into_iter().flatten().filter_map(Result::ok);
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
@@ -53,7 +54,8 @@ pub fn supervisor_of(directory: &Path) -> Result<Supervisor, String> {
         .ok_or_else(|| UNSEEN.to_owned())
 }
 
-/// The minor device number of the filesystem that a path leads to, as the kernel knows it by itself.
+/// The minor device number of the filesystem that a path leads to. The kernel knows it without
+/// asking the daemon.
 pub fn connection_of(directory: &Path) -> Result<u32, Errno> {
     Ok(statx(CWD, directory, AtFlags::STATX_DONT_SYNC, StatxFlags::empty())?.stx_dev_minor)
 }
@@ -70,7 +72,8 @@ fn serves(pid: u32, minor: u32) -> bool {
     connections.any(|connection| connection == minor)
 }
 
-/// The fields of /proc/PID/stat behind the name, which is in brackets and may hold anything: state, parent, and so on.
+/// The fields of /proc/PID/stat behind the name: state, parent, and so on. The name is in brackets
+/// and may hold anything.
 fn fields(pid: u32) -> Option<Vec<String>> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     Some(stat.rsplit_once(") ")?.1.split(' ').map(str::to_owned).collect())
@@ -92,7 +95,8 @@ fn state(pid: u32) -> &'static str {
     }
 }
 
-/// Whether a process is what a daemon calls itself: all that a user sees who may not look at its descriptors.
+/// True if a process has the daemon's name. A user who may not look at its descriptors sees no more
+/// than that.
 pub fn is_called_daemon(pid: u64) -> bool {
     fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == "hugetlb2fsd")
 }

@@ -1,7 +1,8 @@
 //! `hugetlb2 demo`: on real memory, what this filesystem is for.
 //!
-//! Every number that is printed was measured in that run: by clocks, by smaps of the process that has the file mapped, by
-//! counting what read(2) delivers. Where one is not as claimed the demonstration fails.
+//! Every printed number was measured in that run: by clocks, by smaps of the process that has the
+//! file mapped, by counting the bytes that read(2) delivers. If a number is not as claimed, the
+//! demonstration fails.
 
 use crate::attributes::{self, COLLAPSE, POISON, REPAIR};
 use hugetlb2fs::units::{PageSize, SUBPAGE_SIZE};
@@ -26,7 +27,7 @@ const SUBPAGES: u64 = PAGE / SUBPAGE_SIZE;
 const HUGE_ENTRIES: u64 = 512;
 /// An arbitrary place, neither at the start nor at the end of a 2 MiB folio.
 const BAD: u64 = 0x2345_6000;
-/// Where the other process keeps working meanwhile: the neighbour.
+/// The neighbouring subpage, in which the other process keeps working.
 const BUSY: u64 = BAD + SUBPAGE_SIZE;
 const PIECE: usize = 1 << 20;
 const MOUNT_POINT: &str = "mnt";
@@ -59,7 +60,8 @@ fn show(report: &mut Report) -> Step {
     report.expect("pages_free", "pages free", counters.get("pages_free").unwrap_or(0), 2)?;
     let clock = Instant::now();
     let file = pool.create_file()?;
-    // On a virtual machine most of this is the host, which finds memory for its guest when that is first touched.
+    // On a virtual machine the host takes most of this time: it finds memory for its guest at the
+    // guest's first touch.
     report.time("create the file", clock);
 
     report.heading("Another process maps a file of one page");
@@ -128,7 +130,7 @@ fn show(report: &mut Report) -> Step {
     pool.unmount()
 }
 
-/// What is printed: for people as it comes, for programs at the end.
+/// The results: printed at once for people, and at the end for programs.
 struct Report {
     json: bool,
     values: Map<String, Value>,
@@ -162,10 +164,11 @@ impl Report {
     }
 }
 
-/// A pool that is unmounted whatever happens.
+/// A pool that is unmounted in any case.
 ///
-/// Its mount point lies in a directory that root alone can search. Every path starts at the descriptor of that
-/// directory: where TMPDIR is another user's, that user can put something else in the place of its name.
+/// Its mount point lies in a directory that root alone can search. Every path starts at the
+/// descriptor of that directory, because the owner of TMPDIR can put something else in the place of
+/// its name.
 struct Pool {
     /// Also holds the descriptor open.
     directory: OwnedFd,
@@ -269,7 +272,8 @@ fn write_pattern(file: &File) -> Step {
     Ok(())
 }
 
-/// How many subpages read(2) delivers, and how many of them hold something else than was written.
+/// The number of subpages that read(2) delivers, and the number of those that hold other bytes than
+/// were written.
 fn read_pattern(file: &File) -> Step<(u64, u64)> {
     let mut buffer = vec![0; PIECE];
     let (mut good, mut wrong, mut at) = (0, 0, 0);

@@ -1,26 +1,40 @@
-//! mount.hugetlb2, umount.fuse.hugetlb2 and the command hugetlb2: one program that goes by the name it is called by.
+//! mount.hugetlb2, umount.fuse.hugetlb2 and the command hugetlb2: one program, which acts by the
+//! name that it is called by.
+//!
+//! Each module uses only those above it in this list (`tests/tidy.rs` checks it).
+
+mod terminal;
+
+mod daemons;
 
 mod attributes;
-mod cli;
-mod daemons;
-mod demo;
+
 mod mappers;
-mod mount;
+
 mod mounts;
-mod namespace;
+
 mod options;
+
 mod session;
-mod touch;
+
+mod namespace;
+
+mod mount;
+
 mod umount;
 
+mod touch;
+
+mod demo;
+
+mod cli;
+
 use std::ffi::OsString;
-use std::fmt::Arguments;
-use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::process::ExitCode;
 
-/// What mount(8) calls an internal bug.
+/// The exit status for an internal bug (mount(8)).
 const INTERNAL: u8 = 4;
 
 fn main() -> ExitCode {
@@ -36,11 +50,6 @@ fn main() -> ExitCode {
 /// A panic unwinds, so what was begun has been undone, and the panic hook has said what was wrong.
 fn guarded(program: impl FnOnce() -> ExitCode) -> ExitCode {
     catch_unwind(AssertUnwindSafe(program)).unwrap_or(ExitCode::from(INTERNAL))
-}
-
-/// Says something to whoever listens. That nobody does must not change what becomes of a mount: eprintln would panic.
-fn say(line: Arguments<'_>) {
-    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
 //! Processes that map a pool's files where huge entries are impossible.
 //!
-//! A 2 MiB entry maps a folio of the file to an address that is a multiple of 2 MiB. So the distance from a mapping's
-//! address to its offset in the file must be such a multiple. mmap(2) sees to that by itself, unless the program asks
-//! for an address: QEMU reserves address space first, aligned to its property `align` only.
+//! A 2 MiB entry maps a folio of the file to an address that is a multiple of 2 MiB. So the
+//! distance from a mapping's address to its offset in the file must be such a multiple. mmap(2)
+//! chooses such an address, unless the program asks for another one: QEMU first reserves address
+//! space that is aligned to its property `align` only.
 
 use hugetlb2fs::units::FOLIO_SIZE;
 use rustix::fs::{major, minor};
@@ -20,7 +21,7 @@ pub struct Misaligned {
     pub program: String,
     /// The file's path as the process sees it.
     pub path: String,
-    /// How much of the file is mapped so.
+    /// The bytes of the file that are mapped in this way.
     pub bytes: u64,
 }
 
@@ -60,8 +61,8 @@ impl Files {
     }
 }
 
-/// All processes that map files of a pool misaligned, by the metadata of its root. A process that this one may not look
-/// at (ptrace(2), PTRACE_MODE_READ) is left out.
+/// All processes that map files of a pool misaligned, by the metadata of its root. Processes that
+/// this one may not look at (ptrace(2), PTRACE_MODE_READ) are left out.
 pub fn of_pool(root: &Metadata) -> Vec<Misaligned> {
     misaligned(Files::of_device(root.dev()))
 }
@@ -129,7 +130,7 @@ impl<'a> Mapping<'a> {
         self.device == files.device && files.inode.is_none_or(|inode| inode == self.inode)
     }
 
-    /// Whether a whole folio of the file is mapped, and not where a huge entry could map it.
+    /// True if a whole folio of the file is mapped at an address where a huge entry cannot map it.
     fn is_misaligned(&self) -> bool {
         let first_folio = self.offset.next_multiple_of(FOLIO_SIZE);
         let has_whole_folio = first_folio + FOLIO_SIZE <= self.offset + self.bytes();

@@ -4,8 +4,8 @@ use crate::attributes;
 use crate::mounts;
 use crate::namespace::Namespaces;
 use crate::options::Requested;
-use crate::say;
 use crate::session::{self, Daemon, Failure};
+use crate::terminal::say;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use hugetlb2fs::options::Options;
 use rustix::fs::{CWD, Dir, DirEntry, Mode, OFlags, StatVfsMountFlags, openat, statvfs};
@@ -120,8 +120,8 @@ fn check_size(requested: &Requested) -> Result<(), Failure> {
     requested.pool.pages(memory).map(drop).map_err(Failure::Usage)
 }
 
-/// Opens an existing directory, which is empty unless that is waived. The pool is mounted on what is opened here: a
-/// name can come to stand for another directory at any time.
+/// Opens an existing directory, which must be empty without `nonempty`. The pool is mounted on the
+/// opened directory: its name can come to stand for another one at any time.
 fn open_directory(directory: &Path, nonempty: bool) -> Result<OwnedFd, Failure> {
     let wrong = |why: String| Failure::Mount(format!("mount point {}: {why}", directory.display()));
     let refused = |errno: Errno| match errno {
@@ -144,8 +144,8 @@ fn open_directory(directory: &Path, nonempty: bool) -> Result<OwnedFd, Failure> 
     Ok(opened)
 }
 
-/// Changes a mounted pool: its size through the attribute, flags through mount(2). What else may come along from fstab is
-/// as it was.
+/// Changes a mounted pool: the size by the attribute, flags by mount(2). Other options that come
+/// along from fstab must be as they are in force.
 fn remount(directory: &Path, requested: &Requested, fake: bool) -> Result<(), Failure> {
     let failed = |why: String| Failure::Mount(format!("{}: {why}", directory.display()));
     let directory = mounts::enter(directory).map_err(|errno| failed(errno.to_string()))?;
@@ -180,7 +180,8 @@ fn remount(directory: &Path, requested: &Requested, fake: bool) -> Result<(), Fa
     set_flags(wanted)
 }
 
-/// What stands in fstab comes along with a remount; what differs from what is in force would be ignored if it were not refused.
+/// mount(8) adds the options of fstab to a remount. An option that differs from the one in force is
+/// refused; otherwise it would be ignored.
 fn refuse_changes(requested: &Requested, in_force: &[(String, String)]) -> Result<(), String> {
     let is_asked = |name: &str| name != "size" && requested.given.iter().any(|given| given == name);
     for (name, value) in requested.pool.given().filter(|(name, _)| is_asked(name)) {
@@ -202,7 +203,8 @@ fn flags_in_force(directory: &Path) -> Result<MountFlags, Errno> {
     Ok(flags.fold(MountFlags::empty(), |all, (_, flag)| all | *flag))
 }
 
-/// What statvfs(3) reports. dirsync and lazytime, which it does not, have no effect here.
+/// The flags that statvfs(3) reports. It does not report dirsync and lazytime, which have no effect
+/// here.
 const REPORTED: [(StatVfsMountFlags, MountFlags); 8] = [
     (StatVfsMountFlags::RDONLY, MountFlags::RDONLY),
     (StatVfsMountFlags::NOSUID, MountFlags::NOSUID),

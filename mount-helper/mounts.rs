@@ -1,7 +1,8 @@
 //! Mounted pools, as the kernel lists them, and the mount point that root's commands act on.
 //!
-//! The owner of a directory above a mount point can put something else in the place of its path at any time, also between
-//! the look at a mount and the act on it. So umount and remount go to the directory (fchdir(2)), and look and act there.
+//! The owner of a directory above a mount point can put something else in the place of its path at
+//! any time, also between a look at the mount and the act on it. So umount and remount go to the
+//! directory (fchdir(2)), and look and act there.
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, openat, readlinkat, statx};
 use rustix::io::Errno;
@@ -21,8 +22,9 @@ pub struct Mounted {
 }
 
 impl Mounted {
-    /// A line of mountinfo (proc(5)), if it is a pool. `user_id=0`: root has mounted it. A user who may mount FUSE filesystems
-    /// (fusermount3(1)) can choose the type's name, and not that number.
+    /// Reads a line of mountinfo (proc(5)). `None` if it is no pool. `user_id=0` shows that root
+    /// has mounted it: a user who may mount FUSE filesystems (fusermount3(1)) can choose the name
+    /// of the type, but not that number.
     fn parse(line: &str) -> Option<Self> {
         let (mount, filesystem) = line.split_once(" - ")?;
         let options = filesystem.strip_prefix("fuse.hugetlb2 ")?.rsplit(' ').next()?;
@@ -63,17 +65,18 @@ pub fn require_pool(directory: &Path) -> Result<(), String> {
 /// Goes to a mounted pool, and returns the path by which it is found from now on.
 ///
 /// # Errors
-/// What openat(2) answers.
+/// The errors of openat(2).
 pub fn enter(directory: &Path) -> Result<&'static Path, Errno> {
     go_to(directory)?;
     Ok(Path::new("."))
 }
 
-/// Goes to the directory in which a mount point has its name, and returns the name. The mount itself must not be open, or it could not be
-/// unmounted. As long as it is mounted, the kernel lets its name stand for nothing else (rename(2), EBUSY).
+/// Goes to the directory that holds the name of a mount point, and returns the name. The mount
+/// itself must not be open, or it could not be unmounted. As long as it is mounted, the kernel
+/// keeps the name in its place (rename(2), EBUSY).
 ///
 /// # Errors
-/// What openat(2) answers; EINVAL for a path that ends in no name.
+/// The errors of openat(2). EINVAL for a path that ends in no name.
 pub fn enter_parent(directory: &Path) -> Result<PathBuf, Errno> {
     const MOST_LINKS: usize = 40; // as for the kernel (path_resolution(7))
     let mut path = directory.to_owned();

@@ -1,4 +1,5 @@
-//! The string behind `-o`: ours, mount(8)'s generic ones, and those that only mount(8) itself looks at.
+//! The string behind `-o`: the pool's options, mount(8)'s generic ones, and those that only
+//! mount(8) itself looks at.
 
 use hugetlb2fs::options::Options;
 use rustix::mount::MountFlags;
@@ -40,15 +41,16 @@ const GENERIC: &[Generic] = &[
     ("loud", Clear, MountFlags::SILENT),
 ];
 
-/// What mount(8) has dealt with by itself, or fstab(5) says to others.
+/// Options that mount(8) has dealt with, or that fstab(5) says to others.
 const FOR_OTHERS: &[&str] =
     &["defaults", "auto", "noauto", "user", "nouser", "users", "owner", "group", "nofail", "_netdev"];
 
-/// What the kernel shows of a mounted pool; mount(8) passes it on when that is remounted. It stays as it is.
+/// Options that the kernel shows of a mounted pool. mount(8) passes them on at a remount. They stay
+/// as they are.
 const OF_THE_KERNEL: &[&str] =
     &["user_id", "group_id", "default_permissions", "allow_other", "max_read", "seclabel"];
 
-/// What `-o` asks for.
+/// The parsed options.
 #[derive(Debug)]
 pub struct Requested {
     /// Ours.

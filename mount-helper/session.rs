@@ -1,4 +1,4 @@
-//! Starting a daemon and mounting what it serves, with everything undone on the way out unless it is kept.
+//! Starts a daemon and mounts its filesystem. A failure undoes everything.
 
 use crate::daemons::Supervisor;
 use hugetlb2fs::control::{Control, Message};
@@ -23,7 +23,7 @@ use std::process::{Child, Command, Stdio};
 /// Why a mount did not come about, by the exit statuses of mount(8).
 #[derive(Debug)]
 pub enum Failure {
-    /// 1: the request was wrong, or made by somebody who may not.
+    /// 1: the request was wrong, or the user may not make it.
     Usage(String),
     /// 2: the system could not do what it should be able to.
     System(String),
@@ -54,7 +54,8 @@ impl std::fmt::Display for Failure {
     }
 }
 
-/// A daemon that is being started. Dropping it ends it, and waits until all it had has been given back.
+/// A daemon that is being started. Drop ends the daemon, and waits until it has given everything
+/// back.
 pub struct Daemon {
     child: Child,
     control: Control,
@@ -121,7 +122,7 @@ impl Daemon {
         }
     }
 
-    /// What can be said of a daemon that has closed the socket without a word.
+    /// The message for a daemon that has closed the socket without a word.
     fn silent_end(&mut self) -> String {
         match self.child.try_wait().ok().flatten().and_then(|status| status.signal()) {
             Some(signal) => format!("the daemon was {}", explain_signal(signal)),
@@ -129,7 +130,7 @@ impl Daemon {
         }
     }
 
-    /// Waits until the pool is filled, showing how far it is where somebody looks.
+    /// Waits until the pool is filled, and shows the progress on a terminal.
     ///
     /// # Errors
     /// Why it cannot be filled.
@@ -146,8 +147,8 @@ impl Daemon {
 
     /// Makes the filesystem, waits until it serves, and has `attach` give it a place in the tree.
     ///
-    /// The filesystem serves before it has a place: until then the descriptor here is all that holds it. When this
-    /// program dies, the kernel ends the filesystem, and that ends the daemon.
+    /// The filesystem serves before it has a place in the tree. Until then only the descriptor here
+    /// holds it: if this program dies, the kernel ends the filesystem, and that ends the daemon.
     ///
     /// # Errors
     /// Why it does not serve, or those of `attach`; then nothing is mounted.
@@ -188,8 +189,9 @@ impl Drop for Daemon {
     }
 }
 
-/// Starts `program` in place of the daemon `predecessor`, waits until it serves, and returns its process id. From when
-/// it has ended the other, it is on its own: it goes on whatever becomes of us.
+/// Starts `program` in place of the daemon `predecessor`, waits until it serves, and returns its
+/// process id. From the moment that it has ended the other daemon, the new one goes on without this
+/// program.
 ///
 /// # Errors
 /// Why it does not; the other goes on then, unless that had ended by itself.
@@ -208,8 +210,8 @@ fn make_inheritable(fd: impl AsFd) -> Result<(), Failure> {
     fcntl_setfd(fd, FdFlags::empty()).map_err(|errno| Failure::System(format!("fcntl: {errno}")))
 }
 
-/// Makes the filesystem that `device` serves, and has it mounted nowhere yet (fsmount(2)). /proc/mounts will
-/// show it as `fuse.hugetlb2`.
+/// Makes the filesystem that `device` serves. It is mounted nowhere yet (fsmount(2)). /proc/mounts
+/// will show it as `fuse.hugetlb2`.
 fn create(device: &File, source: &str, flags: MountFlags) -> Result<OwnedFd, Errno> {
     let context = fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
     for (name, value) in [
@@ -233,7 +235,8 @@ fn create(device: &File, source: &str, flags: MountFlags) -> Result<OwnedFd, Err
     fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
 }
 
-/// What mount(2) makes of its flags: options of the filesystem (fs/fs_context.c), and attributes of the mount.
+/// The meaning of mount(2)'s flags: options of the filesystem (fs/fs_context.c), and attributes of
+/// the mount.
 const OF_THE_FILESYSTEM: [(MountFlags, &str); 4] = [
     (MountFlags::RDONLY, "ro"),
     (MountFlags::SYNCHRONOUS, "sync"),
@@ -250,11 +253,11 @@ const OF_THE_MOUNT: [(MountFlags, MountAttrFlags); 7] = [
     (MountFlags::STRICTATIME, MountAttrFlags::MOUNT_ATTR_STRICTATIME),
 ];
 
-/// Puts a filesystem from [`Daemon::mount`] on `directory`, which stays the directory that it is whatever becomes of
-/// its name.
+/// Mounts a filesystem from [`Daemon::mount`] on `directory`, an open directory, even if its name
+/// has come to stand for another one.
 ///
 /// # Errors
-/// What move_mount(2) answers.
+/// The errors of move_mount(2).
 pub fn attach(filesystem: &OwnedFd, directory: &OwnedFd) -> Result<(), Errno> {
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     move_mount(filesystem, "", directory, "", flags)

@@ -1,12 +1,14 @@
 //! umount.fuse.hugetlb2: unmounts, and returns when the memory is free.
 //!
-//! umount(8) calls it only where it looks the mount up in mountinfo (`umount -c`, `-l`, `-f`). For a plain `umount DIR`
-//! util-linux 2.38 makes do with statfs(2), sees `fuse`, looks for umount.fuse and else unmounts by itself: the memory
-//! is free some milliseconds after that has returned.
+//! umount(8) calls this program only if it looks the mount up in mountinfo (`umount -c`, `-l`,
+//! `-f`). For a plain `umount DIR`, util-linux 2.38 asks statfs(2), sees `fuse`, looks for
+//! umount.fuse, and otherwise unmounts by itself. Then the memory is free some milliseconds after
+//! umount(8) has returned.
 
 use crate::namespace::Namespaces;
 use crate::session::Failure;
-use crate::{attributes, daemons, mounts, say};
+use crate::terminal::say;
+use crate::{attributes, daemons, mounts};
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -16,10 +18,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// How long an answer of the daemon is waited for before it is said not to answer.
+/// The time after which a daemon is said not to answer.
 const ANSWER: Duration = Duration::from_secs(2);
 
-/// How long the end of the daemon is waited for. It ends at once, unless the filesystem is mounted in other places too.
+/// The longest wait for the end of the daemon. It ends at once, unless the filesystem is mounted in
+/// other places, too.
 const PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
 const USAGE_STATUS: u8 = 1;
@@ -83,8 +86,9 @@ fn carry_out(matches: &ArgMatches) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Has every call to a pool fail for good, where that is the only way out: MNT_FORCE ends the connection before the kernel
-/// looks for users (fs/fuse/inode.c, fuse_umount_begin).
+/// Ends the connection, so that every call to the pool fails for good; only if the daemon does not
+/// answer. MNT_FORCE ends it before the kernel looks for users (fs/fuse/inode.c,
+/// fuse_umount_begin).
 fn end_connection(mount_point: &Path) -> Result<(), String> {
     if matches!(attributes::pool_within(mount_point, ANSWER), Some(Ok(_))) {
         return Err(

@@ -31,43 +31,87 @@ fn read(path: &Path) -> String {
     fs::read_to_string(path).expect("readable text")
 }
 
-/// The modules of `lib.rs`, in its order.
-fn layers() -> Vec<String> {
-    let lib = read(&Path::new(ROOT).join("src/lib.rs"));
-    lib.lines()
-        .filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'))
-        .map(str::to_owned)
-        .collect()
+/// The modules that a file declares, in its order.
+fn layers(file: &str) -> Vec<String> {
+    let root = read(&Path::new(ROOT).join(file));
+    let name = |line: &str| {
+        let line = line.strip_prefix("pub ").unwrap_or(line);
+        Some(line.strip_prefix("mod ")?.strip_suffix(';')?.to_owned())
+    };
+    root.lines().filter_map(name).collect()
+}
+
+/// The modules that a file names behind `crate::`, one by one or in braces, with the line numbers.
+fn used_modules(path: &Path) -> Vec<(usize, String)> {
+    let text = read(path);
+    let code = text.lines().map(|line| line.split("//").next().unwrap_or_default());
+    let code = code.collect::<Vec<_>>().join("\n");
+    let mut used = Vec::new();
+    for (at, prefix) in code.match_indices("crate::") {
+        let line = 1 + code[..at].matches('\n').count();
+        let rest = &code[at + prefix.len()..];
+        let names = rest.strip_prefix('{').map_or_else(|| vec![rest], members);
+        used.extend(names.into_iter().map(|name| (line, first_word(name))));
+    }
+    used
+}
+
+/// The members of a group, of which `text` is all that is behind its brace.
+fn members(text: &str) -> Vec<&str> {
+    let (mut members, mut depth, mut start) = (Vec::new(), 0, 0);
+    for (at, c) in text.char_indices() {
+        match c {
+            '{' => depth += 1,
+            ',' | '}' if depth == 0 => {
+                members.push(&text[start..at]);
+                start = at + 1;
+                if c == '}' {
+                    break;
+                }
+            }
+            '}' => depth -= 1,
+            _ => {}
+        }
+    }
+    members
+}
+
+fn first_word(text: &str) -> String {
+    text.trim_start().chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect()
 }
 
 /// The module of `lib.rs` that a source file belongs to.
 fn layer_of(path: &Path) -> Option<String> {
-    let relative = path.strip_prefix(Path::new(ROOT).join("src")).expect("below src");
+    layer_below(path, "src")
+}
+
+fn layer_below(path: &Path, directory: &str) -> Option<String> {
+    let relative = path.strip_prefix(Path::new(ROOT).join(directory)).expect("below it");
     let first = relative.components().next()?.as_os_str().to_str()?;
     let name = first.strip_suffix(".rs").unwrap_or(first);
     (name != "lib" && name != "main").then(|| name.to_owned())
 }
 
-#[test]
-fn a_module_uses_only_those_above_it() {
-    let layers = layers();
-    assert!(layers.len() > 10, "the list of layers was not found");
+/// The uses in `directory` of a module that stands below the user in the list in `file`.
+fn upward_uses(directory: &str, file: &str) -> Vec<String> {
+    let layers = layers(file);
+    assert!(layers.len() > 10, "the list of layers was not found in {file}");
     let rank = |name: &str| layers.iter().position(|layer| layer == name);
     let mut wrong = Vec::new();
-    for path in sources("src") {
-        let Some(own) = layer_of(&path) else { continue };
-        let own_rank = rank(&own).unwrap_or_else(|| panic!("{own} is not in lib.rs"));
-        for (number, line) in read(&path).lines().enumerate() {
-            let code = line.split("//").next().unwrap_or_default();
-            for used in code.split("crate::").skip(1) {
-                let name: String =
-                    used.chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect();
-                if rank(&name).is_some_and(|rank| rank > own_rank) {
-                    wrong.push(format!("{}:{}: {own} uses {name}", path.display(), number + 1));
-                }
-            }
-        }
+    for path in sources(directory) {
+        let Some(own) = layer_below(&path, directory) else { continue };
+        let own_rank = rank(&own).unwrap_or_else(|| panic!("{own} is not in {file}"));
+        let used = used_modules(&path).into_iter();
+        let above = used.filter(|(_, name)| rank(name).is_some_and(|rank| rank > own_rank));
+        wrong.extend(above.map(|(line, name)| format!("{}:{line}: {own} uses {name}", path.display())));
     }
+    wrong
+}
+
+#[test]
+fn a_module_uses_only_those_above_it() {
+    let mut wrong = upward_uses("src", "src/lib.rs");
+    wrong.extend(upward_uses("mount-helper", "mount-helper/main.rs"));
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
@@ -75,7 +119,7 @@ fn a_module_uses_only_those_above_it() {
 fn the_map_of_the_code_has_each_module() {
     let lib = read(&Path::new(ROOT).join("src/lib.rs"));
     let row = |line: &str| Some(line.strip_prefix("//! | [`")?.split_once("`] |")?.0.to_owned());
-    assert_eq!(lib.lines().filter_map(row).collect::<Vec<_>>(), layers());
+    assert_eq!(lib.lines().filter_map(row).collect::<Vec<_>>(), layers("src/lib.rs"));
 }
 
 #[test]
