@@ -1,4 +1,4 @@
-//! What one daemon leaves to the next that cannot be read off the files: a small text file beside the tree.
+//! A small text file beside the tree, for the next daemon. It holds what the files do not tell.
 //!
 //! ```text
 //!   hugetlb2 handover 1
@@ -7,9 +7,10 @@
 //!   reply 5000...          what it was answered
 //! ```
 //!
-//! It is written once, when the filesystem is mounted. The first line names the version of *everything* that outlives a process: this
-//! file, the layout of objects and reserves, and the ledgers, which have versions of their own besides. A daemon that does not know
-//! one leaves all as it is.
+//! The first worker writes the file once, when the filesystem is mounted. The first line names the
+//! version of *everything* that outlives a process: this file, the layout of objects and reserves,
+//! and the ledgers, which also have versions of their own. A daemon that does not know the version
+//! changes nothing.
 
 use crate::error::{Error, Result};
 use crate::fuse::Handshake;
@@ -21,12 +22,12 @@ use std::path::{Path, PathBuf};
 const TITLE: &str = "hugetlb2 handover";
 const VERSION: u32 = 1;
 
-/// What is handed over.
+/// The content of the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Handover {
     /// What the pool was mounted with.
     pub options: Options,
-    /// What was agreed on with the kernel.
+    /// The handshake with the kernel.
     pub handshake: Handshake,
 }
 

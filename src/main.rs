@@ -1,4 +1,5 @@
-//! hugetlb2fsd: the daemon behind one mounted pool. mount.hugetlb2 starts it, and `hugetlb2 upgrade` another in its place.
+//! hugetlb2fsd, the daemon behind one mounted pool. mount.hugetlb2 starts it; `hugetlb2 upgrade`
+//! starts another one in its place.
 
 use clap::{Arg, ArgMatches, Command};
 use hugetlb2fs::control::{Control, Message};
@@ -48,7 +49,8 @@ fn options(matches: &ArgMatches) -> Result<Options, String> {
     Ok(options)
 }
 
-/// The program that starts this one may have anything open: a lock, a terminal, a file on a disk that is to be unmounted.
+/// The program that starts the daemon may have anything open: a lock, a terminal, a file on a disk
+/// that is to be unmounted.
 fn close_what_is_not_ours(matches: &ArgMatches) -> Result<(), String> {
     let names = ["fuse-fd", "control-fd"].into_iter();
     let mut kept: Vec<RawFd> = names.filter_map(|name| matches.get_one(name).copied()).collect();
@@ -60,8 +62,8 @@ fn inherited(matches: &ArgMatches, name: &str) -> Result<OwnedFd, String> {
     sys::inherited(*fd).map_err(|error| format!("--{name}={fd}: {error}"))
 }
 
-/// A thread that panics would leave its request unanswered, and the caller waiting for good. That the process ends is the
-/// lesser evil: another takes over.
+/// A thread that panics would leave its request unanswered, and the caller would wait for good. So
+/// the process ends, and another worker takes over.
 fn end_at_a_panic() {
     std::panic::set_hook(Box::new(|panic| {
         log::error!("internal error, this process ends: {panic}");
@@ -70,7 +72,7 @@ fn end_at_a_panic() {
     }));
 }
 
-/// What there is to supervise: a pool that is going to be mounted, or another daemon's.
+/// The pool to supervise: one that is going to be mounted, or another daemon's.
 fn start(matches: &ArgMatches, control: &mut Control) -> Result<(Options, OwnedFd), String> {
     close_what_is_not_ours(matches)?;
     let Some(pid) = matches.get_one::<i32>("take-over") else {

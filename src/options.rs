@@ -22,11 +22,12 @@ pub struct Options {
     pub collapse: bool,
     /// A write that covers a quarantined subpage repairs it.
     pub recovery_write: bool,
-    /// Who reads for those that have a file open for reading only.
+    /// The reader for descriptors that are open for reading only.
     pub io: Io,
-    /// What is punched stays the file's, and a touch fills it; or else it goes back to the pool.
+    /// A punched page stays the file's, and the next touch fills it. Otherwise the page goes back
+    /// to the pool.
     pub keep_punched: bool,
-    /// Where the daemon logs to; the system log where none is given.
+    /// The file that the daemon logs to; without one, the system log.
     pub log: Option<String>,
 }
 
@@ -48,13 +49,13 @@ impl Default for Options {
     }
 }
 
-/// Who reads for those that have a file open for reading only.
+/// The reader for descriptors that are open for reading only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Io {
-    /// The kernel, where it looks for memory errors itself (CONFIG_MEMORY_FAILURE), otherwise the daemon.
+    /// The kernel if it handles memory errors (CONFIG_MEMORY_FAILURE), otherwise the daemon.
     Auto,
-    /// The kernel, from the memory of the file. As long as such a descriptor is open, no subpage is quarantined but by a real
-    /// memory error.
+    /// The kernel, from the memory of the file. While such a descriptor is open, only a real memory
+    /// error quarantines a subpage.
     Native,
     /// The daemon.
     Mediated,
@@ -93,7 +94,8 @@ impl fmt::Display for Size {
 }
 
 impl Size {
-    /// Parses a number of bytes with an optional suffix K, M, G or T (powers of 1024), or a percentage.
+    /// Parses a number of bytes with an optional suffix K, M, G or T (powers of 1024), or a
+    /// percentage.
     ///
     /// # Errors
     /// A sentence that says what is wrong and what would be right.
@@ -161,7 +163,7 @@ fn describe(page_size: PageSize) -> &'static str {
 pub struct Row {
     /// As in `-o name=value` and `--name=value`.
     pub name: &'static str,
-    /// What stands for the value in a help text.
+    /// The placeholder for the value in a help text.
     pub value: &'static str,
     /// The value that holds where none is given; `None` for an option that must be given.
     pub default: Option<&'static str>,
@@ -325,7 +327,7 @@ fn parse_punch(text: &str) -> Result<bool, String> {
 }
 
 impl Options {
-    /// Whether `name` is in the table.
+    /// True if the table has `name`.
     pub fn knows(name: &str) -> bool {
         TABLE.iter().any(|row| row.name == name)
     }

@@ -1,4 +1,4 @@
-//! The supervisor: holds the device and the private mount namespace, and sees to it that a worker serves.
+//! The supervisor holds the device and the private mount namespace, and keeps a worker running.
 //!
 //! ```text
 //!                 fork                        ended, status 0
@@ -13,22 +13,25 @@
 //!                                  +------------------------------------------------------+
 //! ```
 //!
-//! SIGHUP replaces the worker in every state, also one that hangs. SIGUSR1 is passed on to the worker, which
-//! opens its log anew ([`logging`]).
+//! SIGHUP replaces the worker in every state, even a worker that hangs. The supervisor passes
+//! SIGUSR1 on to the worker, which opens its log anew ([`logging`]).
 //!
-//! A worker that serves and dies of one request again and again does not end in *refusing*: the next worker answers that one
-//! request with EIO and serves all others (the module `fuse`). *Refusing* is for workers that cannot start. What they lack may
-//! come back, so the supervisor ends each refusal after a pause and starts one worker. When that worker cannot start
-//! either, the supervisor refuses again, twice as long, up to [`LONGEST_REFUSAL`].
+//! A request that worker after worker dies of does not lead to *refusing*: the next worker answers
+//! that one request with EIO and serves all others (the module `fuse`). *Refusing* is for workers
+//! that cannot start. The resource that they lack may come back, so the supervisor ends each
+//! refusal after a pause and starts one worker. If that worker cannot start either, the supervisor
+//! refuses again, for twice as long, up to [`LONGEST_REFUSAL`].
 //!
-//! In every state the namespace, and so all memory, is kept, every mapping is valid, and the kernel keeps what is asked. When
-//! *refusing*, a process that knows nothing of files answers every request with EIO. SIGTERM and SIGINT end the worker, then the
-//! supervisor, in every state; the memory is free when the last mapping is gone.
+//! In every state the supervisor keeps the namespace, and so all memory. Every mapping stays valid,
+//! and the kernel keeps the requests. In *refusing*, a process that knows nothing of files answers
+//! every request with EIO. SIGTERM and SIGINT end the worker, then the supervisor, in every state.
+//! The memory is free when the last mapping is gone.
 //!
-//! The supervisor has one thread, reads nothing that users write, and allocates nothing once it has started: what can
-//! fail, be killed or be replaced is the worker. Workers are forked, not executed: the root that they live in holds no
-//! program. A worker is killed when its supervisor is gone (prctl(2), PR_SET_PDEATHSIG), so there are never two supervisors' workers; and
-//! one waits until the one before it is gone ([`crate::worker`]).
+//! The supervisor has one thread, reads nothing that users write, and allocates nothing once it has
+//! started: only the worker can fail, be killed or be replaced. The supervisor forks workers and
+//! does not execute them, because the root that they live in holds no program. The kernel kills a
+//! worker when its supervisor is gone (prctl(2), PR_SET_PDEATHSIG), so two supervisors never have
+//! workers at once. A worker waits until the worker before it is gone ([`crate::worker`]).
 
 use crate::control::{Control, Message};
 use crate::error::{Error, Result};
@@ -41,12 +44,14 @@ use std::time::{Duration, Instant};
 
 /// Workers that may die in a row without having been of use.
 const RESTARTS: u32 = 10;
-/// How long a worker has to serve to be of use, if it ends by its own fault: one that dies of a request will be sent it again.
+/// A worker that serves for a shorter time and then ends by its own fault counts as a failed start:
+/// the kernel sends the request that it died of to the next worker, too.
 const SERVICE: Duration = Duration::from_secs(1);
 /// The pause after the first of them; each further one is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-/// The time that requests are refused before the supervisor starts a worker again; each further refusal is twice as long.
+/// The time that requests are refused before the supervisor starts a worker again. Each further
+/// refusal is twice as long.
 const FIRST_REFUSAL: Duration = Duration::from_secs(1);
 const LONGEST_REFUSAL: Duration = Duration::from_secs(30);
 
@@ -60,7 +65,7 @@ impl Announcement {
     }
 }
 
-/// What became of the one before.
+/// The end of the worker before.
 #[derive(Clone, Copy, Debug)]
 pub struct Death {
     /// Its process.
@@ -69,13 +74,14 @@ pub struct Death {
     pub status: WaitStatus,
 }
 
-/// What a worker is started as.
+/// The part that a worker is started for.
 pub enum Role {
     /// One that serves.
     Serve {
         /// To be made use of once.
         announcement: Announcement,
-        /// Somebody who waits for this worker to serve; the first has one.
+        /// The mount helper, or the command, that waits for this worker to serve. Only the first
+        /// worker has one.
         control: Option<Control>,
         /// There is no filesystem yet: it is to be made.
         mounting: bool,
@@ -97,7 +103,7 @@ pub enum End {
     Stopped,
 }
 
-/// What to do after a death; pure.
+/// Decides what follows a death. Pure.
 #[derive(Debug, Default)]
 struct Restarts {
     fruitless: u32,
@@ -141,7 +147,7 @@ struct Worker {
     announced: Option<PipeReader>,
 }
 
-/// What one wait has brought.
+/// The end of one wait.
 enum Event {
     Ended(WaitStatus),
     Stop,
@@ -150,11 +156,12 @@ enum Event {
     TimeIsUp,
 }
 
-/// Keeps workers running; `work` is what each does, in a process of its own, and the status that it ends with. `control` goes to the
-/// first. With `must_serve` that has to come to serve.
+/// Keeps workers running. Each worker is a process of its own that carries out `work` and ends with
+/// the status that `work` returns. The first worker gets `control`. With `must_serve`, the first
+/// worker has to come to serve.
 ///
 /// # Errors
-/// What the kernel answers to the supervisor itself; the workers are gone then.
+/// The kernel's answer to a call of the supervisor itself. The workers are gone then.
 pub fn supervise(
     mut control: Option<Control>,
     must_serve: bool,
@@ -251,7 +258,7 @@ fn start(
     }
 }
 
-/// Waits until the worker has ended, the supervisor is sent a signal, or the worker has run for `limit`.
+/// Waits until the worker has ended, a signal comes, or the worker has run for `limit`.
 fn wait(signals: Signals, worker: &Worker, limit: Option<Duration>) -> Result<Event> {
     loop {
         if let Some(status) = process::ended(worker.pid)? {
@@ -270,7 +277,8 @@ fn wait(signals: Signals, worker: &Worker, limit: Option<Duration>) -> Result<Ev
     }
 }
 
-/// Tells the mount helper of a worker that was killed, as the worker cannot. One that ended by itself has said why.
+/// Tells the mount helper of a worker that a signal has ended. A worker that ended by itself has
+/// told the reason.
 fn report(status: WaitStatus, helper: Option<Control>) {
     if let Some(signal) = status.terminating_signal() {
         tell(helper, ended_by(signal));
@@ -295,7 +303,8 @@ fn tell(helper: Option<Control>, why: String) {
 }
 
 impl Worker {
-    /// To be asked when it has ended: its end of the pipe is closed, so there is nothing to wait for.
+    /// True if the worker has come to serve. For the time after its end: its end of the pipe is
+    /// closed then, so the call does not wait.
     fn has_served(&mut self) -> bool {
         let mut word = [0];
         self.announced.take().is_some_and(|mut announced| matches!(announced.read(&mut word), Ok(1)))
@@ -314,8 +323,8 @@ impl Worker {
     }
 }
 
-/// Lets go of everything that is mounted in our namespace, so that the memory is free by the time that this process has ended, and
-/// not some time later. Nothing is left to do in the namespace then.
+/// Detaches all mounts of this namespace, so that the memory is free when this process ends, and
+/// not some time later. Nothing can be done in the namespace afterwards.
 pub fn free_memory() {
     let _ = sys::tmpfs::detach("/"); // it would go with the namespace, too
 }

@@ -8,8 +8,8 @@
 //!   4. go on   as a supervisor whose worker has died
 //! ```
 //!
-//! Up to step 3 the other notices nothing. From there on it is what happens after any death: the kernel keeps the requests, and
-//! has the device open in us.
+//! Up to step 3 the other daemon notices nothing. From there on everything goes as after any death:
+//! the kernel keeps the requests, because the new daemon has the device open.
 
 use crate::error::Error;
 use crate::fs::{OBJECTS, refuse_too_few_descriptors};
@@ -37,17 +37,19 @@ pub struct Predecessor {
     pub options: Options,
     /// /dev/fuse, as it has it open.
     pub device: OwnedFd,
-    /// Locked until the worker of the new daemon serves: two that take over at once would both go on, and one that is
-    /// taken over from before it serves would be said to have failed.
+    /// Locked until the worker of the new daemon serves. Without the lock, two daemons that take
+    /// over at once would both go on, and a daemon that is taken over from before it serves would
+    /// be reported as failed.
     only_one: File,
 }
 
 impl Predecessor {
-    /// Looks at the supervisor with this process id, which serves `connection`, the minor device number of a mount. Changes
-    /// nothing.
+    /// Looks at the supervisor with this process id, which serves `connection`, the minor device
+    /// number of a mount. Changes nothing.
     ///
     /// # Errors
-    /// A sentence: it is none, or another is taking over, or this version does not know what it would leave.
+    /// A sentence: the process is no supervisor, another daemon takes over just now, or this
+    /// version does not know what the supervisor would leave.
     pub fn find(pid: i32, connection: i32) -> Result<Self, String> {
         let none = |why: String| format!("process {pid} is no daemon that could be taken over from: {why}");
         let process = Pid::from_raw(pid).ok_or_else(|| none("no process id".into()))?;
@@ -73,7 +75,7 @@ impl Predecessor {
     /// Goes where its files are.
     ///
     /// # Errors
-    /// What setns(2) answers; [`Error::Invalid`] where so many files cannot be open here.
+    /// The errors of setns(2). [`Error::Invalid`] if so many files cannot be open here.
     pub fn enter_namespace(&self) -> Result<(), Error> {
         refuse_too_few_descriptors(self.files)?;
         Ok(move_into_thread_name_spaces(self.process.as_fd(), ThreadNameSpaceType::MOUNT)?)
@@ -98,13 +100,15 @@ impl Predecessor {
     }
 }
 
-/// Whether every sealed file is of a version that is known here; how many regular files there are.
+/// The number of regular files. Fails if a sealed file has a version that this program does not
+/// know.
 fn check_versions(root: &Path) -> Result<u64, Error> {
     count_known(root, RESERVES)?;
     count_known(root, OBJECTS)
 }
 
-/// How many sealed files are mounted in a directory, all of which must be of a known version.
+/// The number of sealed files in a directory. Fails if one has a version that this program does not
+/// know.
 fn count_known(root: &Path, directory: &str) -> Result<u64, Error> {
     let mut count = 0;
     for place in std::fs::read_dir(root.join(directory.trim_start_matches('/')))? {
@@ -116,14 +120,16 @@ fn count_known(root: &Path, directory: &str) -> Result<u64, Error> {
     Ok(count)
 }
 
-/// Its own number for itself must be the one that it has here: a worker finds itself by it in the /proc that it is left.
+/// Process ids must mean the same in both daemons: a worker finds itself by its own number in the
+/// /proc that the other daemon leaves.
 fn is_of_our_pid_namespace(pid: i32) -> Result<bool, Error> {
     let namespace = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/pid"));
     Ok(namespace("self")? == namespace(&pid.to_string())?)
 }
 
-/// Whether root runs it, in our user namespace. The root directory of another user's process holds what that user
-/// has prepared. The owner of /proc/PID tells nothing: the kernel says root where a process is not dumpable (prctl(2)).
+/// True if root runs the process, in our user namespace. The root directory of another user's
+/// process holds what that user has prepared. The owner of /proc/PID proves nothing: it is root,
+/// too, for a process that is not dumpable (prctl(2)).
 fn is_roots(pid: i32) -> Result<bool, Error> {
     let namespace = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/user"));
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;

@@ -1,9 +1,11 @@
-//! One life of a worker: fill the pool and wait for the mount, or take over what another has left; serve. Whatever it ends of, it
-//! leaves everything in place: that is for another worker to find, and in the end for the supervisor to give back.
+//! One life of a worker: fill the pool and wait for the mount, or take over from another worker;
+//! serve. A worker that ends leaves everything in place, for the next worker, or for the supervisor
+//! to give back.
 //!
-//! A worker may end at any instruction. What it knows is in its memory for speed only: the next one reads it off the
-//! files ([`crate::fs::Fs::open`]), finishes or undoes what was half done, and takes the session over
-//! ([`Connection::take_over`]). One worker at a time: each holds a lock that is free when its process has gone, whoever started it.
+//! A worker may end at any instruction. It keeps knowledge in its memory for speed only: the next
+//! worker reads everything off the files ([`crate::fs::Fs::open`]), finishes or undoes half-done
+//! changes, and takes the session over ([`Connection::take_over`]). One worker runs at a time: each
+//! holds a lock, which the kernel frees when the process is gone.
 
 use crate::agents;
 use crate::control::{Control, Message};
@@ -50,11 +52,12 @@ pub fn prepare(namespace: impl FnOnce() -> Result<(), Error>) -> Result<(), Stri
         .and_then(|()| identity::keep_capabilities_across_fsuid())
         .and_then(|()| namespace());
     prepared.map_err(preparing)?;
-    // What the daemon asks for and the machine does not have is nobody else's fault.
+    // A shortage that the daemon causes must end no other process.
     if let Err(error) = sys::shortage::spare_others() {
         log::warn!("memory that is taken can be the end of other processes (no CAP_SYS_RESOURCE?): {error}");
     }
-    // All memory of the pool would be lost with the daemon: the OOM killer is to look elsewhere (proc(5)).
+    // All memory of the pool would be lost with the daemon, so the OOM killer is told to look
+    // elsewhere (proc(5)).
     if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-1000") {
         log::warn!("the OOM killer may choose this process (no CAP_SYS_RESOURCE?): {error}");
     }
@@ -88,7 +91,8 @@ fn raise_descriptor_limit() -> Result<(), Error> {
     Ok(setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?)
 }
 
-/// Runs a worker on `device` (/dev/fuse), in the process that was forked for it; returns the status to end with.
+/// Runs a worker on `device` (/dev/fuse), in the process that was forked for the worker. Returns
+/// the exit status.
 pub fn run(options: &Options, device: &OwnedFd, role: Role) -> i32 {
     sys::allocator::keep_memory_at_hand();
     let writes = logging::start_writer().map_err(no_thread);
@@ -122,7 +126,7 @@ fn refuse(device: &OwnedFd) -> Result<(), String> {
          once, `hugetlb2 upgrade` one of another version",
         rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get())
     );
-    // One of those that nobody has answered may be what they died of.
+    // The workers may have died of a request that is not answered yet.
     fuse::resend(device).map_err(|error| format!("having requests sent again: {error}"))?;
     let mut buffer = vec![0; 2 * fuse::LARGEST_REQUEST as usize];
     while fuse::refuse_one(device, &mut buffer).map_err(|error| format!("refusing requests: {error}"))? {}
@@ -253,7 +257,7 @@ fn fill(page_size: PageSize, pages: u64, control: &mut Control) -> Result<Pool, 
     })
 }
 
-/// That there is no memory for a pool of `total` bytes, and what would be right.
+/// The message for a pool of `total` bytes that does not fit, with what would be right.
 fn refusal(total: u64) -> String {
     if let Ok(Some((nodes, available))) = sys::available_in_cpuset()
         && available < total

@@ -1,4 +1,4 @@
-//! How much may be logged: a token bucket for each place in the code and user; pure.
+//! Limits of the log: a token bucket for each place in the code and user. Pure.
 
 use log::Record;
 use std::collections::HashMap;
@@ -37,7 +37,7 @@ struct Bucket {
     like: String,
 }
 
-/// Whether a line may be logged.
+/// The answer for one line.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Admission {
     /// It may.
@@ -56,7 +56,7 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Whether `line` may be logged at the moment `now`.
+    /// Decides on `line` at the moment `now`.
     pub fn admit(&mut self, key: Key, line: &str, now: Instant) -> Admission {
         if self.buckets.len() >= MOST && !self.buckets.contains_key(&key) {
             self.make_room(now);
@@ -82,7 +82,8 @@ impl Limits {
         self.suppressed
     }
 
-    /// How many lines were suppressed since the last call, key by key, and the first of each.
+    /// The number of suppressed lines since the last call, for each key, with the first line of
+    /// each.
     pub fn take_suppressed(&mut self) -> Vec<(u64, String)> {
         self.suppressed = false;
         let taken = self.buckets.values_mut().filter(|bucket| bucket.suppressed > 0);

@@ -6,18 +6,19 @@
 //!   worker ------+
 //! ```
 //!
-//! **A thread that logs never waits.** It puts a line into the queue without blocking; a line that finds
-//! no room is dropped and counted. One thread of the worker, the writer, takes lines out of the queue and
-//! is the only one that can wait for a disk or for another program. It says in the log how many lines
-//! were dropped as soon as the log takes lines again.
+//! **A thread that logs never waits.** It puts a line into the queue without blocking. If the queue
+//! is full, the line is dropped and counted. One thread of the worker, the writer, takes lines out
+//! of the queue. Only the writer can wait for a disk or for another program. As soon as the log
+//! takes lines again, the writer says how many were dropped.
 //!
-//! The supervisor makes the queue and holds both ends, so lines outlive the worker that wrote them: the
-//! next worker's writer goes on. The supervisor has no thread but its first, and writes nothing itself.
+//! The supervisor makes the queue and holds both ends, so lines outlive the worker that wrote them:
+//! the next worker's writer goes on with them. The supervisor has no thread but its first, and
+//! writes nothing itself.
 //!
-//! **A user cannot fill the log.** Each place in the code may log [`limit::BURST`] lines at once and
-//! [`limit::RATE`] lines a second, for each user of which the place knows. The writer says how many lines
-//! more there were. A line has at most [`text::LONGEST`] bytes, and every character in a line that is not
-//! printable is escaped.
+//! **A user cannot fill the log.** Each place in the code may log [`limit::BURST`] lines at once
+//! and [`limit::RATE`] lines a second, for each user that the place knows. The writer says how many
+//! more lines there were. A line has at most [`text::LONGEST`] bytes, and every character of a line
+//! that is not printable is escaped.
 //!
 //! SIGUSR1 has the writer open the file, or the connection to the system log, anew ([`reopen_on`]).
 
@@ -45,10 +46,10 @@ use std::time::{Duration, Instant};
 /// Bytes of lines and their headers that the queue holds: some hundred lines.
 const QUEUE_BYTES: usize = 200 << 10;
 
-/// How often the writer says how many lines were suppressed, while lines are.
+/// The time between two reports of suppressed lines.
 const REPORT_PERIOD: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
-/// How long the end of a process waits for a log that does not take its last lines.
+/// The longest time that the end of a process waits for a log that does not take the last lines.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// Messages of the queue that are no lines: a line is longer than one byte.
@@ -79,12 +80,12 @@ struct DaemonLog {
     flushing: Condvar,
 }
 
-/// Starts logging to `path`, or else to the system log. Lines stay in the queue until a process calls
-/// [`start_writer`].
+/// Starts logging to `path`, or else to the system log. Lines stay in the queue until a process
+/// calls [`start_writer`].
 ///
 /// # Errors
-/// `path` cannot be opened, or is not safe to write to. A machine without a system log is served by its
-/// kernel log.
+/// `path` cannot be opened, or is not safe to write to. A machine without a system log is served by
+/// its kernel log.
 pub fn start(path: Option<&str>) -> io::Result<()> {
     let root = openat(CWD, "/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     let sink = Sink::open(root, path)?;
@@ -115,7 +116,7 @@ pub fn start(path: Option<&str>) -> io::Result<()> {
 /// Has this signal open the log anew, in this process and those that it forks.
 ///
 /// # Errors
-/// What sigaction(2) answers.
+/// The errors of sigaction(2).
 pub fn reopen_on(signal: i32) -> io::Result<()> {
     let Some(log) = LOG.get() else { return Ok(()) };
     signal_hook::flag::register(signal, log.reopen.clone())?;
@@ -138,8 +139,8 @@ pub fn start_writer() -> io::Result<()> {
     Ok(())
 }
 
-/// Waits until what this process has logged is written, but not for long: a process that is to end must
-/// not wait for its log.
+/// Waits until the lines of this process are written, but not for long: a process that is to end
+/// must not wait for its log.
 pub fn flush() {
     if let Some(log) = LOG.get()
         && start_writer().is_ok()
@@ -275,7 +276,7 @@ impl DaemonLog {
         }
     }
 
-    /// What the writer says itself does not go through the queue, where it could find no room.
+    /// The writer's own lines do not go through the queue, which could be full.
     fn say(&self, sink: &mut Sink, level: Level, what: Arguments<'_>) {
         if !sink.write(self.shape.line(level, &what).as_bytes()) {
             count_dropped();

@@ -1,8 +1,8 @@
-//! Where lines go, and whether they arrive.
+//! The destinations of lines: a file, the system log, or the kernel's log.
 //!
-//! The daemon leaves the machine's mounts behind, so it keeps a descriptor of the root directory that it
-//! was started in, opened with O_PATH, and looks the log up from there. That holds no mount busy which the
-//! daemon's program would not hold.
+//! The daemon leaves the machine's mounts. So it keeps a descriptor of the root directory that it
+//! was started in, opened with O_PATH, and looks the log up from there. This descriptor holds no
+//! mount busy that the daemon's program does not hold.
 
 use super::text::Shape;
 use crate::sys;
@@ -14,7 +14,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 
-/// Where lines go.
+/// The destination of lines.
 pub enum Sink {
     /// To a file.
     File(LogFile),
@@ -34,7 +34,7 @@ impl Sink {
         }
     }
 
-    /// What a line for it looks like.
+    /// The shape of a line for this destination.
     pub fn shape(&self) -> Shape {
         match self {
             Self::File(_) => Shape::File,
@@ -100,13 +100,13 @@ impl LogFile {
 
 /// Opens the log file `path`, for appending, and makes it where it is missing.
 ///
-/// A FIFO is opened for reading, too: so it takes lines before another process reads it, and after that has
-/// ended. Neither opening nor writing waits (O_NONBLOCK).
+/// A FIFO is opened for reading, too, so that it takes lines before another process reads it, and
+/// after that process has ended. Neither opening nor writing waits (O_NONBLOCK).
 ///
 /// # Errors
-/// What open(2) answers, and a sentence where a user other than root could choose what is written to: the
-/// file is a symbolic link, or lies in a directory of that user, or was put by that user into a directory
-/// that all can write to.
+/// The errors of open(2), and a sentence if a user other than root could choose the file: the path
+/// is a symbolic link, or lies in a directory of that user, or the user has put it into a directory
+/// that all users can write to.
 fn open_log(root: &OwnedFd, path: &Path) -> io::Result<File> {
     let refused = |why: String| io::Error::new(io::ErrorKind::PermissionDenied, why);
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {

@@ -1,16 +1,18 @@
-//! A line of the log: one, printable, and not too long, whatever a user has put into it.
+//! A line of the log is one line, printable, and not too long, no matter what a user has put into
+//! it.
 
 use crate::sys;
 use log::Level;
 use std::fmt::{self, Arguments, Write as _};
 
-/// Bytes of a line at most. /dev/kmsg takes no more than 976 (kernel/printk/printk.c, LOG_LINE_MAX).
+/// The most bytes of a line. /dev/kmsg takes no more than 976 (kernel/printk/printk.c,
+/// LOG_LINE_MAX).
 pub const LONGEST: usize = 900;
 
 /// Bytes of a line that are left to what is in front of the text and behind a text that was cut.
 const FRAME: usize = 100;
 
-/// What a line looks like.
+/// The shape of a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shape {
     /// In a file: time, process, level, text.
@@ -72,14 +74,15 @@ impl fmt::Write for Bounded<'_> {
     }
 }
 
-/// Quotes and backslashes stay: a value that a program chooses is logged as [`Excerpt`], which escapes these.
+/// Quotes and backslashes stay: a value that a program chooses is logged as [`Excerpt`], which
+/// escapes these.
 fn escaped(character: char) -> impl Iterator<Item = char> + Clone {
     let plain = matches!(character, '"' | '\'' | '\\').then_some(character);
     let escaped = character.escape_debug().take(if plain.is_some() { 0 } else { usize::MAX });
     plain.into_iter().chain(escaped)
 }
 
-/// A value that a user has chosen: in quotes, with everything but ASCII escaped, its first bytes only.
+/// A value that a user has chosen, in quotes: its first bytes, with everything but ASCII escaped.
 pub struct Excerpt<'a>(pub &'a [u8]);
 
 impl Excerpt<'_> {
