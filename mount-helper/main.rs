@@ -5,6 +5,8 @@
 
 mod terminal;
 
+mod protocol;
+
 mod daemons;
 
 mod attributes;

@@ -4,7 +4,8 @@ use crate::attributes;
 use crate::mounts;
 use crate::namespace::Namespaces;
 use crate::options::Requested;
-use crate::session::{self, Daemon, Failure};
+use crate::protocol::{self, Failure};
+use crate::session::{self, Daemon};
 use crate::terminal::say;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use hugetlb2fs::options::Options;
@@ -16,10 +17,8 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-const USAGE_STATUS: u8 = 1;
-
 /// The command line.
-pub fn command() -> Command {
+fn command() -> Command {
     let flag = |name: &'static str, short: char, help: &'static str| {
         Arg::new(name).short(short).action(ArgAction::SetTrue).help(help)
     };
@@ -54,24 +53,7 @@ pub fn command() -> Command {
 
 /// Runs as mount.hugetlb2.
 pub fn main(arguments: Vec<OsString>) -> ExitCode {
-    match command().try_get_matches_from(arguments) {
-        Ok(matches) => run(&matches),
-        Err(error) => {
-            let _ = error.print();
-            if error.use_stderr() { ExitCode::from(USAGE_STATUS) } else { ExitCode::SUCCESS }
-        }
-    }
-}
-
-/// Does what the command line asks for, and says what became of it.
-pub fn run(matches: &ArgMatches) -> ExitCode {
-    match carry_out(matches) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            say(format_args!("mount.hugetlb2: {failure}"));
-            ExitCode::from(failure.status())
-        }
-    }
+    protocol::run(command(), arguments, carry_out)
 }
 
 fn carry_out(matches: &ArgMatches) -> Result<(), Failure> {

@@ -1,6 +1,6 @@
 //! The mount namespace that `-N` names (mount(8), umount(8)).
 
-use crate::session::Failure;
+use crate::protocol::Failure;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::fs::File;
 use std::os::fd::AsFd;

@@ -1,6 +1,7 @@
 //! Starts a daemon and mounts its filesystem. A failure undoes everything.
 
 use crate::daemons::Supervisor;
+use crate::protocol::Failure;
 use hugetlb2fs::control::{Control, Message};
 use hugetlb2fs::fuse::LARGEST_REQUEST;
 use hugetlb2fs::options::Options;
@@ -19,40 +20,6 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-
-/// Why a mount did not come about, by the exit statuses of mount(8).
-#[derive(Debug)]
-pub enum Failure {
-    /// 1: the request was wrong, or the user may not make it.
-    Usage(String),
-    /// 2: the system could not do what it should be able to.
-    System(String),
-    /// 8: the user interrupted it.
-    Interrupted,
-    /// 32: the mount failed.
-    Mount(String),
-}
-
-impl Failure {
-    /// The exit status.
-    pub fn status(&self) -> u8 {
-        match self {
-            Self::Usage(_) => 1,
-            Self::System(_) => 2,
-            Self::Interrupted => 8,
-            Self::Mount(_) => 32,
-        }
-    }
-}
-
-impl std::fmt::Display for Failure {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Usage(why) | Self::System(why) | Self::Mount(why) => f.write_str(why),
-            Self::Interrupted => f.write_str("interrupted; everything has been given back"),
-        }
-    }
-}
 
 /// A daemon that is being started. Drop ends the daemon, and waits until it has given everything
 /// back.

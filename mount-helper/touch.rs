@@ -1,5 +1,5 @@
-//! `hugetlb2 touch`: a program that maps a file and touches it on command, one line in, one line out. The demonstration
-//! and the tests use it as "another process that has the file mapped".
+//! `hugetlb2 touch`: a program that maps a file and touches it on command, one line in, one line
+//! out. The demonstration and the tests use it as "another process that has the file mapped".
 //!
 //! ```text
 //!   map PATH OFFSET LENGTH shared|private ro|rw   ok
@@ -31,8 +31,9 @@
 //!   uncover PID TARGET                            ok              (umount2(2); or: errno E)
 //! ```
 //!
-//! The five from pwrite on are one system call each on a file that is opened for it. The last two leave the program in the
-//! mount namespace of the other process. `error WHY` answers what cannot be done; end of input ends the program.
+//! The five from pwrite on are one system call each on a file that is opened for it. The last two
+//! leave the program in the mount namespace of the other process. `error WHY` answers what cannot
+//! be done; end of input ends the program.
 
 use hugetlb2fs::sys::policy::{self, Policy};
 use hugetlb2fs::sys::sigbus::{Hit, Mapping, Pin, Sharing};
@@ -51,7 +52,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
-/// The mapping, the thread that hammers it, what is pinned of it, the file that is locked, and memory that is kept from others.
+/// The mapping, the thread that hammers it, what is pinned of it, the file that is locked, and
+/// memory that is kept from others.
 #[derive(Default)]
 struct Toucher {
     mapping: Option<Arc<Mapping>>,
@@ -352,7 +354,8 @@ fn bind(mapping: &Mapping, range: Range, node: u32) -> Result<String, String> {
 /// A line on one file: its path, then numbers.
 type Words<'a> = SplitAsciiWhitespace<'a>;
 
-/// Opens the file that the line names and makes one system call on it; the answer is `errno E` where either fails.
+/// Opens the file that the line names and makes one system call on it; the answer is `errno E`
+/// where either fails.
 fn call(
     words: &mut Words<'_>,
     how: &OpenOptions,

@@ -6,8 +6,7 @@
 //! umount(8) has returned.
 
 use crate::namespace::Namespaces;
-use crate::session::Failure;
-use crate::terminal::say;
+use crate::protocol::{self, Failure};
 use crate::{attributes, daemons, mounts};
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -24,8 +23,6 @@ const ANSWER: Duration = Duration::from_secs(2);
 /// The longest wait for the end of the daemon. It ends at once, unless the filesystem is mounted in
 /// other places, too.
 const PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
-
-const USAGE_STATUS: u8 = 1;
 
 fn command() -> Command {
     let flag = |name: &'static str, short: char, help: &'static str| {
@@ -48,23 +45,7 @@ fn command() -> Command {
 
 /// Runs as umount.fuse.hugetlb2.
 pub fn main(arguments: Vec<OsString>) -> ExitCode {
-    match command().try_get_matches_from(arguments) {
-        Ok(matches) => run(&matches),
-        Err(error) => {
-            let _ = error.print();
-            if error.use_stderr() { ExitCode::from(USAGE_STATUS) } else { ExitCode::SUCCESS }
-        }
-    }
-}
-
-fn run(matches: &ArgMatches) -> ExitCode {
-    match carry_out(matches) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            say(format_args!("umount.fuse.hugetlb2: {failure}"));
-            ExitCode::from(failure.status())
-        }
-    }
+    protocol::run(command(), arguments, carry_out)
 }
 
 fn carry_out(matches: &ArgMatches) -> Result<(), Failure> {

@@ -4,11 +4,11 @@ mod support;
 
 use rustix::io::Errno;
 use serde_json::{Value, json};
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use support::{
-    FOLIO, Pool, SUBPAGE, Toucher, end, get, hugetlb2, limits, poison, run, status_and_error, text,
+    FOLIO, Pool, SUBPAGE, Toucher, end, get, hugetlb2, limits, poison, run, start_until, status_and_error,
+    text,
 };
 
 fn output(arguments: &[&str], path: &Path, rest: &[&str]) -> String {
@@ -365,18 +365,10 @@ impl Container {
     fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let script = "\"$0\" mount inner \"$1\" -o size=4M,pagesize=2M && echo ready && exec sleep infinity";
-        let mut init = Command::new("unshare")
-            .args(["-m", "-p", "-f", "--kill-child", "--mount-proc", "sh", "-c", script])
-            .arg(hugetlb2().get_program())
-            .arg(directory.path())
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut output = BufReader::new(init.stdout.take().unwrap());
-        let mut line = String::new();
-        limits::within(limits::ANSWER, "a mount in a namespace", || output.read_line(&mut line)).unwrap();
-        assert_eq!(line, "ready\n");
+        let mut shell = Command::new("unshare");
+        shell.args(["-m", "-p", "-f", "--kill-child", "--mount-proc", "sh", "-c", script]);
+        shell.arg(hugetlb2().get_program()).arg(directory.path()).stdin(Stdio::null());
+        let init = start_until("ready", &mut shell);
         Self { init, directory }
     }
 

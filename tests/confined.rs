@@ -1,4 +1,5 @@
-//! A daemon where the machine refuses what it needs: system calls (seccomp(2)), threads and processes (pids.max of cgroups(7)).
+//! A daemon where the machine refuses what it needs: system calls (seccomp(2)), threads and
+//! processes (pids.max of cgroups(7)).
 
 mod support;
 
@@ -21,7 +22,7 @@ const SMALL: &str = "size=16M,pagesize=2M";
 const SYSTEM: i32 = 2;
 const FAILED: i32 = 32;
 
-// ---- system calls ---------------------------------------------------------------------------------------------------
+// ---- system calls -------------------------------------------------------------------------------
 
 /// A filter that answers the calls that match so, and lets all others through.
 fn filter(answer: SeccompAction, calls: &[(i64, Vec<SeccompRule>)]) -> BpfProgram {
@@ -31,7 +32,7 @@ fn filter(answer: SeccompAction, calls: &[(i64, Vec<SeccompRule>)]) -> BpfProgra
     filter.try_into().unwrap()
 }
 
-/// A filter that answers one call so, whatever its arguments.
+/// A filter that answers one call so, with any arguments.
 fn refusing(call: i64, answer: SeccompAction) -> BpfProgram {
     filter(answer, &[(call, Vec::new())])
 }
@@ -40,8 +41,8 @@ fn errno(errno: Errno) -> SeccompAction {
     SeccompAction::Errno(errno.raw_os_error() as u32)
 }
 
-/// Starts the mount helper in a thread that has these filters, as the helper and the daemon have from then on. Returns
-/// exit status and standard error.
+/// Starts the mount helper in a thread that has these filters, as the helper and the daemon have
+/// from then on. Returns exit status and standard error.
 fn mount_under(filters: &[BpfProgram], place: &Place) -> (i32, String) {
     let mut mount = place.mount(SMALL);
     let child = std::thread::scope(|scope| {
@@ -92,7 +93,7 @@ fn a_filter_that_kills_the_daemon_is_told() {
     assert_refused_under(&filters, SYSTEM, "the daemon was ended by signal 31, by a seccomp filter");
 }
 
-// ---- threads and processes ------------------------------------------------------------------------------------------
+// ---- threads and processes ----------------------------------------------------------------------
 
 #[test]
 fn a_mount_without_threads_says_so() {

@@ -6,7 +6,7 @@ mod support;
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use support::limits;
 use support::place::{Namespace, Place};
 use support::{
     CHECK, Daemon, FOLIO, Pool, SIZE, Toucher, await_text, counters, end, get, hugetlb2, mount_hugetlb2, run,
-    set, status_and_error, text, umount_hugetlb2,
+    set, start_until, status_and_error, text, umount_hugetlb2,
 };
 
 /// Eight pages of 2 MiB.
@@ -663,17 +663,8 @@ fn a_busy_pool_is_not_unmounted_and_goes_on() {
 
 /// Starts a process that sleeps with a file of the pool open.
 fn user_of(file: &Path) -> Child {
-    let mut user = Command::new("sh")
-        .args(["-c", "exec <\"$0\"; echo open; exec sleep infinity"])
-        .arg(file)
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut output = BufReader::new(user.stdout.take().unwrap());
-    let mut line = String::new();
-    limits::within(limits::ANSWER, "a program that opens a file", || output.read_line(&mut line)).unwrap();
-    assert_eq!(line, "open\n");
-    user
+    let mut user = Command::new("sh");
+    start_until("open", user.args(["-c", "exec <\"$0\"; echo open; exec sleep infinity"]).arg(file))
 }
 
 #[test]

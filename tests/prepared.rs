@@ -5,14 +5,13 @@ mod support;
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use support::place::{MountInfo, Namespace, Place};
-use support::{Daemon, end, limits, run, status_and_error};
+use support::{Daemon, end, run, start_until, status_and_error};
 
 const SMALL: &str = "size=16M,pagesize=2M";
 
@@ -143,13 +142,8 @@ fn an_upgrade_looks_at_no_process_of_another_user() {
     symlink(&victim, root.join("upgrade")).unwrap();
     symlink(&root, root.join("index")).unwrap();
     symlink(&victim, root.join("handover")).unwrap();
-    let mut process =
-        Command::new("perl").args(["-e", PROCESS]).arg(&root).stdout(Stdio::piped()).spawn().unwrap();
-    let mut output = BufReader::new(process.stdout.take().unwrap());
-    let mut line = String::new();
-    limits::readable(limits::ANSWER, "a process of another user", output.get_ref());
-    output.read_line(&mut line).unwrap();
-    assert_eq!(line, "ready\n");
+    let mut perl = Command::new("perl");
+    let mut process = start_until("ready", perl.args(["-e", PROCESS]).arg(&root));
     let mut daemon = Command::new("sh");
     daemon.args(["-c", "exec \"$0\" \"$@\" --control-fd=3 3</dev/null", env!("CARGO_BIN_EXE_hugetlb2fsd")]);
     daemon.args([&format!("--take-over={}", process.id()), "--connection=1"]);

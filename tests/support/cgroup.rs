@@ -12,7 +12,8 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// One with a controller, whose limit is in the first file in version 1 and in the second in version 2.
+    /// One with a controller, whose limit is in the first file in version 1 and in the second in
+    /// version 2.
     pub fn new(name: &str, controller: &str, limits: [&'static str; 2]) -> Self {
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
         let mounted = |kind: &str, option: &str| {

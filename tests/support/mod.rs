@@ -384,6 +384,20 @@ impl Drop for Toucher {
     }
 }
 
+/// Starts a process, and returns when it has printed `word` as its first line.
+pub fn start_until(word: &str, command: &mut Command) -> Child {
+    let mut child = command.stdout(Stdio::piped()).spawn().expect("the program can be started");
+    let mut output = BufReader::new(child.stdout.take().expect("a pipe"));
+    let mut line = String::new();
+    limits::readable(limits::ANSWER, &format!("{word:?} of {command:?}"), output.get_ref());
+    output.read_line(&mut line).expect("it speaks");
+    if line.trim_end() != word {
+        end(&mut child, "a process that was to get ready");
+        panic!("{command:?} says {line:?} and not {word:?}");
+    }
+    child
+}
+
 /// Kills a child and waits for its end.
 pub fn end(child: &mut Child, what: &str) {
     let _ = child.kill(); // a child that has ended by itself needs the wait, too

@@ -1,14 +1,14 @@
 //! A place to mount at, by the mount helper's protocol, and other mount namespaces.
 
 use super::limits::{self, Waiting};
-use super::{end, mount_hugetlb2, program, status_and_error};
+use super::{end, mount_hugetlb2, program, start_until, status_and_error};
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, getsid};
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-/// A directory with a mount point and a log that no other test has, which says whose daemon a process is.
+/// A directory with a mount point and a log that no other test has, which says whose daemon a
+/// process is.
 pub struct Place {
     pub directory: tempfile::TempDir,
     _limit: Waiting,
@@ -131,26 +131,14 @@ impl Namespace {
         Self::prepared_by(HELPERS)
     }
 
-    /// One that a script has prepared; `$0` is the program under test. The namespace lets go at once of the pools of tests
-    /// that run beside this one: copies of their mounts came along.
+    /// One that a script has prepared; `$0` is the program under test. The namespace lets go at
+    /// once of the pools of tests that run beside this one: copies of their mounts came along.
     pub fn prepared_by(script: &str) -> Self {
         let script =
             format!("umount -i -c -l -a -t fuse.hugetlb2\nset -e\n{script}\necho ready\nexec sleep infinity");
-        let mut init = Command::new("unshare")
-            .args(["-m", "sh", "-c", &script])
-            .arg(program())
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("unshare(1)");
-        let mut line = String::new();
-        let mut output = BufReader::new(init.stdout.take().expect("a pipe"));
-        limits::readable(limits::ANSWER, "the shell in a mount namespace", output.get_ref());
-        output.read_line(&mut line).expect("it speaks");
-        let namespace = Self { init };
-        assert_eq!(line, "ready\n");
-        namespace
+        let mut shell = Command::new("unshare");
+        shell.args(["-m", "sh", "-c", &script]).arg(program()).stdin(Stdio::null()).stderr(Stdio::null());
+        Self { init: start_until("ready", &mut shell) }
     }
 
     pub fn pid(&self) -> String {
