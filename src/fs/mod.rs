@@ -294,8 +294,7 @@ impl Fs {
         !self.uncounted().is_empty()
     }
 
-    /// Counts the orphans that [`Fs::note_orphan`] could not count. It waits for the locks of the
-    /// files.
+    /// Counts the orphans that could not be counted at once. It waits for the locks of the files.
     pub fn count_orphans(&self) {
         let uncounted = std::mem::take(&mut *self.uncounted());
         for object in uncounted {
@@ -561,10 +560,10 @@ impl Fs {
 
     // ---- contents ------------------------------------------------------------------------------
 
-    /// Repeats `request` as long as the thing that it waits for may come. For [`Error::Returning`],
-    /// these are pages that [`Fs::forget`] brings back. For [`Error::OpenNatively`], it is the
-    /// close of a native reader ([`Fs::close_natively`]). The caller leaves a thread free to serve
-    /// the messages that bring them.
+    /// Repeats `request` while it fails for something that is on its way. After
+    /// [`Error::Returning`], pages come back by [`Fs::forget`]. After [`Error::OpenNatively`], a
+    /// native reader is closed by [`Fs::close_natively`]. The caller must leave another thread free
+    /// for these calls.
     ///
     /// # Errors
     /// The error of the last run of `request`.
@@ -710,8 +709,8 @@ impl Fs {
     }
 
     /// Compares the pool's account with the pages of all files. No page moves while this shares the
-    /// locks of all files. That lasts as long as the pieces that are under way, and an addition for
-    /// each file.
+    /// locks of all files. To get the locks, it waits for the pieces that are under way. It holds
+    /// the locks for one addition for each file.
     fn check_account(&self) -> Result<Vec<String>> {
         const TRIES: u32 = 1000;
         let _as_large_as_it_is = self.pool.keep_size();

@@ -94,7 +94,7 @@ impl Natives {
     /// Removes the note of a reader, if there is one. `keep` stores the other notes.
     ///
     /// # Errors
-    /// The errors of `keep`. The note is removed from this list all the same.
+    /// The errors of `keep`. The note is gone from this list even then.
     pub fn remove(&self, descriptor: u64, keep: impl FnOnce(&[u8]) -> Result<()>) -> Result<()> {
         let noted = &mut self.notes().noted;
         if !noted.remove(&descriptor) {
