@@ -1,4 +1,4 @@
-//! A daemon where the machine refuses what it needs: system calls (seccomp(2)), threads and
+//! A daemon on a machine that refuses what the daemon needs: system calls (seccomp(2)), threads and
 //! processes (pids.max of cgroups(7)).
 
 mod support;
@@ -22,9 +22,9 @@ const SMALL: &str = "size=16M,pagesize=2M";
 const SYSTEM: i32 = 2;
 const FAILED: i32 = 32;
 
-// ---- system calls -------------------------------------------------------------------------------
+// ---- system calls ------------------------------------------------------------------------------
 
-/// A filter that answers the calls that match so, and lets all others through.
+/// A filter that answers the matching calls with `answer`, and lets all others through.
 fn filter(answer: SeccompAction, calls: &[(i64, Vec<SeccompRule>)]) -> BpfProgram {
     let architecture = std::env::consts::ARCH.try_into().unwrap();
     let rules = calls.iter().cloned().collect();
@@ -32,7 +32,7 @@ fn filter(answer: SeccompAction, calls: &[(i64, Vec<SeccompRule>)]) -> BpfProgra
     filter.try_into().unwrap()
 }
 
-/// A filter that answers one call so, with any arguments.
+/// A filter that answers one call with `answer`, whatever its arguments.
 fn refusing(call: i64, answer: SeccompAction) -> BpfProgram {
     filter(answer, &[(call, Vec::new())])
 }
@@ -41,8 +41,8 @@ fn errno(errno: Errno) -> SeccompAction {
     SeccompAction::Errno(errno.raw_os_error() as u32)
 }
 
-/// Starts the mount helper in a thread that has these filters, as the helper and the daemon have
-/// from then on. Returns exit status and standard error.
+/// Starts the mount helper from a thread with these filters, which the helper and the daemon
+/// inherit. Returns exit status and standard error.
 fn mount_under(filters: &[BpfProgram], place: &Place) -> (i32, String) {
     let mut mount = place.mount(SMALL);
     let child = std::thread::scope(|scope| {
@@ -56,7 +56,7 @@ fn mount_under(filters: &[BpfProgram], place: &Place) -> (i32, String) {
     (output.status.code().expect("it is not ended by a signal"), text(&output.stderr))
 }
 
-/// Asserts that the mount fails with `status`, says `words`, and has left nothing.
+/// Asserts that the mount fails with `status`, says `words`, and leaves nothing.
 fn assert_refused_under(filters: &[BpfProgram], status: i32, words: &str) {
     let place = Place::new();
     let (found, error) = mount_under(filters, &place);
@@ -93,14 +93,14 @@ fn a_filter_that_kills_the_daemon_is_told() {
     assert_refused_under(&filters, SYSTEM, "the daemon was ended by signal 31, by a seccomp filter");
 }
 
-// ---- threads and processes ----------------------------------------------------------------------
+// ---- threads and processes ---------------------------------------------------------------------
 
 #[test]
 fn a_mount_without_threads_says_so() {
     let flag = libc::CLONE_THREAD as u64;
     let flag = SeccompCondition::new(0, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(flag), flag);
     let threads = vec![SeccompRule::new(vec![flag.unwrap()]).unwrap()];
-    // glibc takes clone(2) where there is no clone3(2), whose flags a filter cannot see.
+    // glibc uses clone(2) where clone3(2) is missing. A filter cannot see the flags of clone3(2).
     let filters = [
         refusing(libc::SYS_clone3, errno(Errno::NOSYS)),
         filter(errno(Errno::AGAIN), &[(libc::SYS_clone, threads)]),
@@ -109,14 +109,14 @@ fn a_mount_without_threads_says_so() {
     assert_refused_under(&filters, FAILED, words);
 }
 
-/// A cgroup whose processes and threads are counted.
+/// A cgroup that counts its processes and threads.
 fn counting(name: &str) -> Cgroup {
     Cgroup::new(name, "pids", ["pids.max", "pids.max"])
 }
 
 #[test]
 fn a_mount_with_too_few_threads_leaves_nothing() {
-    let (cgroup, place) = (counting("mount"), Place::new()); // the place goes first
+    let (cgroup, place) = (counting("mount"), Place::new()); // the place is dropped before the cgroup
     let mut refused = 0;
     for most in 1.. {
         cgroup.limit(most);

@@ -1,4 +1,5 @@
-//! The worker dies, at random moments and at every step of every change, while programs use the pool.
+//! The worker dies at random moments, and at every step of every change, while programs use the
+//! pool.
 
 mod support;
 
@@ -15,15 +16,15 @@ use support::{
     set,
 };
 
-// ---- at random ------------------------------------------------------------------------------------------------------
+// ---- at random ---------------------------------------------------------------------------------
 
 const DEATHS: usize = 300;
-/// The eighth would have a request refused.
+/// With the eighth death the daemon refuses a request.
 const MOST_DEATHS_OF_AN_ACT: usize = 5;
 const SEED: u64 = 0x5eed_0f5e_ed0f_5eed;
 const MOST_FOLIOS: u64 = 4;
 
-/// A file in the pool, a process that uses it, and what the file must hold.
+/// A file in the pool, a process that uses it, and the bytes that the file must hold.
 struct User {
     process: Toucher,
     pool: PathBuf,
@@ -51,7 +52,7 @@ impl User {
         self.process.ask(&line)
     }
 
-    /// One thing that programs do, whose result must be as if the worker lived for ever.
+    /// Does one thing that programs do. The result must be as if the worker lived for ever.
     fn act(&mut self) {
         match self.random.below(8) {
             0 | 1 => self.write(),
@@ -68,7 +69,7 @@ impl User {
         self.bytes.len() as u64
     }
 
-    /// A part of the file that is not empty, if there is one.
+    /// A part of the file that is not empty, if the file is not empty.
     fn part(&mut self) -> Option<(u64, u64)> {
         let start = self.random.below(self.size().max(1));
         let length = (1 + self.random.below(300_000)).min(self.size().saturating_sub(start));
@@ -147,7 +148,7 @@ impl User {
         let mode = (FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE).bits();
         assert_eq!(self.ask("fallocate", &format!("{mode} {start} {length}")), "ok");
         self.bytes[start as usize..(start + length) as usize].fill(0);
-        // A page that was given back whole is SIGBUS to a mapper until it is taken again.
+        // A released page is SIGBUS to a program that maps it until it is allocated again.
         let size = self.size();
         assert_eq!(self.ask("fallocate", &format!("0 0 {size}")), "ok");
     }
@@ -160,7 +161,7 @@ impl User {
     }
 }
 
-/// What a user has done, and how many workers have died since the last of it.
+/// The acts of a user, and the number of workers that have died since the last act.
 #[derive(Default)]
 struct Progress {
     acts: AtomicUsize,
@@ -177,20 +178,21 @@ impl Progress {
         self.deaths.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// Where many workers have died during what it does now, waits for the end of that: a request that eight workers in a row
-    /// die of is refused, and on a machine that is busy with other things any request is slow enough for that.
+    /// Waits for the end of an act during which many workers have died. The daemon refuses a
+    /// request that eight workers in a row die of, and on a busy machine any request may be slow
+    /// enough for that.
     fn wait_where_starved(&self) {
         let is_fed = || self.deaths.load(Ordering::SeqCst) < MOST_DEATHS_OF_AN_ACT;
         limits::until(limits::ANSWER, "the end of what a process does meanwhile", is_fed);
     }
 }
 
-/// Kills workers until enough have died; returns how long each time a call waited for the next.
+/// Kills workers until enough have died. Returns the time that a call waited for each next worker.
 fn kill_at_random(pool: &Pool, users: &[Progress]) -> Vec<Duration> {
     let mut random = Dice(SEED);
     let mut stalls = Vec::new();
     for _ in 0..DEATHS {
-        std::thread::sleep(Duration::from_micros(random.below(30_000))); // at some moment of what the others do
+        std::thread::sleep(Duration::from_micros(random.below(30_000))); // at some moment of the acts of the users
         users.iter().for_each(Progress::wait_where_starved);
         users.iter().for_each(Progress::note_death);
         let worker = Pid::from_raw(pool.counter("worker_pid") as i32).expect("a process id");
@@ -234,25 +236,26 @@ fn three_hundred_random_deaths_fail_no_call_and_lose_no_byte() {
     });
     println!("what the four processes have done: {:?}", progress.map(|user| user.acts));
     println!("stall: median {:?}, worst {:?}", stalls[stalls.len() / 2], stalls[stalls.len() - 1]);
-    assert!(stalls[stalls.len() / 2] < Duration::from_secs(1), "calls hang"); // the worst is the machine's to say
+    assert!(stalls[stalls.len() / 2] < Duration::from_secs(1), "calls hang"); // the worst stall depends on the machine
     pool.wait_for_free_pages(40);
     pool.check();
     pool.unmount();
 }
 
-// ---- at every step --------------------------------------------------------------------------------------------------
+// ---- at every step -----------------------------------------------------------------------------
 
 const DIE: &str = "trusted.hugetlb2.die";
 const STEPS: &str = "trusted.hugetlb2.steps";
-/// Steps that there were when this was written. There may come more.
+/// The number of steps when this was written. More may be added.
 const FEWEST_STEPS: usize = 58;
-/// Most deaths at one step of one situation: what is done more often repeats itself.
+/// The most deaths at one step of one situation: further ones would repeat these.
 const MOST_DEATHS: u64 = 3;
 
-/// A change that leads over steps, and what must hold when its call has returned, as if nothing had happened.
+/// A change that leads over steps, and a check after its call has returned: as if no worker had
+/// died.
 struct Situation {
     name: &'static str,
-    /// What else the pool is mounted with.
+    /// Further mount options of the pool.
     options: &'static str,
     prepare: fn(&Pool),
     change: fn(&Pool),
@@ -271,7 +274,7 @@ fn open(pool: &Pool) -> File {
     File::options().read(true).write(true).open(file(pool)).unwrap()
 }
 
-/// Three folios of sevens, in a pool of eight.
+/// A file of three folios of sevens, in a pool of eight.
 fn sevens(pool: &Pool) {
     fs::write(file(pool), vec![7; 3 * FOLIO as usize]).unwrap();
 }
@@ -609,10 +612,11 @@ const SITUATIONS: &[Situation] = &[
     },
 ];
 
-/// Where a program stores, in the subpage that is quarantined.
+/// The place of the program's stores, in the subpage that is quarantined.
 const PLACE: u64 = FOLIO + SUBPAGE + 100;
 
-/// Runs `change` beside a program that stores one byte there all the time, whether the subpage is there or not.
+/// Runs `change` beside a program that stores one byte at [`PLACE`] all the time, whether or not
+/// the subpage is there.
 fn beside_stores(pool: &Pool, change: impl FnOnce(&Pool)) {
     let mut toucher = Toucher::mapping(&file(pool), 3 * FOLIO);
     assert_eq!(toucher.ask(&format!("hammer {PLACE} 9")), "ok");
@@ -627,14 +631,14 @@ fn assert_sevens_but_for_stores(pool: &Pool) {
     assert_eq!(lost, 0, "so many bytes are lost that no program has stored to");
 }
 
-/// What is punched stays the file's.
+/// Punched parts keep their pages.
 const KEEP: &str = ",punch=keep";
 
 fn punch(pool: &Pool, offset: u64, length: u64) {
     fallocate(open(pool), FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, length).unwrap();
 }
 
-/// Runs a situation in a pool of its own, with what is to be done before its change and at its end.
+/// Runs a situation in a pool of its own, with `begin` before its change and `end` after its check.
 fn run<T>(situation: &Situation, begin: impl FnOnce(&Pool), end: impl FnOnce(&Pool) -> T) -> T {
     let options = format!("pagesize=2M,size={},io=native{}", 8 * FOLIO, situation.options);
     let pool = Pool::mount(&options);
@@ -649,7 +653,7 @@ fn run<T>(situation: &Situation, begin: impl FnOnce(&Pool), end: impl FnOnce(&Po
     result
 }
 
-/// All steps, and how often each was done since the last time.
+/// All steps, and the number of times that each was done since the last call.
 fn tally(pool: &Pool) -> Vec<(String, u64)> {
     let text = get(pool.path(), STEPS).expect("a worker that was built for tests");
     let row = |line: &str| {
@@ -659,12 +663,13 @@ fn tally(pool: &Pool) -> Vec<(String, u64)> {
     text.lines().map(row).collect()
 }
 
-/// The steps that a situation leads over, and how often, when no worker dies.
+/// The steps of a situation in which no worker dies, and the number of times of each.
 fn steps_of(situation: &Situation) -> Vec<(String, u64)> {
     run(situation, |pool| drop(tally(pool)), tally)
 }
 
-/// Runs a situation with a worker that dies when `step` is done for the `nth` time. Returns whether it came to that.
+/// Runs a situation with a worker that dies when `step` is done for the `nth` time. True if the
+/// worker died.
 fn die_in(situation: &Situation, step: &str, nth: u64) -> bool {
     println!("{}: a death after {nth} times {step:?}", situation.name);
     let worker = Cell::new(0);
@@ -693,9 +698,10 @@ fn a_death_after_any_step_leaves_no_trace() {
     assert!(without.is_empty(), "nothing leads to the steps {without:?}");
 }
 
-// ---- between the pieces of a page -----------------------------------------------------------------------------------
+// ---- between the pieces of a page --------------------------------------------------------------
 
-/// Carries a change out with a worker that dies in the middle of it, after the tenth piece of memory has moved `way`.
+/// Carries out `change` with a worker that dies in its middle, after the tenth piece of memory has
+/// moved `way`.
 fn die_halfway(pool: &Pool, way: &str, change: impl FnOnce()) {
     let steps = get(pool.path(), DIE).expect("a worker that was built for tests");
     let step = steps.lines().find(|step| step.starts_with(way)).expect("memory moves in steps");

@@ -22,7 +22,7 @@ const FORMAT: &str = "docs/FORMAT.md";
 const WITNESSED: &str = "exchange: what it found is noted";
 const ANNOUNCED: &str = "allocate: the size to come back to is noted";
 
-// ---- files of a daemon --------------------------------------------------------------------------
+// ---- files of a daemon -------------------------------------------------------------------------
 
 /// The root of a daemon's mount namespace.
 fn root(pool: &Pool) -> PathBuf {
@@ -131,7 +131,7 @@ fn pairs(heading: &str) -> BTreeSet<(String, String)> {
     rows(section(&document(FORMAT), heading)).iter().map(|row| (word(&row[0]), word(&row[1]))).collect()
 }
 
-// ---- situations ---------------------------------------------------------------------------------
+// ---- situations --------------------------------------------------------------------------------
 
 fn open(pool: &Pool, name: &str) -> File {
     OpenOptions::new().read(true).write(true).create(true).truncate(false).open(pool.join(name)).unwrap()
@@ -225,7 +225,7 @@ fn each_name_that_outlives_a_process_is_documented() {
     assert_eq!(seen.attributes, attributes);
 }
 
-// ---- bytes --------------------------------------------------------------------------------------
+// ---- bytes -------------------------------------------------------------------------------------
 
 /// The offset and the number of bytes of each field, by its name.
 struct Layout(BTreeMap<String, (usize, usize)>);

@@ -1,7 +1,8 @@
-//! What others can do while a request that takes long is under way: nobody waits for it but those who need its outcome.
+//! Other requests do not wait for a long request, unless they need its outcome.
 //!
-//! A long request is stopped at one of its steps, so that it is under way for as long as a test wants. What is asked meanwhile is answered
-//! before it goes on, or the test ends by the limit of its mount.
+//! A test stops a long request at one of its steps, so that the request is under way for as long as
+//! the test wants. The daemon answers other requests before the test lets the long one go on. If it
+//! does not, the limit of the mount ends the test.
 
 mod support;
 
@@ -17,7 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 use support::{FOLIO, Held, Pool, get, hugetlb2, limits, set};
 
-/// The file has the lock of its own, and its pages are reserved.
+/// The file's own lock is held, and its pages are reserved.
 const ANNOUNCED: &str = "allocate: the size to come back to is noted";
 /// The file and a reserve are locked.
 const TAKEN: &str = "move out: the file has taken as much";
@@ -25,12 +26,12 @@ const TAKEN: &str = "move out: the file has taken as much";
 /// A folio is quarantined, and its file is locked.
 const QUARANTINED: &str = "quarantine: no block is free";
 
-/// The worker looks at a caller again after so long (src/fs/pace.rs).
+/// The time after which the worker looks at a caller again (src/fs/pace.rs).
 const BETWEEN_LOOKS: Duration = Duration::from_millis(10);
 
 /// More than the threads that serve.
 const MANY: usize = 10;
-/// So much that a change of it is no matter of a moment.
+/// Bytes whose change takes some time.
 const LONG: u64 = 4 * FOLIO;
 
 fn small_file(pool: &Pool, name: &str) -> PathBuf {
@@ -39,12 +40,12 @@ fn small_file(pool: &Pool, name: &str) -> PathBuf {
     path
 }
 
-/// As the filesystem tells it, not as the kernel remembers it.
+/// The size that the filesystem answers, not the one that the kernel remembers.
 fn size(path: &Path) -> u64 {
     statx(CWD, path, AtFlags::STATX_FORCE_SYNC, StatxFlags::SIZE).expect("it is there").stx_size
 }
 
-/// What another user does all the time.
+/// Makes the calls that another user makes all the time.
 fn live_on(pool: &Pool, round: usize) {
     let directory = pool.join(format!("directory-{round}"));
     fs::create_dir(&directory).unwrap();
@@ -58,7 +59,7 @@ fn live_on(pool: &Pool, round: usize) {
     assert_eq!(pool.counter("pages_orphaned"), 0);
 }
 
-/// Holds `MANY` growths at a step, and has `meanwhile` run beside them.
+/// Holds `MANY` growths at a step, and runs `meanwhile` beside them.
 fn beside_growths(step: &str, meanwhile: impl FnOnce(&Pool, &[PathBuf])) {
     let pool = Pool::small(64);
     small_file(&pool, "other");
@@ -102,7 +103,7 @@ fn a_file_that_grows_can_be_looked_at_opened_and_listed() {
     });
 }
 
-/// Has `command` make a request, holds the request at `step`, and kills the command meanwhile.
+/// Runs `command`, holds its request at `step`, and kills the command meanwhile.
 fn kill_at(pool: &Pool, step: &str, command: &mut Command) {
     let held = Held::at(pool, step);
     let mut caller = command.spawn().unwrap();
@@ -151,7 +152,7 @@ fn nobody_waits_for_a_check() {
         scope.spawn(|| File::options().write(true).open(&path).unwrap().set_len(LONG).unwrap());
         held.await_stop();
         let check = scope.spawn(|| {
-            pool.check(); // it waits for a piece of the growth
+            pool.check(); // the check waits for a piece of the growth
             ended.fetch_add(1, Ordering::SeqCst);
         });
         (0..MANY).for_each(|round| live_on(&pool, round));
@@ -162,14 +163,14 @@ fn nobody_waits_for_a_check() {
     pool.unmount();
 }
 
-/// A number of the worker's, as /proc/PID/status has it.
+/// A number from the worker's /proc/PID/status.
 fn status(pool: &Pool, name: &str) -> usize {
     let text = fs::read_to_string(format!("/proc/{}/status", pool.counter("worker_pid"))).unwrap();
     let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap();
     value.split_ascii_whitespace().next().unwrap().parse().unwrap()
 }
 
-/// Files of a page each that have no name any more.
+/// Files of a page each. They have no name any more.
 fn unlinked(pool: &Pool, count: usize) -> Vec<File> {
     let path = pool.join("unlinked");
     let one = |_| {
@@ -186,7 +187,7 @@ fn writers_that_wait_for_pages_are_bounded() {
     const PAGES: usize = 64;
     const WRITERS: usize = 200;
     const MOST_OF_USER: usize = 64; // src/fuse/jobs.rs
-    const MOST_KIB: usize = 32 << 10; // the bytes that are kept, and the threads' own
+    const MOST_KIB: usize = 32 << 10; // the bytes that are kept, and the memory of the threads
     let pool = Pool::small(PAGES as u64);
     let (threads, memory) = (status(&pool, "Threads"), status(&pool, "VmRSS"));
     let files: Vec<_> = (0..WRITERS).map(|n| File::create(pool.join(n.to_string())).unwrap()).collect();
@@ -207,7 +208,7 @@ fn writers_that_wait_for_pages_are_bounded() {
             (most, largest) = (most.max(status(&pool, "Threads")), largest.max(status(&pool, "VmRSS")));
             let has_refused = refused.load(Ordering::SeqCst) > 0;
             if has_refused {
-                coming.pop(); // its page comes back
+                coming.pop(); // the page of this file comes back
             }
             written.load(Ordering::SeqCst) + refused.load(Ordering::SeqCst) == WRITERS
         });
@@ -223,7 +224,7 @@ fn writers_that_wait_for_pages_are_bounded() {
     pool.unmount();
 }
 
-/// The worker's threads whose names begin like that.
+/// The worker's threads whose names begin with `name`.
 fn threads(pool: &Pool, name: &str) -> Vec<Pid> {
     let threads = fs::read_dir(format!("/proc/{}/task", pool.counter("worker_pid"))).unwrap();
     let threads = threads.map(|thread| thread.unwrap().path());
@@ -249,7 +250,7 @@ fn long_work_leaves_a_processor_to_the_threads_that_serve() {
 
 #[test]
 fn each_thread_has_a_heap_that_need_not_grow() {
-    const HEAP_GRAIN: usize = 64 << 20; // where glibc's heaps begin, but for the first thread's
+    const HEAP_GRAIN: usize = 64 << 20; // glibc's heaps begin at multiples of this, except the first thread's
     const LONG: usize = 1 << 20;
     let pool = Pool::small(4);
     let count = threads(&pool, "fuser-").len() + threads(&pool, "job-").len();

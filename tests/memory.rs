@@ -15,14 +15,14 @@ const MIB: u64 = 1 << 20;
 /// mount(8): the mount failed.
 const FAILED: i32 = 32;
 
-// ---- cgroups --------------------------------------------------------------------------------------------------------
+// ---- cgroups -----------------------------------------------------------------------------------
 
-/// A memory cgroup of the test's own.
+/// A memory cgroup for one test.
 fn cgroup(name: &str) -> Cgroup {
     Cgroup::new(name, "memory", ["memory.limit_in_bytes", "memory.max"])
 }
 
-/// Asserts that a message names the limit.
+/// Asserts that a message names the cgroup and its limit.
 fn assert_named(cgroup: &Cgroup, said: &str) {
     let name = cgroup.directory.file_name().unwrap().to_str().unwrap();
     assert!(said.contains(cgroup.limit) && said.contains(name), "{said}");
@@ -71,7 +71,7 @@ fn a_pool_does_not_grow_beyond_its_cgroups_limit() {
 #[test]
 fn a_quarantine_takes_no_memory_beyond_the_pool() {
     let cgroup = cgroup("quarantine");
-    let options = "pagesize=2M,size=64M,collapse=off"; // to collapse takes memory, too, at some moment later
+    let options = "pagesize=2M,size=64M,collapse=off"; // a later collapse would take memory, too
     let pool = Pool::mount_by(mount_hugetlb2_in(&cgroup.directory), options);
     let path = pool.join("file");
     fs::write(&path, vec![7; 4 * FOLIO as usize]).unwrap();
@@ -80,7 +80,7 @@ fn a_quarantine_takes_no_memory_beyond_the_pool() {
         assert_eq!(pool.counter("quarantined_soft"), 512);
         set(&path, REPAIR, "salvage all").unwrap();
     };
-    (0..20).for_each(|_| there_and_back(0)); // each of the worker's threads has taken what it needs for itself
+    (0..20).for_each(|_| there_and_back(0)); // after this each thread of the worker has the memory that it needs for itself
     let worker = pool.counter("worker_pid");
     cgroup.limit(cgroup.taken() + FOLIO / 2);
     (1..4).for_each(|folio| there_and_back(folio * FOLIO));
@@ -90,7 +90,7 @@ fn a_quarantine_takes_no_memory_beyond_the_pool() {
     pool.unmount();
 }
 
-/// The children of a process, as soon as it has any.
+/// The first child of a process, as soon as it has one.
 fn first_child(parent: i32) -> i32 {
     let mut child = None;
     limits::until(limits::ANSWER, "the child of a process", || {
@@ -115,9 +115,9 @@ fn a_mount_whose_worker_is_killed_says_so() {
     assert!(said.contains("signal 9") && said.contains("OOM killer"), "{said}");
 }
 
-// ---- the machine ----------------------------------------------------------------------------------------------------
+// ---- the machine -------------------------------------------------------------------------------
 
-/// As long as it lives, the daemon of one pool sees a machine that has next to nothing left.
+/// While this lives, the daemon of one pool sees a machine with next to no memory left.
 struct Shortage {
     supervisor: i32,
 }
@@ -140,7 +140,7 @@ impl Shortage {
     }
 }
 
-/// What comes by itself: the patrol looks each second.
+/// Waits until a counter changes by itself: the patrol looks each second.
 fn wait_for_counter(pool: &Pool, name: &str, value: u64) {
     let what = format!("counter {name} of the pool to become {value}");
     limits::until(limits::ANSWER, &what, || pool.counter(name) == value);
@@ -214,7 +214,7 @@ fn memory_that_a_program_removed_stops_no_takeover() {
     third.set_len(20 * FOLIO).unwrap();
     assert_eq!((pool.counter("files_unavailable"), pool.free_pages()), (0, 0));
     shortage.end();
-    File::options().write(true).open(&path).unwrap().set_len(10 * FOLIO).unwrap(); // which takes it back
+    File::options().write(true).open(&path).unwrap().set_len(10 * FOLIO).unwrap(); // this takes the memory back
     pool.check();
     drop((mapper, third));
     pool.unmount();

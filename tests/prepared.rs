@@ -1,5 +1,5 @@
 //! Things that another user prepares, or changes meanwhile, in places where root's programs act.
-//! These programs follow none of them.
+//! These programs follow none of these things.
 
 mod support;
 
@@ -15,7 +15,7 @@ use support::{Daemon, end, run, start_until, status_and_error};
 
 const SMALL: &str = "size=16M,pagesize=2M";
 
-// ---- a path that changes ------------------------------------------------------------------------
+// ---- a path that changes -----------------------------------------------------------------------
 
 /// A pool at `user/mnt`, a foreign filesystem at `victim/mnt`, and a link to `victim` that can take
 /// the place of `user`.
@@ -56,8 +56,8 @@ impl Scene {
         MountInfo::of(&self.place.join(directory), &file).map(|info| info.flags)
     }
 
-    /// Runs `work` while another thread exchanges `link` and `user` over and over, as the owner of
-    /// the directory can.
+    /// Runs `work` while another thread exchanges `link` and `user` over and over, which the owner
+    /// of the directory can do.
     fn while_the_path_changes(&self, work: impl FnOnce()) {
         let done = AtomicBool::new(false);
         let exchange = || {
@@ -129,7 +129,7 @@ fn an_umount_follows_the_link_that_it_is_given() {
     place.assert_nothing_is_left();
 }
 
-// ---- a process that is no daemon ----------------------------------------------------------------
+// ---- a process that is no daemon ---------------------------------------------------------------
 
 #[test]
 fn an_upgrade_looks_at_no_process_of_another_user() {
@@ -154,7 +154,7 @@ fn an_upgrade_looks_at_no_process_of_another_user() {
     end(&mut process, "a process of another user");
 }
 
-// ---- installing ---------------------------------------------------------------------------------
+// ---- installing --------------------------------------------------------------------------------
 
 #[test]
 fn an_installation_follows_no_link() {

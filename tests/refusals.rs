@@ -1,6 +1,6 @@
-//! A refused change has changed nothing: each system call of each operation fails once, for each error that it can answer
-//! with in an emergency. The operation then either succeeds all the same, or it is refused and everything is as before;
-//! and the next try works.
+//! A refused change has changed nothing. Each system call of each operation fails once with each
+//! error of an emergency that it can answer. The operation then either succeeds all the same, or is
+//! refused and leaves everything as before. In both cases the next try works.
 
 mod support;
 
@@ -23,20 +23,20 @@ const FAIL: &str = "trusted.hugetlb2.fail";
 const ERRORS: &[&str] = &["ENOMEM", "EMFILE", "ENOSPC"];
 const PAGES: u64 = 8;
 
-/// More calls than any operation here makes; an operation that never ends is found by it.
+/// More calls than any operation here makes. The bound also ends an operation that never ends.
 const MOST_CALLS: u64 = 2000;
 
-/// An operation, and what must hold when it has succeeded.
+/// An operation, and a check of its success.
 struct Operation {
     name: &'static str,
-    /// What the pool is mounted with besides.
+    /// Further mount options of the pool.
     options: &'static str,
     prepare: fn(&Pool),
     change: fn(&mut Stage<'_>) -> Result<(), Errno>,
     verify: fn(&Pool),
 }
 
-/// The pool, with `file` open for reading and writing, if it is there.
+/// The pool, with `file` open for reading and writing if it exists.
 struct Stage<'a> {
     pool: &'a Pool,
     open: Option<File>,
@@ -59,7 +59,7 @@ impl Stage<'_> {
         fallocate(self.file(), mode, offset, length)
     }
 
-    /// As programs do: where a write has ended early, another one goes on.
+    /// Writes as programs do: after a write that ended early, another one goes on.
     fn write(&self, length: u64, offset: u64) -> Result<(), Errno> {
         self.file().write_all_at(&vec![9; length as usize], offset).map_err(errno)
     }
@@ -81,15 +81,16 @@ fn other(pool: &Pool) -> PathBuf {
     pool.join("other")
 }
 
-/// Opens for reading and writing: the daemon reads by such a descriptor, and has nothing to do when it is closed.
+/// Opens for reading and writing. The daemon reads for such a descriptor, and has nothing to do
+/// when it is closed.
 fn open(path: &Path) -> File {
     File::options().read(true).write(true).open(path).expect("it can be opened")
 }
 
-// ---- what is there --------------------------------------------------------------------------------------------------
+// ---- what is there -----------------------------------------------------------------------------
 
-/// An inode as programs see it. Its times are no part of that: the daemon sets them before the contents change, as the kernel
-/// does for its own filesystems.
+/// An inode as programs see it. Its times are left out: the daemon sets them before the contents
+/// change, as the kernel does for its own filesystems.
 #[derive(PartialEq)]
 struct Entry {
     mode: u32,
@@ -98,7 +99,7 @@ struct Entry {
     size: u64,
     blocks: u64,
     attributes: BTreeMap<String, String>,
-    /// A file's subpages, those that are quarantined empty; a symbolic link's target.
+    /// A file's subpages, where a quarantined one is empty; or the target of a symbolic link.
     contents: Vec<Vec<u8>>,
 }
 
@@ -116,7 +117,7 @@ impl Snapshot {
         Self { entries, counters: accounts(pool) }
     }
 
-    /// In which respects the two differ.
+    /// The differences, a line for each.
     fn differences(&self, after: &Self) -> Vec<String> {
         let mut found = Vec::new();
         let paths =
@@ -144,7 +145,7 @@ impl Entry {
     fn of(path: &Path) -> Self {
         let stat = fs::symlink_metadata(path).expect("it is there");
         let contents = match stat.file_type() {
-            kind if kind.is_file() && stat.len() > 0 => subpages(path), // one that was never opened stays so
+            kind if kind.is_file() && stat.len() > 0 => subpages(path), // a file that was never opened stays so
             kind if kind.is_symlink() => {
                 vec![fs::read_link(path).expect("a link").into_os_string().into_encoded_bytes()]
             }
@@ -198,7 +199,7 @@ fn collect(directory: &Path, entries: &mut BTreeMap<PathBuf, Entry>) {
     }
 }
 
-/// The bytes of each subpage; none of one that cannot be read.
+/// The bytes of each subpage. A subpage that cannot be read is empty.
 fn subpages(path: &Path) -> Vec<Vec<u8>> {
     let (file, size) = (open(path), fs::metadata(path).expect("it is there").len());
     let mut found = Vec::new();
@@ -206,7 +207,7 @@ fn subpages(path: &Path) -> Vec<Vec<u8>> {
     while (found.len() as u64) * SUBPAGE < size {
         match file.read_at(&mut piece, found.len() as u64 * SUBPAGE) {
             Ok(length) => found.extend(piece[..length].chunks(SUBPAGE as usize).map(<[u8]>::to_vec)),
-            Err(_) => found.push(Vec::new()), // a read ends before the first subpage that is lost
+            Err(_) => found.push(Vec::new()), // a read ends before the first quarantined subpage
         }
     }
     found
@@ -221,7 +222,7 @@ fn attributes(path: &Path) -> BTreeMap<String, String> {
     ours.collect()
 }
 
-/// The counters that a refused change leaves as they are.
+/// The counters that a refused change must not move.
 fn accounts(pool: &Pool) -> BTreeMap<String, u64> {
     const WHICH: &[&str] = &[
         "pages_total",
@@ -237,9 +238,9 @@ fn accounts(pool: &Pool) -> BTreeMap<String, u64> {
     pool.counters().into_iter().filter(|(name, _)| WHICH.contains(&name.as_str())).collect()
 }
 
-// ---- the operations -------------------------------------------------------------------------------------------------
+// ---- the operations ----------------------------------------------------------------------------
 
-/// Three folios of sevens, in a pool of eight.
+/// A file of three folios of sevens, in a pool of eight.
 fn sevens(pool: &Pool) {
     fs::write(file(pool), vec![7; 3 * FOLIO as usize]).unwrap();
 }
@@ -259,7 +260,7 @@ const MEDIATED: &str = "io=mediated";
 const NATIVE: &str = "io=native";
 const KEEP: &str = "io=mediated,punch=keep";
 
-/// Asserts runs of bytes, from the start of the file to its end.
+/// Asserts the runs of bytes from the start of the file to its end.
 fn assert_runs(pool: &Pool, runs: &[(u64, u8)]) {
     let (bytes, mut meant) = (fs::read(file(pool)).unwrap(), Vec::new());
     runs.iter().for_each(|(length, byte)| meant.resize(meant.len() + *length as usize, *byte));
@@ -275,7 +276,8 @@ fn assert_free(pool: &Pool, pages: u64) {
     assert_eq!(pool.free_pages(), pages);
 }
 
-/// Polls as one who waits, if not for long: the daemon notes who is to be woken. The kernel makes POLLERR of any error.
+/// Polls with a timeout, if a short one, so that the daemon notes the caller as one to wake. The
+/// kernel turns any error of the daemon into POLLERR.
 fn poll_for_a_quarantine(file: &File) -> Result<(), Errno> {
     let mut fds = [PollFd::new(file, PollFlags::PRI)];
     poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 1 }))?;
@@ -338,7 +340,8 @@ const OPERATIONS: &[Operation] = &[
         change: |stage| {
             fs::remove_file(stage.path()).map_err(errno)?;
             stage.open = None;
-            // Where the daemon keeps the file, as a request of this test's would be one whose calls are counted.
+            // Looks at the daemon's own directory, as a request of this test would be one whose
+            // calls are counted.
             let objects = format!("/proc/{}/root/objects", stage.pool.daemon().pid);
             let is_empty = || fs::read_dir(&objects).expect("the daemon runs").next().is_none();
             limits::until(limits::ANSWER, "the end of a file without a name", is_empty);
@@ -679,13 +682,13 @@ const OPERATIONS: &[Operation] = &[
     },
 ];
 
-// ---- the trials -----------------------------------------------------------------------------------------------------
+// ---- the trials --------------------------------------------------------------------------------
 
 fn mount(options: &str) -> Pool {
     Pool::mount(&format!("pagesize=2M,size={},{options}", PAGES * FOLIO))
 }
 
-/// Empties the pool and sets the stage anew.
+/// Empties the pool and prepares the operation.
 fn set_stage<'a>(pool: &'a Pool, operation: &Operation) -> Stage<'a> {
     for entry in fs::read_dir(pool.path()).unwrap() {
         let path = entry.unwrap().path();
@@ -696,13 +699,14 @@ fn set_stage<'a>(pool: &'a Pool, operation: &Operation) -> Stage<'a> {
     Stage { pool, open: file(pool).is_file().then(|| open(&file(pool))) }
 }
 
-/// The kernel forgets a file after unlink(2) has returned.
+/// Waits until the kernel has forgotten all files, which it does only after unlink(2) has returned.
 fn wait_for_oblivion(pool: &Pool) {
     pool.wait_for_orphans();
     pool.wait_for_free_pages(PAGES);
 }
 
-/// The failures of a pool, by a descriptor for which the kernel asks the daemon for nothing else.
+/// Makes system calls of a pool's daemon fail, through a descriptor that causes no other request to
+/// the daemon.
 struct Failures(OwnedFd);
 
 impl Failures {
@@ -717,7 +721,7 @@ impl Failures {
             .expect("a worker that was built for tests");
     }
 
-    /// Where the call was that failed; `None` where there were too few.
+    /// The place of the call that failed. `None` where the operation made too few calls.
     fn place(&self) -> Option<String> {
         let mut value = [0; 256];
         let length = rustix::fs::fgetxattr(&self.0, FAIL, &mut value[..]).expect("a report");
@@ -725,14 +729,15 @@ impl Failures {
     }
 }
 
-/// How many calls failed, and how many of them had the operation refused.
+/// The number of calls that failed, and the number of operations that were refused for that.
 #[derive(Default)]
 struct Tally {
     failures: u64,
     refusals: u64,
 }
 
-/// Has the `nth` call that can answer `error` do so. Answers false where there is no such call, or says what is wrong.
+/// Makes the `nth` call that can answer `error` fail. Returns false where there is no such call. An
+/// error tells of a wrong outcome.
 fn fail_one(
     pool: &Pool,
     operation: &Operation,
@@ -768,7 +773,7 @@ fn fail_one(
     Ok(place.is_some())
 }
 
-/// What is wrong after the operation, apart from its own result.
+/// The wrong outcomes of an operation, apart from its own result.
 fn before_and_after(before: &Snapshot, pool: &Pool, result: Result<(), Errno>) -> Vec<String> {
     let mut wrong = Vec::new();
     if let Err(errno) = result {
@@ -781,8 +786,9 @@ fn before_and_after(before: &Snapshot, pool: &Pool, result: Result<(), Errno>) -
     wrong
 }
 
-/// Pools for operations that are tried one after the other, by the options that they are mounted with. They are mounted before
-/// any operation is tried: a process that is started has all descriptors of the test's until it executes its program.
+/// Pools for operations that are tried one after the other, by mount options. They are mounted
+/// before any operation is tried: a new process has all descriptors of this test until it executes
+/// its program.
 struct Lane(BTreeMap<&'static str, Pool>);
 
 impl Lane {
@@ -790,7 +796,7 @@ impl Lane {
         Self([MEDIATED, NATIVE, KEEP].into_iter().map(|options| (options, mount(options))).collect())
     }
 
-    /// Fails each call of an operation once. Returns what was wrong.
+    /// Fails each call of an operation once. Returns the wrong outcomes.
     fn fail_each(&mut self, operation: &Operation) -> Vec<String> {
         let (mut tally, mut wrong) = (Tally::default(), Vec::new());
         for error in ERRORS {
@@ -801,7 +807,7 @@ impl Lane {
                     Err(what) => {
                         println!("wrong: {what}");
                         wrong.push(what);
-                        self.0.insert(operation.options, mount(operation.options)); // the other may be damaged
+                        self.0.insert(operation.options, mount(operation.options)); // the old pool may be damaged
                     }
                 }
             }

@@ -1,7 +1,9 @@
-//! How long the calls of one user take while others keep the filesystem busy with long requests.
+//! The time that calls of one user take while others keep the filesystem busy with long requests.
 //!
-//! Ten users do so, each with a file of their own, or root does. A stranger opens, reads and closes a file, asks for its attributes, and
-//! makes a directory, all the time. A row has the median of one such call, the best and the worst, beside each of the loads.
+//! Ten users make long requests, each on a file of their own, or root makes them. Meanwhile a
+//! stranger opens, reads and closes a file, asks for its attributes, and makes a directory, again
+//! and again. A row has the median, the best and the worst time of one of these calls, beside each
+//! load.
 
 use super::sides::{Kind, Side};
 use super::table::Samples;
@@ -20,16 +22,17 @@ use std::time::{Duration, Instant};
 const USERS: u32 = 10;
 const FIRST_USER: u32 = 3000;
 const STRANGER: u32 = FIRST_USER + USERS;
-/// Of each user's file.
+/// The size of each user's file.
 const FILE: u64 = 64 << 20;
-/// All files, and what is left for the moment in which one gives memory back and takes some again.
+/// All files, and some more for the moment in which a file has given memory back and takes some
+/// again.
 const POOL: u64 = (USERS as u64 + 2) * FILE;
 /// The longest value of an attribute.
 const VALUE: usize = 64 << 10;
-/// Between two rounds of the stranger's calls.
+/// The pause between two rounds of the stranger's calls.
 const PAUSE: Duration = Duration::from_millis(2);
 
-/// What somebody does again and again.
+/// A long request that is repeated.
 struct Load {
     name: &'static str,
     by: By,
@@ -39,14 +42,14 @@ struct Load {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum By {
     Nobody,
-    /// Only our filesystem can do it.
+    /// Ten users, on this filesystem only: others lack the request.
     Users,
-    /// tmpfs, too.
+    /// Ten users, on tmpfs, too.
     UsersOfBoth,
     Root,
 }
 
-/// What a load is done to.
+/// The files on which a load acts.
 #[derive(Clone, Copy)]
 struct Subject<'a> {
     root: &'a File,
@@ -86,7 +89,7 @@ const LOADS: &[Load] = &[
     Load { name: "status", by: By::Root, run: |on| get(on.root, "user.hugetlb2.pool") },
 ];
 
-/// A call of the stranger's, in a directory.
+/// The name of a call of the stranger, and the call in a directory.
 type Call = (&'static str, fn(&File));
 
 const CALLS: &[Call] = &[
@@ -112,7 +115,7 @@ fn get(file: &File, name: &str) {
     fgetxattr(file, name, &mut value[..]).expect("fgetxattr");
 }
 
-/// Fills in the rows of this module.
+/// Measures and adds the rows of this module.
 pub fn measure(plan: &Plan, table: &mut Table) {
     for kind in [Kind::Ours, Kind::TmpfsHuge] {
         let side = match kind {
@@ -141,7 +144,7 @@ fn measure_in(plan: &Plan, table: &mut Table, side: &Side, kind: Kind) {
     }
 }
 
-/// Milliseconds of each of [`CALLS`] for as long as `time`, beside a load.
+/// Milliseconds of each of [`CALLS`], made for `time` beside a load.
 fn beside(load: &Load, side: &Side, time: Duration) -> Vec<Vec<f64>> {
     let root = File::open(&side.mount_point).expect("the root directory");
     let users = match load.by {
@@ -168,7 +171,7 @@ fn beside(load: &Load, side: &Side, time: Duration) -> Vec<Vec<f64>> {
     })
 }
 
-/// What the stranger does.
+/// Makes the stranger's calls for `time`. Returns their milliseconds.
 fn live_on(side: &Side, time: Duration) -> Vec<Vec<f64>> {
     let path = side.mount_point.join("stranger");
     fs::create_dir_all(&path).expect("mkdir");
@@ -198,7 +201,7 @@ fn own_file(side: &Side, name: &str, user: u32) -> File {
     file
 }
 
-/// Of this thread alone: what it asks for is asked for by `user`.
+/// Makes `user` the user of this thread's calls. Other threads keep theirs.
 fn become_user(user: u32) {
     let user = Uid::from_raw(user);
     set_thread_res_uid(user, user, user).expect("root may be any user");

@@ -1,19 +1,19 @@
-//! Control groups of a test's own (cgroups(7)).
+//! Control groups that belong to one test (cgroups(7)).
 
 use super::limits;
 use std::fs;
 use std::path::PathBuf;
 
-/// A cgroup of either version; its processes must be gone when it is dropped.
+/// A cgroup of either version. Its processes must be gone when it is dropped.
 pub struct Cgroup {
     pub directory: PathBuf,
-    /// The file that limits what its processes have.
+    /// The file with the limit for its processes.
     pub limit: &'static str,
 }
 
 impl Cgroup {
-    /// One with a controller, whose limit is in the first file in version 1 and in the second in
-    /// version 2.
+    /// A cgroup with `controller`. The first file of `limits` has the limit in version 1, the
+    /// second in version 2.
     pub fn new(name: &str, controller: &str, limits: [&'static str; 2]) -> Self {
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
         let mounted = |kind: &str, option: &str| {
@@ -36,7 +36,7 @@ impl Cgroup {
         Self { directory, limit }
     }
 
-    /// Bytes of memory that its processes have, where that is what is limited.
+    /// Bytes of memory of its processes, if its controller is that of memory.
     pub fn taken(&self) -> u64 {
         let file = if self.limit == "memory.max" { "memory.current" } else { "memory.usage_in_bytes" };
         let text = fs::read_to_string(self.directory.join(file)).unwrap();

@@ -1,4 +1,4 @@
-//! A place to mount at, by the mount helper's protocol, and other mount namespaces.
+//! A place to mount at with the mount helper, and other mount namespaces.
 
 use super::limits::{self, Waiting};
 use super::{end, mount_hugetlb2, program, start_until, status_and_error};
@@ -7,8 +7,8 @@ use rustix::process::{Pid, getsid};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-/// A directory with a mount point and a log that no other test has, which says whose daemon a
-/// process is.
+/// A directory with a mount point and a log. No other test has this log, so its path tells whose
+/// daemon a process is.
 pub struct Place {
     pub directory: tempfile::TempDir,
     _limit: Waiting,
@@ -34,7 +34,7 @@ impl Place {
         self.join("log")
     }
 
-    /// The helper, told to mount here; `options` and the log are what is behind `-o`.
+    /// The helper, with the arguments to mount here. `options` and the log follow `-o`.
     pub fn mount(&self, options: &str) -> Command {
         self.mount_at(&self.mount_point(), options)
     }
@@ -58,7 +58,7 @@ impl Place {
         self.processes().into_iter().filter(leads).collect()
     }
 
-    /// It and its worker.
+    /// The supervisor and its worker.
     pub fn processes(&self) -> Vec<i32> {
         let flag = format!("--log={}", self.log().display());
         let processes = std::fs::read_dir("/proc").expect("/proc").filter_map(Result::ok);
@@ -70,7 +70,7 @@ impl Place {
         ids.filter(is_ours).collect()
     }
 
-    /// Its line in mountinfo, if something is mounted here.
+    /// This place's line in mountinfo, if a filesystem is mounted here.
     pub fn mount_info(&self) -> Option<MountInfo> {
         MountInfo::of(&self.mount_point(), "/proc/self/mountinfo")
     }
@@ -80,7 +80,7 @@ impl Place {
         assert_eq!(self.processes(), [0; 0], "a daemon runs");
     }
 
-    /// Asserts that the helper ends with `status`, says `word`, and has left nothing.
+    /// Asserts that the helper ends with `status`, says `word`, and leaves nothing.
     pub fn assert_refused(&self, command: &mut Command, status: i32, word: &str) {
         assert_eq!(self.mount_info(), None, "{command:?}: something is mounted beforehand");
         let (found, error) = status_and_error(command);
@@ -116,13 +116,13 @@ impl MountInfo {
     }
 }
 
-/// A mount namespace of its own, as long as this lives.
+/// A mount namespace of its own. It ends when this is dropped.
 pub struct Namespace {
     init: Child,
 }
 
 impl Namespace {
-    /// One in which the helpers are where mount(8) looks for them.
+    /// A namespace in which mount(8) finds the helpers.
     pub fn new() -> Self {
         const HELPERS: &str = "mount -t tmpfs helpers /usr/sbin
             for name in mount.hugetlb2 mount.fuse.hugetlb2 umount.fuse.hugetlb2; do
@@ -131,8 +131,8 @@ impl Namespace {
         Self::prepared_by(HELPERS)
     }
 
-    /// One that a script has prepared; `$0` is the program under test. The namespace lets go at
-    /// once of the pools of tests that run beside this one: copies of their mounts came along.
+    /// A namespace that `script` has prepared. `$0` is the program under test. The namespace begins
+    /// with copies of the mounts of other tests' pools, and unmounts these copies at once.
     pub fn prepared_by(script: &str) -> Self {
         let script =
             format!("umount -i -c -l -a -t fuse.hugetlb2\nset -e\n{script}\necho ready\nexec sleep infinity");
@@ -145,14 +145,14 @@ impl Namespace {
         self.init.id().to_string()
     }
 
-    /// A program that runs in it.
+    /// A program that runs in this namespace.
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new("nsenter");
         command.args(["-t", &self.pid(), "-m", "--", program]);
         command
     }
 
-    /// Where a path in it is seen from outside.
+    /// The path by which a program outside of the namespace finds `path`.
     pub fn path(&self, path: &Path) -> PathBuf {
         PathBuf::from(format!("/proc/{}/root{}", self.init.id(), path.display()))
     }

@@ -1,4 +1,5 @@
-//! Memory on two NUMA nodes, one of which is full: whoever asks for memory fails or gets it elsewhere. The OOM killer kills nobody.
+//! Memory on two NUMA nodes, one of which is full. A call that asks for memory fails, or gets
+//! memory of the other node. The OOM killer kills no process.
 
 use super::cases;
 use crate::support::{COLLAPSE, FOLIO, Pool, SIZE, Toucher, kill_worker, limits, set};
@@ -8,8 +9,8 @@ use std::fs::{self, File};
 use std::path::PathBuf;
 
 const MIB: u64 = 1 << 20;
-/// What the stranger leaves of node 0. The kernel keeps 24 MiB of that for itself (the `min` of /proc/zoneinfo), so less than a piece
-/// is to be had.
+/// Bytes that the stranger leaves on node 0. The kernel keeps 24 MiB of these for itself (the `min`
+/// of /proc/zoneinfo), so the rest is less than a piece.
 const LEFT: u64 = 44 * MIB;
 
 cases! {
@@ -19,7 +20,7 @@ cases! {
         a_pool_stays_within_its_cpuset;
 }
 
-/// A number of a line `... NAME NUMBER` or `... NAME: NUMBER kB` of a file.
+/// The number in the line `... NAME NUMBER` or `... NAME: NUMBER kB` of a file.
 fn number_in(path: &str, name: &str) -> u64 {
     let text = fs::read_to_string(path).unwrap_or_else(|error| panic!("{path}: {error}"));
     let mut words = text.split_ascii_whitespace().skip_while(|word| word.trim_end_matches(':') != name);
@@ -35,7 +36,7 @@ fn killed() -> u64 {
     number_in("/proc/vmstat", "oom_kill")
 }
 
-/// A stranger who has all of node 0 but for so many bytes.
+/// Another process, which has all memory of node 0 except some bytes.
 struct Stranger {
     process: Toucher,
     killed: u64,
@@ -113,8 +114,9 @@ fn a_policy_of_a_program_kills_nobody() {
     pool.unmount();
 }
 
-/// A thread that sets a policy over and over wins against the daemon, which voids it. The pool lies on the other node, so the growth
-/// comes to wait for memory that nobody gives back. That is the end of the worker, and of no other process.
+/// A thread that sets a policy over and over wins against the daemon, which voids it. The pool lies
+/// on the other node, so in the end the growth waits for memory that no process gives back. That
+/// ends the worker, and no other process.
 fn a_policy_set_over_and_over_kills_nobody() {
     let mut stranger = Stranger::who_leaves(LEFT);
     let pool = Pool::small(80);
@@ -128,7 +130,7 @@ fn a_policy_set_over_and_over_kills_nobody() {
         let growth = scope.spawn(|| file.set_len(80 * FOLIO));
         let is_over = || growth.is_finished() || has_ended() > 0;
         limits::until(limits::ANSWER, "the growth, or the end of a worker", is_over);
-        drop(program); // the next worker has its way
+        drop(program); // so no program works against the next worker
         growth.join().expect("it is no panic")
     });
     println!("workers ended: {}; then {grown:?}", has_ended());
@@ -139,7 +141,8 @@ fn a_policy_set_over_and_over_kills_nobody() {
     pool.unmount();
 }
 
-/// A cgroup that allows its processes memory of node 1 only; this process is in it as long as it lives.
+/// A cgroup that allows its processes memory of node 1 only. This process is in the cgroup while
+/// this lives.
 struct Cpuset {
     root: PathBuf,
 }
@@ -165,7 +168,7 @@ impl Cpuset {
 impl Drop for Cpuset {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            return; // a machine on which a case has failed serves no other
+            return; // after a failed case the machine runs no other case
         }
         self.move_to("");
         fs::remove_dir(self.root.join("one")).unwrap();
@@ -193,7 +196,7 @@ fn a_pool_stays_within_its_cpuset() {
     assert_eq!(killed(), killed_before);
 }
 
-/// Flags of each thread of a process (proc(5), /proc/PID/task/TID/stat), by the thread's name.
+/// Flags of each thread of a process (proc(5), /proc/PID/task/TID/stat), with the thread's name.
 fn flags_of_threads(process: u64) -> Vec<(String, u64)> {
     let tasks = fs::read_dir(format!("/proc/{process}/task")).expect("it runs");
     let flags = |task: std::io::Result<fs::DirEntry>| {
@@ -205,7 +208,7 @@ fn flags_of_threads(process: u64) -> Vec<(String, u64)> {
 }
 
 fn no_thread_of_the_daemon_asks_for_the_oom_killer() {
-    const NOIO: u64 = 0x0008_0000; // PF_MEMALLOC_NOIO (linux/sched.h): what prctl(2) with PR_SET_IO_FLUSHER sets
+    const NOIO: u64 = 0x0008_0000; // PF_MEMALLOC_NOIO (linux/sched.h), which PR_SET_IO_FLUSHER of prctl(2) sets
     let pool = Pool::small(8);
     let path = pool.join("file");
     fs::write(&path, vec![7; 3 * FOLIO as usize]).unwrap();
