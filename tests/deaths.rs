@@ -19,7 +19,7 @@ use support::{
 // ---- at random ---------------------------------------------------------------------------------
 
 const DEATHS: usize = 300;
-/// With the eighth death the daemon refuses a request.
+/// The daemon refuses a request after the eighth death.
 const MOST_DEATHS_OF_AN_ACT: usize = 5;
 const SEED: u64 = 0x5eed_0f5e_ed0f_5eed;
 const MOST_FOLIOS: u64 = 4;
@@ -148,7 +148,7 @@ impl User {
         let mode = (FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE).bits();
         assert_eq!(self.ask("fallocate", &format!("{mode} {start} {length}")), "ok");
         self.bytes[start as usize..(start + length) as usize].fill(0);
-        // A released page is SIGBUS to a program that maps it until it is allocated again.
+        // Until a released page is allocated again, a program that maps it gets SIGBUS there.
         let size = self.size();
         assert_eq!(self.ask("fallocate", &format!("0 0 {size}")), "ok");
     }
@@ -192,7 +192,7 @@ fn kill_at_random(pool: &Pool, users: &[Progress]) -> Vec<Duration> {
     let mut random = Dice(SEED);
     let mut stalls = Vec::new();
     for _ in 0..DEATHS {
-        std::thread::sleep(Duration::from_micros(random.below(30_000))); // at some moment of the acts of the users
+        std::thread::sleep(Duration::from_micros(random.below(30_000))); // during some act
         users.iter().for_each(Progress::wait_where_starved);
         users.iter().for_each(Progress::note_death);
         let worker = Pid::from_raw(pool.counter("worker_pid") as i32).expect("a process id");
@@ -236,7 +236,8 @@ fn three_hundred_random_deaths_fail_no_call_and_lose_no_byte() {
     });
     println!("what the four processes have done: {:?}", progress.map(|user| user.acts));
     println!("stall: median {:?}, worst {:?}", stalls[stalls.len() / 2], stalls[stalls.len() - 1]);
-    assert!(stalls[stalls.len() / 2] < Duration::from_secs(1), "calls hang"); // the worst stall depends on the machine
+    // The worst stall depends on the machine.
+    assert!(stalls[stalls.len() / 2] < Duration::from_secs(1), "calls hang");
     pool.wait_for_free_pages(40);
     pool.check();
     pool.unmount();
@@ -246,7 +247,7 @@ fn three_hundred_random_deaths_fail_no_call_and_lose_no_byte() {
 
 const DIE: &str = "trusted.hugetlb2.die";
 const STEPS: &str = "trusted.hugetlb2.steps";
-/// The number of steps when this was written. More may be added.
+/// The number of steps when this test was written. More may be added.
 const FEWEST_STEPS: usize = 58;
 /// The most deaths at one step of one situation: further ones would repeat these.
 const MOST_DEATHS: u64 = 3;

@@ -80,7 +80,8 @@ fn a_quarantine_takes_no_memory_beyond_the_pool() {
         assert_eq!(pool.counter("quarantined_soft"), 512);
         set(&path, REPAIR, "salvage all").unwrap();
     };
-    (0..20).for_each(|_| there_and_back(0)); // after this each thread of the worker has the memory that it needs for itself
+    // After these rounds each thread of the worker has the memory that it needs for itself.
+    (0..20).for_each(|_| there_and_back(0));
     let worker = pool.counter("worker_pid");
     cgroup.limit(cgroup.taken() + FOLIO / 2);
     (1..4).for_each(|folio| there_and_back(folio * FOLIO));
@@ -117,7 +118,7 @@ fn a_mount_whose_worker_is_killed_says_so() {
 
 // ---- the machine -------------------------------------------------------------------------------
 
-/// While this lives, the daemon of one pool sees a machine with next to no memory left.
+/// While this value lives, the daemon of one pool sees a machine with next to no memory left.
 struct Shortage {
     supervisor: i32,
 }
@@ -214,7 +215,8 @@ fn memory_that_a_program_removed_stops_no_takeover() {
     third.set_len(20 * FOLIO).unwrap();
     assert_eq!((pool.counter("files_unavailable"), pool.free_pages()), (0, 0));
     shortage.end();
-    File::options().write(true).open(&path).unwrap().set_len(10 * FOLIO).unwrap(); // this takes the memory back
+    // The worker takes the removed memory back for this call.
+    File::options().write(true).open(&path).unwrap().set_len(10 * FOLIO).unwrap();
     pool.check();
     drop((mapper, third));
     pool.unmount();

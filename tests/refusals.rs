@@ -145,7 +145,7 @@ impl Entry {
     fn of(path: &Path) -> Self {
         let stat = fs::symlink_metadata(path).expect("it is there");
         let contents = match stat.file_type() {
-            kind if kind.is_file() && stat.len() > 0 => subpages(path), // a file that was never opened stays so
+            kind if kind.is_file() && stat.len() > 0 => subpages(path), // leaves a new file unopened
             kind if kind.is_symlink() => {
                 vec![fs::read_link(path).expect("a link").into_os_string().into_encoded_bytes()]
             }
@@ -207,7 +207,7 @@ fn subpages(path: &Path) -> Vec<Vec<u8>> {
     while (found.len() as u64) * SUBPAGE < size {
         match file.read_at(&mut piece, found.len() as u64 * SUBPAGE) {
             Ok(length) => found.extend(piece[..length].chunks(SUBPAGE as usize).map(<[u8]>::to_vec)),
-            Err(_) => found.push(Vec::new()), // a read ends before the first quarantined subpage
+            Err(_) => found.push(Vec::new()), // this subpage is quarantined: a read ends before it
         }
     }
     found
@@ -276,8 +276,8 @@ fn assert_free(pool: &Pool, pages: u64) {
     assert_eq!(pool.free_pages(), pages);
 }
 
-/// Polls with a timeout, if a short one, so that the daemon notes the caller as one to wake. The
-/// kernel turns any error of the daemon into POLLERR.
+/// Polls with a short timeout, so that the daemon notes that it must wake the caller. The kernel
+/// turns any error of the daemon into POLLERR.
 fn poll_for_a_quarantine(file: &File) -> Result<(), Errno> {
     let mut fds = [PollFd::new(file, PollFlags::PRI)];
     poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 1 }))?;
@@ -807,7 +807,8 @@ impl Lane {
                     Err(what) => {
                         println!("wrong: {what}");
                         wrong.push(what);
-                        self.0.insert(operation.options, mount(operation.options)); // the old pool may be damaged
+                        // The old pool may be damaged.
+                        self.0.insert(operation.options, mount(operation.options));
                     }
                 }
             }

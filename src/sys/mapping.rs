@@ -224,7 +224,8 @@ impl Window {
 #[track_caller]
 fn populate(map: &MmapRaw, start: usize, length: usize) -> Result<()> {
     attempt(Want::Memory).map_err(meaning)?;
-    let populated = patiently(|| map.advise_range(Advice::PopulateRead, start, length)); // a hole may get memory
+    // A hole may get memory.
+    let populated = patiently(|| map.advise_range(Advice::PopulateRead, start, length));
     populated.map_err(|error| match Errno::from_io_error(&error) {
         Some(Errno::FAULT) => Error::NoData,
         Some(errno) => meaning(errno),

@@ -141,8 +141,8 @@ fn a_policy_set_over_and_over_kills_nobody() {
     pool.unmount();
 }
 
-/// A cgroup that allows its processes memory of node 1 only. This process is in the cgroup while
-/// this lives.
+/// A cgroup that allows its processes memory of node 1 only. The test process is in the cgroup
+/// until this value is dropped.
 struct Cpuset {
     root: PathBuf,
 }
@@ -208,7 +208,8 @@ fn flags_of_threads(process: u64) -> Vec<(String, u64)> {
 }
 
 fn no_thread_of_the_daemon_asks_for_the_oom_killer() {
-    const NOIO: u64 = 0x0008_0000; // PF_MEMALLOC_NOIO (linux/sched.h), which PR_SET_IO_FLUSHER of prctl(2) sets
+    // PF_MEMALLOC_NOIO (linux/sched.h). PR_SET_IO_FLUSHER of prctl(2) sets this flag.
+    const NOIO: u64 = 0x0008_0000;
     let pool = Pool::small(8);
     let path = pool.join("file");
     fs::write(&path, vec![7; 3 * FOLIO as usize]).unwrap();
