@@ -2,6 +2,7 @@
 //! this.
 
 use crate::daemons;
+use hugetlb2fs::attributes::{Counter, LONGEST_VALUE, OPTIONS, POOL, REFUSAL, SIZE, UNAVAILABLE};
 use hugetlb2fs::sys::cgroup;
 use hugetlb2fs::units::PageSize;
 use rustix::fs::{XattrFlags, getxattr, setxattr};
@@ -11,30 +12,14 @@ use std::path::Path;
 use std::sync::mpsc;
 use std::time::Duration;
 
-/// Quarantined ranges.
-pub const POISON: &str = "user.hugetlb2.poison";
-/// Repair requests.
-pub const REPAIR: &str = "user.hugetlb2.repair";
-/// Collapse requests.
-pub const COLLAPSE: &str = "user.hugetlb2.collapse";
-/// Real memory errors, asked for.
-pub const INJECT: &str = "trusted.hugetlb2.inject";
-/// The mapping of a file.
-pub const MAP: &str = "user.hugetlb2.map";
-const REFUSAL: &str = "user.hugetlb2.refusal";
-const POOL: &str = "user.hugetlb2.pool";
-const OPTIONS: &str = "user.hugetlb2.options";
-const SIZE: &str = "trusted.hugetlb2.size";
-const UNAVAILABLE: &str = "trusted.hugetlb2.unavailable";
-/// The invariants that do not hold.
-pub const CHECK: &str = "trusted.hugetlb2.check";
+pub use hugetlb2fs::attributes::{CHECK, COLLAPSE, INJECT, MAP, POISON, REPAIR};
 
 /// Reads an attribute; `None` where it has no value now.
 ///
 /// # Errors
 /// The errno.
 pub fn read(path: &Path, name: &str) -> Result<Option<String>, Errno> {
-    let mut value = vec![0; 64 << 10]; // XATTR_SIZE_MAX
+    let mut value = vec![0; LONGEST_VALUE];
     match getxattr(path, name, &mut value[..]) {
         Ok(length) => {
             value.truncate(length);
@@ -70,8 +55,9 @@ pub fn refusal(file: &Path) -> Option<String> {
 pub struct Counters(Vec<(String, u64)>);
 
 impl Counters {
-    /// One of them.
-    pub fn get(&self, name: &str) -> Option<u64> {
+    /// The value of a counter; none if the daemon does not have it.
+    pub fn get(&self, counter: Counter) -> Option<u64> {
+        let name = counter.name();
         self.0.iter().find(|row| row.0 == name).map(|row| row.1)
     }
 
@@ -86,13 +72,13 @@ impl Counters {
     pub fn translate_processes(&mut self, directory: &Path) {
         let found = daemons::connection_of(directory).map(daemons::of).unwrap_or_default();
         let mut found = found.into_iter().map(|process| u64::from(process.pid));
-        let numbers = [("daemon_pid", found.next()), ("worker_pid", found.next())];
-        for (name, seen) in numbers {
+        let numbers = [(Counter::DaemonPid, found.next()), (Counter::WorkerPid, found.next())];
+        for (counter, seen) in numbers {
             let number = seen.or_else(|| {
-                let told = self.get(name).filter(|_| !geteuid().is_root());
+                let told = self.get(counter).filter(|_| !geteuid().is_root());
                 told.filter(|pid| daemons::is_called_daemon(*pid))
             });
-            match (self.0.iter().position(|row| row.0 == name), number) {
+            match (self.0.iter().position(|row| row.0 == counter.name()), number) {
                 (Some(at), Some(number)) => self.0[at].1 = number,
                 (Some(at), None) => drop(self.0.remove(at)),
                 (None, _) => {}
@@ -106,7 +92,7 @@ impl Counters {
     /// A sentence, where it is none that this version knows.
     pub fn page_size(&self) -> Result<PageSize, String> {
         let known = [PageSize::Huge, PageSize::Gigantic];
-        let found = known.into_iter().find(|size| Some(size.bytes()) == self.get("page_size"));
+        let found = known.into_iter().find(|size| Some(size.bytes()) == self.get(Counter::PageSize));
         found.ok_or_else(|| "the pool has a page size that this version does not know".to_owned())
     }
 }

@@ -4,6 +4,7 @@ use crate::mappers::{self, Misaligned};
 use crate::terminal::say;
 use crate::{attributes, daemons, demo, mount, mounts, session, touch};
 use clap::{Parser, Subcommand, ValueEnum};
+use hugetlb2fs::attributes::Counter;
 use hugetlb2fs::quarantine;
 use rustix::fs::{major, minor, statvfs};
 use rustix::io::Errno;
@@ -264,41 +265,44 @@ fn inodes(directory: &Path, options: &[(String, String)]) -> Option<(u64, u64)> 
 
 fn describe_pool(directory: &Path, counters: &attributes::Counters, options: &[(String, String)]) -> String {
     const MIB: u64 = 1 << 20;
-    let of = |name: &str| counters.get(name).unwrap_or(0);
+    let of = |counter| counters.get(counter).unwrap_or(0);
     let mut out = format!("{}\n", directory.display());
     let mut row = |name: &str, text: String| {
         let _ = writeln!(out, "  {name:13} {text}");
     };
-    let (total, size) = (of("pages_total"), of("page_size") / MIB);
-    row("pages", format!("{total} of {size} MiB: {} used, {} free", of("pages_used"), of("pages_free")));
-    let huge = of("huge_bytes_at_mount") / MIB;
+    let (total, size) = (of(Counter::PagesTotal), of(Counter::PageSize) / MIB);
+    row(
+        "pages",
+        format!("{total} of {size} MiB: {} used, {} free", of(Counter::PagesUsed), of(Counter::PagesFree)),
+    );
+    let huge = of(Counter::HugeBytesAtMount) / MIB;
     row("in folios", format!("{huge} MiB were in 2 MiB folios when it was mounted"));
-    let (objects, orphans) = (of("objects"), of("orphans"));
+    let (objects, orphans) = (of(Counter::Objects), of(Counter::Orphans));
     row("files", format!("{objects} open or with contents, {orphans} unlinked and still in use"));
     if let Some((used, free)) = inodes(directory, options) {
         row("inodes", format!("{used} used, {free} more files can be made"));
     }
-    if of("files_unavailable") > 0 {
-        let count = of("files_unavailable");
+    if of(Counter::FilesUnavailable) > 0 {
+        let count = of(Counter::FilesUnavailable);
         row("unavailable", format!("{count} files cannot be opened: EIO; they are tried again each second"));
     }
-    if of("short_bytes") > 0 {
-        let (short, missing) = (of("short_bytes") / MIB, of("pages_missing"));
+    if of(Counter::ShortBytes) > 0 {
+        let (short, missing) = (of(Counter::ShortBytes) / MIB, of(Counter::PagesMissing));
         row(
             "short",
             format!("{short} MiB are lacking, {missing} free pages for them; taken again each second"),
         );
     }
-    if of("punched_bytes") > 0 {
+    if of(Counter::PunchedBytes) > 0 {
         row(
             "punched",
-            format!("{} KiB are the machine's until they are touched", of("punched_bytes") / 1024),
+            format!("{} KiB are the machine's until they are touched", of(Counter::PunchedBytes) / 1024),
         );
     }
-    let (soft, hw) = (of("quarantined_soft"), of("quarantined_hw"));
+    let (soft, hw) = (of(Counter::QuarantinedSoft), of(Counter::QuarantinedHw));
     let by_errors = if hw > 0 { format!(", {hw} of them for memory errors") } else { String::new() };
     row("quarantined", format!("{} subpages of 4 KiB{by_errors}", soft + hw));
-    let daemon = match (counters.get("daemon_pid"), counters.get("worker_pid")) {
+    let daemon = match (counters.get(Counter::DaemonPid), counters.get(Counter::WorkerPid)) {
         (Some(daemon), Some(worker)) => format!("process {daemon}, worker {worker}"),
         (Some(daemon), None) => format!("process {daemon}, no worker just now"),
         (None, _) => "not seen from this process id namespace".to_owned(),

@@ -5,6 +5,7 @@
 //! demonstration fails.
 
 use crate::attributes::{self, COLLAPSE, POISON, REPAIR};
+use hugetlb2fs::attributes::Counter;
 use hugetlb2fs::units::{PageSize, SUBPAGE_SIZE};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, fstat, mkdirat, openat, unlinkat};
@@ -57,7 +58,7 @@ fn show(report: &mut Report) -> Step {
     let pool = Pool::mount()?;
     report.time("mount", clock);
     let counters = attributes::pool(&pool.mount_point)?;
-    report.expect("pages_free", "pages free", counters.get("pages_free").unwrap_or(0), 2)?;
+    report.expect("pages_free", "pages free", counters.get(Counter::PagesFree).unwrap_or(0), 2)?;
     let clock = Instant::now();
     let file = pool.create_file()?;
     // On a virtual machine the host takes most of this time: it finds memory for its guest at the
@@ -212,7 +213,7 @@ impl Pool {
         if !mounted.success() {
             return Err("the pool could not be mounted".to_owned());
         }
-        let pid = attributes::pool(&pool.mount_point)?.get("daemon_pid").unwrap_or(0);
+        let pid = attributes::pool(&pool.mount_point)?.get(Counter::DaemonPid).unwrap_or(0);
         let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or("the daemon has no process id")?;
         pool.daemon =
             Some(pidfd_open(pid, PidfdFlags::empty()).map_err(|errno| format!("pidfd_open: {errno}"))?);

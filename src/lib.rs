@@ -104,6 +104,7 @@
 //! | [`steps`] | names of steps after which a test has the worker die | [`steps::Step`] |
 //! | [`faults`] | system calls that a test has fail | [`faults::Want`] |
 //! | [`options`] | the one table of mount options | [`options::TABLE`] |
+//! | [`attributes`] | the one table of extended attributes; counters | [`attributes::TABLE`] |
 //! | [`sys`] | system calls, and the project's `unsafe` | [`sys::tmpfs`] |
 //! | [`logging`] | a log that never makes a call wait | [`logging::start`] |
 //! | [`sealed`] | a sealed file: S1, Q1, quarantine, repair, the ledger | [`sealed::Sealed`] |
@@ -198,13 +199,13 @@
 //! daemon, help, remount and session record read that table. Use the field where [`fs::Fs`] is
 //! made. Add a row to "Options" in docs/OPERATIONS.md (`tests/documents.rs` compares).
 //!
-//! **An attribute.** A variant of `Protocol` and a row of `TABLE` in `fs::attributes`; the value
-//! in `root_attribute` or `file_attribute`, the request in `set_attribute` or
-//! `set_file_attribute`. A grammar goes to [`quarantine`], the command to `mount-helper/cli.rs`.
-//! Add a row to "Attributes" in README.md (a test of `fs::attributes` compares).
+//! **An attribute.** A variant of [`attributes::OfFile`] or [`attributes::OfRoot`] and a row of
+//! [`attributes::TABLE`]. The compiler then asks for the value and for the request in
+//! `fs::attributes`. A grammar goes to [`quarantine`], the command to `mount-helper/cli.rs`. Add a
+//! row to "Attributes" in README.md (a test of [`attributes`] compares).
 //!
-//! **A counter.** A line in `pool_text` of `fs::attributes`, and a row of "Counters" in
-//! docs/OPERATIONS.md.
+//! **A counter.** A variant of [`attributes::Counter`], a line in `pool_text` of `fs::attributes`,
+//! and a row of "Counters" in docs/OPERATIONS.md.
 //!
 //! **An agent.** A file in `agents`: `start` takes the [`fs::Fs`] and returns a value whose drop
 //! stops the thread ([`agents::patrol`]). The thread only waits and calls; the decision is a
@@ -225,6 +226,8 @@ pub mod steps;
 pub mod faults;
 
 pub mod options;
+
+pub mod attributes;
 
 pub mod sys;
 

@@ -16,9 +16,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
-use support::{FOLIO, Pool, SUBPAGE, get, kill_worker, limits, set};
+use support::{DIE, FOLIO, Pool, SUBPAGE, get, kill_worker, limits, set};
 
-const DIE: &str = "trusted.hugetlb2.die";
 const THREADS: u64 = 8;
 
 /// Returns /dev/fuse as the daemon has it open.

@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use support::{
-    CHECK, COLLAPSE, FOLIO, GIB, MAP, POISON, POOL, Pool, REPAIR, SUBPAGE, Toucher, get, limits, poison, run,
-    set, status_and_error,
+    CHECK, COLLAPSE, FOLIO, GIB, INJECT, MAP, POISON, POOL, Pool, REPAIR, SUBPAGE, Toucher, get, limits,
+    poison, run, set, status_and_error,
 };
 
 /// A byte that differs from its neighbours in this subpage and in others.
@@ -1131,7 +1131,6 @@ fn assert_numbered(bytes: &[u8], offset: u64) {
 
 #[test]
 fn injecting_is_refused_with_the_reason_if_the_kernel_cannot() {
-    const INJECT: &str = "trusted.hugetlb2.inject";
     let pool = Pool::small(1);
     let file = pool.join("file");
     std::fs::write(&file, vec![7; 8192]).unwrap();

@@ -2,6 +2,7 @@
 
 use super::sides::Side;
 use super::{Plan, Table, in_turn, microseconds, set_attribute};
+use hugetlb2fs::attributes::{POISON, REPAIR};
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use std::fs::{self, File};
 use std::path::PathBuf;
@@ -52,9 +53,7 @@ pub fn measure(plan: &Plan, table: &mut Table) {
         for ((_, call), samples) in CALLS_TABLE.iter().zip(&mut samples) {
             samples.push(in_turn(1, &mounts, |many| microseconds(|| call(many)) / CALLS as f64));
         }
-        mounts
-            .iter()
-            .for_each(|(_, many)| set_attribute(&many.quarantined(), "user.hugetlb2.repair", "zero all"));
+        mounts.iter().for_each(|(_, many)| set_attribute(&many.quarantined(), REPAIR, "zero all"));
     }
     for ((what, _), samples) in CALLS_TABLE.iter().zip(samples) {
         table.growth(what, "us", joined(samples));
@@ -118,6 +117,6 @@ fn stat(path: &PathBuf) {
 fn quarantine(many: &Many) {
     let path = many.quarantined();
     for place in 0..CALLS {
-        set_attribute(&path, "user.hugetlb2.poison", &format!("{:#x} 4096", place * (POOL / CALLS) + 0x5000));
+        set_attribute(&path, POISON, &format!("{:#x} 4096", place * (POOL / CALLS) + 0x5000));
     }
 }

@@ -2,6 +2,7 @@
 
 use super::sides::{Kind, Side};
 use super::{Plan, Table, quarantine};
+use hugetlb2fs::attributes::Counter;
 use hugetlb2fs::sys::memory_total;
 use rustix::process::Pid;
 use std::fs::{self, File};
@@ -17,12 +18,12 @@ pub fn measure(plan: &Plan, table: &mut Table) {
         Err(why) => return table.skip("memory of the daemon", &why),
     };
     side.file("quarantined").set_len(POOL).expect("ftruncate");
-    let at_first = resident(side.process("worker_pid"));
+    let at_first = resident(side.process(Counter::WorkerPid));
     (0..COUNT).for_each(|n| drop(File::create(side.mount_point.join(n.to_string())).expect("create")));
-    let with_files = resident(side.process("worker_pid"));
+    let with_files = resident(side.process(Counter::WorkerPid));
     let places: Vec<u64> = (0..COUNT).map(|n| n * 16).collect();
     quarantine::quarantine(&side.mount_point.join("quarantined"), &places);
-    let with_quarantine = resident(side.process("worker_pid"));
+    let with_quarantine = resident(side.process(Counter::WorkerPid));
     let mut row = |what: &str, unit, value| {
         table.compare(what, unit, vec![(Kind::Ours.name().to_owned(), vec![value])])
     };
@@ -30,7 +31,7 @@ pub fn measure(plan: &Plan, table: &mut Table) {
     row("the same, each of 1,000 empty files more", "bytes", (with_files - at_first) * 1024.0 / COUNT as f64);
     let each = (with_quarantine - with_files) * 1024.0 / COUNT as f64;
     row("the same, each of 1,000 quarantined subpages more", "bytes", each);
-    row("resident memory of the supervisor", "KiB", resident(side.process("daemon_pid")));
+    row("resident memory of the supervisor", "KiB", resident(side.process(Counter::DaemonPid)));
     table.note(&struct_pages());
 }
 

@@ -5,13 +5,11 @@ use super::access::{chase, cycle, lay_out, nanoseconds_each};
 use super::sides::{GIB, Kind, Side};
 use super::table::Samples;
 use super::{Plan, Random, Table, microseconds, set_attribute};
+use hugetlb2fs::attributes::{COLLAPSE, POISON, REPAIR};
 use hugetlb2fs::sys::sigbus::Mapping;
 use std::collections::BTreeSet;
 use std::path::Path;
 
-const POISON: &str = "user.hugetlb2.poison";
-const REPAIR: &str = "user.hugetlb2.repair";
-const COLLAPSE: &str = "user.hugetlb2.collapse";
 const SUBPAGE: u64 = 4096;
 const LINES_PER_SUBPAGE: u32 = 64;
 /// Ranges in one value: an attribute holds at most 64 KiB.

@@ -7,6 +7,7 @@
 
 use super::Plan;
 use super::limits::{self, Remedy, Waiting};
+use hugetlb2fs::attributes::{Counter, POOL};
 use hugetlb2fs::sys::memory_available;
 use hugetlb2fs::sys::sigbus::{Mapping, Sharing};
 use hugetlb2fs::units::Range;
@@ -182,7 +183,8 @@ impl Side {
             assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
             Ok(())
         })?;
-        side.daemon = Some(pidfd_open(side.process("daemon_pid"), PidfdFlags::empty()).expect("it runs"));
+        side.daemon =
+            Some(pidfd_open(side.process(Counter::DaemonPid), PidfdFlags::empty()).expect("it runs"));
         Ok(side)
     }
 
@@ -245,26 +247,26 @@ impl Side {
     }
 
     /// The process that a counter of the pool names (ours only).
-    pub fn process(&self, counter: &str) -> Pid {
+    pub fn process(&self, counter: Counter) -> Pid {
         let mut counters = vec![0; 4096];
-        let length = rustix::fs::getxattr(&self.mount_point, "user.hugetlb2.pool", &mut counters[..])
-            .expect("the pool attribute");
+        let length =
+            rustix::fs::getxattr(&self.mount_point, POOL, &mut counters[..]).expect("the pool attribute");
         let counters = String::from_utf8_lossy(&counters[..length]);
-        let prefix = format!("{counter} ");
+        let prefix = format!("{} ", counter.name());
         let pid = counters.lines().find_map(|line| line.strip_prefix(&prefix)?.parse().ok());
         pid.and_then(Pid::from_raw).expect("a process id")
     }
 
     /// The number of the worker's descriptors (ours only).
     pub fn descriptors(&self) -> u64 {
-        let directory = format!("/proc/{}/fd", self.process("worker_pid"));
+        let directory = format!("/proc/{}/fd", self.process(Counter::WorkerPid));
         fs::read_dir(directory).expect("descriptors").count() as u64
     }
 
     /// The limit of the worker's descriptors (ours only).
     pub fn descriptor_limit(&self) -> u64 {
         let limits =
-            fs::read_to_string(format!("/proc/{}/limits", self.process("worker_pid"))).expect("limits");
+            fs::read_to_string(format!("/proc/{}/limits", self.process(Counter::WorkerPid))).expect("limits");
         let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"));
         let word = line.and_then(|line| line.split_ascii_whitespace().next()).expect("a limit");
         word.parse().unwrap_or(u64::MAX) // the word is "unlimited"

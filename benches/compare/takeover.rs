@@ -2,6 +2,7 @@
 
 use super::sides::Side;
 use super::{Plan, Table, milliseconds};
+use hugetlb2fs::attributes::Counter;
 use rustix::process::{Signal, kill_process};
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -28,7 +29,7 @@ pub fn measure(plan: &Plan, table: &mut Table) {
 /// kernel has no answer of its own.
 fn kill_and_ask(side: &Side, round: usize) -> f64 {
     let path = side.mount_point.join(format!("no-such-file-{round}"));
-    let worker = side.process("worker_pid");
+    let worker = side.process(Counter::WorkerPid);
     milliseconds(|| {
         kill_process(worker, Signal::KILL).expect("it runs");
         let answer = fs::metadata(&path).expect_err("there is no such file");

@@ -2,6 +2,7 @@
 //! set.
 
 use super::{Fs, Object, Pace, Ticket};
+use crate::attributes::{Attribute, Counter, LONGEST_VALUE, OfFile, OfRoot, POISON, find, is_of_interface};
 use crate::error::{Error, Result};
 #[cfg(debug_assertions)]
 use crate::faults;
@@ -22,9 +23,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// The longest value that getxattr(2) returns (XATTR_SIZE_MAX).
-const LONGEST_VALUE: usize = 64 << 10;
-
 /// The two uses of getxattr(2). A caller that asks only for the length has not seen the value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reading {
@@ -35,74 +33,6 @@ pub enum Reading {
     },
     /// The caller wants only the length of the value.
     Length,
-}
-
-/// The attributes of the protocol.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Protocol {
-    Poison,
-    Repair,
-    Collapse,
-    Map,
-    Refusal,
-    Pool,
-    Options,
-    Inject,
-    Size,
-    Check,
-    Unavailable,
-    /// Only for tests: arms a step or another way to die.
-    #[cfg(debug_assertions)]
-    Die,
-    /// Only for tests: how often the worker has done each step.
-    #[cfg(debug_assertions)]
-    Steps,
-    /// Only for tests: the number of threads that have stopped at the step which is held.
-    #[cfg(debug_assertions)]
-    Stopped,
-    /// Only for tests: arms the failure of a system call, and reports the outcome.
-    #[cfg(debug_assertions)]
-    Fail,
-}
-
-/// The node that has the attribute: each regular file, or the root.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum On {
-    File,
-    Root,
-}
-
-const TABLE: &[(&str, Protocol, On)] = &[
-    ("user.hugetlb2.poison", Protocol::Poison, On::File),
-    ("user.hugetlb2.repair", Protocol::Repair, On::File),
-    ("user.hugetlb2.collapse", Protocol::Collapse, On::File),
-    ("user.hugetlb2.map", Protocol::Map, On::File),
-    ("user.hugetlb2.refusal", Protocol::Refusal, On::File),
-    ("trusted.hugetlb2.inject", Protocol::Inject, On::File),
-    ("user.hugetlb2.pool", Protocol::Pool, On::Root),
-    ("user.hugetlb2.options", Protocol::Options, On::Root),
-    ("trusted.hugetlb2.size", Protocol::Size, On::Root),
-    ("trusted.hugetlb2.check", Protocol::Check, On::Root),
-    ("trusted.hugetlb2.unavailable", Protocol::Unavailable, On::Root),
-    #[cfg(debug_assertions)]
-    ("trusted.hugetlb2.die", Protocol::Die, On::Root),
-    #[cfg(debug_assertions)]
-    ("trusted.hugetlb2.steps", Protocol::Steps, On::Root),
-    #[cfg(debug_assertions)]
-    ("trusted.hugetlb2.stopped", Protocol::Stopped, On::Root),
-    #[cfg(debug_assertions)]
-    ("trusted.hugetlb2.fail", Protocol::Fail, On::Root),
-];
-
-/// All names under these prefixes belong to the protocol, used or not.
-const PREFIXES: [&[u8]; 2] = [b"user.hugetlb2.", b"trusted.hugetlb2."];
-
-fn find(name: &OsStr) -> Option<(Protocol, On)> {
-    TABLE.iter().find(|row| row.0.as_bytes() == name.as_bytes()).map(|row| (row.1, row.2))
-}
-
-fn is_ours(name: &OsStr) -> bool {
-    PREFIXES.iter().any(|prefix| name.as_bytes().starts_with(prefix))
 }
 
 /// Arms a death or a stop. The values:
@@ -156,57 +86,56 @@ impl Fs {
     /// # Errors
     /// ENODATA; E2BIG for a value that is too long to return.
     pub fn attribute(&self, node: NodeId, name: &OsStr, reading: Reading, ticket: Ticket) -> Result<Vec<u8>> {
-        if !is_ours(name) {
+        if !is_of_interface(name.as_bytes()) {
             return self.index.attribute(node, name);
         }
-        let (attribute, on) = find(name).ok_or(Error::NoData)?;
-        let text = match on {
-            On::Root if node == NodeId::ROOT => self.root_attribute(attribute, &Pace::of(ticket))?,
-            On::File if attribute == Protocol::Refusal => {
-                self.refusals.of(node, ticket.thread).ok_or(Error::NoData)?
+        let row = find(name.as_bytes()).ok_or(Error::NoData)?;
+        let text = match row.attribute {
+            Attribute::Root(attribute) if node == NodeId::ROOT => {
+                self.root_attribute(attribute, &Pace::of(ticket))?
             }
-            On::File if self.is_file(node)? => {
+            Attribute::File(OfFile::Refusal) => self.refusals.of(node, ticket.thread).ok_or(Error::NoData)?,
+            Attribute::File(attribute) if self.is_file(node)? => {
                 self.file_attribute(&*self.object(node)?, attribute, reading, &Pace::of(ticket))?
             }
-            _ => return Err(Error::NoData),
+            Attribute::Root(_) | Attribute::File(_) => return Err(Error::NoData),
         };
         if text.len() > LONGEST_VALUE { Err(Error::TooLong) } else { Ok(text.into_bytes()) }
     }
 
-    fn root_attribute(&self, attribute: Protocol, pace: &Pace) -> Result<String> {
+    fn root_attribute(&self, attribute: OfRoot, pace: &Pace) -> Result<String> {
         match attribute {
-            Protocol::Pool => self.pool_text(pace),
-            Protocol::Options => Ok(self.options.clone()),
-            Protocol::Unavailable => {
+            OfRoot::Pool => self.pool_text(pace),
+            OfRoot::Options => Ok(self.options.clone()),
+            OfRoot::Unavailable => {
                 pace.refuse_if(|| Ok(true))?;
                 Ok(self.unavailable_text())
             }
-            Protocol::Size => Ok(format!("{}\n", self.pool.balance().total * self.pool.page_size().bytes())),
-            Protocol::Check => {
+            OfRoot::Size => Ok(format!("{}\n", self.pool.balance().total * self.pool.page_size().bytes())),
+            OfRoot::Check => {
                 pace.refuse_if(|| Ok(true))?;
                 Ok(self.check(pace)?.iter().fold(String::new(), |text, what| text + what + "\n"))
             }
             #[cfg(debug_assertions)]
-            Protocol::Die => Ok(Step::ALL.iter().fold(String::new(), |text, step| text + step.name() + "\n")),
+            OfRoot::Die => Ok(Step::ALL.iter().fold(String::new(), |text, step| text + step.name() + "\n")),
             #[cfg(debug_assertions)]
-            Protocol::Steps => Ok(steps_text()),
+            OfRoot::Steps => Ok(steps_text()),
             #[cfg(debug_assertions)]
-            Protocol::Stopped => Ok(steps::stopped().to_string()),
+            OfRoot::Stopped => Ok(steps::stopped().to_string()),
             #[cfg(debug_assertions)]
-            Protocol::Fail => Ok(faults::report()),
-            _ => Err(Error::NoData),
+            OfRoot::Fail => Ok(faults::report()),
         }
     }
 
     fn file_attribute(
         &self,
         object: &Object,
-        attribute: Protocol,
+        attribute: OfFile,
         reading: Reading,
         pace: &Pace,
     ) -> Result<String> {
         match attribute {
-            Protocol::Poison => {
+            OfFile::Poison => {
                 self.look_for_poison_in(object, pace)?;
                 let room = match reading {
                     Reading::Length => None,
@@ -217,7 +146,7 @@ impl Fs {
                     text => Ok(text),
                 }
             }
-            Protocol::Map => {
+            OfFile::Map => {
                 pace.refuse_if(|| Ok(true))?;
                 self.look_for_poison_in(object, pace)?;
                 let mut text = String::new();
@@ -227,7 +156,7 @@ impl Fs {
                 }
                 Ok(text)
             }
-            _ => Err(Error::NoData),
+            OfFile::Repair | OfFile::Collapse | OfFile::Inject | OfFile::Refusal => Err(Error::NoData),
         }
     }
 
@@ -240,33 +169,33 @@ impl Fs {
         let punched = objects.iter().map(|object| object.punched_bytes(pace));
         let punched = punched.sum::<Result<u64>>()?;
         let mut text = String::new();
-        let mut line = |name: &str, value: u64| {
-            let _ = writeln!(text, "{name} {value}");
+        let mut line = |counter: Counter, value: u64| {
+            let _ = writeln!(text, "{} {value}", counter.name());
         };
-        line("page_size", self.pool.page_size().bytes());
-        line("pages_total", account.total);
-        line("pages_free", account.available());
-        line("pages_used", account.held());
-        line("pages_reserved", account.reserved);
-        line("pages_orphaned", account.orphaned);
-        line("pages_missing", account.missing);
-        line("float_bytes", float_of(account.total * self.pool.page_size().bytes()));
-        line("short_bytes", account.short);
-        line("huge_bytes_at_mount", self.huge_at_mount());
+        line(Counter::PageSize, self.pool.page_size().bytes());
+        line(Counter::PagesTotal, account.total);
+        line(Counter::PagesFree, account.available());
+        line(Counter::PagesUsed, account.held());
+        line(Counter::PagesReserved, account.reserved);
+        line(Counter::PagesOrphaned, account.orphaned);
+        line(Counter::PagesMissing, account.missing);
+        line(Counter::FloatBytes, float_of(account.total * self.pool.page_size().bytes()));
+        line(Counter::ShortBytes, account.short);
+        line(Counter::HugeBytesAtMount, self.huge_at_mount());
         for (node, bytes) in self.pool.reserves() {
-            line(&format!("reserve_bytes_node{node}"), bytes);
+            line(Counter::ReserveBytes { node }, bytes);
         }
-        line("objects", objects.len() as u64);
-        line("files_unavailable", self.unavailable_count() as u64);
-        line("orphans", self.index.orphan_count() as u64);
-        line("punched_bytes", punched);
-        line("quarantined_soft", soft);
-        line("quarantined_hw", hw);
-        line("opened_natively", objects.iter().map(|object| object.natives() as u64).sum());
-        line("log_lines_dropped", logging::dropped());
-        line("holes_shut_again", STRAYS_SHUT.load(Ordering::Relaxed));
-        line("daemon_pid", getppid().map_or(0, |supervisor| supervisor.as_raw_nonzero().get() as u64));
-        line("worker_pid", u64::from(std::process::id()));
+        line(Counter::Objects, objects.len() as u64);
+        line(Counter::FilesUnavailable, self.unavailable_count() as u64);
+        line(Counter::Orphans, self.index.orphan_count() as u64);
+        line(Counter::PunchedBytes, punched);
+        line(Counter::QuarantinedSoft, soft);
+        line(Counter::QuarantinedHw, hw);
+        line(Counter::OpenedNatively, objects.iter().map(|object| object.natives() as u64).sum());
+        line(Counter::LogLinesDropped, logging::dropped());
+        line(Counter::HolesShutAgain, STRAYS_SHUT.load(Ordering::Relaxed));
+        line(Counter::DaemonPid, getppid().map_or(0, |supervisor| supervisor.as_raw_nonzero().get() as u64));
+        line(Counter::WorkerPid, u64::from(std::process::id()));
         Ok(text)
     }
 
@@ -283,21 +212,17 @@ impl Fs {
         by: Member,
         ticket: Ticket,
     ) -> Result<()> {
-        if !is_ours(name) {
+        if !is_of_interface(name.as_bytes()) {
             return self.set_user_attribute(node, name, (value, flags), by, ticket);
         }
-        let result = match find(name) {
-            Some((attribute, On::File)) if self.is_file(node)? => {
+        let result = match find(name.as_bytes()).map(|row| row.attribute) {
+            Some(Attribute::File(attribute)) if self.is_file(node)? => {
                 self.set_file_attribute(node, attribute, value, ticket)
             }
-            Some((Protocol::Size, On::Root)) if node == NodeId::ROOT => {
-                Pace::of(ticket).refuse_if(|| Ok(true)).and_then(|()| self.resize(value))
+            Some(Attribute::Root(attribute)) if node == NodeId::ROOT => {
+                self.set_root_attribute(attribute, value, &Pace::of(ticket))
             }
-            #[cfg(debug_assertions)]
-            Some((Protocol::Die, On::Root)) if node == NodeId::ROOT => arm(value),
-            #[cfg(debug_assertions)]
-            Some((Protocol::Fail, On::Root)) if node == NodeId::ROOT => arm_failure(value),
-            _ => Err(Error::Unsupported),
+            Some(Attribute::File(_) | Attribute::Root(_)) | None => Err(Error::Unsupported),
         };
         if matches!(result, Err(Error::TakesLong)) {
             return result; // another thread carries the request out
@@ -309,10 +234,23 @@ impl Fs {
         })
     }
 
+    fn set_root_attribute(&self, attribute: OfRoot, value: &[u8], pace: &Pace) -> Result<()> {
+        match attribute {
+            OfRoot::Size => pace.refuse_if(|| Ok(true)).and_then(|()| self.resize(value)),
+            OfRoot::Pool | OfRoot::Options | OfRoot::Check | OfRoot::Unavailable => Err(Error::Unsupported),
+            #[cfg(debug_assertions)]
+            OfRoot::Die => arm(value),
+            #[cfg(debug_assertions)]
+            OfRoot::Fail => arm_failure(value),
+            #[cfg(debug_assertions)]
+            OfRoot::Steps | OfRoot::Stopped => Err(Error::Unsupported),
+        }
+    }
+
     fn set_file_attribute(
         &self,
         node: NodeId,
-        attribute: Protocol,
+        attribute: OfFile,
         value: &[u8],
         ticket: Ticket,
     ) -> Result<()> {
@@ -322,13 +260,13 @@ impl Fs {
         // yet.
         self.look_for_poison_in(&object, &pace)?;
         match attribute {
-            Protocol::Poison => object.quarantine(value, &self.pool, &pace),
-            Protocol::Repair => {
+            OfFile::Poison => object.quarantine(value, &self.pool, &pace),
+            OfFile::Repair => {
                 let resumed = self.was_due(ticket, object.is_repairable(value)?)?;
                 self.repair(&object, value, resumed, ticket)
             }
-            Protocol::Collapse => object.collapse(value, &pace),
-            Protocol::Inject => {
+            OfFile::Collapse => object.collapse(value, &pace),
+            OfFile::Inject => {
                 let resumed = self.was_due(ticket, object.is_injectable(value))?;
                 match object.inject(value) {
                     Err(Error::Invalid(_)) if resumed => Ok(()), // the dead worker has injected it
@@ -339,7 +277,7 @@ impl Fs {
                     result => result,
                 }
             }
-            _ => Err(Error::Unsupported),
+            OfFile::Map | OfFile::Refusal => Err(Error::Unsupported),
         }
     }
 
@@ -371,7 +309,11 @@ impl Fs {
     /// [`Error::NotPermitted`] for an attribute of the protocol: a repair ends a quarantine, not
     /// the removal of its description.
     pub fn remove_attribute(&self, node: NodeId, name: &OsStr, ticket: Ticket) -> Result<()> {
-        if is_ours(name) { Err(Error::NotPermitted) } else { self.remove_user_attribute(node, name, ticket) }
+        if is_of_interface(name.as_bytes()) {
+            Err(Error::NotPermitted)
+        } else {
+            self.remove_user_attribute(node, name, ticket)
+        }
     }
 
     /// listxattr(2): the names, each with a NUL behind it. Only root sees names that begin with
@@ -389,36 +331,13 @@ impl Fs {
             .copied()
             .collect();
         if self.known_object(node).is_some_and(|object| object.summary().soft + object.summary().hw > 0) {
-            names.extend_from_slice(b"user.hugetlb2.poison\0");
+            names.extend_from_slice(POISON.as_bytes());
+            names.push(0);
         }
         Ok(names)
     }
 
     fn is_file(&self, node: NodeId) -> Result<bool> {
         Ok(self.index.attributes(node)?.kind == Kind::File)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_readme_has_each_attribute() {
-        let readme = include_str!("../../README.md");
-        let row = |line: &'static str| {
-            let (name, rest) = line.strip_prefix("| `")?.split_once("` | ")?;
-            PREFIXES.iter().any(|prefix| name.as_bytes().starts_with(prefix)).then_some((name, rest))
-        };
-        let documented: Vec<_> = readme.lines().filter_map(row).collect();
-        let only_for_tests =
-            ["die", "steps", "stopped", "fail"].map(|name| format!("trusted.hugetlb2.{name}"));
-        let offered =
-            TABLE.iter().filter(|(name, ..)| !only_for_tests.iter().any(|other| other.as_str() == *name));
-        assert!(offered.clone().map(|row| row.0).eq(documented.iter().map(|row| row.0)), "{documented:?}");
-        for ((name, _, on), (_, rest)) in offered.zip(documented) {
-            let place = if *on == On::File { "file | " } else { "root | " };
-            assert!(rest.starts_with(place), "{name} is on {rest}");
-        }
     }
 }

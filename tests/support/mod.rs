@@ -1,6 +1,6 @@
 //! The base of the tests: real mounts, which go away at the end of a test in every case, and other
 //! processes that map files.
-#![allow(dead_code, missing_docs)]
+#![allow(dead_code, missing_docs, unused_imports)]
 
 pub mod cgroup;
 pub mod documents;
@@ -24,15 +24,9 @@ pub const SUBPAGE: u64 = 4096;
 pub const FOLIO: u64 = 2 << 20;
 pub const GIB: u64 = 1 << 30;
 
-pub const POISON: &str = "user.hugetlb2.poison";
-pub const REPAIR: &str = "user.hugetlb2.repair";
-pub const COLLAPSE: &str = "user.hugetlb2.collapse";
-pub const MAP: &str = "user.hugetlb2.map";
-pub const POOL: &str = "user.hugetlb2.pool";
-pub const SIZE: &str = "trusted.hugetlb2.size";
-pub const CHECK: &str = "trusted.hugetlb2.check";
-/// Debug builds only.
-pub const DIE: &str = "trusted.hugetlb2.die";
+pub use hugetlb2fs::attributes::{
+    CHECK, COLLAPSE, DIE, FAIL, INJECT, MAP, POISON, POOL, REPAIR, SIZE, STEPS,
+};
 
 /// The program under test. It acts by the name under which it is called (argv[0]).
 pub fn hugetlb2() -> Command {
