@@ -1,7 +1,9 @@
 //! Tests of contents on a pool that no mount shows. They need root and nothing else.
 
 use super::*;
-use crate::units::PageSize;
+use crate::error::Error;
+use crate::sys::tmpfs;
+use crate::units::{FOLIO_SIZE, PageSize, SUBPAGE_SIZE, Subpage};
 
 const NODE: NodeId = NodeId(7);
 /// The subpage that tests pass to [`refuse_to_be_written`].

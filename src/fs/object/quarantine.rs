@@ -1,0 +1,258 @@
+//! Quarantine and repair, on request and after memory errors.
+
+use super::{Context, Locked, Object, Pace, is_torn_around_holes, lost_bytes, mend, mend_but_gaps, parts};
+use crate::error::{Error, Result};
+use crate::pool::{Holding, Pool};
+use crate::quarantine::{self, Kind, Quarantined, Repair};
+use crate::sealed::{Content, Sealed};
+use crate::sys;
+use crate::units::{Range, SUBPAGE_SIZE, Subpage};
+
+/// Bytes that are looked through for memory errors in one piece. That takes some milliseconds if
+/// all of them are in small pages.
+const LOOKED_AT_ONCE: u64 = 128 << 20;
+
+/// Gaps forbid a soft quarantine, for two reasons. A free block would open the hole. And the gaps
+/// must not be filled before, because a program that waits for its touch to fill them must not find
+/// zeros.
+const GAPS_FORBID: Error =
+    Error::Busy("the file has punched memory that waits for a touch; fallocate(2) it first");
+
+impl Object {
+    /// The quarantined ranges, as the text of the poison attribute. If the text fits into `room`,
+    /// the reader gets it, and the alarm ends.
+    ///
+    /// # Errors
+    /// The errors of pwrite(2).
+    pub fn report(&self, room: Option<usize>, pace: &Pace) -> Result<String> {
+        let mut holding = self.lock(pace)?;
+        pace.refuse_if(|| is_torn_around_holes(&holding))?;
+        if is_torn_around_holes(&holding)? {
+            self.shut(&mut holding);
+        }
+        let text = quarantine::format(&quarantined(holding.sealed()));
+        if room.is_some_and(|room| text.len() <= room) {
+            holding.sealed_mut().update(|superblock| superblock.alarm = false)?;
+        }
+        Ok(text)
+    }
+
+    /// Looks for memory errors that the kernel has met in the file, and returns the number of new
+    /// ones. Gives way between its pieces.
+    ///
+    /// # Errors
+    /// The errors of mmap(2) and setxattr(2); [`Error::Interrupted`]. Errors that were found by
+    /// then are noted.
+    pub fn look_for_poison(&self, pace: &Pace) -> Result<usize> {
+        let (mut found, time) = (Vec::new(), sys::unix_time());
+        let looked = self.note_poison(&mut found, time, pace);
+        for subpage in &found {
+            log::error!(
+                "file {}: memory error, {:#x} {SUBPAGE_SIZE:#x} quarantined (hw)",
+                self.node,
+                subpage.offset()
+            );
+        }
+        if !found.is_empty() {
+            self.wake_all();
+        }
+        looked.map(|()| found.len())
+    }
+
+    /// Adds new memory errors to `found`, piece by piece.
+    fn note_poison(&self, found: &mut Vec<Subpage>, time: u64, pace: &Pace) -> Result<()> {
+        let mut holding = self.write_lock();
+        let file = Range::new(0, holding.sealed().size()).subpages_out();
+        file.steps(LOOKED_AT_ONCE).try_for_each(|piece| {
+            found.extend(holding.sealed_mut().note_poison_in(piece, time)?);
+            pace.give_way(&mut holding)
+        })
+    }
+
+    /// Makes the kernel treat a subpage as if the hardware had reported an error in it. `value` is
+    /// one of the inject attribute.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a value that does not parse or a place without memory;
+    /// [`Error::Unsupported`] if the kernel has no CONFIG_MEMORY_FAILURE.
+    pub fn inject(&self, value: &[u8]) -> Result<()> {
+        let holding = self.read_lock();
+        holding.sealed().inject(injectable(&holding, value)?)
+    }
+
+    /// True if [`Object::inject`] would find a place.
+    pub fn is_injectable(&self, value: &[u8]) -> bool {
+        injectable(&self.read_lock(), value).is_ok()
+    }
+
+    /// Quarantines the subpages of the ranges that a value of the poison attribute names. Subpages
+    /// that are quarantined already stay as they are.
+    ///
+    /// # Errors
+    /// With nothing done: [`Error::Invalid`] for a value that does not parse or a range without
+    /// memory, [`Error::OpenNatively`] if the kernel reads by a descriptor itself, [`Error::Busy`]
+    /// if the file has gaps that touches may fill. [`Error::Busy`] also for a pinned folio; the
+    /// ranges before it in the value are quarantined then.
+    pub fn quarantine(&self, value: &[u8], pool: &Pool, pace: &Pace) -> Result<()> {
+        let is_done = {
+            let holding = self.read_lock();
+            let ranges = quarantinable(&holding, value)?;
+            ranges.iter().all(|range| lost_bytes(holding.sealed(), *range) == range.len())
+        };
+        if is_done {
+            return Ok(());
+        }
+        let mut holding = self.write_lock();
+        if !self.natives.exclude() {
+            return Err(Error::OpenNatively);
+        }
+        let ranges = quarantinable(&holding, value)?;
+        if holding.sealed().punched_bytes()? > 0 {
+            return Err(GAPS_FORBID);
+        }
+        mend(&mut holding, pace)?;
+        let time = sys::unix_time();
+        let before = holding.sealed().lost_count();
+        let result = ranges
+            .into_iter()
+            .try_for_each(|range| self.quarantine_range(&mut holding, range, time, (pool, pace)));
+        let grown = holding.sealed().lost_count() > before;
+        drop(holding);
+        if grown {
+            self.wake_all();
+        }
+        result
+    }
+
+    fn quarantine_range(
+        &self,
+        holding: &mut Locked<'_>,
+        range: Range,
+        time: u64,
+        (pool, pace): (&Pool, &Pace),
+    ) -> Result<()> {
+        let before = holding.sealed().holes().count();
+        let result = parts(range).try_for_each(|part| {
+            // If the parts before have made no hole, a native reader may have opened the file while
+            // the lock was released.
+            if !self.natives.exclude() {
+                return Err(Error::OpenNatively);
+            }
+            pool.with_loan(part.len(), || holding.sealed_mut().quarantine(part, time))?;
+            pace.give_way(holding)
+        });
+        if holding.sealed().holes().count() > before {
+            log::warn!("file {}: {range} quarantined (soft)", self.node);
+        }
+        result
+    }
+
+    /// Carries out the requests of a value of the repair attribute. A request that is `resumed` was
+    /// begun by a worker that died, and had found enough to repair then: it repairs the rest, which
+    /// may be nothing.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a value that does not parse, [`Error::NoData`] if a range has nothing
+    /// to repair or nothing that can be salvaged: nothing is done.
+    pub fn repair(&self, value: &[u8], resumed: bool, context: Context<'_>) -> Result<()> {
+        let mut holding = self.write_lock();
+        let requests = quarantine::parse_repair(value, holding.size())?;
+        mend_but_gaps(&mut holding, context.pace)?;
+        for (verb, range) in requests.iter().filter(|_| !resumed) {
+            check_repairable(&holding, *verb, *range)?;
+        }
+        for (verb, range) in requests {
+            let content = match verb {
+                Repair::Zero => Content::Zero,
+                Repair::Salvage => Content::Known,
+            };
+            parts(range).try_for_each(|part| {
+                self.repair_part(&mut holding, part, content, context)?;
+                context.pace.give_way(&mut holding)
+            })?;
+            log::info!("file {}: {range} repaired", self.node);
+        }
+        Ok(())
+    }
+
+    /// True if [`Object::repair`] would find something to repair.
+    ///
+    /// # Errors
+    /// The error that keeps this from being known.
+    pub fn is_repairable(&self, value: &[u8]) -> Result<bool> {
+        let holding = self.read_lock();
+        let requests = quarantine::parse_repair(value, holding.size());
+        let is_possible = requests.and_then(|requests| {
+            requests.iter().try_for_each(|(verb, range)| check_repairable(&holding, *verb, *range))
+        });
+        match is_possible {
+            Ok(()) => Ok(true),
+            Err(Error::Invalid(_) | Error::NoData) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Repairs the lost subpages of `part`, which lies in one folio.
+    pub(super) fn repair_part(
+        &self,
+        holding: &mut Holding,
+        part: Range,
+        content: Content<'_>,
+        context: Context<'_>,
+    ) -> Result<()> {
+        if holding.sealed().lost_runs_in(part).next().is_none() {
+            return Ok(());
+        }
+        let lost = lost_bytes(holding.sealed(), part);
+        context.pool.with_loan(lost, || holding.sealed_mut().repair(part, content))?;
+        let folio = Subpage::containing(part.start).folio();
+        if holding.sealed().lost_runs_in(folio.range()).next().is_none() {
+            (context.repaired)(folio);
+        }
+        Ok(())
+    }
+}
+
+/// The quarantined ranges, ascending.
+fn quarantined(sealed: &Sealed) -> Vec<Quarantined> {
+    let soft = sealed.holes().all().map(|hole| (hole.range, Kind::Soft, hole.time));
+    let hw = sealed.poisoned().iter().map(|(subpage, time)| (subpage.range(), Kind::Hw, *time));
+    let mut all: Vec<_> = soft.chain(hw).collect();
+    all.sort_by_key(|(range, ..)| range.start);
+    quarantine::coalesce(all.into_iter())
+}
+
+/// The ranges that a value of the poison attribute names.
+fn quarantinable(holding: &Holding, value: &[u8]) -> Result<Vec<Range>> {
+    let ranges = quarantine::parse_poison(value, holding.size())?;
+    for range in &ranges {
+        if holding.released_in(*range).next().is_some() {
+            return Err(Error::invalid(format!("{range} was released and has no memory to quarantine")));
+        }
+    }
+    Ok(ranges)
+}
+
+fn injectable(holding: &Holding, value: &[u8]) -> Result<Subpage> {
+    let subpage = quarantine::parse_inject(value, holding.size())?;
+    let sealed = holding.sealed();
+    if sealed.is_lost(subpage)
+        || !sealed.has_memory(subpage.folio())
+        || sealed.present(subpage.range())?.is_empty()
+    {
+        return Err(Error::invalid(format!("{:#x} has no memory, or is quarantined", subpage.offset())));
+    }
+    Ok(subpage)
+}
+
+fn check_repairable(holding: &Holding, verb: Repair, range: Range) -> Result<()> {
+    let sealed = holding.sealed();
+    for subpage in sealed.lost_in(range) {
+        match sealed.rescued(subpage) {
+            Err(Error::NoData) if verb == Repair::Salvage => {}
+            Err(error) if verb == Repair::Salvage => return Err(error),
+            _ => return Ok(()),
+        }
+    }
+    Err(Error::NoData)
+}

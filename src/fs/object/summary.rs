@@ -1,0 +1,84 @@
+//! A summary of a file for requests that do not take its lock, and the lock that keeps it up to
+//! date.
+
+use super::Object;
+use crate::pool::Holding;
+use crate::units::{Range, SUBPAGE_SIZE};
+use parking_lot::RwLockWriteGuard;
+use std::ops::{Deref, DerefMut};
+
+/// The state of a file that is known without its lock: as the last change has left it that ended or
+/// gave way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Summary {
+    /// Size in bytes.
+    pub size: u64,
+    /// Memory in bytes: whole pages, as the pool counts them. For a file with quarantined subpages,
+    /// the bytes that can be read: cp(1) looks for holes only if they are fewer than the size.
+    pub memory: u64,
+    /// Subpages that are quarantined on request.
+    pub soft: u64,
+    /// Subpages that are quarantined for memory errors.
+    pub hw: u64,
+    /// The quarantine has grown since its [`Object::report`] was read.
+    pub alarm: bool,
+    /// The file may have gaps that a program asked for.
+    pub punched: bool,
+}
+
+impl Summary {
+    pub(super) fn of(holding: &Holding) -> Self {
+        let (sealed, size) = (holding.sealed(), holding.size());
+        let (soft, hw) = (sealed.holes().count(), sealed.poisoned().len() as u64);
+        let memory = match sealed.lost_count() {
+            0 => holding.bytes(),
+            lost => {
+                let released: u64 = holding.released_in(Range::new(0, size)).map(Range::len).sum();
+                (size - released).saturating_sub(lost * SUBPAGE_SIZE)
+            }
+        };
+        let (alarm, punched) = (sealed.superblock().alarm, sealed.is_punched());
+        Self { size, memory, soft, hw, alarm, punched }
+    }
+}
+
+/// A file's lock, held by a request that changes sizes, pages or the quarantine.
+pub struct Locked<'a> {
+    pub(super) object: &'a Object,
+    pub(super) holding: RwLockWriteGuard<'a, Holding>,
+}
+
+impl Locked<'_> {
+    /// Releases the lock if other requests wait for it, and takes it again after them.
+    pub fn let_others_go_first(&mut self) {
+        self.publish();
+        RwLockWriteGuard::bump(&mut self.holding);
+    }
+
+    fn publish(&self) {
+        *self.object.summary.lock().expect("no panic with a summary") = Summary::of(&self.holding);
+        if self.holding.sealed().holes().is_empty() {
+            self.object.natives.admit();
+        }
+    }
+}
+
+impl Deref for Locked<'_> {
+    type Target = Holding;
+
+    fn deref(&self) -> &Holding {
+        &self.holding
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut Holding {
+        &mut self.holding
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        self.publish();
+    }
+}
