@@ -285,6 +285,18 @@ fn assert_sevens(pool: &Pool, length: u64) {
     assert!(bytes.starts_with(&vec![7; length as usize]), "bytes are lost");
 }
 
+/// The same, of which two folios have been punched.
+fn sevens_and_a_hole(pool: &Pool) {
+    sevens(pool);
+    punch(pool, FOLIO, 2 * FOLIO);
+}
+
+/// 5000 bytes of sevens, and nothing behind them.
+fn assert_shrunk(pool: &Pool) {
+    assert_eq!((size_of(pool), pool.free_pages()), (5000, 7));
+    assert_sevens(pool, 5000);
+}
+
 fn lose_one(pool: &Pool) {
     sevens(pool);
     poison(file(pool), FOLIO + SUBPAGE, SUBPAGE).unwrap();
@@ -435,15 +447,9 @@ const SITUATIONS: &[Situation] = &[
     Situation {
         name: "shrink before what was punched",
         options: "",
-        prepare: |pool| {
-            sevens(pool);
-            punch(pool, FOLIO, 2 * FOLIO);
-        },
+        prepare: sevens_and_a_hole,
         change: |pool| open(pool).set_len(5000).unwrap(),
-        verify: |pool| {
-            assert_eq!((size_of(pool), pool.free_pages()), (5000, 7));
-            assert_sevens(pool, 5000);
-        },
+        verify: assert_shrunk,
     },
     Situation {
         name: "fill what was punched",
@@ -574,15 +580,9 @@ const SITUATIONS: &[Situation] = &[
     Situation {
         name: "shrink before what was punched and kept",
         options: KEEP,
-        prepare: |pool| {
-            sevens(pool);
-            punch(pool, FOLIO, 2 * FOLIO);
-        },
+        prepare: sevens_and_a_hole,
         change: |pool| open(pool).set_len(5000).unwrap(),
-        verify: |pool| {
-            assert_eq!((size_of(pool), pool.free_pages()), (5000, 7));
-            assert_sevens(pool, 5000);
-        },
+        verify: assert_shrunk,
     },
     Situation {
         name: "unlink what was punched and kept",
