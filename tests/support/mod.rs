@@ -181,10 +181,21 @@ impl Pool {
         limits::until(limits::ANSWER, "the last file without a name", || self.counter("orphans") == 0);
     }
 
+    /// A child that another test of this program is starting has a copy of each descriptor here until its
+    /// exec(2), and the kernel does not unmount before that.
+    fn unmount_when_free(&self) {
+        limits::until(limits::ANSWER, "the last descriptor on the mount", || {
+            match unmount(self.path(), UnmountFlags::empty()) {
+                Err(rustix::io::Errno::BUSY) => false,
+                result => result.map(|()| true).expect("it is mounted"),
+            }
+        });
+    }
+
     /// Unmounts now, and returns when the daemon has ended and its memory is free.
     pub fn unmount(mut self) {
         let daemon = self.daemon.take().expect("it is mounted");
-        unmount(self.path(), UnmountFlags::empty()).expect("nothing holds the mount");
+        self.unmount_when_free();
         daemon.wait();
     }
 }
