@@ -381,8 +381,8 @@ impl Pool {
         Ok(())
     }
 
-    /// Gives `bytes` of the reserves back to the machine. No file has a promise of them. Returns
-    /// the number of bytes that were given.
+    /// Gives `bytes` of the reserves back to the machine. They are promised to no file. Returns the
+    /// number of bytes that were given.
     fn cut_reserves(&self, bytes: u64) -> (u64, Result<()>) {
         let mut left = bytes;
         while left > 0 {
@@ -486,8 +486,8 @@ impl Pool {
         self.huge_at_mount
     }
 
-    /// Fixes the pool's size for as long as the guard lives. This lock comes before all others: a
-    /// resize holds it while it waits for pages.
+    /// Keeps the pool's size unchanged for as long as the guard lives. This lock comes before all
+    /// others: a resize holds it while it waits for pages.
     pub fn keep_size(&self) -> MutexGuard<'_, ()> {
         self.resizing.lock().expect("no panic while the pool is resized")
     }
@@ -513,7 +513,7 @@ impl Pool {
 
     /// Checks P1, and that each reserved page has a token or a holding, given the sum of all
     /// holdings. Returns a line for each violation. The caller keeps pages from moving meanwhile,
-    /// and the size fixed with [`Pool::keep_size`].
+    /// and the size unchanged with [`Pool::keep_size`].
     pub fn check(&self, held: Held) -> Vec<String> {
         let _all_moved = self.moving();
         let reserves: u64 =

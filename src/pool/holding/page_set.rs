@@ -98,7 +98,7 @@ impl PageSet {
         self.runs().flat_map(|run| [number(run.start.0), number(length(run))]).flatten().collect()
     }
 
-    /// Reads what [`PageSet::encode`] wrote.
+    /// Reads the bytes that [`PageSet::encode`] wrote.
     pub fn decode(bytes: &[u8]) -> Self {
         let (words, _) = bytes.as_chunks::<4>();
         let (runs, _) = words.as_chunks::<2>();
