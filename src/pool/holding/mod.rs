@@ -182,8 +182,8 @@ impl Holding {
         let mut holding = Self::of(sealed, page_size);
         holding.released = noted.clone();
         holding.released.remove(holding.reserved().end..Page(u64::MAX)); // the dead worker gave them up
-        // Other pages of the file lack memory if a program took it out by MADV_REMOVE. The program may
-        // touch them again.
+        // Other pages of the file lack memory if a program took it out by MADV_REMOVE. The program
+        // may touch them again.
         let meant = holding.owned_in(Range::new(0, holding.size()));
         holding.sealed.resume(meant.into_iter().flat_map(Range::folios))?;
         holding.own_what_has_memory();
