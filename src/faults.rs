@@ -58,6 +58,8 @@ mod armed {
     struct Plan {
         errno: Errno,
         nth: u64,
+        /// All calls from the n-th on fail.
+        lasts: bool,
         counted: u64,
         hit: Option<&'static Location<'static>>,
     }
@@ -76,10 +78,10 @@ mod armed {
     }
 
     /// Counts the calls that can answer `errno`, from now on and from 1. The `nth` call fails with
-    /// `errno`, once.
-    pub fn arm(nth: u64, errno: Errno) {
+    /// `errno`; if the emergency `lasts`, so does each call after it.
+    pub fn arm(nth: u64, errno: Errno, lasts: bool) {
         let mut plan = PLAN.lock().expect("no panic while calls are counted");
-        *plan = Some(Plan { errno, nth, counted: 0, hit: None });
+        *plan = Some(Plan { errno, nth, lasts, counted: 0, hit: None });
         IS_ARMED.store(true, Ordering::SeqCst);
     }
 
@@ -106,7 +108,8 @@ mod armed {
         let mut plan = PLAN.lock().expect("no panic while calls are counted");
         let Some(plan) = plan.as_mut().filter(|plan| want.can_answer(plan.errno)) else { return Ok(()) };
         plan.counted += 1;
-        if plan.counted != plan.nth {
+        let fails = plan.counted == plan.nth || plan.lasts && plan.counted > plan.nth;
+        if !fails {
             return Ok(());
         }
         plan.hit = Some(Location::caller());

@@ -80,7 +80,10 @@ steps! {
 
 /// Makes a call that a change needs after it has begun, to finish or to undo the change. A shortage
 /// usually passes, so the function tries again for a while. If the shortage lasts, this process
-/// kills itself: the next worker finishes or undoes the change.
+/// kills itself: the next worker finishes or undoes the change. The thread keeps its locks for that
+/// second, so requests for the same file wait. The kernel sends the request again; in a shortage
+/// that outlasts eight workers the request is refused ([`crate::fuse`]), and the file is unavailable
+/// if it cannot even be opened.
 ///
 /// # Errors
 /// The errors of `call` that are no shortage.

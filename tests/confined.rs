@@ -14,8 +14,8 @@ use std::process::Stdio;
 use support::cgroup::Cgroup;
 use support::place::Place;
 use support::{
-    FOLIO, Pool, REPAIR, SUBPAGE, Toucher, Worker, limits, mount_hugetlb2_in, poison, set, status_and_error,
-    text,
+    FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, Worker, get, limits, mount_hugetlb2_in, poison, set,
+    status_and_error, text,
 };
 
 const SMALL: &str = "size=16M,pagesize=2M";
@@ -178,5 +178,44 @@ fn a_dead_worker_is_replaced_once_a_process_can_be_had() {
         assert_eq!(read.join().unwrap().unwrap(), "text");
     });
     pool.check();
+    pool.unmount();
+}
+
+// ---- memory -------------------------------------------------------------------------------------
+
+/// The calls of a change fail from the n-th on, for each n. Before the change has begun, that is a
+/// refusal. Afterwards the worker tries for a second, and leaves the rest to the next worker.
+#[test]
+fn the_next_worker_ends_a_change_that_lacks_memory() {
+    const FAIL: &str = "trusted.hugetlb2.fail";
+    const DEATHS: u32 = 2;
+    let pool = Pool::small(8);
+    let path = pool.join("file");
+    let (mut refused, mut deaths) = (0, 0);
+    for nth in 1.. {
+        fs::write(&path, vec![7; 3 * FOLIO as usize]).unwrap();
+        let file = fs::File::options().write(true).open(&path).unwrap();
+        poison(&path, 2 * FOLIO, SUBPAGE).unwrap();
+        let worker = Worker::of(&pool);
+        set(pool.path(), FAIL, format!("{nth} ENOMEM lasting")).unwrap();
+        let result = file.set_len(FOLIO / 2);
+        deaths += u32::from(worker.has_ended());
+        let counted = get(pool.path(), FAIL).unwrap(); // no call fails from here on
+        match &result {
+            Ok(()) => assert_eq!(fs::read(&path).unwrap(), vec![7; FOLIO as usize / 2], "call {nth}"),
+            Err(_) => {
+                assert!(!worker.has_ended(), "call {nth}: {result:?} though the next worker has ended it");
+                assert_eq!(file.metadata().unwrap().len(), 3 * FOLIO, "call {nth}");
+                assert_eq!(get(&path, POISON).unwrap().lines().count(), 1, "call {nth}");
+                refused += 1;
+            }
+        }
+        pool.check();
+        if deaths == DEATHS || counted.starts_with("counted") {
+            break;
+        }
+    }
+    assert!(refused > 0 && deaths == DEATHS, "{refused} refused, {deaths} deaths");
+    pool.await_log("a change can be neither finished nor undone here, and is left to the next worker");
     pool.unmount();
 }

@@ -69,14 +69,15 @@ fn steps_text() -> String {
     steps::tally().fold(String::new(), |text, (step, count)| text + &format!("{count} {}\n", step.name()))
 }
 
-/// Arms a failure by a value such as `<n> ENOMEM`: of the system calls from now on that can fail
-/// with this error, the n-th does.
+/// `<n> ENOMEM` or the like: the n-th system call from now on that can answer that answers it. With
+/// `lasting` behind it, so does each such call after the n-th.
 #[cfg(debug_assertions)]
 fn arm_failure(value: &[u8]) -> Result<()> {
     let text = std::str::from_utf8(value).unwrap_or_default();
-    let armed = text.split_once(' ').and_then(|(nth, name)| Some((nth.parse().ok()?, faults::named(name)?)));
+    let (once, lasts) = text.strip_suffix(" lasting").map_or((text, false), |once| (once, true));
+    let armed = once.split_once(' ').and_then(|(nth, name)| Some((nth.parse().ok()?, faults::named(name)?)));
     let (nth, errno) = armed.ok_or_else(|| Error::invalid("expected a number and the name of an error"))?;
-    faults::arm(nth, errno);
+    faults::arm(nth, errno, lasts);
     Ok(())
 }
 

@@ -21,6 +21,11 @@
 //!   so a dead worker has lost the last issued number, or none.
 //! - **A death while closing.** The next worker finds the orphan with its number, and closes the
 //!   number once more, before the kernel issues another one. The kernel answers ENOENT.
+//! - **A file that is removed while it is unavailable** ([`crate::fs::Fs::retry_unavailable`]). The
+//!   worker cannot read the number when the kernel gives the node up, so it stays issued. The memory
+//!   of the file goes back to the pool all the same. The kernel keeps an empty superblock and one
+//!   number for each such file: until [`close_lost`] of a later worker, if the number is among the
+//!   last [`MOST_LOST`], and otherwise until the filesystem is unmounted.
 
 use crate::error::{Error, Result};
 use crate::faults::{Want, attempt};
