@@ -194,8 +194,8 @@ impl Pool {
 
     /// Unmounts now, and returns when the daemon has ended and its memory is free.
     pub fn unmount(mut self) {
-        let daemon = self.daemon.take().expect("it is mounted");
         self.unmount_when_free();
+        let daemon = self.daemon.take().expect("it is mounted");
         daemon.wait();
     }
 }
