@@ -25,6 +25,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 use std::fs::File;
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -51,23 +52,24 @@ impl Predecessor {
     /// A sentence: the process is no supervisor, another daemon takes over just now, or this
     /// version does not know what the supervisor would leave.
     pub fn find(pid: i32, connection: i32) -> Result<Self, String> {
-        let none = |why: String| format!("process {pid} is no daemon that could be taken over from: {why}");
-        let process = Pid::from_raw(pid).ok_or_else(|| none("no process id".into()))?;
-        let process = pidfd_open(process, PidfdFlags::empty()).map_err(|errno| none(errno.to_string()))?;
-        if !is_roots(pid).map_err(|error| none(error.to_string()))? {
-            return Err(none("it is another user's".into()));
+        let refused = |why: &str| format!("process {pid} is not taken over from: {why}");
+        let failed = |error: Error| refused(&reason(error));
+        let process = Pid::from_raw(pid).ok_or_else(|| refused("no process has this number"))?;
+        let process = pidfd_open(process, PidfdFlags::empty()).map_err(|errno| failed(errno.into()))?;
+        if !is_roots(pid).map_err(failed)? {
+            return Err(refused("it is another user's"));
         }
-        if !is_of_our_pid_namespace(pid).map_err(|error| none(error.to_string()))? {
-            return Err(none("it is in another process id namespace: start the upgrade there".into()));
+        if !is_of_our_pid_namespace(pid).map_err(failed)? {
+            return Err(refused("it is in another process id namespace: start the upgrade there"));
         }
         let root = PathBuf::from(format!("/proc/{pid}/root"));
-        let only_one = lock(&root).map_err(|error| none(error.to_string()))?;
-        let left = Handover::read(&root).map_err(|error| none(error.to_string()))?;
-        fuse::would_agree(&left.handshake)?;
-        let files = check_versions(&root).map_err(|error| none(error.to_string()))?;
-        let device = device_of(pid, &process, connection).map_err(|error| none(error.to_string()))?;
+        let only_one = lock(&root).map_err(failed)?;
+        let left = Handover::read(&root).map_err(failed)?;
+        fuse::would_agree(&left.handshake).map_err(|why| refused(&why))?;
+        let files = check_versions(&root).map_err(failed)?;
+        let device = device_of(pid, &process, connection).map_err(failed)?;
         if has_ended(&process) {
-            return Err(none("it has ended".into())); // all of this may be another's
+            return Err(refused("it has ended")); // all of this may be another's
         }
         Ok(Self { process, files, options: left.options, device, only_one })
     }
@@ -138,9 +140,22 @@ fn is_roots(pid: i32) -> Result<bool, Error> {
     Ok(is_root && namespace("self")? == namespace(&pid.to_string())?)
 }
 
-/// The lock is on what the other leaves, so nothing is created.
+/// The reason in words. Another version is no damage.
+fn reason(error: Error) -> String {
+    match error {
+        Error::Corrupt(why) => why,
+        other => other.to_string(),
+    }
+}
+
+/// The lock is on the session record of the other daemon, so the upgrade creates no file.
 fn lock(root: &Path) -> Result<File, Error> {
-    let lock = File::open(Handover::path(root))?;
+    let lock = match File::open(Handover::path(root)) {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            return Err(Error::invalid("it is no daemon of this filesystem, or has not come to serve yet"));
+        }
+        opened => opened?,
+    };
     match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(lock),
         Err(Errno::WOULDBLOCK) => Err(Error::Busy("another daemon is taking over from it just now")),

@@ -150,7 +150,7 @@ fn an_upgrade_looks_at_no_process_of_another_user() {
     let (status, error) = status_and_error(&mut daemon);
     assert_eq!(status, 1);
     assert!(!victim.exists(), "a file was made where a link points to: {error}");
-    assert!(error.contains("is no daemon that could be taken over from: it is another user's"), "{error}");
+    assert!(error.contains("is not taken over from: it is another user's"), "{error}");
     end(&mut process, "a process of another user");
 }
 
