@@ -68,7 +68,7 @@ struct Hammer {
     thread: JoinHandle<(u64, u64)>,
 }
 
-/// What a hammer and its owner tell each other.
+/// Words between a hammer and its owner.
 #[derive(Default)]
 struct Progress {
     stop: AtomicBool,
@@ -207,7 +207,8 @@ impl Toucher {
                 let range = Range::at(number(&mut words)?, number(&mut words)?);
                 let (mapping, node) = (self.mapping()?.clone(), number(&mut words)?);
                 bind(&mapping, range, node)?;
-                // The kernel passes over a policy that the mapping has already, so another comes in between.
+                // The kernel ignores a policy that the mapping has already, so another policy is
+                // set in between.
                 let set = move |policy| mapping.set_policy(range, policy).is_ok();
                 std::thread::spawn(move || while set(Policy::Default) && set(Policy::Bind(node)) {});
                 Ok("ok".to_owned())
@@ -405,7 +406,7 @@ fn fallocate(file: &File, words: &mut Words<'_>) -> Result<io::Result<String>, S
     Ok(done.map(|()| "ok".to_owned()).map_err(io::Error::from))
 }
 
-/// How many 2 MiB entries map the mapping that starts at `address` (proc(5), smaps).
+/// The number of 2 MiB entries that map the mapping at `address` (proc(5), smaps).
 fn huge_entries(address: usize) -> Result<u64, String> {
     let smaps = std::fs::read_to_string("/proc/self/smaps").map_err(|error| format!("smaps: {error}"))?;
     let header = format!("{address:x}-");

@@ -25,7 +25,7 @@ const VERSION: u32 = 1;
 /// The content of the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Handover {
-    /// What the pool was mounted with.
+    /// The options that the pool was mounted with.
     pub options: Options,
     /// The handshake with the kernel.
     pub handshake: Handshake,
@@ -35,7 +35,7 @@ impl Handover {
     /// Leaves it for who comes after: all of it or nothing.
     ///
     /// # Errors
-    /// What the kernel answers.
+    /// The errors of the kernel.
     pub fn write(&self) -> Result<()> {
         let (path, draft) = (Self::path(Path::new("/")), format!("{MOUNT_POINT}/handover.new"));
         std::fs::write(&draft, self.encode())?;

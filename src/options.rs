@@ -3,7 +3,7 @@
 use crate::units::PageSize;
 use std::fmt::{self, Write as _};
 
-/// What a pool is mounted with.
+/// The options that a pool is mounted with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
     /// Grain of reservation.

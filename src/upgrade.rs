@@ -34,7 +34,7 @@ pub struct Predecessor {
     process: OwnedFd,
     /// Files that are going to be opened.
     files: u64,
-    /// What the pool was mounted with.
+    /// The options that the pool was mounted with.
     pub options: Options,
     /// /dev/fuse, as it has it open.
     pub device: OwnedFd,

@@ -32,7 +32,7 @@ fn filter(answer: SeccompAction, calls: &[(i64, Vec<SeccompRule>)]) -> BpfProgra
     filter.try_into().unwrap()
 }
 
-/// A filter that answers one call with `answer`, whatever its arguments.
+/// A filter that answers one call with `answer`, for any arguments.
 fn refusing(call: i64, answer: SeccompAction) -> BpfProgram {
     filter(answer, &[(call, Vec::new())])
 }
