@@ -6,20 +6,20 @@ use hugetlb2fs::control::{Control, Message};
 use hugetlb2fs::fuse::LARGEST_REQUEST;
 use hugetlb2fs::options::Options;
 use hugetlb2fs::sys::process::explain_signal;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, fsconfig_create,
     fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount,
 };
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use std::fs::File;
 use std::io::{IsTerminal, Write, pipe};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 
 /// A daemon that is being started. Drop ends the daemon, and waits until it has given everything
 /// back.
@@ -91,10 +91,23 @@ impl Daemon {
 
     /// The message for a daemon that has closed the socket without a word.
     fn silent_end(&mut self) -> String {
-        match self.child.try_wait().ok().flatten().and_then(|status| status.signal()) {
+        match self.end().and_then(|status| status.signal()) {
             Some(signal) => format!("the daemon was {}", explain_signal(signal)),
             None => "the daemon ended without a word; see its log".to_owned(),
         }
+    }
+
+    /// The end of a daemon that has closed the socket. A process that ends closes its descriptors a
+    /// moment before it can be waited for. `None` if the daemon goes on.
+    fn end(&mut self) -> Option<ExitStatus> {
+        const MOMENT: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
+        let process = pidfd_open(self.process(), PidfdFlags::empty()).ok()?;
+        poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&MOMENT)).ok()?;
+        self.child.try_wait().ok().flatten()
+    }
+
+    fn process(&self) -> Pid {
+        Pid::from_raw(self.child.id() as i32).expect("a child has a process id")
     }
 
     /// Waits until the pool is filled, and shows the progress on a terminal.
@@ -149,8 +162,7 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         if !self.kept {
             // Not SIGKILL: the supervisor has a worker to end before it ends.
-            let pid = Pid::from_raw(self.child.id() as i32).expect("a child has a process id");
-            let _ = kill_process(pid, Signal::TERM);
+            let _ = kill_process(self.process(), Signal::TERM);
             let _ = self.child.wait();
         }
     }
