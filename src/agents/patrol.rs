@@ -34,6 +34,7 @@ pub fn start(fs: Arc<Fs>) -> io::Result<Patrol> {
 fn run(fs: &Fs, stopped: &Receiver<()>) {
     faults::exempt();
     processors::leave_one();
+    fs.retry_what_waits(); // an earlier worker may have left stranded objects
     while stopped.recv_timeout(PERIOD) == Err(RecvTimeoutError::Timeout) {
         fs.shut_opened_holes();
         fs.look_for_poison();

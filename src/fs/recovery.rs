@@ -8,8 +8,11 @@
 //! 2. It completes the pool's account with the pages and bytes of all these files.
 //! 3. It settles each file. This needs the account, because it moves pages and memory between the
 //!    file and the pool.
-//! 4. It counts the pages of orphans, dismantles stranded objects, and reports all files to the
-//!    agent that collapses folios.
+//! 4. It counts the pages of orphans and of stranded objects, and reports all files to the agent
+//!    that collapses folios.
+//!
+//! The patrol dismantles stranded objects when the worker serves ([`Fs::retry_what_waits`]): the
+//! memory of a large file takes a while, and no program waits for that.
 
 use super::unavailable::Extent;
 use super::{Fs, OBJECTS, Pace, Repaired};
@@ -42,7 +45,9 @@ impl Fs {
         for node in fs.index.orphans() {
             fs.note_orphan(Some(node), &Pace::steady());
         }
-        fs.dismantle_stranded_or_warn();
+        let stranded = fs.stranded().clone();
+        fs.uncounted().extend(stranded);
+        fs.count_orphans();
         // The agent has died with its worker, and its list of folios with it. So all folios are
         // reported.
         for object in fs.all_objects() {

@@ -88,7 +88,6 @@ impl Connection {
         for node in fs.orphans() {
             forget(&fs, device, node);
         }
-        fs.dismantle_stranded_or_warn();
         fs.wake_pollers(|handle| device::wake_poller(device, handle))
             .map_err(|error| format!("waking who polls: {error}"))?;
         refuse_exhausted(&attempts, device);
