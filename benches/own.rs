@@ -13,7 +13,7 @@ use hugetlb2fs::quarantine::{Kind, coalesce, format, parse_poison};
 use hugetlb2fs::sealed::{Reach, Sealed};
 use hugetlb2fs::sys::identity::Caller;
 use hugetlb2fs::sys::namespace::enter_private_root;
-use hugetlb2fs::units::{FOLIO_SIZE, Folio, NodeId, PageSize, Range, Subpage};
+use hugetlb2fs::units::{FOLIO_SIZE, Folio, InodeId, PageSize, Range, Subpage};
 use rustix::fs::{CWD, RenameFlags};
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 use std::ffi::{OsStr, OsString};
@@ -169,20 +169,20 @@ fn index(criterion: &mut Criterion) {
     group.bench_function("create, unlink and erase", |bencher| {
         bencher.iter(|| {
             make(&index, OsStr::new("new"));
-            let orphan = index.unlink(NodeId::ROOT, OsStr::new("new")).expect("unlink");
+            let orphan = index.unlink(InodeId::ROOT, OsStr::new("new")).expect("unlink");
             index.erase(orphan.expect("it was the last name")).expect("erase");
         });
     });
     let mut names = names.iter().cycle();
     group.bench_function("lookup among 1,000", |bencher| {
         let next = || names.next().expect("it has no end");
-        bencher.iter_batched(next, |name| index.lookup(NodeId::ROOT, name), BatchSize::SmallInput);
+        bencher.iter_batched(next, |name| index.lookup(InodeId::ROOT, name), BatchSize::SmallInput);
     });
     make(&index, OsStr::new("a"));
     group.bench_function("rename there and back", |bencher| {
         bencher.iter(|| ["a", "b", "a"].windows(2).for_each(|names| rename(&index, names[0], names[1])));
     });
-    let root = index.open_directory(NodeId::ROOT).expect("the root");
+    let root = index.open_directory(InodeId::ROOT).expect("the root");
     group.throughput(Throughput::Elements(NAMES));
     group.bench_function("readdir of 1,000", |bencher| bencher.iter(|| count(&index, &root)));
     group.finish();
@@ -190,11 +190,11 @@ fn index(criterion: &mut Criterion) {
 
 fn make(index: &Index, name: &OsStr) {
     const REGULAR: u32 = 0o100_644;
-    index.make(NodeId::ROOT, name, New::Node(REGULAR, 0), Caller::ROOT).expect("a file");
+    index.make(InodeId::ROOT, name, New::Node(REGULAR, 0), Caller::ROOT).expect("a file");
 }
 
 fn rename(index: &Index, from: &str, to: &str) {
-    let (from, to) = ((NodeId::ROOT, OsStr::new(from)), (NodeId::ROOT, OsStr::new(to)));
+    let (from, to) = ((InodeId::ROOT, OsStr::new(from)), (InodeId::ROOT, OsStr::new(to)));
     index.rename(from, to, RenameFlags::empty()).expect("rename");
 }
 

@@ -2,8 +2,8 @@
 
 use crate::daemons::Supervisor;
 use crate::protocol::Failure;
-use hugetlb2fs::control::{Control, Message};
 use hugetlb2fs::fuse::LARGEST_REQUEST;
+use hugetlb2fs::mount_protocol::{Control, Message};
 use hugetlb2fs::options::Options;
 use hugetlb2fs::sys::process::explain_signal;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};

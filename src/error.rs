@@ -25,7 +25,7 @@ pub enum Error {
     NoMemory,
     /// The operation meets a quarantined subpage.
     #[error("a quarantined subpage is in the way")]
-    Poisoned,
+    Quarantined,
     /// The operation is not possible now. The text has the reason.
     #[error("{0}")]
     Busy(&'static str),
@@ -80,7 +80,7 @@ impl Error {
             // Not ENOMEM: the filesystem could not give the requested space. For this case,
             // open(2), write(2) and fallocate(2) document ENOSPC.
             Self::NoMemory => Errno::NOSPC,
-            Self::Poisoned | Self::Corrupt(_) => Errno::IO,
+            Self::Quarantined | Self::Corrupt(_) => Errno::IO,
             // Not EAGAIN: programs ask for a collapse by setxattr(2), and there the kernel turns
             // EAGAIN into EOPNOTSUPP (fs/xattr.c, __vfs_setxattr_noperm).
             Self::Busy(_) | Self::Again | Self::OpenNatively => Errno::BUSY,

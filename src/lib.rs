@@ -62,13 +62,15 @@
 //! undone ([`sealed`], [`pool::Holding`], [`pool`], [`index`]). Then the new worker takes the
 //! session over and has the kernel send the requests again ([`fuse::Connection::take_over`]). It
 //! answers a request that the dead worker had carried out as if it was carried out once
-//! ([`fs::Ticket`]). [`upgrade`] is the same with another supervisor.
+//! ([`fs::RequestContext`]). [`upgrade`] is the same with another supervisor.
 //!
 //! # No memory is left
 //!
-//! The pool has all memory that its files need. What the daemon asks the machine for besides, at a mount, a resize or for a moment
-//! while memory moves ([`pool`]), is looked for before it is asked for, and taken from any NUMA node. The kernel's OOM killer is
-//! never asked to make room ([`sys::shortage`]): a call that finds none waits, and the worker ends in place of another process.
+//! The pool has all memory that its files need. What the daemon asks the machine for besides, at a
+//! mount, a resize or for a moment while memory moves ([`pool`]), is looked for before it is asked
+//! for, and taken from any NUMA node. The kernel's OOM killer is never asked to make room
+//! ([`sys::shortage`]): a call that finds none waits, and the worker ends in place of another
+//! process.
 //!
 //! # Invariants
 //!
@@ -114,8 +116,8 @@
 //! | [`fs`] | the filesystem as users see it, without FUSE: P2 | [`fs::Fs`] |
 //! | [`agents`] | threads that nothing has asked: patrol, collapse | [`agents::patrol`] |
 //! | [`fuse`] | FUSE to [`fs`] and back, jobs, the session | [`fuse::Connection`] |
-//! | [`control`] | the lines between mount helper and daemon | [`control::Message`] |
-//! | [`handover`] | the session record | [`handover::Handover`] |
+//! | [`mount_protocol`] | the lines between mount helper and daemon | [`mount_protocol::Message`] |
+//! | [`session_record`] | the session record | [`session_record::SessionRecord`] |
 //! | [`supervisor`] | keeps a worker running | [`supervisor::supervise`] |
 //! | [`worker`] | one life of a worker | [`worker::run`] |
 //! | [`upgrade`] | takes a pool over from another daemon | [`upgrade::Predecessor`] |
@@ -137,14 +139,14 @@
 //!   of a file that cannot be opened, its pages and bytes.
 //!
 //! Files:
-//! - **node**: an inode of the index, known by its [`units::NodeId`]. **NUMA node**: memory beside
+//! - **node**: an inode of the index, known by its [`units::InodeId`]. **NUMA node**: memory beside
 //!   one socket, a `u32`.
 //! - **object**: the contents of one regular file ([`fs::Object`]). **holding**: an object's pages
 //!   ([`pool::Holding`]). **sealed file**: a holding's memory ([`sealed::Sealed`]).
 //! - **data**: the file of a sealed file that programs map. **ledger**: the file beside it, with
 //!   the bytes of quarantined subpages. **record**: what the ledger says of one folio.
-//! - **superblock**: that of a tmpfs; also the 40 bytes in which a sealed file describes itself
-//!   ([`sealed::Superblock`]; docs/FORMAT.md calls these the *header*).
+//! - **superblock**: that of a tmpfs. **header**: the 40 bytes in which a sealed file describes
+//!   itself ([`sealed::Header`]).
 //! - **place**: where an object's superblock is mounted, `/objects/<node id>`; of bytes in the
 //!   ledger, where it keeps them.
 //! - **orphan**: a node without a name that the kernel still knows. **stranded**: an object whose
@@ -173,8 +175,8 @@
 //! Quarantine:
 //! - **quarantined**, or **lost**: no program can reach the subpage's bytes. **soft**: by a
 //!   request. **hw**: by a memory error that the kernel has met.
-//! - **poisoned**: in [`sealed`], hw. In [`error::Error`], the map and the name of the attribute,
-//!   quarantined.
+//! - **poisoned**: quarantined, in the texts of the attributes. The word is the kernel's
+//!   (HWPoison).
 //! - **repair**: to put a healthy subpage back, with zeros, or with the bytes that are known
 //!   (**salvage**). **collapse**: to make a folio one piece again, and its mappings huge.
 //! - **pinned**: a folio that the kernel cannot split, as a device or a pipe refers to it.
@@ -182,15 +184,16 @@
 //!
 //! Processes and requests:
 //! - **daemon**: a **supervisor** and its **worker**. **helper**: mount.hugetlb2.
-//! - **ticket**: a request of the kernel's, with its number ([`fs::Ticket`]). **again**: it was
-//!   sent before, to a worker that died.
+//! - **request context**: a request of the kernel, with its number and its caller
+//!   ([`fs::RequestContext`]). **resent**: the kernel sent it before, to a worker that died.
 //! - **witness**: a note of what a request found, by which its second time can be told from the
 //!   first. **attempt**: a note that a request was begun again.
 //! - **native**: a descriptor that the kernel reads for. **mediated**: one that the daemon reads
 //!   for.
 //! - **backing number**: the number by which the kernel knows an object's data.
 //! - **note**, **keep**: to write down for the next worker; docs/FORMAT.md lists where.
-//! - **handover**: the session record. **step**: a point after which a worker may die.
+//! - **session record**: the options, and the terms of the session ([`session_record`]). **step**:
+//!   a point after which a worker may die.
 //! - **pace**: how a long request gives way. **patrol**: the agent that looks once a second.
 //!
 //! # To add something
@@ -247,9 +250,9 @@ pub mod agents;
 
 pub mod fuse;
 
-pub mod control;
+pub mod mount_protocol;
 
-pub mod handover;
+pub mod session_record;
 
 pub mod supervisor;
 

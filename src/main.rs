@@ -2,7 +2,7 @@
 //! starts another one in its place.
 
 use clap::{Arg, ArgMatches, Command};
-use hugetlb2fs::control::{Control, Message};
+use hugetlb2fs::mount_protocol::{Control, Message};
 use hugetlb2fs::options::{Options, TABLE};
 use hugetlb2fs::supervisor::{End, supervise};
 use hugetlb2fs::upgrade::Predecessor;

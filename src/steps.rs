@@ -1,7 +1,7 @@
 //! The steps of all changes that have more than one step. The process may die after each step, and
 //! the next worker must be able to finish or undo the change.
 //!
-//! The code calls [`done`] after each step. A test arms a step ([`arm`]), and the process kills
+//! The code calls [`reached`] after each step. A test arms a step ([`arm`]), and the process kills
 //! itself when it reaches this step. [`Step::ALL`] lists all steps, so the test can prove that it
 //! has tried each one. [`tally`] counts the steps that a change reaches. A release build contains
 //! nothing of this.
@@ -9,7 +9,7 @@
 //! A test can also stop threads at a step ([`hold`]), to see which requests go on while a change is
 //! under way.
 //!
-//! To add a step, add three things: a line in the table below, a call of `done` after the step, and
+//! To add a step, add three things: a line in the table below, a call of `reached` after the step, and
 //! a situation in `tests/deaths.rs` that reaches the step. The test fails until it has such a
 //! situation.
 
@@ -163,7 +163,7 @@ mod armed {
     }
 
     /// Marks that `step` is done: counts it, dies if it is armed, waits while it is held.
-    pub fn done(step: Step) {
+    pub fn reached(step: Step) {
         TALLY[step as usize].fetch_add(1, Ordering::SeqCst);
         if ARMED.load(Ordering::SeqCst) == step as u32 && LEFT.fetch_sub(1, Ordering::SeqCst) == 1 {
             super::die()
@@ -178,12 +178,12 @@ mod armed {
 }
 
 #[cfg(debug_assertions)]
-pub use armed::{arm, done, hold, release, stopped, tally};
+pub use armed::{arm, hold, reached, release, stopped, tally};
 
-/// Marks that a step is done.
+/// Marks that a step is reached.
 #[cfg(not(debug_assertions))]
 #[inline(always)]
-pub fn done(_step: Step) {}
+pub fn reached(_step: Step) {}
 
 #[cfg(test)]
 mod tests {
@@ -197,9 +197,9 @@ mod tests {
         let mut tries = 0;
         let refused: Result<()> = insist(|| {
             tries += 1;
-            Err(Error::Poisoned)
+            Err(Error::Quarantined)
         });
-        assert!(matches!(refused, Err(Error::Poisoned)) && tries == 1);
+        assert!(matches!(refused, Err(Error::Quarantined)) && tries == 1);
     }
 
     #[test]

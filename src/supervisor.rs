@@ -33,9 +33,9 @@
 //! worker when its supervisor is gone (prctl(2), PR_SET_PDEATHSIG), so two supervisors never have
 //! workers at once. A worker waits until the worker before it is gone ([`crate::worker`]).
 
-use crate::control::{Control, Message};
 use crate::error::{Error, Result};
 use crate::logging;
+use crate::mount_protocol::{Control, Message};
 use crate::sys::process::{self, Fork, Signals};
 use crate::sys::{self, cgroup};
 use rustix::process::{Pid, Signal, WaitStatus, getpid, kill_process};

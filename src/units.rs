@@ -217,9 +217,9 @@ impl fmt::Display for Range {
 /// The generation is random, so the filesystem never uses an identity twice. The identity is enough
 /// to open the inode again (open_by_handle_at(2)). The root has the number 1, as FUSE demands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct NodeId(pub u64);
+pub struct InodeId(pub u64);
 
-impl NodeId {
+impl InodeId {
     /// The root directory of the mount.
     pub const ROOT: Self = Self(1);
 
@@ -240,7 +240,7 @@ impl NodeId {
     }
 }
 
-impl fmt::Display for NodeId {
+impl fmt::Display for InodeId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:016x}", self.0)
     }
@@ -283,10 +283,10 @@ mod tests {
 
     #[test]
     fn a_node_id_survives_the_way_through_a_handle() {
-        let id = NodeId::from_parts(0xdead_beef, 42);
+        let id = InodeId::from_parts(0xdead_beef, 42);
         assert_eq!(id.parts(), (0xdead_beef, 42));
-        assert_eq!(NodeId::parse(&id.to_string()), Some(id));
-        assert_eq!(NodeId::parse("+eadbeef0000002a"), None);
+        assert_eq!(InodeId::parse(&id.to_string()), Some(id));
+        assert_eq!(InodeId::parse("+eadbeef0000002a"), None);
     }
 
     #[test]

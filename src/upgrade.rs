@@ -14,10 +14,10 @@
 use crate::error::Error;
 use crate::fs::{OBJECTS, refuse_too_few_descriptors};
 use crate::fuse;
-use crate::handover::Handover;
 use crate::options::Options;
 use crate::pool::RESERVES;
 use crate::sealed;
+use crate::session_record::SessionRecord;
 use crate::sys::process;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, flock};
@@ -64,7 +64,7 @@ impl Predecessor {
         }
         let root = PathBuf::from(format!("/proc/{pid}/root"));
         let only_one = lock(&root).map_err(failed)?;
-        let left = Handover::read(&root).map_err(failed)?;
+        let left = SessionRecord::read(&root).map_err(failed)?;
         fuse::would_agree(&left.handshake).map_err(|why| refused(&why))?;
         let files = check_versions(&root).map_err(failed)?;
         let device = device_of(pid, &process, connection).map_err(failed)?;
@@ -150,7 +150,7 @@ fn reason(error: Error) -> String {
 
 /// The lock is on the session record of the other daemon, so the upgrade creates no file.
 fn lock(root: &Path) -> Result<File, Error> {
-    let lock = match File::open(Handover::path(root)) {
+    let lock = match File::open(SessionRecord::path(root)) {
         Err(error) if error.kind() == ErrorKind::NotFound => {
             return Err(Error::invalid("it is no daemon of this filesystem, or has not come to serve yet"));
         }

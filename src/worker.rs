@@ -8,14 +8,14 @@
 //! holds a lock, which the kernel frees when the process is gone.
 
 use crate::agents;
-use crate::control::{Control, Message};
 use crate::error::Error;
 use crate::fs::{self, Fs};
 use crate::fuse::{self, Connection};
-use crate::handover::Handover;
 use crate::logging;
+use crate::mount_protocol::{Control, Message};
 use crate::options::Options;
 use crate::pool::{self, Pool};
+use crate::session_record::SessionRecord;
 use crate::supervisor::{Announcement, Death, Role};
 use crate::sys::{self, cgroup, identity, namespace, seccomp};
 use crate::units::PageSize;
@@ -186,7 +186,8 @@ fn take_over(
     repaired: Option<Sender<fs::Repaired>>,
     after: Option<Death>,
 ) -> Result<(Arc<Fs>, Connection), String> {
-    let left = Handover::read(Path::new("/")).map_err(|error| format!("reading what was left: {error}"))?;
+    let left =
+        SessionRecord::read(Path::new("/")).map_err(|error| format!("reading what was left: {error}"))?;
     if let Some(Death { worker, status }) = after {
         log::error!(
             "worker {} has ended ({}); this one takes over",
@@ -196,7 +197,7 @@ fn take_over(
     }
     let fs = Fs::open(options, repaired).map_err(|error| format!("reading what was left: {error}"))?;
     let fs = Arc::new(fs);
-    fs.look_for_poison(); // it may have hit while nobody was there to notice
+    fs.look_for_hw_errors(); // it may have hit while nobody was there to notice
     let connection = Connection::take_over(fs.clone(), device, &left.handshake)?;
     Ok((fs, connection))
 }
@@ -221,7 +222,7 @@ fn begin(
         return Err("the mount helper has gone away without having mounted".to_owned());
     }
     let keep = |handshake: &fuse::Handshake| {
-        Handover { options: options.clone(), handshake: handshake.clone() }.write()
+        SessionRecord { options: options.clone(), handshake: handshake.clone() }.write()
     };
     let connection = Connection::establish(fs.clone(), device, keep)?;
     Ok((fs, connection))

@@ -37,8 +37,8 @@ fn run(fs: &Fs, stopped: &Receiver<()>) {
     fs.retry_what_waits(); // an earlier worker may have left stranded objects
     while stopped.recv_timeout(PERIOD) == Err(RecvTimeoutError::Timeout) {
         fs.shut_opened_holes();
-        fs.look_for_poison();
-        fs.look_for_poison_in_free_memory();
+        fs.look_for_hw_errors();
+        fs.look_for_hw_errors_in_free_memory();
         fs.retry_what_waits();
     }
 }

@@ -1,7 +1,7 @@
 //! The extended attributes that are this filesystem's interface, beside the attributes that users
 //! set.
 
-use super::{Fs, Object, Pace, Ticket};
+use super::{Fs, Object, Pace, RequestContext};
 use crate::attributes::{Attribute, Counter, LONGEST_VALUE, OfFile, OfRoot, POISON, find, is_of_interface};
 use crate::error::{Error, Result};
 #[cfg(debug_assertions)]
@@ -15,7 +15,7 @@ use crate::sealed::STRAYS_SHUT;
 use crate::steps::{self, Step};
 use crate::sys;
 use crate::sys::identity::Member;
-use crate::units::NodeId;
+use crate::units::InodeId;
 use rustix::process::getppid;
 use std::ffi::OsStr;
 use std::fmt::Write as _;
@@ -86,18 +86,26 @@ impl Fs {
     ///
     /// # Errors
     /// ENODATA; E2BIG for a value that is too long to return.
-    pub fn attribute(&self, node: NodeId, name: &OsStr, reading: Reading, ticket: Ticket) -> Result<Vec<u8>> {
+    pub fn attribute(
+        &self,
+        node: InodeId,
+        name: &OsStr,
+        reading: Reading,
+        request: RequestContext,
+    ) -> Result<Vec<u8>> {
         if !is_of_interface(name.as_bytes()) {
             return self.index.attribute(node, name);
         }
         let row = find(name.as_bytes()).ok_or(Error::NoData)?;
         let text = match row.attribute {
-            Attribute::Root(attribute) if node == NodeId::ROOT => {
-                self.root_attribute(attribute, &Pace::of(ticket))?
+            Attribute::Root(attribute) if node == InodeId::ROOT => {
+                self.root_attribute(attribute, &Pace::of(request))?
             }
-            Attribute::File(OfFile::Refusal) => self.refusals.of(node, ticket.thread).ok_or(Error::NoData)?,
+            Attribute::File(OfFile::Refusal) => {
+                self.refusals.of(node, request.thread).ok_or(Error::NoData)?
+            }
             Attribute::File(attribute) if self.is_file(node)? => {
-                self.file_attribute(&*self.object(node)?, attribute, reading, &Pace::of(ticket))?
+                self.file_attribute(&*self.object(node)?, attribute, reading, &Pace::of(request))?
             }
             Attribute::Root(_) | Attribute::File(_) => return Err(Error::NoData),
         };
@@ -137,7 +145,7 @@ impl Fs {
     ) -> Result<String> {
         match attribute {
             OfFile::Poison => {
-                self.look_for_poison_in(object, pace)?;
+                self.look_for_hw_errors_in(object, pace)?;
                 let room = match reading {
                     Reading::Length => None,
                     Reading::Value { room } => Some(room.min(LONGEST_VALUE)),
@@ -149,7 +157,7 @@ impl Fs {
             }
             OfFile::Map => {
                 pace.refuse_if(|| Ok(true))?;
-                self.look_for_poison_in(object, pace)?;
+                self.look_for_hw_errors_in(object, pace)?;
                 let mut text = String::new();
                 for extent in object.map(&self.nodes, pace)? {
                     let node = extent.node.map_or("-".to_owned(), |node| node.to_string());
@@ -207,28 +215,28 @@ impl Fs {
     /// that is unused or read-only.
     pub fn set_attribute(
         &self,
-        node: NodeId,
+        node: InodeId,
         name: &OsStr,
         (value, flags): (&[u8], i32),
         by: Member,
-        ticket: Ticket,
+        request: RequestContext,
     ) -> Result<()> {
         if !is_of_interface(name.as_bytes()) {
-            return self.set_user_attribute(node, name, (value, flags), by, ticket);
+            return self.set_user_attribute(node, name, (value, flags), by, request);
         }
         let result = match find(name.as_bytes()).map(|row| row.attribute) {
             Some(Attribute::File(attribute)) if self.is_file(node)? => {
-                self.set_file_attribute(node, attribute, value, ticket)
+                self.set_file_attribute(node, attribute, value, request)
             }
-            Some(Attribute::Root(attribute)) if node == NodeId::ROOT => {
-                self.set_root_attribute(attribute, value, &Pace::of(ticket))
+            Some(Attribute::Root(attribute)) if node == InodeId::ROOT => {
+                self.set_root_attribute(attribute, value, &Pace::of(request))
             }
             Some(Attribute::File(_) | Attribute::Root(_)) | None => Err(Error::Unsupported),
         };
         if matches!(result, Err(Error::TakesLong)) {
             return result; // another thread carries the request out
         }
-        self.refusals.note(node, ticket.thread, result.as_ref().err().map(Error::to_string));
+        self.refusals.note(node, request.thread, result.as_ref().err().map(Error::to_string));
         result.inspect_err(|error| {
             let (name, value) = (Excerpt(name.as_bytes()), Excerpt(value));
             log::info!(user = by.uid; "user {}: {name} {value} refused: {error}", by.uid);
@@ -250,25 +258,25 @@ impl Fs {
 
     fn set_file_attribute(
         &self,
-        node: NodeId,
+        node: InodeId,
         attribute: OfFile,
         value: &[u8],
-        ticket: Ticket,
+        request: RequestContext,
     ) -> Result<()> {
-        let (object, pace) = (self.object(node)?, Pace::of(ticket));
+        let (object, pace) = (self.object(node)?, Pace::of(request));
         pace.refuse_if(|| Ok(true))?;
         // The caller may have just received a SIGBUS for an error that the patrol has not found
         // yet.
-        self.look_for_poison_in(&object, &pace)?;
+        self.look_for_hw_errors_in(&object, &pace)?;
         match attribute {
             OfFile::Poison => object.quarantine(value, &self.pool, &pace),
             OfFile::Repair => {
-                let resumed = self.was_due(ticket, object.is_repairable(value)?)?;
-                self.repair(&object, value, resumed, ticket)
+                let resumed = self.was_due(request, object.is_repairable(value)?)?;
+                self.repair(&object, value, resumed, request)
             }
             OfFile::Collapse => object.collapse(value, &pace),
             OfFile::Inject => {
-                let resumed = self.was_due(ticket, object.is_injectable(value))?;
+                let resumed = self.was_due(request, object.is_injectable(value))?;
                 match object.inject(value) {
                     Err(Error::Invalid(_)) if resumed => Ok(()), // the dead worker has injected it
                     Err(Error::Unsupported) => {
@@ -285,12 +293,18 @@ impl Fs {
     /// Repairs as a value of the repair attribute asks. A program may ask at once after a SIGBUS
     /// has told it of a memory error, before the patrol has found the error. So this looks for
     /// errors first.
-    fn repair(&self, object: &Arc<Object>, value: &[u8], resumed: bool, ticket: Ticket) -> Result<()> {
-        self.look_for_poison_in(object, &Pace::of(ticket))?;
-        let repair = || self.with_context(object, ticket, |context| object.repair(value, resumed, context));
+    fn repair(
+        &self,
+        object: &Arc<Object>,
+        value: &[u8],
+        resumed: bool,
+        request: RequestContext,
+    ) -> Result<()> {
+        self.look_for_hw_errors_in(object, &Pace::of(request))?;
+        let repair = || self.with_context(object, request, |context| object.repair(value, resumed, context));
         match repair() {
             // Programs can meet an error before the kernel counts it, so this looks once more.
-            Err(Error::NoData) if object.look_for_poison(&Pace::of(ticket))? > 0 => repair(),
+            Err(Error::NoData) if object.look_for_hw_errors(&Pace::of(request))? > 0 => repair(),
             result => result,
         }
     }
@@ -309,11 +323,11 @@ impl Fs {
     /// # Errors
     /// [`Error::NotPermitted`] for an attribute of the protocol: a repair ends a quarantine, not
     /// the removal of its description.
-    pub fn remove_attribute(&self, node: NodeId, name: &OsStr, ticket: Ticket) -> Result<()> {
+    pub fn remove_attribute(&self, node: InodeId, name: &OsStr, request: RequestContext) -> Result<()> {
         if is_of_interface(name.as_bytes()) {
             Err(Error::NotPermitted)
         } else {
-            self.remove_user_attribute(node, name, ticket)
+            self.remove_user_attribute(node, name, request)
         }
     }
 
@@ -322,7 +336,7 @@ impl Fs {
     ///
     /// # Errors
     /// The errors of listxattr(2).
-    pub fn attribute_names(&self, node: NodeId, caller: u32) -> Result<Vec<u8>> {
+    pub fn attribute_names(&self, node: InodeId, caller: u32) -> Result<Vec<u8>> {
         let names = self.index.attribute_names(node)?;
         let visible = |name: &[u8]| caller == 0 || !name.starts_with(b"trusted.");
         let mut names: Vec<u8> = names
@@ -338,7 +352,7 @@ impl Fs {
         Ok(names)
     }
 
-    fn is_file(&self, node: NodeId) -> Result<bool> {
+    fn is_file(&self, node: InodeId) -> Result<bool> {
         Ok(self.index.attributes(node)?.kind == Kind::File)
     }
 }

@@ -20,7 +20,7 @@
 //! looks at the tables `stranded` and `objects`, and it does not wait for their locks.
 
 mod attributes;
-mod modified;
+mod mtime;
 mod native;
 mod object;
 mod pace;
@@ -36,7 +36,7 @@ pub use object::{Allocation, Context, Extent, Object, State, Summary};
 pub use pace::Pace;
 pub use places::refuse_too_few_descriptors;
 pub use pollers::Waker;
-pub use requests::Ticket;
+pub use requests::RequestContext;
 
 use crate::error::{Error, Result};
 use crate::index::{Attributes, DirEntry, Index, Inode, Kind, Time};
@@ -44,7 +44,7 @@ use crate::options::{Io, Options};
 use crate::pool::{Holding, Pool};
 use crate::steps::{self, Step};
 use crate::sys::{memory_failures, memory_nodes};
-use crate::units::{Folio, NodeId, Range, STAT_BLOCK};
+use crate::units::{Folio, InodeId, Range, STAT_BLOCK};
 use crossbeam::channel::Sender;
 use native::Closings;
 use places::Places;
@@ -77,7 +77,7 @@ pub struct Fs {
     index: Index,
     pool: Pool,
     places: Places,
-    objects: Mutex<HashMap<NodeId, Arc<Object>>>,
+    objects: Mutex<HashMap<InodeId, Arc<Object>>>,
     /// Locks for the making of objects. The node selects one of them. Two requests may open one
     /// file for the first time at the same moment.
     making: [Mutex<()>; 64],
@@ -89,7 +89,7 @@ pub struct Fs {
     /// yet.
     uncounted: Mutex<Vec<Arc<Object>>>,
     /// Files that cannot be opened ([`unavailable`]).
-    unavailable: Mutex<BTreeMap<NodeId, Unavailable>>,
+    unavailable: Mutex<BTreeMap<InodeId, Unavailable>>,
     /// Held while the daemon tries to open an unavailable file again.
     retrying: Mutex<()>,
     refusals: Refusals,
@@ -201,7 +201,7 @@ impl Fs {
     ///
     /// # Errors
     /// ENOENT, ENOTDIR, ENAMETOOLONG.
-    pub fn lookup(&self, parent: NodeId, name: &OsStr) -> Result<Attributes> {
+    pub fn lookup(&self, parent: InodeId, name: &OsStr) -> Result<Attributes> {
         self.index.lookup(parent, name).and_then(|attributes| self.with_contents(attributes))
     }
 
@@ -209,7 +209,7 @@ impl Fs {
     ///
     /// # Errors
     /// ESTALE.
-    pub fn attributes(&self, node: NodeId) -> Result<Attributes> {
+    pub fn attributes(&self, node: InodeId) -> Result<Attributes> {
         self.index.attributes(node).and_then(|attributes| self.with_contents(attributes))
     }
 
@@ -232,13 +232,13 @@ impl Fs {
     ///
     /// # Errors
     /// The errors of truncate(2), chmod(2), chown(2) and utimens(2).
-    pub fn change(&self, node: NodeId, changes: &Changes, ticket: Ticket) -> Result<Attributes> {
+    pub fn change(&self, node: InodeId, changes: &Changes, request: RequestContext) -> Result<Attributes> {
         let inode = self.index.inode(node)?;
         if let Some(size) = changes.size {
             let object = self.object(node)?;
-            self.contents_change(&object, ticket.unprivileged)?;
-            let truncate = || self.with_context(&object, ticket, |context| object.truncate(size, context));
-            self.heeding_poison(&object, ticket, truncate)?;
+            self.contents_change(&object, request.unprivileged)?;
+            let truncate = || self.with_context(&object, request, |context| object.truncate(size, context));
+            self.heeding_hw_errors(&object, request, truncate)?;
         }
         self.inode_changed(node, || self.change_inode(&inode, changes))?;
         self.index.attributes_of(&inode).and_then(|attributes| self.with_contents(attributes))
@@ -262,22 +262,22 @@ impl Fs {
     /// here refuses the change, and no change is reported as refused after it has happened.
     fn contents_change(&self, object: &Object, unprivileged: bool) -> Result<()> {
         let node = object.node();
-        object.modified().note(unprivileged, || self.index.contents_changed(node, unprivileged))
+        object.mtime().note(unprivileged, || self.index.contents_changed(node, unprivileged))
     }
 
     /// Runs `change`, a change of an inode's mode, owner, times or attributes. After it, the next
     /// change of contents updates the inode again.
-    fn inode_changed<T>(&self, node: NodeId, change: impl FnOnce() -> Result<T>) -> Result<T> {
+    fn inode_changed<T>(&self, node: InodeId, change: impl FnOnce() -> Result<T>) -> Result<T> {
         let changed = change();
         if let Some(object) = self.known_object(node) {
-            object.modified().forget();
+            object.mtime().forget();
         }
         changed
     }
 
     /// Counts the pages of a node that has lost its last name as orphaned. If the lock of the file
     /// is not free now, [`Fs::count_orphans`] does it later.
-    fn note_orphan(&self, orphan: Option<NodeId>, pace: &Pace) {
+    fn note_orphan(&self, orphan: Option<InodeId>, pace: &Pace) {
         if let Some(object) = orphan.and_then(|node| self.known_object(node))
             && object.note_orphaned(&self.pool, pace).is_err()
         {
@@ -307,7 +307,7 @@ impl Fs {
     ///
     /// # Errors
     /// EINVAL.
-    pub fn read_link(&self, node: NodeId) -> Result<CString> {
+    pub fn read_link(&self, node: InodeId) -> Result<CString> {
         self.index.read_link(node)
     }
 
@@ -315,7 +315,7 @@ impl Fs {
     ///
     /// # Errors
     /// The errors of open(2).
-    pub fn open_directory(&self, node: NodeId) -> Result<OwnedFd> {
+    pub fn open_directory(&self, node: InodeId) -> Result<OwnedFd> {
         self.index.open_directory(node)
     }
 
@@ -353,11 +353,16 @@ impl Fs {
     /// From the question to the kernel until the inode is gone, no request finds the object
     /// ([`Fs::object`]). A later request, for a file handle that a program has kept, finds no
     /// inode: ESTALE.
-    pub fn forget(&self, node: NodeId, is_known: impl FnOnce() -> bool, close: impl FnOnce(&Object)) -> bool {
+    pub fn forget(
+        &self,
+        node: InodeId,
+        is_known: impl FnOnce() -> bool,
+        close: impl FnOnce(&Object),
+    ) -> bool {
         self.index.is_orphan(node) && self.part_with(node, is_known, close)
     }
 
-    fn part_with(&self, node: NodeId, is_known: impl FnOnce() -> bool, close: impl FnOnce(&Object)) -> bool {
+    fn part_with(&self, node: InodeId, is_known: impl FnOnce() -> bool, close: impl FnOnce(&Object)) -> bool {
         let _none_is_made = self.making(node);
         let mut stranded = self.stranded(); // held so that the check sees an object exactly once
         let mut objects = self.objects();
@@ -371,17 +376,17 @@ impl Fs {
         if let Err(error) = self.index.erase(node) {
             log::error!("file {node}: its inode could not be removed: {error}");
         }
-        steps::done(Step::DismantleErased);
+        steps::reached(Step::DismantleErased);
         true
     }
 
     // ---- objects -------------------------------------------------------------------------------
 
-    fn objects(&self) -> MutexGuard<'_, HashMap<NodeId, Arc<Object>>> {
+    fn objects(&self) -> MutexGuard<'_, HashMap<InodeId, Arc<Object>>> {
         self.objects.lock().expect("no panic while the table of objects is open")
     }
 
-    fn known_object(&self, node: NodeId) -> Option<Arc<Object>> {
+    fn known_object(&self, node: InodeId) -> Option<Arc<Object>> {
         self.objects().get(&node).cloned()
     }
 
@@ -395,7 +400,7 @@ impl Fs {
     /// # Errors
     /// EISDIR for a directory, EINVAL for other kinds of files; [`Error::NoMemory`],
     /// [`Error::TooManyFiles`]; [`Error::Corrupt`] for an unavailable file.
-    pub fn object(&self, node: NodeId) -> Result<Arc<Object>> {
+    pub fn object(&self, node: InodeId) -> Result<Arc<Object>> {
         if let Some(object) = self.known_object(node) {
             return Ok(object);
         }
@@ -424,7 +429,7 @@ impl Fs {
         }
     }
 
-    fn making(&self, node: NodeId) -> MutexGuard<'_, ()> {
+    fn making(&self, node: InodeId) -> MutexGuard<'_, ()> {
         let lock = &self.making[node.0 as usize % self.making.len()];
         lock.lock().expect("no panic while an object is made")
     }
@@ -455,9 +460,9 @@ impl Fs {
 
     fn dismantle(&self, object: &Arc<Object>) -> Result<()> {
         object.empty(&self.pool)?;
-        steps::done(Step::DismantleEmptied);
+        steps::reached(Step::DismantleEmptied);
         self.places.remove(object.node());
-        steps::done(Step::DismantleDetached);
+        steps::reached(Step::DismantleDetached);
         self.stranded().retain(|other| !Arc::ptr_eq(other, object));
         Ok(())
     }
@@ -469,10 +474,15 @@ impl Fs {
     }
 
     /// Runs `run` with the context that [`Object`] needs for a change.
-    fn with_context<T>(&self, object: &Arc<Object>, ticket: Ticket, run: impl FnOnce(Context<'_>) -> T) -> T {
+    fn with_context<T>(
+        &self,
+        object: &Arc<Object>,
+        request: RequestContext,
+        run: impl FnOnce(Context<'_>) -> T,
+    ) -> T {
         let repaired = |folio: Folio| self.report_repaired(object.clone(), folio.range());
         let (recovery_write, keep_punched) = (self.recovery_write, self.keep_punched);
-        let pace = &Pace::of(ticket);
+        let pace = &Pace::of(request);
         run(Context { pool: &self.pool, recovery_write, keep_punched, repaired: &repaired, pace })
     }
 
@@ -483,19 +493,19 @@ impl Fs {
     ///
     /// # Errors
     /// [`Error::TakesLong`]; the errors of mmap(2) and setxattr(2).
-    pub fn look_for_poison_in(&self, object: &Object, pace: &Pace) -> Result<usize> {
+    pub fn look_for_hw_errors_in(&self, object: &Object, pace: &Pace) -> Result<usize> {
         if memory_failures() == *self.failures.lock().expect("no panic while a number is compared") {
             return Ok(0);
         }
         pace.refuse_if(|| Ok(true))?;
-        object.look_for_poison(pace)
+        object.look_for_hw_errors(pace)
     }
 
     /// Looks for memory errors in all files, if the kernel has met any since the last time.
-    pub fn look_for_poison(&self) {
+    pub fn look_for_hw_errors(&self) {
         self.if_memory_failed(&self.failures, FAILURES, || {
             let look = |object: &Arc<Object>| {
-                let looked = object.look_for_poison(&Pace::steady()).map(drop);
+                let looked = object.look_for_hw_errors(&Pace::steady()).map(drop);
                 looked.inspect_err(|error| {
                     log::error!("file {}: looking for memory errors: {error}", object.node())
                 })
@@ -507,9 +517,9 @@ impl Fs {
 
     /// Looks for memory errors in free memory. This takes longer, because free memory may never
     /// have been touched.
-    pub fn look_for_poison_in_free_memory(&self) {
+    pub fn look_for_hw_errors_in_free_memory(&self) {
         self.if_memory_failed(&self.failures_in_pool, FAILURES_IN_POOL, || {
-            let replaced = self.pool.replace_poisoned();
+            let replaced = self.pool.replace_bad();
             match &replaced {
                 Ok(0) => {}
                 Ok(count) => log::error!("memory error, {count} free subpages of the pool replaced"),
@@ -543,15 +553,15 @@ impl Fs {
 
     /// Runs `access`. If it meets a memory error that was not known, notes the error and runs
     /// `access` once more: now `access` may go on around the error.
-    fn heeding_poison<T>(
+    fn heeding_hw_errors<T>(
         &self,
         object: &Object,
-        ticket: Ticket,
+        request: RequestContext,
         mut access: impl FnMut() -> Result<T>,
     ) -> Result<T> {
         match access() {
-            Err(Error::Poisoned) => {
-                self.look_for_poison_in(object, &Pace::of(ticket))?;
+            Err(Error::Quarantined) => {
+                self.look_for_hw_errors_in(object, &Pace::of(request))?;
                 access()
             }
             result => result,
@@ -585,12 +595,12 @@ impl Fs {
     ///
     /// # Errors
     /// The errors of setxattr(2).
-    pub fn open_natively(&self, object: &Object, read_only: bool, ticket: Ticket) -> Result<bool> {
-        if self.native && read_only { object.open_natively(ticket.number) } else { Ok(false) }
+    pub fn open_natively(&self, object: &Object, read_only: bool, request: RequestContext) -> Result<bool> {
+        if self.native && read_only { object.open_natively(request.unique) } else { Ok(false) }
     }
 
     /// A native reader is closed.
-    pub fn close_natively(&self, node: NodeId, number: u64) {
+    pub fn close_natively(&self, node: InodeId, number: u64) {
         if let Some(object) = self.known_object(node) {
             object.close_natively(number);
             self.closings.add();
@@ -601,21 +611,27 @@ impl Fs {
     ///
     /// # Errors
     /// EIO at a quarantined subpage.
-    pub fn read(&self, node: NodeId, buffer: &mut [u8], offset: u64, ticket: Ticket) -> Result<usize> {
+    pub fn read(
+        &self,
+        node: InodeId,
+        buffer: &mut [u8],
+        offset: u64,
+        request: RequestContext,
+    ) -> Result<usize> {
         let object = self.object(node)?;
-        let pace = Pace::of(ticket);
-        self.heeding_poison(&object, ticket, || object.read(buffer, offset, &pace))
+        let pace = Pace::of(request);
+        self.heeding_hw_errors(&object, request, || object.read(buffer, offset, &pace))
     }
 
     /// pwrite(2).
     ///
     /// # Errors
     /// ENOSPC, EIO, EBUSY, EFBIG.
-    pub fn write(&self, node: NodeId, bytes: &[u8], offset: u64, ticket: Ticket) -> Result<usize> {
+    pub fn write(&self, node: InodeId, bytes: &[u8], offset: u64, request: RequestContext) -> Result<usize> {
         let object = self.object(node)?;
-        self.contents_change(&object, ticket.unprivileged)?;
-        let write = || self.with_context(&object, ticket, |context| object.write(bytes, offset, context));
-        self.heeding_poison(&object, ticket, write)
+        self.contents_change(&object, request.unprivileged)?;
+        let write = || self.with_context(&object, request, |context| object.write(bytes, offset, context));
+        self.heeding_hw_errors(&object, request, write)
     }
 
     /// fallocate(2) of `length` bytes at `offset`.
@@ -624,25 +640,31 @@ impl Fs {
     /// ENOSPC, EIO, EBUSY, EFBIG.
     pub fn allocate(
         &self,
-        node: NodeId,
+        node: InodeId,
         what: Allocation,
         (offset, length): (u64, u64),
-        ticket: Ticket,
+        request: RequestContext,
     ) -> Result<()> {
         let object = self.object(node)?;
-        self.contents_change(&object, ticket.unprivileged)?;
+        self.contents_change(&object, request.unprivileged)?;
         let allocate = |context: Context<'_>| object.allocate(what, offset, length, context);
-        self.heeding_poison(&object, ticket, || self.with_context(&object, ticket, allocate))
+        self.heeding_hw_errors(&object, request, || self.with_context(&object, request, allocate))
     }
 
     /// copy_file_range(2): copies up to `length` bytes, perhaps fewer.
     ///
     /// # Errors
     /// The errors of reading and writing, if not one byte could be copied.
-    pub fn copy(&self, from: (NodeId, u64), to: (NodeId, u64), length: u64, ticket: Ticket) -> Result<usize> {
+    pub fn copy(
+        &self,
+        from: (InodeId, u64),
+        to: (InodeId, u64),
+        length: u64,
+        request: RequestContext,
+    ) -> Result<usize> {
         const PIECE: usize = 1 << 20;
         const MOST: usize = 256 << 20; // so that one request does not keep a thread for seconds
-        let pace = Pace::of(ticket);
+        let pace = Pace::of(request);
         pace.refuse_if(|| Ok(true))?;
         let length = usize::try_from(length).unwrap_or(MOST).min(MOST);
         let mut buffer = vec![0; PIECE.min(length)];
@@ -651,10 +673,10 @@ impl Fs {
             let wanted = buffer.len().min(length - done);
             let read = pace
                 .go_on()
-                .and_then(|()| self.read(from.0, &mut buffer[..wanted], from.1 + done as u64, ticket));
+                .and_then(|()| self.read(from.0, &mut buffer[..wanted], from.1 + done as u64, request));
             let piece = read.and_then(|read| match read {
                 0 => Ok((0, 0)),
-                read => Ok((read, self.write(to.0, &buffer[..read], to.1 + done as u64, ticket)?)),
+                read => Ok((read, self.write(to.0, &buffer[..read], to.1 + done as u64, request)?)),
             });
             match piece {
                 Ok((read, written)) => {
@@ -674,9 +696,9 @@ impl Fs {
     ///
     /// # Errors
     /// ENXIO.
-    pub fn seek(&self, node: NodeId, offset: u64, data: bool, ticket: Ticket) -> Result<u64> {
-        let (object, pace) = (self.object(node)?, Pace::of(ticket));
-        self.look_for_poison_in(&object, &pace)?;
+    pub fn seek(&self, node: InodeId, offset: u64, data: bool, request: RequestContext) -> Result<u64> {
+        let (object, pace) = (self.object(node)?, Pace::of(request));
+        self.look_for_hw_errors_in(&object, &pace)?;
         object.seek(offset, data, &pace)
     }
 
@@ -735,8 +757,8 @@ impl Fs {
 
 /// True if `objects` are the objects of `now`, in any order.
 fn has_all<'a>(objects: &[Arc<Object>], now: impl Iterator<Item = &'a Arc<Object>>) -> bool {
-    let known: HashSet<NodeId> = objects.iter().map(|object| object.node()).collect();
-    let now: Vec<NodeId> = now.map(|object| object.node()).collect();
+    let known: HashSet<InodeId> = objects.iter().map(|object| object.node()).collect();
+    let now: Vec<InodeId> = now.map(|object| object.node()).collect();
     now.len() == known.len() && now.iter().all(|node| known.contains(node))
 }
 

@@ -3,7 +3,7 @@
 //!
 //! A native reader gets zeros from a hole in the memory. A read that the daemon answers fails with
 //! EIO there. So a file has soft holes or native readers, and never both. A quarantine excludes
-//! native readers before it makes the first hole ([`Natives::exclude`]). A change that leaves the
+//! native readers before it makes the first hole ([`NativeReaders::exclude`]). A change that leaves the
 //! file without soft holes admits them again. open(2) needs no lock of the file for this, so
 //! open(2) waits for no change.
 //!
@@ -13,7 +13,7 @@
 //!   no soft hole            <-- admit(), no soft hole is left --   soft holes come and go
 //! ```
 //!
-//! [`Natives::exclude`] fails while a reader is noted, and the quarantine with it.
+//! [`NativeReaders::exclude`] fails while a reader is noted, and the quarantine with it.
 //!
 //! A native reader is noted by the number of the request that opened it. The number stays the same
 //! when the kernel sends the request again, and the kernel repeats the number when it tells of the
@@ -39,7 +39,7 @@ const MOST: usize = 1024;
 
 /// The native readers of one file.
 #[derive(Default)]
-pub struct Natives(Mutex<Notes>);
+pub struct NativeReaders(Mutex<Notes>);
 
 #[derive(Default)]
 struct Notes {
@@ -48,7 +48,7 @@ struct Notes {
     excluded: bool,
 }
 
-impl Natives {
+impl NativeReaders {
     fn notes(&self) -> MutexGuard<'_, Notes> {
         self.0.lock().expect("no panic while the notes are open")
     }
@@ -58,7 +58,7 @@ impl Natives {
         self.notes().noted.len()
     }
 
-    /// Excludes native readers until [`Natives::admit`], unless one is noted now. True if they are
+    /// Excludes native readers until [`NativeReaders::admit`], unless one is noted now. True if they are
     /// excluded.
     pub fn exclude(&self) -> bool {
         let mut notes = self.notes();
@@ -166,7 +166,7 @@ mod tests {
 
     #[test]
     fn one_is_noted_and_struck_out_once_however_often_that_is_asked() {
-        let natives = Natives::default();
+        let natives = NativeReaders::default();
         assert!(natives.add(2, kept).unwrap() && natives.add(2, kept).unwrap());
         assert_eq!(natives.count(), 1);
         natives.remove(2, kept).unwrap();
@@ -176,7 +176,7 @@ mod tests {
 
     #[test]
     fn what_is_kept_is_recalled() {
-        let (natives, next) = (Natives::default(), Natives::default());
+        let (natives, next) = (NativeReaders::default(), NativeReaders::default());
         for descriptor in [2, u64::MAX >> 1] {
             let keep = |bytes: &[u8]| {
                 next.recall(bytes);
@@ -189,14 +189,14 @@ mod tests {
 
     #[test]
     fn one_that_cannot_be_kept_is_not_noted() {
-        let natives = Natives::default();
+        let natives = NativeReaders::default();
         assert!(natives.add(2, |_| Err(Error::NoMemory)).is_err());
         assert_eq!(natives.count(), 0);
     }
 
     #[test]
     fn natives_and_soft_holes_exclude_each_other() {
-        let natives = Natives::default();
+        let natives = NativeReaders::default();
         assert!(natives.add(2, kept).unwrap());
         assert!(!natives.exclude(), "one is noted");
         natives.remove(2, kept).unwrap();
@@ -208,7 +208,7 @@ mod tests {
 
     #[test]
     fn there_are_only_so_many() {
-        let natives = Natives::default();
+        let natives = NativeReaders::default();
         (0..MOST as u64).for_each(|descriptor| assert!(natives.add(descriptor, kept).unwrap()));
         assert!(!natives.add(MOST as u64, kept).unwrap());
         assert!(natives.add(7, kept).unwrap(), "it is noted already");

@@ -11,7 +11,7 @@
 //! FUSE_INTERRUPT with ENOSYS, and after that answer the kernel sends no more of them. So the
 //! daemon itself looks for a pending SIGKILL.
 
-use super::Ticket;
+use super::RequestContext;
 use super::object::Locked;
 use crate::error::{Error, Result};
 use crate::sys::process::is_killed;
@@ -34,8 +34,8 @@ pub struct Pace {
 
 impl Pace {
     /// The pace of a request.
-    pub fn of(ticket: Ticket) -> Self {
-        Self { brief: ticket.brief, caller: ticket.thread, looked: Cell::new(Instant::now()) }
+    pub fn of(request: RequestContext) -> Self {
+        Self { brief: request.brief, caller: request.thread, looked: Cell::new(Instant::now()) }
     }
 
     /// The pace of the daemon's own work, which the death of no caller ends.
@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     fn of(thread: u32, brief: bool) -> Pace {
-        Pace::of(Ticket { number: 1, again: false, thread, unprivileged: false, brief })
+        Pace::of(RequestContext { unique: 1, resent: false, thread, unprivileged: false, brief })
     }
 
     /// Acts as if the last look at the caller was long ago.

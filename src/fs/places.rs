@@ -41,7 +41,7 @@ use crate::pool::Holding;
 use crate::steps::{self, Step, insist};
 use crate::sys::process::{Descriptors, descriptors};
 use crate::sys::{calls, mounts, tmpfs};
-use crate::units::NodeId;
+use crate::units::InodeId;
 use rustix::fs::Mode;
 use rustix::io::Errno;
 use std::ffi::{CStr, CString};
@@ -82,12 +82,12 @@ impl Places {
     ///
     /// # Errors
     /// [`Error::TooManyFiles`] or [`Error::NoMemory`]. Nothing has changed then.
-    pub fn make(&self, node: NodeId, create: impl FnOnce() -> Result<Holding>) -> Result<Holding> {
+    pub fn make(&self, node: InodeId, create: impl FnOnce() -> Result<Holding>) -> Result<Holding> {
         self.refuse_the_last_descriptors()?;
         let mut holding = create().map_err(no_more)?;
         attach(node, &mut holding).map_err(no_more)?;
         self.mounts.fetch_add(1, Ordering::Relaxed);
-        steps::done(Step::CreateAttached);
+        steps::reached(Step::CreateAttached);
         Ok(holding)
     }
 
@@ -109,7 +109,7 @@ impl Places {
 
     /// Removes the place of `node`. The superblock ends with its last user. A shortage does not end
     /// this removal, because nothing would try it again.
-    pub fn remove(&self, node: NodeId) {
+    pub fn remove(&self, node: InodeId) {
         let path = path(node);
         match insist(|| tmpfs::detach(text(&path))) {
             Ok(()) => self.mounts.fetch_sub(1, Ordering::Relaxed),
@@ -140,10 +140,10 @@ pub fn refuse_too_few_descriptors(files: u64) -> Result<()> {
 }
 
 /// Attaches the object's superblock at its place, or changes nothing.
-fn attach(node: NodeId, holding: &mut Holding) -> Result<()> {
+fn attach(node: InodeId, holding: &mut Holding) -> Result<()> {
     let path = path(node);
     calls::mkdir(&*path, Mode::from_raw_mode(0o700))?;
-    steps::done(Step::CreatePlace);
+    steps::reached(Step::CreatePlace);
     holding.sealed_mut().attach(text(&path)).inspect_err(|_| {
         let _ = calls::rmdir(&*path);
     })
@@ -158,7 +158,7 @@ fn no_more(error: Error) -> Error {
     }
 }
 
-fn path(node: NodeId) -> CString {
+fn path(node: InodeId) -> CString {
     CString::new(format!("{OBJECTS}/{node}")).expect("hexadecimal digits hold no NUL")
 }
 

@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::index::Index;
 use crate::options::Options;
 use crate::pool::Pool;
-use crate::units::{NodeId, Range};
+use crate::units::{InodeId, Range};
 use crossbeam::channel::Sender;
 use std::collections::HashSet;
 
@@ -37,7 +37,7 @@ impl Fs {
         let fs = Self::on(options, index, pool, repaired)?;
         for entry in std::fs::read_dir(OBJECTS)? {
             let name = entry?.file_name();
-            if let Some(node) = name.to_str().and_then(NodeId::parse) {
+            if let Some(node) = name.to_str().and_then(InodeId::parse) {
                 fs.adopt(node).or_else(|error| fs.set_aside(node, &error))?;
             }
         }
@@ -59,7 +59,7 @@ impl Fs {
 
     /// Takes an existing object in. An object that belongs to no file becomes stranded, and is
     /// dismantled later.
-    fn adopt(&self, node: NodeId) -> Result<()> {
+    fn adopt(&self, node: InodeId) -> Result<()> {
         match self.open_object(node)? {
             None => {}
             Some(object) if self.index.exists(node)? => drop(self.objects().insert(node, object)),
@@ -105,7 +105,7 @@ impl Fs {
 
     /// The nodes without a name. The kernel tells only once that it has given up a node, and may
     /// have told a worker that has died.
-    pub fn orphans(&self) -> Vec<NodeId> {
+    pub fn orphans(&self) -> Vec<InodeId> {
         self.index.orphans()
     }
 

@@ -4,7 +4,7 @@
 //! as a sentence. The thread that made the request can read the sentence as an attribute of the
 //! same file. When a worker dies, its sentences are lost.
 
-use crate::units::NodeId;
+use crate::units::InodeId;
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard};
 
@@ -16,7 +16,7 @@ const MOST: usize = 64;
 pub struct Refusals(Mutex<VecDeque<Refusal>>);
 
 struct Refusal {
-    node: NodeId,
+    node: InodeId,
     thread: u32,
     why: String,
 }
@@ -29,7 +29,7 @@ impl Refusals {
     /// Keeps the reason why a request of `thread` for `node` was refused, in place of an earlier
     /// one. None removes the reason, because the request has succeeded. All threads of other
     /// process id namespaces have the number 0 here, so the list keeps no reason for them.
-    pub fn note(&self, node: NodeId, thread: u32, why: Option<String>) {
+    pub fn note(&self, node: InodeId, thread: u32, why: Option<String>) {
         let mut kept = self.kept();
         kept.retain(|refusal| (refusal.node, refusal.thread) != (node, thread));
         if let Some(why) = why.filter(|_| thread != 0) {
@@ -41,7 +41,7 @@ impl Refusals {
     }
 
     /// The reason of the last refusal for this thread and file.
-    pub fn of(&self, node: NodeId, thread: u32) -> Option<String> {
+    pub fn of(&self, node: InodeId, thread: u32) -> Option<String> {
         let kept = self.kept();
         let found = kept.iter().find(|refusal| (refusal.node, refusal.thread) == (node, thread));
         found.map(|refusal| refusal.why.clone())
@@ -55,7 +55,7 @@ mod tests {
     #[test]
     fn a_reason_is_for_the_thread_that_asked_alone() {
         let refusals = Refusals::default();
-        let (node, other) = (NodeId::ROOT, NodeId(7));
+        let (node, other) = (InodeId::ROOT, InodeId(7));
         refusals.note(node, 5, Some("first".into()));
         refusals.note(node, 5, Some("second".into()));
         refusals.note(node, 0, Some("of a thread that has no number here".into()));

@@ -2,7 +2,7 @@
 //! request twice.
 //!
 //! If a worker dies, the kernel sends each request that this worker had read and not answered to
-//! the next worker ([`Ticket::again`]). Most requests have the same result the second time. The
+//! the next worker ([`RequestContext::again`]). Most requests have the same result the second time. The
 //! others need care:
 //!
 //! - On a re-sent creation, EEXIST means that the dead worker already made the name. On a re-sent
@@ -18,18 +18,18 @@ use crate::error::{Error, Result};
 use crate::index::{Attributes, New};
 use crate::steps::{self, Step};
 use crate::sys::identity::{Caller, Member};
-use crate::units::NodeId;
+use crate::units::InodeId;
 use rustix::fs::{RenameFlags, XattrFlags};
 use rustix::io::Errno;
 use std::ffi::OsStr;
 
 /// The identity and the circumstances of one request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ticket {
+pub struct RequestContext {
     /// The number of the request. The kernel never gives a number to two requests.
-    pub number: u64,
+    pub unique: u64,
     /// The kernel sent this request before, to a worker that died without an answer.
-    pub again: bool,
+    pub resent: bool,
     /// The thread that waits for the answer. 0 if the daemon cannot see the thread, because it is
     /// in another pid namespace.
     pub thread: u32,
@@ -51,16 +51,16 @@ impl Fs {
     /// EEXIST and the other errors of mknod(2), mkdir(2) and symlink(2).
     pub fn make(
         &self,
-        parent: NodeId,
+        parent: InodeId,
         name: &OsStr,
         new: New<'_>,
         caller: Caller,
-        ticket: Ticket,
+        request: RequestContext,
     ) -> Result<Attributes> {
         let made = self.index.make(parent, name, new, caller);
-        steps::done(Step::CreateNamed);
+        steps::reached(Step::CreateNamed);
         match made {
-            Err(Error::Os(Errno::EXIST)) if ticket.again => self.lookup(parent, name),
+            Err(Error::Os(Errno::EXIST)) if request.resent => self.lookup(parent, name),
             result => result,
         }
     }
@@ -69,9 +69,15 @@ impl Fs {
     ///
     /// # Errors
     /// EEXIST, EMLINK and the other errors of link(2).
-    pub fn link(&self, node: NodeId, parent: NodeId, name: &OsStr, ticket: Ticket) -> Result<Attributes> {
+    pub fn link(
+        &self,
+        node: InodeId,
+        parent: InodeId,
+        name: &OsStr,
+        request: RequestContext,
+    ) -> Result<Attributes> {
         match self.index.link(node, parent, name) {
-            Err(Error::Os(Errno::EXIST)) if ticket.again => self.lookup(parent, name),
+            Err(Error::Os(Errno::EXIST)) if request.resent => self.lookup(parent, name),
             result => result.and_then(|attributes| self.with_contents(attributes)),
         }
     }
@@ -80,17 +86,17 @@ impl Fs {
     ///
     /// # Errors
     /// ENOENT, EISDIR.
-    pub fn unlink(&self, parent: NodeId, name: &OsStr, ticket: Ticket) -> Result<()> {
-        removed(self.index.unlink(parent, name), ticket)
-            .map(|orphan| self.note_orphan(orphan, &Pace::of(ticket)))
+    pub fn unlink(&self, parent: InodeId, name: &OsStr, request: RequestContext) -> Result<()> {
+        removed(self.index.unlink(parent, name), request)
+            .map(|orphan| self.note_orphan(orphan, &Pace::of(request)))
     }
 
     /// rmdir(2).
     ///
     /// # Errors
     /// ENOTEMPTY, ENOTDIR.
-    pub fn remove_directory(&self, parent: NodeId, name: &OsStr, ticket: Ticket) -> Result<()> {
-        removed(self.index.remove_directory(parent, name).map(|()| None), ticket).map(drop)
+    pub fn remove_directory(&self, parent: InodeId, name: &OsStr, request: RequestContext) -> Result<()> {
+        removed(self.index.remove_directory(parent, name).map(|()| None), request).map(drop)
     }
 
     /// renameat2(2).
@@ -99,29 +105,34 @@ impl Fs {
     /// EEXIST, ENOTEMPTY, EINVAL for RENAME_WHITEOUT.
     pub fn rename(
         &self,
-        from: (NodeId, &OsStr),
-        to: (NodeId, &OsStr),
+        from: (InodeId, &OsStr),
+        to: (InodeId, &OsStr),
         flags: RenameFlags,
-        ticket: Ticket,
+        request: RequestContext,
     ) -> Result<()> {
         if flags.contains(RenameFlags::WHITEOUT) {
             return Err(Error::invalid("there are no whiteouts here"));
         }
-        if flags.contains(RenameFlags::EXCHANGE) && self.has_exchanged(from, to, ticket)? {
+        if flags.contains(RenameFlags::EXCHANGE) && self.has_exchanged(from, to, request)? {
             return Ok(());
         }
         let renamed = self.index.rename(from, to, flags);
         if flags.contains(RenameFlags::EXCHANGE) {
-            steps::done(Step::ExchangeDone);
+            steps::reached(Step::ExchangeDone);
         }
-        removed(renamed, ticket).map(|orphan| self.note_orphan(orphan, &Pace::of(ticket)))
+        removed(renamed, request).map(|orphan| self.note_orphan(orphan, &Pace::of(request)))
     }
 
-    fn has_exchanged(&self, from: (NodeId, &OsStr), to: (NodeId, &OsStr), ticket: Ticket) -> Result<bool> {
+    fn has_exchanged(
+        &self,
+        from: (InodeId, &OsStr),
+        to: (InodeId, &OsStr),
+        request: RequestContext,
+    ) -> Result<bool> {
         let id = |(parent, name)| self.index.lookup(parent, name).map(|found| found.node);
         let now = format!("{} {}", id(from)?, id(to)?);
-        let noted = self.index.witness(ticket.number, &now)?;
-        steps::done(Step::ExchangeWitnessed);
+        let noted = self.index.witness(request.unique, &now)?;
+        steps::reached(Step::ExchangeWitnessed);
         Ok(noted.is_some_and(|noted| noted != now))
     }
 
@@ -131,14 +142,14 @@ impl Fs {
     /// The errors of setxattr(2).
     pub(super) fn set_user_attribute(
         &self,
-        node: NodeId,
+        node: InodeId,
         name: &OsStr,
         (value, flags): (&[u8], i32),
         by: Member,
-        ticket: Ticket,
+        request: RequestContext,
     ) -> Result<()> {
         let mut flags = XattrFlags::from_bits_retain(flags as u32);
-        if flags.contains(XattrFlags::CREATE) && self.first_found(node, name, ticket)? == Some(false) {
+        if flags.contains(XattrFlags::CREATE) && self.first_found(node, name, request)? == Some(false) {
             flags.remove(XattrFlags::CREATE); // this request has made the attribute that exists now
         }
         self.inode_changed(node, || self.index.set_attribute(node, name, value, flags.bits() as i32, by))
@@ -148,8 +159,13 @@ impl Fs {
     ///
     /// # Errors
     /// The errors of removexattr(2).
-    pub(super) fn remove_user_attribute(&self, node: NodeId, name: &OsStr, ticket: Ticket) -> Result<()> {
-        let first = self.first_found(node, name, ticket)?;
+    pub(super) fn remove_user_attribute(
+        &self,
+        node: InodeId,
+        name: &OsStr,
+        request: RequestContext,
+    ) -> Result<()> {
+        let first = self.first_found(node, name, request)?;
         match self.index.remove_attribute(node, name) {
             Err(Error::Os(Errno::NODATA)) if first == Some(true) => Ok(()),
             result => result,
@@ -158,30 +174,30 @@ impl Fs {
 
     /// True if an earlier worker noted for this request that the attribute existed. None if no
     /// worker noted anything: then this note is the first.
-    fn first_found(&self, node: NodeId, name: &OsStr, ticket: Ticket) -> Result<Option<bool>> {
-        self.found_before(self.index.attribute(node, name).is_ok(), ticket)
+    fn first_found(&self, node: InodeId, name: &OsStr, request: RequestContext) -> Result<Option<bool>> {
+        self.found_before(self.index.attribute(node, name).is_ok(), request)
     }
 
-    fn found_before(&self, now: bool, ticket: Ticket) -> Result<Option<bool>> {
-        let noted = self.index.witness(ticket.number, if now { PRESENT } else { ABSENT })?;
+    fn found_before(&self, now: bool, request: RequestContext) -> Result<Option<bool>> {
+        let noted = self.index.witness(request.unique, if now { PRESENT } else { ABSENT })?;
         Ok(noted.map(|noted| noted == PRESENT))
     }
 
     /// True if an earlier worker noted that this request was `due`, and died before it answered.
-    pub(super) fn was_due(&self, ticket: Ticket, due: bool) -> Result<bool> {
-        Ok(self.found_before(due, ticket)? == Some(true))
+    pub(super) fn was_due(&self, request: RequestContext, due: bool) -> Result<bool> {
+        Ok(self.found_before(due, request)? == Some(true))
     }
 
     /// Forgets the note of an answered request, which the kernel will not send again.
-    pub fn dismiss(&self, ticket: Ticket) {
-        self.index.dismiss(ticket.number);
+    pub fn dismiss(&self, request: RequestContext) {
+        self.index.dismiss(request.unique);
     }
 }
 
 /// Turns ENOENT into success on a re-sent removal: the dead worker has removed the name.
-fn removed(result: Result<Option<NodeId>>, ticket: Ticket) -> Result<Option<NodeId>> {
+fn removed(result: Result<Option<InodeId>>, request: RequestContext) -> Result<Option<InodeId>> {
     match result {
-        Err(Error::Os(Errno::NOENT)) if ticket.again => Ok(None),
+        Err(Error::Os(Errno::NOENT)) if request.resent => Ok(None),
         result => result,
     }
 }

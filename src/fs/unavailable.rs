@@ -26,7 +26,7 @@ use crate::error::{Error, Result};
 use crate::pool::{Held, Holding};
 use crate::sealed::{self, Reach, Sealed};
 use crate::sys::calls;
-use crate::units::{FOLIO_SIZE, NodeId, Range, SUBPAGE_SIZE};
+use crate::units::{FOLIO_SIZE, InodeId, Range, SUBPAGE_SIZE};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use std::collections::BTreeMap;
@@ -58,7 +58,7 @@ impl Extent {
         let limit = rustix::fs::statfs(place)?.f_blocks.saturating_sub(1); // one is the ledger's
         let bytes = limit * SUBPAGE_SIZE / FOLIO_SIZE * FOLIO_SIZE;
         let size = size_at(place)?;
-        let reserved = sealed::superblock_at(place).map_or(0, |superblock| superblock.reserved_pages);
+        let reserved = sealed::header_at(place).map_or(0, |header| header.owned_pages);
         let behind_end = reserved.saturating_sub(size.div_ceil(page_size));
         Ok(Self { pages: bytes.div_ceil(page_size) + behind_end, bytes })
     }
@@ -72,7 +72,7 @@ pub(super) struct Unavailable {
 }
 
 impl Fs {
-    pub(super) fn unavailable(&self) -> MutexGuard<'_, BTreeMap<NodeId, Unavailable>> {
+    pub(super) fn unavailable(&self) -> MutexGuard<'_, BTreeMap<InodeId, Unavailable>> {
         self.unavailable.lock().expect("no panic while the list is open")
     }
 
@@ -106,7 +106,7 @@ impl Fs {
     }
 
     /// [`Error::Corrupt`] if the file is among those that cannot be opened.
-    pub(super) fn refuse_unavailable(&self, node: NodeId) -> Result<()> {
+    pub(super) fn refuse_unavailable(&self, node: InodeId) -> Result<()> {
         match self.unavailable().get(&node) {
             None => Ok(()),
             Some(file) => Err(Error::Corrupt(format!("file {node} cannot be opened: {}", file.why))),
@@ -114,14 +114,14 @@ impl Fs {
     }
 
     /// The size in bytes and the pages of `node`, if it cannot be opened.
-    pub(super) fn size_of_unavailable(&self, node: NodeId) -> Result<Option<(u64, u64)>> {
+    pub(super) fn size_of_unavailable(&self, node: InodeId) -> Result<Option<(u64, u64)>> {
         let Some(file) = self.unavailable().get(&node).cloned() else { return Ok(None) };
         Ok(Some((size_at(&place_of(node))?, file.extent.pages)))
     }
 
     /// Opens the file at its place in [`OBJECTS`], as another worker has left it. None if the place
     /// has no file; the place is removed then.
-    pub(super) fn open_object(&self, node: NodeId) -> Result<Option<Arc<Object>>> {
+    pub(super) fn open_object(&self, node: InodeId) -> Result<Option<Arc<Object>>> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let place = place_of(node);
         let mount = calls::openat(CWD, &place, flags, Mode::empty())?;
@@ -141,7 +141,7 @@ impl Fs {
     ///
     /// # Errors
     /// The errors of statfs(2): the account needs to know the file's memory.
-    pub(super) fn set_aside(&self, node: NodeId, why: &Error) -> Result<()> {
+    pub(super) fn set_aside(&self, node: InodeId, why: &Error) -> Result<()> {
         let extent = Extent::at(&place_of(node), self.pool.page_size().bytes())?;
         self.note_unavailable(node, extent, why);
         Ok(())
@@ -154,7 +154,7 @@ impl Fs {
         self.note_unavailable(object.node(), Extent::of(&object.read_lock()), why);
     }
 
-    fn note_unavailable(&self, node: NodeId, extent: Extent, why: &Error) {
+    fn note_unavailable(&self, node: InodeId, extent: Extent, why: &Error) {
         let file = Unavailable { extent, why: why.to_string() };
         if self.unavailable().insert(node, file).is_none() {
             log::error!("file {node} cannot be opened and answers EIO; it is tried again each second: {why}");
@@ -164,7 +164,7 @@ impl Fs {
     /// Tries to open each unavailable file again.
     pub fn retry_unavailable(&self) {
         let _one_at_a_time = self.retrying.lock().expect("no panic while a file is opened");
-        let nodes: Vec<NodeId> = self.unavailable().keys().copied().collect();
+        let nodes: Vec<InodeId> = self.unavailable().keys().copied().collect();
         for node in nodes {
             if let Err(error) = self.try_again(node) {
                 self.unavailable().entry(node).and_modify(|file| file.why = error.to_string());
@@ -172,7 +172,7 @@ impl Fs {
         }
     }
 
-    fn try_again(&self, node: NodeId) -> Result<()> {
+    fn try_again(&self, node: InodeId) -> Result<()> {
         let Some(object) = self.open_object(node)? else {
             self.unavailable().remove(&node);
             return Ok(());
@@ -192,14 +192,14 @@ impl Fs {
 
     /// Corrects the account by the true extent of a file. This can give memory to the machine, so
     /// the thread holds no lock for which requests wait.
-    fn correct_account(&self, node: NodeId, has: Extent) -> Result<()> {
+    fn correct_account(&self, node: InodeId, has: Extent) -> Result<()> {
         let counted = self.unavailable().get(&node).expect("only one thread takes files out").extent;
         self.pool.correct((counted.pages, counted.bytes), (has.pages, has.bytes))?;
         self.count_as(node, has);
         Ok(())
     }
 
-    fn count_as(&self, node: NodeId, has: Extent) {
+    fn count_as(&self, node: InodeId, has: Extent) {
         self.unavailable().entry(node).and_modify(|file| file.extent = has);
     }
 
@@ -221,7 +221,7 @@ impl Fs {
     }
 }
 
-fn place_of(node: NodeId) -> PathBuf {
+fn place_of(node: InodeId) -> PathBuf {
     Path::new(OBJECTS).join(node.to_string())
 }
 

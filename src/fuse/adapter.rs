@@ -3,15 +3,15 @@
 
 use super::attempts::{Attempts, Turn};
 use super::backing::{self, Borrower, Lent};
-use super::decode::{is_read_only, ticket};
+use super::decode::{context, is_read_only};
 use super::device;
 use super::jobs::{DAEMON, Holds, Jobs, Waiting};
 use crate::error::{Error, Result};
-use crate::fs::{Fs, Object, Ticket};
+use crate::fs::{Fs, Object, RequestContext};
 use crate::index::{Attributes, New};
 use crate::sys::identity::Caller;
 use crate::sys::process;
-use crate::units::NodeId;
+use crate::units::InodeId;
 use fuser::{FileHandle, FopenFlags, Request};
 use rustix::io::Errno;
 use std::ffi::OsStr;
@@ -33,7 +33,7 @@ pub(super) struct Adapter {
 /// A request that may be answered later, from another thread.
 pub(super) struct Asked {
     user: u32,
-    pub(super) ticket: Ticket,
+    pub(super) context: RequestContext,
     /// The kernel's number of the request, by which [`Attempts`] counts it.
     number: u64,
     /// Held until the request is answered or postponed.
@@ -60,23 +60,23 @@ impl Adapter {
         &self,
         object: &Object,
         flags: i32,
-        ticket: Ticket,
+        context: RequestContext,
         reply: &impl Borrower,
     ) -> Result<(Lent, Opened)> {
         let number = self.backings.number_of(object, &self.device)?;
-        let native = self.fs.open_natively(object, is_read_only(flags), ticket)?;
-        Ok((reply.lend(number), if native { Opened::Native(ticket.number) } else { Opened::Mediated }))
+        let native = self.fs.open_natively(object, is_read_only(flags), context)?;
+        Ok((reply.lend(number), if native { Opened::Native(context.unique) } else { Opened::Mediated }))
     }
 
     /// Answers at once if that takes a moment only, and later if not.
     pub(super) fn answer<T: 'static>(
         &self,
         request: &Request,
-        run: impl Fn(&Fs, Ticket) -> Result<T> + Send + 'static,
+        run: impl Fn(&Fs, RequestContext) -> Result<T> + Send + 'static,
         finish: impl FnOnce(&Fs, Result<T>) + Send + 'static,
     ) {
         let asked = self.asked(request);
-        match run(&self.fs, asked.ticket) {
+        match run(&self.fs, asked.context) {
             Err(error) if is_delay(&error) => self.answer_later(asked, run, finish),
             result => finish(&self.fs, result),
         }
@@ -84,7 +84,7 @@ impl Adapter {
 
     pub(super) fn asked(&self, request: &Request) -> Asked {
         let (user, number) = (request.uid(), request.unique().0);
-        Asked { user, ticket: ticket(request), number, turn: self.begin(request) }
+        Asked { user, context: context(request), number, turn: self.begin(request) }
     }
 
     /// Answers from a job's thread. A request that waits for another message of the kernel is
@@ -92,14 +92,14 @@ impl Adapter {
     /// removed file, or RELEASE of a descriptor.
     pub(super) fn answer_later<T: 'static>(
         &self,
-        Asked { user, ticket, number, turn }: Asked,
-        run: impl Fn(&Fs, Ticket) -> Result<T> + Send + 'static,
+        Asked { user, context, number, turn }: Asked,
+        run: impl Fn(&Fs, RequestContext) -> Result<T> + Send + 'static,
         finish: impl FnOnce(&Fs, Result<T>) + Send + 'static,
     ) {
         drop(turn);
         self.attempts.postpone(number);
         let (fs, waiting, attempts) = (self.fs.clone(), self.waiting.clone(), self.attempts.clone());
-        let run = move |fs: &Fs| run(fs, Ticket { brief: false, ..ticket });
+        let run = move |fs: &Fs| run(fs, RequestContext { brief: false, ..context });
         self.jobs.submit(user, move || {
             let turn = attempts.begin(number);
             match run(&fs) {
@@ -113,7 +113,7 @@ impl Adapter {
         });
     }
 
-    pub(super) fn forget_one(&self, node: NodeId) {
+    pub(super) fn forget_one(&self, node: InodeId) {
         if forget(&self.fs, &self.device, node) {
             let fs = self.fs.clone();
             self.jobs.submit(DAEMON, move || fs.dismantle_stranded_or_warn());
@@ -129,8 +129,8 @@ impl Adapter {
     }
 
     /// Undoes a creation that the kernel is not told of.
-    pub(super) fn uncreate(&self, parent: NodeId, name: &OsStr, node: NodeId, ticket: Ticket) {
-        let _ = self.fs.unlink(parent, name, ticket); // a failure leaves an empty file, and no harm
+    pub(super) fn uncreate(&self, parent: InodeId, name: &OsStr, node: InodeId, context: RequestContext) {
+        let _ = self.fs.unlink(parent, name, context); // a failure leaves an empty file, and no harm
         self.forget_one(node);
     }
 
@@ -138,22 +138,22 @@ impl Adapter {
     /// again.
     pub(super) fn create_file(
         &self,
-        parent: NodeId,
+        parent: InodeId,
         name: &OsStr,
         mode: u32,
         caller: Caller,
-        ticket: Ticket,
+        context: RequestContext,
     ) -> Result<(Attributes, Arc<Object>)> {
-        let attributes = self.fs.make(parent, name, New::Node(mode | libc::S_IFREG, 0), caller, ticket)?;
+        let attributes = self.fs.make(parent, name, New::Node(mode | libc::S_IFREG, 0), caller, context)?;
         let object = self.fs.object(attributes.node);
-        let object = object.inspect_err(|_| self.uncreate(parent, name, attributes.node, ticket))?;
+        let object = object.inspect_err(|_| self.uncreate(parent, name, attributes.node, context))?;
         Ok((attributes, object))
     }
 }
 
 /// Releases an orphan that the kernel does not know any more, with the number of its backing file.
 /// Returns true if the node was one: then the caller calls [`Fs::dismantle_stranded`].
-pub(super) fn forget(fs: &Fs, device: &OwnedFd, node: NodeId) -> bool {
+pub(super) fn forget(fs: &Fs, device: &OwnedFd, node: InodeId) -> bool {
     let close = |object: &Object| match backing::close(object, device) {
         Ok(()) | Err(Error::Os(Errno::NOENT)) => {} // an earlier worker has closed it and died
         Err(error) => {

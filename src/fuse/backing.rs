@@ -62,12 +62,12 @@ impl Issuer {
         }
         attempt(Want::Memory)?;
         let number = BackingId::create_raw(device, object.data())?;
-        steps::done(Step::BackingIssued);
+        steps::reached(Step::BackingIssued);
         if let Err(error) = object.keep_backing(number) {
             sys::close_backing(device, number)?;
             return Err(error);
         }
-        steps::done(Step::BackingKept);
+        steps::reached(Step::BackingKept);
         Ok(number)
     }
 }
@@ -81,7 +81,7 @@ impl Issuer {
 pub fn close(object: &Object, device: &OwnedFd) -> Result<()> {
     if let Some(number) = object.backing()? {
         sys::close_backing(device, number)?;
-        steps::done(Step::BackingClosed);
+        steps::reached(Step::BackingClosed);
     }
     Ok(())
 }

@@ -2,15 +2,15 @@
 
 use super::device;
 use crate::error::{Error, Result};
-use crate::fs::{Allocation, Ticket};
+use crate::fs::{Allocation, RequestContext};
 use crate::index::Time;
 use crate::sys::identity::{Caller, Member};
-use crate::units::NodeId;
+use crate::units::InodeId;
 use fuser::{INodeNo, Request, TimeOrNow};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-pub(super) fn node_id(ino: INodeNo) -> NodeId {
-    NodeId(ino.0)
+pub(super) fn node_id(ino: INodeNo) -> InodeId {
+    InodeId(ino.0)
 }
 
 pub(super) fn caller(request: &Request, umask: u32) -> Caller {
@@ -24,9 +24,9 @@ pub(super) fn member(request: &Request) -> Member {
 
 /// The identity of a request. The kernel says only for a write if the caller has CAP_FSETID; for
 /// other requests, root is taken to have it.
-pub(super) fn ticket(request: &Request) -> Ticket {
-    let (number, again) = (request.unique().0 & !device::AGAIN, request.unique().0 & device::AGAIN != 0);
-    Ticket { number, again, thread: request.pid(), unprivileged: request.uid() != 0, brief: true }
+pub(super) fn context(request: &Request) -> RequestContext {
+    let (unique, resent) = (request.unique().0 & !device::AGAIN, request.unique().0 & device::AGAIN != 0);
+    RequestContext { unique, resent, thread: request.pid(), unprivileged: request.uid() != 0, brief: true }
 }
 
 pub(super) fn is_read_only(flags: i32) -> bool {

@@ -3,7 +3,7 @@
 //! that matters, ENOENT. fuser cannot send such replies.
 
 use crate::error::Result;
-use crate::units::NodeId;
+use crate::units::InodeId;
 use rustix::io::Errno;
 use std::os::fd::AsFd;
 
@@ -41,7 +41,7 @@ fn notify<const N: usize>(device: impl AsFd, code: i32, body: [u64; N]) -> Resul
 ///
 /// If the kernel gives no clear answer, the result is true: a node without users may stay, but a
 /// node with users must not go.
-pub fn knows(device: impl AsFd, node: NodeId) -> bool {
+pub fn knows(device: impl AsFd, node: InodeId) -> bool {
     const NOT_ITS_PAGES: u64 = -1i64 as u64;
     notify(device, NOTIFY_INVAL_INODE, [node.0, NOT_ITS_PAGES, 0]) != Err(Errno::NOENT)
 }

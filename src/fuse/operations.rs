@@ -1,16 +1,16 @@
 //! The requests of the kernel: each is decoded, carried out by [`crate::fs`], and answered.
 
 use super::adapter::{Adapter, Opened, is_delay};
-use super::decode::{allocation, caller, member, node_id, ticket, time};
+use super::decode::{allocation, caller, context, member, node_id, time};
 use super::encode::{errno, file_attr, file_type};
 use super::features::agree;
 use super::reply::{
     GENERATION, reply_attr, reply_data, reply_empty, reply_entry, reply_write, reply_xattr, validity,
 };
 use crate::error::{Error, Result};
-use crate::fs::{Changes, Fs, Pace, Reading, Ticket};
+use crate::fs::{Changes, Fs, Pace, Reading, RequestContext};
 use crate::index::New;
-use crate::units::NodeId;
+use crate::units::InodeId;
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, FileHandle, Filesystem, FopenFlags, INodeNo, IoctlFlags, KernelConfig,
     LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier, ReplyAttr, ReplyCreate, ReplyData,
@@ -74,7 +74,7 @@ impl Filesystem for Adapter {
             accessed: time(atime),
             modified: time(mtime),
         };
-        let change = move |fs: &Fs, ticket| fs.change(node_id(ino), &changes, ticket);
+        let change = move |fs: &Fs, context| fs.change(node_id(ino), &changes, context);
         self.answer(request, change, move |_, changed| reply_attr(reply, changed));
     }
 
@@ -98,7 +98,10 @@ impl Filesystem for Adapter {
     ) {
         let _turn = self.begin(request);
         let new = New::Node(mode, u64::from(rdev));
-        reply_entry(reply, self.fs.make(node_id(parent), name, new, caller(request, umask), ticket(request)));
+        reply_entry(
+            reply,
+            self.fs.make(node_id(parent), name, new, caller(request, umask), context(request)),
+        );
     }
 
     fn mkdir(
@@ -112,18 +115,21 @@ impl Filesystem for Adapter {
     ) {
         let _turn = self.begin(request);
         let new = New::Directory(mode);
-        reply_entry(reply, self.fs.make(node_id(parent), name, new, caller(request, umask), ticket(request)));
+        reply_entry(
+            reply,
+            self.fs.make(node_id(parent), name, new, caller(request, umask), context(request)),
+        );
     }
 
     fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let _turn = self.begin(request);
-        reply_empty(reply, self.fs.unlink(node_id(parent), name, ticket(request)));
+        reply_empty(reply, self.fs.unlink(node_id(parent), name, context(request)));
         self.count_orphans();
     }
 
     fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let _turn = self.begin(request);
-        reply_empty(reply, self.fs.remove_directory(node_id(parent), name, ticket(request)));
+        reply_empty(reply, self.fs.remove_directory(node_id(parent), name, context(request)));
     }
 
     fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
@@ -131,7 +137,7 @@ impl Filesystem for Adapter {
         let target =
             CString::new(target.as_os_str().as_bytes()).map_err(|_| Error::invalid("NUL in a target"));
         let made = target.and_then(|target| {
-            self.fs.make(node_id(parent), name, New::Symlink(&target), caller(request, 0), ticket(request))
+            self.fs.make(node_id(parent), name, New::Symlink(&target), caller(request, 0), context(request))
         });
         reply_entry(reply, made);
     }
@@ -148,21 +154,21 @@ impl Filesystem for Adapter {
     ) {
         let _turn = self.begin(request);
         let flags = rustix::fs::RenameFlags::from_bits_retain(flags.bits());
-        let (from, to, ticket) = ((node_id(parent), name), (node_id(newparent), newname), ticket(request));
-        reply_empty(reply, self.fs.rename(from, to, flags, ticket));
-        self.fs.dismiss(ticket);
+        let (from, to, context) = ((node_id(parent), name), (node_id(newparent), newname), context(request));
+        reply_empty(reply, self.fs.rename(from, to, flags, context));
+        self.fs.dismiss(context);
         self.count_orphans();
     }
 
     fn link(&self, request: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
         let _turn = self.begin(request);
-        reply_entry(reply, self.fs.link(node_id(ino), node_id(newparent), newname, ticket(request)));
+        reply_entry(reply, self.fs.link(node_id(ino), node_id(newparent), newname, context(request)));
     }
 
     fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let _turn = self.begin(request);
         let object = self.fs.object(node_id(ino));
-        match object.and_then(|object| self.ready(&object, flags.0, ticket(request), &reply)) {
+        match object.and_then(|object| self.ready(&object, flags.0, context(request), &reply)) {
             Ok((backing, opened)) => reply.opened_passthrough(opened.handle(), opened.flags(), &backing),
             Err(error) => reply.error(errno(&error)),
         }
@@ -195,11 +201,11 @@ impl Filesystem for Adapter {
         reply: ReplyCreate,
     ) {
         let _turn = self.begin(request);
-        let (parent, ticket) = (node_id(parent), ticket(request));
-        let created = self.create_file(parent, name, mode, caller(request, umask), ticket);
+        let (parent, context) = (node_id(parent), context(request));
+        let created = self.create_file(parent, name, mode, caller(request, umask), context);
         let opened = created.and_then(|(attributes, object)| {
-            let ready = self.ready(&object, flags, ticket, &reply);
-            let ready = ready.inspect_err(|_| self.uncreate(parent, name, attributes.node, ticket))?;
+            let ready = self.ready(&object, flags, context, &reply);
+            let ready = ready.inspect_err(|_| self.uncreate(parent, name, attributes.node, context))?;
             Ok((attributes, ready))
         });
         match opened {
@@ -229,7 +235,7 @@ impl Filesystem for Adapter {
         let (node, asked, length) = (node_id(ino), self.asked(request), size as usize);
         // A file that cannot be viewed is read instead, and the read reports the reason.
         if let Ok(object) = self.fs.object(node)
-            && let Ok(Some(viewed)) = object.view(offset, size.into(), &Pace::of(asked.ticket))
+            && let Ok(Some(viewed)) = object.view(offset, size.into(), &Pace::of(asked.context))
         {
             return reply.data(viewed.bytes());
         }
@@ -237,9 +243,9 @@ impl Filesystem for Adapter {
             if buffer.len() < length {
                 buffer.resize(length, 0);
             }
-            match self.fs.read(node, &mut buffer[..length], offset, asked.ticket) {
+            match self.fs.read(node, &mut buffer[..length], offset, asked.context) {
                 Err(Error::TakesLong) => {
-                    let read = move |fs: &Fs, ticket| read_anew(fs, node, (offset, length), ticket);
+                    let read = move |fs: &Fs, context| read_anew(fs, node, (offset, length), context);
                     self.answer_later(asked, read, move |_, read| reply_data(reply, read));
                 }
                 result => reply_data(reply, result.map(|read| &buffer[..read])),
@@ -260,11 +266,11 @@ impl Filesystem for Adapter {
         reply: ReplyWrite,
     ) {
         let mut asked = self.asked(request);
-        asked.ticket.unprivileged = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
-        match self.fs.write(node_id(ino), data, offset, asked.ticket) {
+        asked.context.unprivileged = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        match self.fs.write(node_id(ino), data, offset, asked.context) {
             Err(error) if is_delay(&error) => {
                 let bytes = self.holds.hold_prefix(request.uid(), data);
-                let write = move |fs: &Fs, ticket| fs.write(node_id(ino), &bytes, offset, ticket);
+                let write = move |fs: &Fs, context| fs.write(node_id(ino), &bytes, offset, context);
                 let finish = move |_: &Fs, written| reply_write(reply, written);
                 self.answer_later(asked, write, finish);
             }
@@ -363,21 +369,21 @@ impl Filesystem for Adapter {
         reply: ReplyEmpty,
     ) {
         let (node, by, asked) = (node_id(ino), member(request), self.asked(request));
-        let ticket = asked.ticket;
-        match self.fs.set_attribute(node, name, (value, flags), by, ticket) {
+        let context = asked.context;
+        match self.fs.set_attribute(node, name, (value, flags), by, context) {
             Err(error) if is_delay(&error) => {
                 let (Some(value), name) = (self.holds.hold(request.uid(), value), name.to_owned()) else {
                     return reply.error(fuser::Errno::ENOSPC);
                 };
-                let set = move |fs: &Fs, ticket| fs.set_attribute(node, &name, (&value, flags), by, ticket);
+                let set = move |fs: &Fs, context| fs.set_attribute(node, &name, (&value, flags), by, context);
                 self.answer_later(asked, set, move |fs, result| {
                     reply_empty(reply, result);
-                    fs.dismiss(ticket);
+                    fs.dismiss(context);
                 });
             }
             result => {
                 reply_empty(reply, result);
-                self.fs.dismiss(ticket);
+                self.fs.dismiss(context);
             }
         }
     }
@@ -385,7 +391,7 @@ impl Filesystem for Adapter {
     fn getxattr(&self, request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         let reading = if size == 0 { Reading::Length } else { Reading::Value { room: size as usize } };
         let name = name.to_owned();
-        let get = move |fs: &Fs, ticket| fs.attribute(node_id(ino), &name, reading, ticket);
+        let get = move |fs: &Fs, context| fs.attribute(node_id(ino), &name, reading, context);
         self.answer(request, get, move |_, value| reply_xattr(reply, size, value));
     }
 
@@ -396,9 +402,9 @@ impl Filesystem for Adapter {
 
     fn removexattr(&self, request: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let _turn = self.begin(request);
-        let ticket = ticket(request);
-        reply_empty(reply, self.fs.remove_attribute(node_id(ino), name, ticket));
-        self.fs.dismiss(ticket);
+        let context = context(request);
+        reply_empty(reply, self.fs.remove_attribute(node_id(ino), name, context));
+        self.fs.dismiss(context);
     }
 
     fn poll(
@@ -445,8 +451,8 @@ impl Filesystem for Adapter {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        let allocate = move |fs: &Fs, ticket| {
-            allocation(mode).and_then(|what| fs.allocate(node_id(ino), what, (offset, length), ticket))
+        let allocate = move |fs: &Fs, context| {
+            allocation(mode).and_then(|what| fs.allocate(node_id(ino), what, (offset, length), context))
         };
         self.answer(request, allocate, move |_, result| reply_empty(reply, result));
     }
@@ -466,7 +472,7 @@ impl Filesystem for Adapter {
             _ => return reply.error(fuser::Errno::EINVAL),
         };
         let Ok(offset) = u64::try_from(offset) else { return reply.error(fuser::Errno::ENXIO) };
-        let seek = move |fs: &Fs, ticket| fs.seek(node_id(ino), offset, data, ticket);
+        let seek = move |fs: &Fs, context| fs.seek(node_id(ino), offset, data, context);
         self.answer(request, seek, move |_, found| match found {
             Ok(found) => reply.offset(found as i64),
             Err(error) => reply.error(errno(&error)),
@@ -487,15 +493,20 @@ impl Filesystem for Adapter {
         reply: ReplyWrite,
     ) {
         let (from, to) = ((node_id(ino_in), offset_in), (node_id(ino_out), offset_out));
-        let copy = move |fs: &Fs, ticket| fs.copy(from, to, len, ticket);
+        let copy = move |fs: &Fs, context| fs.copy(from, to, len, context);
         self.answer(request, copy, move |_, copied| reply_write(reply, copied));
     }
 }
 
 /// Reads up to `length` bytes at `offset` into a buffer of its own.
-fn read_anew(fs: &Fs, node: NodeId, (offset, length): (u64, usize), ticket: Ticket) -> Result<Vec<u8>> {
+fn read_anew(
+    fs: &Fs,
+    node: InodeId,
+    (offset, length): (u64, usize),
+    context: RequestContext,
+) -> Result<Vec<u8>> {
     let mut bytes = vec![0; length];
-    let read = fs.read(node, &mut bytes, offset, ticket)?;
+    let read = fs.read(node, &mut bytes, offset, context)?;
     bytes.truncate(read);
     Ok(bytes)
 }

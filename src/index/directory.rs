@@ -3,7 +3,7 @@
 use super::{Index, Kind};
 use crate::error::{Error, Result};
 use crate::sys::handle;
-use crate::units::NodeId;
+use crate::units::InodeId;
 use rustix::fs::{OFlags, SeekFrom};
 use rustix::io::Errno;
 use std::ffi::CStr;
@@ -13,7 +13,7 @@ use std::os::fd::OwnedFd;
 #[derive(Clone, Debug)]
 pub struct DirEntry {
     /// The node's id.
-    pub node: NodeId,
+    pub node: InodeId,
     /// Its file type.
     pub kind: Kind,
     /// Its name.
@@ -28,7 +28,7 @@ impl Index {
     ///
     /// # Errors
     /// The errors of open(2).
-    pub fn open_directory(&self, node: NodeId) -> Result<OwnedFd> {
+    pub fn open_directory(&self, node: InodeId) -> Result<OwnedFd> {
         self.open(node, OFlags::RDONLY | OFlags::DIRECTORY)
     }
 
@@ -67,11 +67,11 @@ impl Index {
     }
 
     /// `..` of the root is the root itself: users must not see the directories above it.
-    fn entry_id(&self, directory: &OwnedFd, name: &CStr) -> Result<NodeId> {
+    fn entry_id(&self, directory: &OwnedFd, name: &CStr) -> Result<InodeId> {
         let own = || Ok(self.public_id(handle::of(directory, c"")?));
         match name.to_bytes() {
             b"." => own(),
-            b".." if own()? == NodeId::ROOT => Ok(NodeId::ROOT),
+            b".." if own()? == InodeId::ROOT => Ok(InodeId::ROOT),
             _ => Ok(self.public_id(handle::of(directory, name)?)),
         }
     }

@@ -3,7 +3,7 @@
 use super::Index;
 use crate::error::{Error, Result};
 use crate::sys::{calls, fd_path};
-use crate::units::NodeId;
+use crate::units::InodeId;
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, Stat, Timestamps, Uid, major, minor};
 use rustix::io::Errno;
 use std::ffi::{CStr, CString};
@@ -51,7 +51,7 @@ impl Kind {
 #[derive(Clone, Copy, Debug)]
 pub struct Attributes {
     /// Its id.
-    pub node: NodeId,
+    pub node: InodeId,
     /// Its file type.
     pub kind: Kind,
     /// Permission bits, with set-id and sticky bits.
@@ -93,7 +93,7 @@ pub enum Time {
 /// An open inode. The calls that change an inode take this, so they need no further descriptor.
 #[derive(Debug)]
 pub struct Inode {
-    pub(super) node: NodeId,
+    pub(super) node: InodeId,
     pub(super) fd: OwnedFd,
 }
 
@@ -102,7 +102,7 @@ impl Index {
     ///
     /// # Errors
     /// ESTALE where there is no such node any more.
-    pub fn attributes(&self, node: NodeId) -> Result<Attributes> {
+    pub fn attributes(&self, node: InodeId) -> Result<Attributes> {
         self.attributes_of(&self.inode(node)?)
     }
 
@@ -125,7 +125,7 @@ impl Index {
     ///
     /// # Errors
     /// EINVAL for anything else.
-    pub fn read_link(&self, node: NodeId) -> Result<CString> {
+    pub fn read_link(&self, node: InodeId) -> Result<CString> {
         Ok(calls::readlinkat(self.path(node)?, c"", Vec::new())?)
     }
 
@@ -160,7 +160,7 @@ impl Index {
     ///
     /// # Errors
     /// The errors of chmod(2), removexattr(2) and utimensat(2).
-    pub fn contents_changed(&self, node: NodeId, unprivileged: bool) -> Result<()> {
+    pub fn contents_changed(&self, node: InodeId, unprivileged: bool) -> Result<()> {
         const CAPABILITIES: &CStr = c"security.capability";
         let fd = self.path(node)?;
         if unprivileged {
@@ -189,7 +189,7 @@ pub(super) fn change_mode(fd: &OwnedFd, before: u32, mode: u32) -> Result<()> {
 }
 
 pub(super) fn stat_of(fd: &OwnedFd) -> Result<Attributes> {
-    Ok(from_stat(NodeId::ROOT, &stat(fd)?))
+    Ok(from_stat(InodeId::ROOT, &stat(fd)?))
 }
 
 /// stat(2) of an open file. The kernel then looks no path up and takes no memory (fs/stat.c,
@@ -198,7 +198,7 @@ fn stat(fd: &OwnedFd) -> Result<Stat> {
     Ok(rustix::fs::fstat(fd)?)
 }
 
-fn from_stat(node: NodeId, stat: &Stat) -> Attributes {
+fn from_stat(node: InodeId, stat: &Stat) -> Attributes {
     Attributes {
         node,
         kind: Kind::from_mode(stat.st_mode),

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Create, rename, link, chmod and the rest are atomic system calls of the kernel on that tmpfs,
-//! and POSIX semantics come with them. A [`NodeId`] is the file handle of an inode. So this module
+//! and POSIX semantics come with them. A [`InodeId`] is the file handle of an inode. So this module
 //! keeps no table from id to inode and no count of the kernel's references: the kernel says which
 //! nodes it still knows (see [`Index::erase`]).
 //!
@@ -46,7 +46,7 @@ use crate::error::{Error, Result};
 use crate::options::Options;
 use crate::sys::handle;
 use crate::sys::{calls, fd_path, tmpfs};
-use crate::units::NodeId;
+use crate::units::InodeId;
 use rustix::fs::{CWD, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 use std::collections::HashSet;
@@ -75,12 +75,12 @@ const SPARE_INODES: u64 = 256;
 pub struct Index {
     mount: OwnedFd,
     tree: OwnedFd,
-    /// The tree's own id; users know it as [`NodeId::ROOT`].
-    tree_id: NodeId,
+    /// The tree's own id; users know it as [`InodeId::ROOT`].
+    tree_id: InodeId,
     orphans: OwnedFd,
     witnesses: OwnedFd,
     /// The ids in `.orphans`.
-    orphaned: Mutex<HashSet<NodeId>>,
+    orphaned: Mutex<HashSet<InodeId>>,
     unlinking: Mutex<()>,
     /// Held while one of the last inodes is taken.
     taking: Mutex<()>,
@@ -128,25 +128,25 @@ impl Index {
         Ok(Self { mount, tree, tree_id, orphans, witnesses, orphaned, unlinking, taking, is_bounded })
     }
 
-    fn open(&self, node: NodeId, flags: OFlags) -> Result<OwnedFd> {
+    fn open(&self, node: InodeId, flags: OFlags) -> Result<OwnedFd> {
         match node {
-            NodeId::ROOT => Ok(calls::openat(&self.tree, ".", flags | OFlags::CLOEXEC, Mode::empty())?),
+            InodeId::ROOT => Ok(calls::openat(&self.tree, ".", flags | OFlags::CLOEXEC, Mode::empty())?),
             _ => handle::open(&self.tree, node, flags.bits() as i32),
         }
     }
 
     /// A descriptor that names the node and gives no access to its contents (O_PATH).
-    fn path(&self, node: NodeId) -> Result<OwnedFd> {
+    fn path(&self, node: InodeId) -> Result<OwnedFd> {
         self.open(node, OFlags::PATH)
     }
 
-    fn id_of(&self, parent: &OwnedFd, name: &CStr) -> Result<NodeId> {
+    fn id_of(&self, parent: &OwnedFd, name: &CStr) -> Result<InodeId> {
         handle::of(parent, name)
     }
 
     /// The same, or none where the directory has no such name. Every other failure is an error: it
     /// does not tell that the name is missing.
-    fn id_if_there(&self, parent: &OwnedFd, name: &CStr) -> Result<Option<NodeId>> {
+    fn id_if_there(&self, parent: &OwnedFd, name: &CStr) -> Result<Option<InodeId>> {
         match self.id_of(parent, name) {
             Ok(id) => Ok(Some(id)),
             Err(Error::Os(Errno::NOENT)) => Ok(None),
@@ -155,8 +155,8 @@ impl Index {
     }
 
     /// The id that users know an inode by.
-    fn public_id(&self, id: NodeId) -> NodeId {
-        if id == self.tree_id { NodeId::ROOT } else { id }
+    fn public_id(&self, id: InodeId) -> InodeId {
+        if id == self.tree_id { InodeId::ROOT } else { id }
     }
 
     /// Looks `name` up in `parent`. The kernel asks for `.` and `..` when it has only an id, from a
@@ -164,7 +164,7 @@ impl Index {
     ///
     /// # Errors
     /// The errors of statx(2); ESTALE for an id that belongs to no node below the root.
-    pub fn lookup(&self, parent: NodeId, name: &OsStr) -> Result<Attributes> {
+    pub fn lookup(&self, parent: InodeId, name: &OsStr) -> Result<Attributes> {
         match name.as_bytes() {
             b"." => return self.recall(parent),
             b".." => return self.parent_of(parent),
@@ -176,17 +176,17 @@ impl Index {
 
     /// The node of an id that comes from outside. The program may have kept the id for long, or
     /// have made it up.
-    fn recall(&self, node: NodeId) -> Result<Attributes> {
+    fn recall(&self, node: InodeId) -> Result<Attributes> {
         let inode = self.inode(node)?;
-        if node != NodeId::ROOT && !is_below_root(&inode.fd)? {
+        if node != InodeId::ROOT && !is_below_root(&inode.fd)? {
             return Err(Error::Os(Errno::STALE));
         }
         self.attributes_of(&inode)
     }
 
-    fn parent_of(&self, node: NodeId) -> Result<Attributes> {
+    fn parent_of(&self, node: InodeId) -> Result<Attributes> {
         let found = self.recall(node)?; // no place outside of the tree is asked for its handle
-        if node == NodeId::ROOT {
+        if node == InodeId::ROOT {
             return Ok(found);
         }
         let parent = self.public_id(self.id_of(&self.path(node)?, c"..")?);
@@ -201,7 +201,7 @@ impl Index {
     ///
     /// # Errors
     /// ESTALE where there is no such node any more.
-    pub fn inode(&self, node: NodeId) -> Result<Inode> {
+    pub fn inode(&self, node: InodeId) -> Result<Inode> {
         Ok(Inode { node, fd: self.path(node)? })
     }
 
@@ -210,7 +210,7 @@ impl Index {
     ///
     /// # Errors
     /// The errors of open_by_handle_at(2).
-    pub fn exists(&self, node: NodeId) -> Result<bool> {
+    pub fn exists(&self, node: InodeId) -> Result<bool> {
         match self.path(node) {
             Err(Error::Os(Errno::STALE)) => Ok(false),
             found => found.map(|_| true),
@@ -222,7 +222,7 @@ impl Index {
     ///
     /// # Errors
     /// The errors of open_by_handle_at(2) and readlink(2).
-    pub fn path_of(&self, node: NodeId) -> Result<String> {
+    pub fn path_of(&self, node: InodeId) -> Result<String> {
         let path = rustix::fs::readlink(fd_path(self.path(node)?.as_fd()), Vec::new())?;
         let path = path.to_string_lossy().into_owned();
         Ok(path.strip_prefix(&format!("{MOUNT_POINT}/{TREE}")).map(str::to_owned).unwrap_or(path))

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::steps::{self, Step};
 use crate::sys::calls;
 use crate::sys::identity::{Caller, acting_as};
-use crate::units::NodeId;
+use crate::units::InodeId;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use std::ffi::{CStr, OsStr};
@@ -38,7 +38,7 @@ impl Index {
     ///
     /// # Errors
     /// EEXIST, EDQUOT, ENOSPC: the errors of the system call.
-    pub fn make(&self, parent: NodeId, name: &OsStr, new: New<'_>, caller: Caller) -> Result<Attributes> {
+    pub fn make(&self, parent: InodeId, name: &OsStr, new: New<'_>, caller: Caller) -> Result<Attributes> {
         let directory = self.path(parent)?;
         let name = c_name(name)?;
         self.taking(1, || acting_as(caller, || Ok(make_in(&directory, &name, new)?)))?;
@@ -52,7 +52,7 @@ impl Index {
     ///
     /// # Errors
     /// The errors of linkat(2).
-    pub fn link(&self, node: NodeId, parent: NodeId, name: &OsStr) -> Result<Attributes> {
+    pub fn link(&self, node: InodeId, parent: InodeId, name: &OsStr) -> Result<Attributes> {
         let directory = self.path(parent)?;
         let name = c_name(name)?;
         let _unlinking = self.unlinking();
@@ -70,7 +70,7 @@ impl Index {
     ///
     /// # Errors
     /// The errors of unlinkat(2).
-    pub fn unlink(&self, parent: NodeId, name: &OsStr) -> Result<Option<NodeId>> {
+    pub fn unlink(&self, parent: InodeId, name: &OsStr) -> Result<Option<InodeId>> {
         let directory = self.path(parent)?;
         let name = c_name(name)?;
         let _unlinking = self.unlinking();
@@ -80,7 +80,7 @@ impl Index {
             Some(id) => self.move_away(&directory, &name, id)?,
             None => {
                 calls::unlinkat(&directory, &*name, AtFlags::empty())?;
-                steps::done(Step::UnlinkRemoved);
+                steps::reached(Step::UnlinkRemoved);
             }
         }
         Ok(orphan)
@@ -92,7 +92,7 @@ impl Index {
     ///
     /// # Errors
     /// ENOTEMPTY, and what renameat(2) answers.
-    pub fn remove_directory(&self, parent: NodeId, name: &OsStr) -> Result<()> {
+    pub fn remove_directory(&self, parent: InodeId, name: &OsStr) -> Result<()> {
         let directory = self.path(parent)?;
         let name = c_name(name)?;
         let _unlinking = self.unlinking();
@@ -106,10 +106,10 @@ impl Index {
     /// The errors of renameat2(2).
     pub fn rename(
         &self,
-        from: (NodeId, &OsStr),
-        to: (NodeId, &OsStr),
+        from: (InodeId, &OsStr),
+        to: (InodeId, &OsStr),
         flags: RenameFlags,
-    ) -> Result<Option<NodeId>> {
+    ) -> Result<Option<InodeId>> {
         let (source, target) = (self.path(from.0)?, self.path(to.0)?);
         let (old, new) = (c_name(from.1)?, c_name(to.1)?);
         let _unlinking = self.unlinking();
@@ -126,13 +126,13 @@ impl Index {
         }
         let orphan = if replaced.is_some() { self.orphan_if_last(&target, &new)? } else { None };
         let renamed = calls::renameat_with(&source, &*old, &target, &*new, flags);
-        steps::done(Step::UnlinkRemoved);
+        steps::reached(Step::UnlinkRemoved);
         self.settle(orphan, renamed)
     }
 
     /// Moves the replaced directory away first: a program that has it open keeps it. The kernel holds
     /// both parents locked, so no program sees the name missing.
-    fn rename_over_directory(&self, from: Place<'_>, to: Place<'_>) -> Result<Option<NodeId>> {
+    fn rename_over_directory(&self, from: Place<'_>, to: Place<'_>) -> Result<Option<InodeId>> {
         const TO_NOTHING: RenameFlags = RenameFlags::NOREPLACE;
         let moving = self.path(self.id_of(from.directory, from.name)?)?;
         if stat_of(&moving)?.kind != Kind::Directory {
@@ -160,14 +160,14 @@ impl Index {
     }
 
     /// Makes an orphan of `id`. `name` is its last name.
-    fn move_away(&self, directory: &OwnedFd, name: &CStr, id: NodeId) -> Result<()> {
+    fn move_away(&self, directory: &OwnedFd, name: &CStr, id: InodeId) -> Result<()> {
         calls::renameat(directory, name, &self.orphans, orphan_name(id))?;
-        steps::done(Step::UnlinkRemoved);
+        steps::reached(Step::UnlinkRemoved);
         self.orphaned().insert(id);
         Ok(())
     }
 
-    fn move_directory_away(&self, parent: &OwnedFd, name: &CStr) -> Result<NodeId> {
+    fn move_directory_away(&self, parent: &OwnedFd, name: &CStr) -> Result<InodeId> {
         let id = self.id_of(parent, name)?;
         refuse_non_empty(&self.open(id, OFlags::RDONLY | OFlags::DIRECTORY)?)?;
         self.move_away(parent, name, id)?;
@@ -176,19 +176,19 @@ impl Index {
 
     /// Links the node of `name` into `.orphans` if `name` is its only name, before another node
     /// takes the name.
-    fn orphan_if_last(&self, directory: &OwnedFd, name: &CStr) -> Result<Option<NodeId>> {
+    fn orphan_if_last(&self, directory: &OwnedFd, name: &CStr) -> Result<Option<InodeId>> {
         let id = self.id_of(directory, name)?;
         let node = self.path(id)?;
         if !self.is_last_name(&node)? {
             return Ok(None);
         }
         calls::linkat(&node, c"", &self.orphans, orphan_name(id), AtFlags::EMPTY_PATH)?;
-        steps::done(Step::UnlinkOrphaned);
+        steps::reached(Step::UnlinkOrphaned);
         Ok(Some(id))
     }
 
     /// Counts the orphan as one if its name is gone, and removes it from `.orphans` if not.
-    fn settle(&self, orphan: Option<NodeId>, removed: Result<(), Errno>) -> Result<Option<NodeId>> {
+    fn settle(&self, orphan: Option<InodeId>, removed: Result<(), Errno>) -> Result<Option<InodeId>> {
         match (removed, orphan) {
             (Ok(()), Some(id)) => {
                 self.orphaned().insert(id);

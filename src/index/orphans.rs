@@ -5,7 +5,7 @@ use super::{Index, Kind};
 use crate::error::{Error, Result};
 use crate::steps::insist;
 use crate::sys::calls;
-use crate::units::NodeId;
+use crate::units::InodeId;
 use rustix::fs::AtFlags;
 use rustix::io::Errno;
 use std::collections::HashSet;
@@ -26,26 +26,26 @@ impl Index {
         Ok(())
     }
 
-    fn listed_orphans(&self) -> Result<Vec<NodeId>> {
+    fn listed_orphans(&self) -> Result<Vec<InodeId>> {
         let mut orphans = Vec::new();
         for entry in calls::read_dir(&self.orphans)? {
             let name = entry?.file_name().to_owned();
-            orphans.extend(name.to_str().ok().and_then(NodeId::parse));
+            orphans.extend(name.to_str().ok().and_then(InodeId::parse));
         }
         Ok(orphans)
     }
 
-    pub(super) fn orphaned(&self) -> MutexGuard<'_, HashSet<NodeId>> {
+    pub(super) fn orphaned(&self) -> MutexGuard<'_, HashSet<InodeId>> {
         self.orphaned.lock().expect("no panic while the set is open")
     }
 
     /// True if `node` has no name, so that only references of the kernel keep it.
-    pub fn is_orphan(&self, node: NodeId) -> bool {
+    pub fn is_orphan(&self, node: InodeId) -> bool {
         self.orphaned().contains(&node)
     }
 
     /// The orphans at this moment.
-    pub fn orphans(&self) -> Vec<NodeId> {
+    pub fn orphans(&self) -> Vec<InodeId> {
         self.orphaned().iter().copied().collect()
     }
 
@@ -59,7 +59,7 @@ impl Index {
     /// # Errors
     /// The errors of unlinkat(2). A shortage is not among them: no later request would try again, so
     /// the call is repeated ([`insist`]).
-    pub fn erase(&self, node: NodeId) -> Result<()> {
+    pub fn erase(&self, node: InodeId) -> Result<()> {
         let name = orphan_name(node);
         let unlink = |flags| match calls::unlinkat(&self.orphans, &name, flags) {
             Err(Errno::NOENT) => Ok(()),
@@ -74,6 +74,6 @@ impl Index {
     }
 }
 
-pub(super) fn orphan_name(id: NodeId) -> String {
+pub(super) fn orphan_name(id: InodeId) -> String {
     id.to_string()
 }

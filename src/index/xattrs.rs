@@ -5,7 +5,7 @@ use super::inode::{SET_GROUP_ID, change_mode, stat_of};
 use crate::error::Result;
 use crate::sys::identity::Member;
 use crate::sys::{calls, fd_path};
-use crate::units::NodeId;
+use crate::units::InodeId;
 use rustix::fs::XattrFlags;
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,7 +17,7 @@ impl Index {
     ///
     /// # Errors
     /// The errors of getxattr(2).
-    pub fn attribute(&self, node: NodeId, name: &OsStr) -> Result<Vec<u8>> {
+    pub fn attribute(&self, node: InodeId, name: &OsStr) -> Result<Vec<u8>> {
         let fd = self.path(node)?;
         let mut value = vec![0; 64 << 10]; // XATTR_SIZE_MAX
         let length = calls::getxattr(fd_path(fd.as_fd()), name, &mut value[..])?;
@@ -31,7 +31,7 @@ impl Index {
     /// The errors of setxattr(2).
     pub fn set_attribute(
         &self,
-        node: NodeId,
+        node: InodeId,
         name: &OsStr,
         value: &[u8],
         flags: i32,
@@ -48,7 +48,7 @@ impl Index {
     ///
     /// # Errors
     /// The errors of removexattr(2).
-    pub fn remove_attribute(&self, node: NodeId, name: &OsStr) -> Result<()> {
+    pub fn remove_attribute(&self, node: InodeId, name: &OsStr) -> Result<()> {
         let fd = self.path(node)?;
         Ok(calls::removexattr(fd_path(fd.as_fd()), name)?)
     }
@@ -57,7 +57,7 @@ impl Index {
     ///
     /// # Errors
     /// The errors of listxattr(2).
-    pub fn attribute_names(&self, node: NodeId) -> Result<Vec<u8>> {
+    pub fn attribute_names(&self, node: InodeId) -> Result<Vec<u8>> {
         let fd = self.path(node)?;
         let mut names = vec![0; 64 << 10]; // XATTR_LIST_MAX
         let length = calls::listxattr(fd_path(fd.as_fd()), &mut names[..])?;

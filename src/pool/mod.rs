@@ -368,7 +368,7 @@ impl Pool {
             .patiently(|| self.reserve(before - pages))
             .map_err(|_| Error::Busy("more pages are in use than the pool would have; remove files first"))?;
         self.note_size(pages)?;
-        steps::done(Step::ReduceNoted);
+        steps::reached(Step::ReduceNoted);
         let surplus = self.bytes_of(before) - self.bytes_of(pages);
         let lacked = self.lack_less(surplus);
         if let (cut, Err(error)) = self.cut_reserves(surplus - lacked) {
@@ -376,7 +376,7 @@ impl Pool {
             self.note_size(before)?;
             return Err(error);
         }
-        steps::done(Step::ReduceCut);
+        steps::reached(Step::ReduceCut);
         token.destroy();
         Ok(())
     }
@@ -428,12 +428,12 @@ impl Pool {
         let (before, after) = (self.balance().total, self.balance().total + pages);
         let more = self.bytes_of(after) - self.bytes_of(before);
         self.grow_reserves(more)?;
-        steps::done(Step::EnlargeGrown);
+        steps::reached(Step::EnlargeGrown);
         if let Err(error) = self.note_size(after) {
             self.cut_reserves(more).1?;
             return Err(error);
         }
-        steps::done(Step::EnlargeNoted);
+        steps::reached(Step::EnlargeNoted);
         let mut account = self.account();
         account.set_total(after, self.page_size.bytes());
         account.give_back(pages);
@@ -455,12 +455,12 @@ impl Pool {
     ///
     /// # Errors
     /// [`Error::NoMemory`].
-    pub fn replace_poisoned(&self) -> Result<u64> {
+    pub fn replace_bad(&self) -> Result<u64> {
         let mut replaced = 0;
         for reserve in &self.reserves {
             let mut at = 0;
             while at < reserve.lock().size() {
-                replaced += reserve.lock().replace_poisoned_free(Range::at(at, STEP))?;
+                replaced += reserve.lock().replace_bad_free(Range::at(at, STEP))?;
                 at += STEP;
             }
         }

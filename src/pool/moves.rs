@@ -176,7 +176,7 @@ impl Pool {
         let result = work();
         if at_stake.is_some() {
             self.take_loan_back();
-            steps::done(Step::LendTaken);
+            steps::reached(Step::LendTaken);
         }
         result
     }
@@ -187,7 +187,7 @@ impl Pool {
         let (_, mut source) = self.lock_richest();
         let left = source.size().checked_sub(FOLIO_SIZE).ok_or(Error::NoMemory)?; // pages are missing
         shorten(&mut source, left)?;
-        steps::done(Step::LendGiven);
+        steps::reached(Step::LendGiven);
         self.note_short(FOLIO_SIZE);
         Ok(_at_stake)
     }
@@ -240,12 +240,12 @@ impl Pool {
         let left = source.size().checked_sub(piece.len()).filter(|_| !piece.is_empty());
         let left = left.ok_or(Error::NoMemory)?; // pages are missing
         shorten(source, left)?;
-        steps::done(Step::MoveOutGiven);
+        steps::reached(Step::MoveOutGiven);
         if let Err(error) = target.take(piece, size) {
             self.take_back(source, piece.len());
             return Err(error);
         }
-        steps::done(Step::MoveOutTaken);
+        steps::reached(Step::MoveOutTaken);
         Ok(piece.len())
     }
 
@@ -272,9 +272,9 @@ impl Pool {
         if given.is_err() && piece.folios().any(|folio| source.has_memory(folio)) {
             return given.map(|()| None);
         }
-        steps::done(Step::MoveInGiven);
+        steps::reached(Step::MoveInGiven);
         self.take_back(&mut target, piece.len());
-        steps::done(Step::MoveInTaken);
+        steps::reached(Step::MoveInTaken);
         given.map(|()| Some(piece))
     }
 

@@ -172,14 +172,14 @@ mod tests {
         assert_eq!((again.held().pages, again.held().bytes), (3, SIZE));
         assert_eq!(again.sealed().check().unwrap(), Vec::<String>::new());
         assert_eq!(again.check().unwrap(), Vec::<String>::new());
-        assert_eq!((again.sealed().size(), again.sealed().superblock().undo_size), (SIZE, None));
+        assert_eq!((again.sealed().size(), again.sealed().header().undo_size), (SIZE, None));
         again
     }
 
     #[test]
     fn a_growth_that_has_moved_memory_gives_it_back_to_the_reserve() {
         let (pool, mut holding) = three_of_eight();
-        holding.sealed_mut().update(|superblock| superblock.undo_size = Some(SIZE)).unwrap();
+        holding.sealed_mut().update(|header| header.undo_size = Some(SIZE)).unwrap();
         pool.move_piece_out(holding.sealed_mut(), Range::new(SIZE, 2 * SIZE), 2 * SIZE).unwrap();
         come_back(&pool, &holding);
     }

@@ -20,7 +20,7 @@ impl Sealed {
     /// The file must not have soft holes, as the freed blocks would fill them.
     ///
     /// # Errors
-    /// The errors of fallocate(2), pwrite(2) and setxattr(2). [`Error::Poisoned`] for a memory
+    /// The errors of fallocate(2), pwrite(2) and setxattr(2). [`Error::Quarantined`] for a memory
     /// error in a subpage that is covered in part.
     pub fn punch(&mut self, range: Range) -> Result<()> {
         assert!(self.holes().is_empty(), "a free block would open a hole");
@@ -36,10 +36,10 @@ impl Sealed {
         if !self.punched {
             self.notes().keep(PUNCHED, &[])?;
             self.punched = true;
-            steps::done(Step::PunchNoted);
+            steps::reached(Step::PunchNoted);
         }
         tmpfs::punch(&self.data, whole)?;
-        steps::done(Step::PunchDone);
+        steps::reached(Step::PunchDone);
         Ok(())
     }
 
@@ -162,10 +162,10 @@ impl Sealed {
 
     fn forget_punched(&mut self) -> Result<()> {
         if self.punched {
-            steps::done(Step::UnpunchFilled);
+            steps::reached(Step::UnpunchFilled);
             self.notes().discard(PUNCHED)?;
             self.punched = false;
-            steps::done(Step::UnpunchDone);
+            steps::reached(Step::UnpunchDone);
         }
         Ok(())
     }

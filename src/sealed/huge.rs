@@ -33,7 +33,7 @@ impl Sealed {
                 continue;
             }
             match window.populate(Range::at(folio.range().start, 1).subpages_out()) {
-                Ok(()) | Err(Error::NoData | Error::Poisoned) => {}
+                Ok(()) | Err(Error::NoData | Error::Quarantined) => {}
                 Err(error) => return Err(error),
             }
         }

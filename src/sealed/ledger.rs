@@ -9,7 +9,7 @@
 //! - One setxattr(2) changes all that is known of a folio.
 //! - A record says which copy of a subpage is the true one, whatever bytes the two copies hold.
 //! - A record survives a memory error in the kept bytes. For this reason the header of the sealed
-//!   file is an attribute, too: `trusted.superblock` ([`Superblock`]).
+//!   file is an attribute, too: `trusted.superblock` ([`Header`]).
 //!
 //! > A subpage that is in a record is a hole of `data`, and its block of the ledger is the true
 //! > copy. For any other subpage, `data` is the true copy. If the ledger has a block for such a
@@ -19,12 +19,10 @@
 //! error takes no block away: the kernel keeps the page.
 
 use super::holes::{Hole, Holes, between};
-use super::record::{
-    Checksums, MOST_RECORD_BYTES, SUPERBLOCK_BYTES, Superblock, decode_record, encode_record,
-};
+use super::record::{Checksums, Header, MOST_RECORD_BYTES, SUPERBLOCK_BYTES, decode_record, encode_record};
 use crate::error::{Error, Result};
 use crate::sys::{calls, handle, tmpfs};
-use crate::units::{FOLIO_SIZE, Folio, NodeId, Range, SUBPAGE_SIZE, Subpage};
+use crate::units::{FOLIO_SIZE, Folio, InodeId, Range, SUBPAGE_SIZE, Subpage};
 use rustix::fs::XattrFlags;
 use rustix::io::Errno;
 use std::collections::BTreeMap;
@@ -37,9 +35,9 @@ use std::sync::Arc;
 /// Name of the ledger's file.
 pub const LEDGER: &CStr = c"ledger";
 
-const SUPERBLOCK: &str = "trusted.superblock";
+const HEADER: &str = "trusted.superblock";
 /// Name of the note with the memory errors: for each error a subpage and a time, 64 bits each.
-const POISONED: &str = "poisoned";
+const HW_ERRORS: &str = "poisoned";
 
 /// Bytes of one subpage.
 pub type Bytes = [u8; SUBPAGE_SIZE as usize];
@@ -47,12 +45,12 @@ pub type Bytes = [u8; SUBPAGE_SIZE as usize];
 /// The ledger's file, and the notes in it, each under a name. Notes belong to the owner of the
 /// sealed file, and need no lock of the ledger.
 ///
-/// The daemon opens the file when it needs it, through the data file on the same superblock. This
+/// The daemon opens the file when it needs it, through the data file on the same header. This
 /// saves one descriptor for each file.
 #[derive(Clone, Debug)]
 pub struct Notes {
     data: Arc<File>,
-    id: NodeId,
+    id: InodeId,
 }
 
 impl Notes {
@@ -103,38 +101,38 @@ impl Notes {
 #[derive(Debug)]
 pub struct Ledger {
     notes: Notes,
-    superblock: Superblock,
+    header: Header,
     holes: Holes,
     /// The memory errors that the kernel keeps in the file, each with the time at which it was
     /// found. The ledger has no block and no record for them, as the kernel holds the page itself.
-    poisoned: BTreeMap<Subpage, u64>,
+    hw_errors: BTreeMap<Subpage, u64>,
 }
 
 impl Ledger {
-    /// Makes a new ledger in `file`. Its superblock has one free block, and also holds `data`.
+    /// Makes a new ledger in `file`. Its header has one free block, and also holds `data`.
     pub fn create(data: Arc<File>, file: File) -> Result<Self> {
         tmpfs::allocate(&file, Range::at(0, SUBPAGE_SIZE))?;
-        let (superblock, id) = (Superblock::default(), handle::of(&file, c"")?);
-        let (holes, poisoned) = (Holes::default(), BTreeMap::new());
-        let ledger = Self { notes: Notes { data, id }, superblock, holes, poisoned };
-        ledger.write_superblock()?;
+        let (header, id) = (Header::default(), handle::of(&file, c"")?);
+        let (holes, hw_errors) = (Holes::default(), BTreeMap::new());
+        let ledger = Self { notes: Notes { data, id }, header, holes, hw_errors };
+        ledger.write_header()?;
         Ok(ledger)
     }
 
-    /// Reads the ledger in the superblock that is mounted at `mount`.
+    /// Reads the ledger in the header that is mounted at `mount`.
     ///
     /// # Errors
     /// [`Error::Corrupt`] for a header or record that is damaged or of another version.
     pub fn open(data: Arc<File>, mount: &OwnedFd) -> Result<Self> {
         let id = handle::of(mount, LEDGER)?;
         let file = open(&data, id)?;
-        let superblock = read_superblock(&file)?;
+        let header = read_header(&file)?;
         let mut holes = Holes::default();
         for folio in folios_with_blocks(&file)? {
             let record = read_record(&file, folio)?;
             record.into_iter().flat_map(|(holes, _)| holes).for_each(|hole| holes.add(hole));
         }
-        Ok(Self { notes: Notes { data, id }, superblock, holes, poisoned: BTreeMap::new() })
+        Ok(Self { notes: Notes { data, id }, header, holes, hw_errors: BTreeMap::new() })
     }
 
     /// The ledger's file, and the notes in it.
@@ -143,66 +141,66 @@ impl Ledger {
     }
 
     /// The header of the sealed file.
-    pub fn superblock(&self) -> Superblock {
-        self.superblock
+    pub fn header(&self) -> Header {
+        self.header
     }
 
     /// Changes the header of the sealed file.
-    pub fn update(&mut self, change: impl FnOnce(&mut Superblock)) -> Result<()> {
-        let before = self.superblock;
-        change(&mut self.superblock);
-        if self.superblock == before {
+    pub fn update(&mut self, change: impl FnOnce(&mut Header)) -> Result<()> {
+        let before = self.header;
+        change(&mut self.header);
+        if self.header == before {
             return Ok(());
         }
-        self.write_superblock().inspect_err(|_| self.superblock = before)
+        self.write_header().inspect_err(|_| self.header = before)
     }
 
-    fn write_superblock(&self) -> Result<()> {
-        let bytes = self.superblock.encode();
-        Ok(calls::fsetxattr(&self.notes.file()?, SUPERBLOCK, &bytes, XattrFlags::empty())?)
+    fn write_header(&self) -> Result<()> {
+        let bytes = self.header.encode();
+        Ok(calls::fsetxattr(&self.notes.file()?, HEADER, &bytes, XattrFlags::empty())?)
     }
 
     // ---- memory errors --------------------------------------------------------------------------
 
     /// The memory errors that the kernel keeps in the file, each with the time at which it was
     /// found.
-    pub fn poisoned(&self) -> &BTreeMap<Subpage, u64> {
-        &self.poisoned
+    pub fn hw_errors(&self) -> &BTreeMap<Subpage, u64> {
+        &self.hw_errors
     }
 
     /// Notes a memory error.
-    pub fn note_poisoned(&mut self, subpage: Subpage, time: u64) -> Result<()> {
-        self.poisoned.insert(subpage, time);
-        self.keep_poisoned()
+    pub fn note_hw_error(&mut self, subpage: Subpage, time: u64) -> Result<()> {
+        self.hw_errors.insert(subpage, time);
+        self.keep_hw_errors()
     }
 
     /// Forgets a memory error. Its page is no longer in the file.
     ///
     /// # Errors
     /// The errors of setxattr(2). Nothing has changed.
-    pub fn forget_poisoned(&mut self, subpage: Subpage) -> Result<()> {
-        let Some(time) = self.poisoned.remove(&subpage) else { return Ok(()) };
-        self.keep_poisoned().inspect_err(|_| {
-            self.poisoned.insert(subpage, time);
+    pub fn forget_hw_errors(&mut self, subpage: Subpage) -> Result<()> {
+        let Some(time) = self.hw_errors.remove(&subpage) else { return Ok(()) };
+        self.keep_hw_errors().inspect_err(|_| {
+            self.hw_errors.insert(subpage, time);
         })
     }
 
     /// Writes the note with the memory errors, as many as an attribute holds. The daemon finds the
     /// others again when the kernel meets the next memory error.
-    fn keep_poisoned(&self) -> Result<()> {
+    fn keep_hw_errors(&self) -> Result<()> {
         const MOST: usize = (64 << 10) / 16; // XATTR_SIZE_MAX
-        let pairs = self.poisoned.iter().take(MOST).flat_map(|(subpage, time)| [subpage.0, *time]);
+        let pairs = self.hw_errors.iter().take(MOST).flat_map(|(subpage, time)| [subpage.0, *time]);
         let bytes: Vec<u8> = pairs.flat_map(u64::to_le_bytes).collect();
-        self.notes.keep(POISONED, &bytes)
+        self.notes.keep(HW_ERRORS, &bytes)
     }
 
     /// Replaces the memory errors here by those that another process has noted.
-    pub fn read_poisoned(&mut self) -> Result<()> {
-        let bytes = self.notes.kept(POISONED)?.unwrap_or_default();
+    pub fn read_hw_errors(&mut self) -> Result<()> {
+        let bytes = self.notes.kept(HW_ERRORS)?.unwrap_or_default();
         let (words, _) = bytes.as_chunks::<8>();
         let (pairs, _) = words.as_chunks::<2>();
         let pairs = pairs.iter().map(|pair| pair.map(u64::from_le_bytes));
-        self.poisoned = pairs.map(|[subpage, time]| (Subpage(subpage), time)).collect();
+        self.hw_errors = pairs.map(|[subpage, time]| (Subpage(subpage), time)).collect();
         Ok(())
     }
 
@@ -363,7 +361,7 @@ fn folios_with_blocks(file: &File) -> Result<Vec<Folio>> {
     Ok(found)
 }
 
-fn open(data: &File, id: NodeId) -> Result<File> {
+fn open(data: &File, id: InodeId) -> Result<File> {
     Ok(handle::open(data, id, libc::O_RDWR)?.into())
 }
 
@@ -372,22 +370,22 @@ fn open(data: &File, id: NodeId) -> Result<File> {
 /// # Errors
 /// [`Error::Corrupt`] for another version. ENOENT if there is no sealed file.
 pub fn check_version(directory: &Path) -> Result<()> {
-    superblock_at(directory).map(drop)
+    header_at(directory).map(drop)
 }
 
-/// The header of the sealed file whose superblock is mounted at `directory`. The file need not be
+/// The header of the sealed file whose header is mounted at `directory`. The file need not be
 /// open.
 ///
 /// # Errors
 /// [`Error::Corrupt`] for a header that is damaged or of another version.
-pub fn superblock_at(directory: &Path) -> Result<Superblock> {
-    read_superblock(&File::open(directory.join("ledger"))?)
+pub fn header_at(directory: &Path) -> Result<Header> {
+    read_header(&File::open(directory.join("ledger"))?)
 }
 
-fn read_superblock(file: &File) -> Result<Superblock> {
+fn read_header(file: &File) -> Result<Header> {
     let mut bytes = [0; SUPERBLOCK_BYTES];
-    calls::fgetxattr(file, SUPERBLOCK, &mut bytes[..])?;
-    Superblock::decode(&bytes)
+    calls::fgetxattr(file, HEADER, &mut bytes[..])?;
+    Header::decode(&bytes)
 }
 
 fn read_record(file: &File, folio: Folio) -> Result<Option<(Vec<Hole>, Checksums)>> {

@@ -58,22 +58,22 @@ mod check;
 mod gaps;
 mod holes;
 mod huge;
+mod hw_errors;
 mod ledger;
-mod poison;
 mod quarantine;
 mod record;
 mod recovery;
 
 pub use holes::{Hole, Holes};
-pub use ledger::{Bytes, Notes, check_version, superblock_at};
+pub use ledger::{Bytes, Notes, check_version, header_at};
 use ledger::{LEDGER, Ledger};
-pub use record::Superblock;
+pub use record::Header;
 
 use crate::error::{Error, Result};
 use crate::steps::{self, Step, insist};
 use crate::sys::mapping::Window;
 use crate::sys::{calls, handle, tmpfs};
-use crate::units::{FOLIO_SIZE, Folio, NodeId, Range, SUBPAGE_SIZE, SUBPAGES_PER_FOLIO, Subpage};
+use crate::units::{FOLIO_SIZE, Folio, InodeId, Range, SUBPAGE_SIZE, SUBPAGES_PER_FOLIO, Subpage};
 use rustix::fs::{Mode, OFlags};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -140,7 +140,7 @@ impl Content<'_> {
 pub struct Sealed {
     /// The root directory of the superblock. The daemon opens it by this handle through `data`,
     /// which is the one descriptor that stays open.
-    root: NodeId,
+    root: InodeId,
     /// The mount of the superblock, until [`Sealed::attach`] attaches it to a path.
     unattached: Option<OwnedFd>,
     data: Arc<File>,
@@ -206,15 +206,15 @@ impl Sealed {
     }
 
     /// The header: the data that the sealed file keeps about itself.
-    pub fn superblock(&self) -> Superblock {
-        self.ledger.superblock()
+    pub fn header(&self) -> Header {
+        self.ledger.header()
     }
 
     /// Changes the header.
     ///
     /// # Errors
     /// The errors of setxattr(2). The header is as before.
-    pub fn update(&mut self, change: impl FnOnce(&mut Superblock)) -> Result<()> {
+    pub fn update(&mut self, change: impl FnOnce(&mut Header)) -> Result<()> {
         self.ledger.update(change)
     }
 
@@ -230,8 +230,8 @@ impl Sealed {
 
     /// The memory errors that the kernel keeps in the file, each with the time at which it was
     /// found.
-    pub fn poisoned(&self) -> &BTreeMap<Subpage, u64> {
-        self.ledger.poisoned()
+    pub fn hw_errors(&self) -> &BTreeMap<Subpage, u64> {
+        self.ledger.hw_errors()
     }
 
     /// The quarantined subpages (soft and hw) that hold any byte of `range`, ascending.
@@ -243,7 +243,7 @@ impl Sealed {
     /// The subpages of [`Sealed::lost_in`], as runs. No run crosses the end of a folio.
     pub fn lost_runs_in(&self, range: Range) -> impl Iterator<Item = Range> + '_ {
         let mut soft = self.holes().in_range(range).map(|hole| hole.range).peekable();
-        let hw = self.poisoned().range(range.subpages());
+        let hw = self.hw_errors().range(range.subpages());
         let mut hw = hw.map(|(subpage, _)| subpage.range()).peekable();
         std::iter::from_fn(move || match (soft.peek(), hw.peek()) {
             (Some(hole), Some(error)) if error.start < hole.start => hw.next(),
@@ -254,12 +254,12 @@ impl Sealed {
 
     /// Number of quarantined subpages, soft and hw. No subpage is both.
     pub fn lost_count(&self) -> u64 {
-        self.holes().count() + self.poisoned().len() as u64
+        self.holes().count() + self.hw_errors().len() as u64
     }
 
     /// True if `subpage` is quarantined.
     pub fn is_lost(&self, subpage: Subpage) -> bool {
-        self.holes().contains(subpage) || self.poisoned().contains_key(&subpage)
+        self.holes().contains(subpage) || self.hw_errors().contains_key(&subpage)
     }
 
     /// True if `folio` has memory.
@@ -296,11 +296,11 @@ impl Sealed {
         self.mark(range, true);
         let taken = self
             .set_limit(0)
-            .inspect(|()| steps::done(Step::TakeLimit))
+            .inspect(|()| steps::reached(Step::TakeLimit))
             .and_then(|()| self.grow_size(size.min(range.end)))
-            .inspect(|()| steps::done(Step::TakeSize))
+            .inspect(|()| steps::reached(Step::TakeSize))
             .and_then(|()| self.fill(range))
-            .inspect(|()| steps::done(Step::TakeFilled));
+            .inspect(|()| steps::reached(Step::TakeFilled));
         if taken.is_err() {
             self.mark(range, false);
             self.undo_take(range, before);
@@ -382,9 +382,9 @@ impl Sealed {
     /// long.
     pub fn give(&mut self, range: Range) -> Result<()> {
         self.forget_holes(range)?;
-        steps::done(Step::GiveHoles);
+        steps::reached(Step::GiveHoles);
         insist(|| tmpfs::punch(&self.data, range))?;
-        steps::done(Step::GivePunched);
+        steps::reached(Step::GivePunched);
         self.mark(range, false);
         self.vacate(range)
     }
@@ -401,16 +401,16 @@ impl Sealed {
         let kept = size.next_multiple_of(FOLIO_SIZE);
         let gone = Range::new(kept, (self.folios.len() as u64 * FOLIO_SIZE).max(kept));
         self.forget_holes(Range::new(size.next_multiple_of(SUBPAGE_SIZE), gone.end))?;
-        steps::done(Step::CutHoles);
+        steps::reached(Step::CutHoles);
         insist(|| self.set_size(size))?;
-        steps::done(Step::CutSize);
+        steps::reached(Step::CutSize);
         self.mark(gone, false);
         self.vacate(gone)?;
-        steps::done(Step::CutVacated);
+        steps::reached(Step::CutVacated);
         let tail = Range::new(size.next_multiple_of(SUBPAGE_SIZE), kept);
         if !tail.is_empty() && self.has_memory(Subpage::containing(tail.start).folio()) {
             insist(|| self.fill(tail))?;
-            steps::done(Step::CutFilled);
+            steps::reached(Step::CutFilled);
         }
         Ok(())
     }
@@ -465,7 +465,7 @@ impl Sealed {
             let zeros = &ZEROS[..piece.len() as usize];
             match tmpfs::write_at(&self.data, zeros, piece.start) {
                 Ok(written) if written == zeros.len() => self.size = piece.end,
-                Ok(_) | Err(Error::Poisoned) => self.zero_around_poison(piece)?,
+                Ok(_) | Err(Error::Quarantined) => self.zero_around_hw_errors(piece)?,
                 Err(error) => return Err(error),
             }
         }
@@ -475,7 +475,7 @@ impl Sealed {
     /// Zeroes `range` subpage by subpage, as a memory error is in the way. If the bad subpage lies
     /// wholly behind the end of file, it holds no data, and a healthy page takes its place. If the
     /// end of file lies in the bad subpage, it stays quarantined, and its rest needs no zeros.
-    fn zero_around_poison(&mut self, range: Range) -> Result<()> {
+    fn zero_around_hw_errors(&mut self, range: Range) -> Result<()> {
         const ZEROS: Bytes = [0; SUBPAGE_SIZE as usize];
         self.void_policy(range);
         for subpage in range.subpages_out().steps(SUBPAGE_SIZE) {
@@ -499,9 +499,9 @@ impl Sealed {
             insist(|| self.ledger.strike(runs))?;
             runs.iter().try_for_each(|run| insist(|| self.ledger.free(*run)))?;
         }
-        let poisoned: Vec<Subpage> =
-            self.poisoned().range(range.subpages()).map(|(subpage, _)| *subpage).collect();
-        poisoned.into_iter().try_for_each(|subpage| insist(|| self.ledger.forget_poisoned(subpage)))
+        let hw_errors: Vec<Subpage> =
+            self.hw_errors().range(range.subpages()).map(|(subpage, _)| *subpage).collect();
+        hw_errors.into_iter().try_for_each(|subpage| insist(|| self.ledger.forget_hw_errors(subpage)))
     }
 
     /// Lowers the limit after the memory of `range` was given up. No folio of `range` is meant to

@@ -99,7 +99,7 @@ impl Sealed {
         match self.quarantine_readable(part, time) {
             // The memory error was not noted before. The kernel keeps that subpage out of use by
             // itself.
-            Err(Error::Poisoned) if !self.note_poison_in(folio.range(), time)?.is_empty() => {
+            Err(Error::Quarantined) if !self.note_hw_errors_in(folio.range(), time)?.is_empty() => {
                 self.quarantine_readable(part, time)
             }
             result => result,
@@ -112,16 +112,16 @@ impl Sealed {
         if runs.is_empty() {
             return Ok(());
         }
-        let alarm = self.superblock().alarm;
+        let alarm = self.header().alarm;
         self.set_limit(subpages(&runs))?;
-        steps::done(Step::QuarantineRaised);
+        steps::reached(Step::QuarantineRaised);
         let kept = self.keep(&runs, time);
         let emptied = kept.and_then(|()| self.seal(&runs));
         if let Err(error) = emptied {
             self.undo_quarantine(&runs, alarm)?;
             return Err(error);
         }
-        steps::done(Step::QuarantineDone);
+        steps::reached(Step::QuarantineDone);
         Ok(())
     }
 
@@ -132,10 +132,10 @@ impl Sealed {
         for piece in runs.iter().flat_map(|run| run.steps(PIECE)) {
             self.copy_to_ledger(&file, piece, runs, &mut checksums)?;
         }
-        steps::done(Step::QuarantineStored);
-        self.update(|superblock| superblock.alarm = true)?;
+        steps::reached(Step::QuarantineStored);
+        self.update(|header| header.alarm = true)?;
         self.ledger.record(runs, time, &checksums)?;
-        steps::done(Step::QuarantineRecorded);
+        steps::reached(Step::QuarantineRecorded);
         Ok(())
     }
 
@@ -149,7 +149,7 @@ impl Sealed {
         let mut bytes = vec![0; piece.len() as usize];
         let inside = piece.intersect(Range::new(0, self.size())).len() as usize;
         if tmpfs::read_at(self.data(), &mut bytes[..inside], piece.start)? < inside {
-            return Err(Error::Poisoned); // the only reason for a read to end early
+            return Err(Error::Quarantined); // the only reason for a read to end early
         }
         checksums.note(piece.start, &bytes);
         let folio = Subpage::containing(piece.start).folio();
@@ -167,7 +167,7 @@ impl Sealed {
             insist(|| self.set_limit(subpages(runs)))?;
             self.put_back(runs)?;
         }
-        insist(|| self.update(|superblock| superblock.alarm = alarm))?;
+        insist(|| self.update(|header| header.alarm = alarm))?;
         insist(|| self.ledger.trim(folio, &[]))?;
         insist(|| self.seal(&[]))
     }
@@ -196,13 +196,13 @@ impl Sealed {
             self.repair_runs(&runs, content)?;
         }
         let errors: Vec<Subpage> =
-            self.poisoned().range(part.subpages()).map(|(subpage, _)| *subpage).collect();
-        errors.into_iter().try_for_each(|subpage| self.replace_poisoned(subpage, content))
+            self.hw_errors().range(part.subpages()).map(|(subpage, _)| *subpage).collect();
+        errors.into_iter().try_for_each(|subpage| self.replace_bad(subpage, content))
     }
 
     fn repair_runs(&mut self, runs: &[Range], content: Content<'_>) -> Result<()> {
         self.set_limit(subpages(runs))?;
-        steps::done(Step::RepairRaised);
+        steps::reached(Step::RepairRaised);
         if let Err(error) = self.fill_and_strike(runs, content) {
             insist(|| self.seal(runs))?;
             return Err(error);
@@ -210,11 +210,11 @@ impl Sealed {
         // The subpages are repaired. If the rest fails, the next request that needs S1 finishes it
         // ([`Sealed::reclaim_removed`]).
         let freed = runs.iter().try_for_each(|run| insist(|| self.ledger.free(*run)));
-        steps::done(Step::RepairFreed);
+        steps::reached(Step::RepairFreed);
         if let Err(error) = freed.and_then(|()| insist(|| self.seal(&[]))) {
             log::warn!("{} is repaired, and blocks are still free: {error}", runs[0]);
         }
-        steps::done(Step::RepairDone);
+        steps::reached(Step::RepairDone);
         Ok(())
     }
 
@@ -223,9 +223,9 @@ impl Sealed {
     fn fill_and_strike(&mut self, runs: &[Range], content: Content<'_>) -> Result<()> {
         self.void_policy(runs[0]);
         runs.iter().try_for_each(|run| self.fill_run(*run, runs, content))?;
-        steps::done(Step::RepairFilled);
+        steps::reached(Step::RepairFilled);
         self.ledger.strike(runs)?;
-        steps::done(Step::RepairStruck);
+        steps::reached(Step::RepairStruck);
         Ok(())
     }
 
@@ -257,7 +257,7 @@ impl Sealed {
     /// Drops the page with the memory error, which no program can ever use again, and puts a
     /// healthy page in its place. After the punch, a touch of the subpage would find zeros. So a
     /// shortage does not end this function.
-    fn replace_poisoned(&mut self, subpage: Subpage, content: Content<'_>) -> Result<()> {
+    fn replace_bad(&mut self, subpage: Subpage, content: Content<'_>) -> Result<()> {
         let inside = subpage.range().intersect(Range::new(0, self.size()));
         let mut patience = Patience::new();
         self.void_policy(subpage.range());
@@ -266,13 +266,13 @@ impl Sealed {
             match insist(|| tmpfs::write_all_at(self.data(), content.of(inside), inside.start)) {
                 Ok(()) => break,
                 // A stray has taken the block, or the bad page is still there.
-                Err(Error::Full | Error::Poisoned) if !patience.is_over() => {}
-                Err(Error::Full | Error::Poisoned) => return Err(Error::Busy(UNWINNABLE)),
+                Err(Error::Full | Error::Quarantined) if !patience.is_over() => {}
+                Err(Error::Full | Error::Quarantined) => return Err(Error::Busy(UNWINNABLE)),
                 Err(error) => return Err(error),
             }
             insist(|| self.shut_strays())?;
         }
-        insist(|| self.ledger.forget_poisoned(subpage))?;
+        insist(|| self.ledger.forget_hw_errors(subpage))?;
         insist(|| self.shut_strays()).map(drop)
     }
 
@@ -344,7 +344,7 @@ impl Sealed {
     fn punch_fresh(&self, fresh: &[Range]) -> Result<()> {
         fresh.iter().try_for_each(|run| tmpfs::punch(self.data(), *run))?;
         if !fresh.is_empty() {
-            steps::done(Step::QuarantinePunched);
+            steps::reached(Step::QuarantinePunched);
         }
         Ok(())
     }
@@ -371,7 +371,7 @@ impl Sealed {
         };
         let window = Window::new(self.data(), folio)?;
         match window.populate(Range::at(sound.start, SUBPAGE_SIZE)) {
-            Err(Error::NoData | Error::Poisoned) => Ok(false),
+            Err(Error::NoData | Error::Quarantined) => Ok(false),
             Err(error) => Err(error),
             Ok(()) => Ok(!window.huge_ranges()?.is_empty()),
         }

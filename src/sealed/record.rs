@@ -5,12 +5,12 @@ use super::holes::{Hole, Holes};
 use crate::error::{Error, Result};
 use crate::units::{Folio, Range, SUBPAGE_SIZE, SUBPAGES_PER_FOLIO, Subpage};
 
-/// Version of [`Superblock`] and of the records. A reader refuses an object of a version that it
+/// Version of [`Header`] and of the records. A reader refuses an object of a version that it
 /// does not know. Version 1 had a record for each subpage.
 const VERSION: u32 = 2;
 const MAGIC: [u8; 8] = *b"hugetlb2";
 
-/// Bytes of an encoded [`Superblock`].
+/// Bytes of an encoded [`Header`].
 pub const SUPERBLOCK_BYTES: usize = 40;
 
 const HEAD_BYTES: usize = 16;
@@ -24,10 +24,10 @@ const _: () = assert!(MOST_RECORD_BYTES <= 64 << 10, "XATTR_SIZE_MAX");
 
 /// The header: the data that a sealed file keeps about itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Superblock {
+pub struct Header {
     /// Pages from the start of the file on that belong to the file. Some of them may have no
     /// memory.
-    pub reserved_pages: u64,
+    pub owned_pages: u64,
     /// True if the quarantine has grown since a program last read the list (POLLPRI).
     pub alarm: bool,
     /// Present while a change of the file's size or memory is under way. To undo the change, the
@@ -35,7 +35,7 @@ pub struct Superblock {
     pub undo_size: Option<u64>,
 }
 
-impl Superblock {
+impl Header {
     /// Encodes the header.
     pub fn encode(self) -> [u8; SUPERBLOCK_BYTES] {
         let mut out = [0; SUPERBLOCK_BYTES];
@@ -43,7 +43,7 @@ impl Superblock {
         out[8..12].copy_from_slice(&VERSION.to_le_bytes());
         out[12] = u8::from(self.alarm);
         out[13] = u8::from(self.undo_size.is_some());
-        out[16..24].copy_from_slice(&self.reserved_pages.to_le_bytes());
+        out[16..24].copy_from_slice(&self.owned_pages.to_le_bytes());
         out[24..32].copy_from_slice(&self.undo_size.unwrap_or(0).to_le_bytes());
         let checksum = crc32fast::hash(&out[..32]);
         out[32..36].copy_from_slice(&checksum.to_le_bytes());
@@ -62,7 +62,7 @@ impl Superblock {
             return Err(Error::Corrupt(format!("an object of version {}", number(&bytes[8..12]))));
         }
         Ok(Self {
-            reserved_pages: number(&bytes[16..24]),
+            owned_pages: number(&bytes[16..24]),
             alarm: bytes[12] != 0,
             undo_size: (bytes[13] != 0).then(|| number(&bytes[24..32])),
         })
@@ -220,13 +220,13 @@ mod tests {
     }
 
     #[test]
-    fn a_superblock_of_another_version_is_refused() {
-        let superblock = Superblock { reserved_pages: 3, alarm: true, undo_size: Some(0) };
-        let mut bytes = superblock.encode();
-        assert_eq!(Superblock::decode(&bytes).unwrap(), superblock);
+    fn a_header_of_another_version_is_refused() {
+        let header = Header { owned_pages: 3, alarm: true, undo_size: Some(0) };
+        let mut bytes = header.encode();
+        assert_eq!(Header::decode(&bytes).unwrap(), header);
         bytes[8] = 1;
         let checksum = crc32fast::hash(&bytes[..32]);
         bytes[32..36].copy_from_slice(&checksum.to_le_bytes());
-        assert!(matches!(Superblock::decode(&bytes), Err(Error::Corrupt(_))));
+        assert!(matches!(Header::decode(&bytes), Err(Error::Corrupt(_))));
     }
 }

@@ -22,7 +22,7 @@
 //!                                                  memory, the next request that needs it fills it
 //! ```
 
-use super::poison::poisoned_subpages;
+use super::hw_errors::hw_error_subpages;
 use super::{Ledger, PUNCHED, Reach, Sealed};
 use crate::error::{Error, Result};
 use crate::sys::mapping::Window;
@@ -56,7 +56,7 @@ impl Sealed {
     /// `meant` are the folios that should have memory. If such a folio has none at all, a program
     /// has made a gap there, and the function fills it. A folio without memory that is not in
     /// `meant` stays without memory. Requested gaps ([`Sealed::punch`]) stay as they are. So does a
-    /// noted size ([`super::Superblock::undo_size`]): memory must move when the file goes back to
+    /// noted size ([`super::Header::undo_size`]): memory must move when the file goes back to
     /// it, so this is left to the owner.
     ///
     /// # Errors
@@ -70,9 +70,9 @@ impl Sealed {
         if tmpfs::blocks(&self.data)?.limit != self.limit() {
             self.seal(&[])?; // only if needed: this remount is the most expensive call here
         }
-        self.recall_poison()?;
+        self.recall_hw_errors()?;
         if !self.punched {
-            self.reclaim_around_poison()?;
+            self.reclaim_around_hw_errors()?;
         }
         Ok(())
     }
@@ -99,10 +99,10 @@ impl Sealed {
     /// Fills gaps, as [`Sealed::reclaim_removed`] does. The kernel may have met a memory error
     /// while there was no daemon, so the error is not noted yet. The function then notes it, and
     /// fills the gaps around it.
-    fn reclaim_around_poison(&mut self) -> Result<()> {
+    fn reclaim_around_hw_errors(&mut self) -> Result<()> {
         let mut reclaimed = self.reclaim_removed();
-        if let Err(Error::Poisoned) = reclaimed {
-            self.note_poison(sys::unix_time())?;
+        if let Err(Error::Quarantined) = reclaimed {
+            self.note_hw_errors(sys::unix_time())?;
             reclaimed = self.reclaim_removed();
         }
         match reclaimed {
@@ -117,16 +117,16 @@ impl Sealed {
     }
 
     /// Reads the noted memory errors, and removes those that the kernel no longer holds.
-    fn recall_poison(&mut self) -> Result<()> {
-        self.ledger.read_poisoned()?;
-        let noted: Vec<Subpage> = self.poisoned().keys().copied().collect();
+    fn recall_hw_errors(&mut self) -> Result<()> {
+        self.ledger.read_hw_errors()?;
+        let noted: Vec<Subpage> = self.hw_errors().keys().copied().collect();
         for subpage in noted {
             let is_there = self.has_memory(subpage.folio())
                 && !self.present(subpage.range())?.is_empty()
-                && !poisoned_subpages(&Window::new(&self.data, subpage.range())?, subpage.range())?
+                && !hw_error_subpages(&Window::new(&self.data, subpage.range())?, subpage.range())?
                     .is_empty();
             if !is_there {
-                self.ledger.forget_poisoned(subpage)?;
+                self.ledger.forget_hw_errors(subpage)?;
             }
         }
         Ok(())
@@ -234,7 +234,7 @@ mod tests {
                 store(&sealed);
             }
             let again = open_again(&sealed, false);
-            assert!(again.is_lost(LOST) && again.superblock().alarm);
+            assert!(again.is_lost(LOST) && again.header().alarm);
             assert_known(&again);
         }
     }
@@ -303,10 +303,10 @@ mod tests {
     fn the_repair_of_a_memory_error_that_has_punched_ends_in_zeros() {
         let mut sealed = sevens();
         sealed.quarantine(Subpage(9).range(), TIME).unwrap();
-        sealed.ledger.note_poisoned(LOST, TIME).unwrap();
+        sealed.ledger.note_hw_error(LOST, TIME).unwrap();
         tmpfs::punch(&sealed.data, LOST.range()).unwrap();
         let again = open_again(&sealed, true);
-        assert!(again.poisoned().is_empty());
+        assert!(again.hw_errors().is_empty());
         assert!(bytes_of(&again, LOST) == ZEROS);
         assert_eq!(again.holes().all().map(|hole| hole.range).collect::<Vec<_>>(), [Subpage(9).range()]);
         assert_eq!(tmpfs::resident(&again.data, Folio(0).range()).unwrap(), SUBPAGES_PER_FOLIO - 1);

@@ -145,7 +145,7 @@ fn a_hole_cannot_be_filled_by_a_touch_a_write_or_an_allocation() {
 #[test]
 fn what_is_quarantined_is_known_to_whoever_opens_the_file_next() {
     let mut sealed = sealed(2 * FOLIO_SIZE + 5000);
-    sealed.update(|superblock| superblock.reserved_pages = 7).unwrap();
+    sealed.update(|header| header.owned_pages = 7).unwrap();
     for (n, subpage) in [3, 4, 511, 512, 1025].into_iter().enumerate() {
         sealed.quarantine(Subpage(subpage).range(), TIME + n as u64).unwrap();
     }
@@ -155,7 +155,7 @@ fn what_is_quarantined_is_known_to_whoever_opens_the_file_next() {
 
     let mut again = open_again(&sealed);
     assert_eq!(again.holes(), sealed.holes());
-    assert_eq!(again.superblock(), Superblock { reserved_pages: 7, alarm: true, undo_size: None });
+    assert_eq!(again.header(), Header { owned_pages: 7, alarm: true, undo_size: None });
     assert_eq!((again.size(), again.folio_count()), (sealed.size(), sealed.folio_count()));
     assert_sealed(&again);
     drop(sealed);
@@ -263,7 +263,7 @@ fn only_a_touch_or_a_need_of_blocks_fills_gaps() {
     let mut again = open_again(&sealed);
     for sealed in [&mut sealed, &mut again] {
         assert!(!sealed.is_torn().unwrap());
-        assert_eq!(sealed.note_poison(TIME).unwrap(), []);
+        assert_eq!(sealed.note_hw_errors(TIME).unwrap(), []);
         assert_eq!(sealed.huge_ranges(folios(3)).unwrap(), []);
         assert!(sealed.folios().all(|folio| sealed.collapse(folio).is_err()));
         assert_eq!(sealed.punched_bytes().unwrap(), missing);

@@ -1,13 +1,13 @@
 //! File handles (name_to_handle_at(2), open_by_handle_at(2)), and node ids as the handles of tmpfs.
 //!
 //! A handle of tmpfs has type 1 and 12 bytes: the generation, and the low and the high half of the
-//! inode number. With `inode32` the high half is zero, so a [`NodeId`] contains the whole handle.
+//! inode number. With `inode32` the high half is zero, so a [`InodeId`] contains the whole handle.
 //! tmpfs opens an inode by its handle only after it was asked for this handle once. That has always
 //! happened, because all ids come from [`of`].
 
 use crate::error::{Error, Result};
 use crate::faults::{Want, attempt};
-use crate::units::NodeId;
+use crate::units::InodeId;
 use rustix::io::Errno;
 use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -89,13 +89,13 @@ impl Handle {
 /// # Errors
 /// The errors of [`Handle::of`].
 #[track_caller]
-pub fn of(parent: impl AsFd, name: &CStr) -> Result<NodeId> {
+pub fn of(parent: impl AsFd, name: &CStr) -> Result<InodeId> {
     let handle = Handle::of(parent, name)?;
     let [generation, inode_low, inode_high] = handle.words;
     if handle.kind != TMPFS || handle.bytes != BYTES || inode_high != 0 {
         return Err(Error::Corrupt(format!("tmpfs handle of type {}, {} bytes", handle.kind, handle.bytes)));
     }
-    Ok(NodeId::from_parts(generation, inode_low))
+    Ok(InodeId::from_parts(generation, inode_low))
 }
 
 /// Opens the inode `id` on the tmpfs of `mount`.
@@ -103,7 +103,7 @@ pub fn of(parent: impl AsFd, name: &CStr) -> Result<NodeId> {
 /// # Errors
 /// The errors of [`Handle::open`].
 #[track_caller]
-pub fn open(mount: impl AsFd, id: NodeId, flags: libc::c_int) -> Result<OwnedFd> {
+pub fn open(mount: impl AsFd, id: InodeId, flags: libc::c_int) -> Result<OwnedFd> {
     let (generation, inode_low) = id.parts();
     Handle::new(TMPFS, [generation, inode_low, 0]).open(mount, flags)
 }

@@ -50,7 +50,7 @@ impl Window {
     /// Faults `range` in for reading (MADV_POPULATE_READ, Linux 5.14).
     ///
     /// # Errors
-    /// [`Error::Poisoned`] where a page of the range has a memory error, [`Error::NoData`] where a
+    /// [`Error::Quarantined`] where a page of the range has a memory error, [`Error::NoData`] where a
     /// hole cannot be filled.
     #[track_caller]
     pub fn populate(&self, range: Range) -> Result<()> {

@@ -33,7 +33,7 @@ fn meaning(errno: Errno) -> Error {
         Errno::NOSPC => Error::Full,
         Errno::NOMEM => Error::NoMemory,
         // tmpfs answers EIO for one reason only (mm/shmem.c, folio_test_hwpoison).
-        Errno::HWPOISON | Errno::IO => Error::Poisoned,
+        Errno::HWPOISON | Errno::IO => Error::Quarantined,
         other => Error::Os(other),
     }
 }

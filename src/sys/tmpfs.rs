@@ -183,7 +183,7 @@ pub fn set_size(file: impl AsFd, size: u64) -> Result<()> {
 /// Reads at `offset` until `buffer` is full or the file ends. Holes read as zeros.
 ///
 /// # Errors
-/// [`Error::Poisoned`] where the first byte has a memory error, and the other errors of pread(2).
+/// [`Error::Quarantined`] where the first byte has a memory error, and the other errors of pread(2).
 /// After the first byte an error ends the read early.
 #[track_caller]
 pub fn read_at(file: impl AsFd, buffer: &mut [u8], offset: u64) -> Result<usize> {

@@ -43,7 +43,7 @@ impl Object {
     /// The errors of setxattr(2): nothing is noted then.
     pub fn open_natively(&self, descriptor: u64) -> Result<bool> {
         let noted = self.natives.add(descriptor, |noted| self.notes.keep(NATIVES, noted));
-        steps::done(Step::NativeNoted);
+        steps::reached(Step::NativeNoted);
         noted
     }
 
@@ -52,7 +52,7 @@ impl Object {
         if let Err(error) = self.natives.remove(descriptor, |noted| self.notes.keep(NATIVES, noted)) {
             log::warn!("file {}: the next worker may take a closed descriptor for open: {error}", self.node);
         }
-        steps::done(Step::NativeClosed);
+        steps::reached(Step::NativeClosed);
     }
 
     /// Number of descriptors that are noted.

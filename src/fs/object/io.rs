@@ -16,7 +16,7 @@ impl Object {
     /// Reads at `offset` up to the end of the file or the first quarantined subpage.
     ///
     /// # Errors
-    /// [`Error::Poisoned`] if the first byte is quarantined.
+    /// [`Error::Quarantined`] if the first byte is quarantined.
     pub fn read(&self, buffer: &mut [u8], offset: u64, pace: &Pace) -> Result<usize> {
         let holding = self.shut_share(pace)?;
         let end = offset.saturating_add(buffer.len() as u64).min(holding.size());
@@ -69,7 +69,7 @@ impl Object {
     ///
     /// # Errors
     /// [`Error::Full`] if the pool does not have the pages: nothing has changed.
-    /// [`Error::Poisoned`] if a quarantined subpage keeps the first byte from being written.
+    /// [`Error::Quarantined`] if a quarantined subpage keeps the first byte from being written.
     pub fn write(&self, bytes: &[u8], offset: u64, context: Context<'_>) -> Result<usize> {
         if bytes.is_empty() {
             return Ok(0);
@@ -99,14 +99,14 @@ impl Object {
         let size = holding.size();
         if holding.can_append(range) {
             match holding.sealed_mut().append(bytes, range.start) {
-                Err(Error::Poisoned) | Ok(0) => mend(&mut holding, context.pace)?, // a new memory error: write around it, as below
+                Err(Error::Quarantined) | Ok(0) => mend(&mut holding, context.pace)?, // a new memory error: write around it, as below
                 result => return result,
             }
         }
         let end = writable_prefix(&holding, range, context.recovery_write)?;
         let range = Range::new(range.start, end);
-        if range.end > size && holding.sealed().has_news_of_poison(range)? {
-            return Err(Error::Poisoned); // before the file grows: cutting it again would split a folio
+        if range.end > size && holding.sealed().has_new_hw_errors(range)? {
+            return Err(Error::Quarantined); // before the file grows: cutting it again would split a folio
         }
         let growth = holding.begin_growth(context.pool, range, range.end)?;
         carry_out(&mut holding, growth, context.pace)?;
@@ -116,7 +116,7 @@ impl Object {
             Ok(end) => {
                 let good = Range::new(range.start, end);
                 let (written, ended) = self.write_and_repair(&mut holding, bytes, good, context);
-                (written, ended.and(Err(Error::Poisoned)))
+                (written, ended.and(Err(Error::Quarantined)))
             }
             Err(error) => (0, Err(error)),
         };
@@ -189,7 +189,7 @@ impl Viewed<'_> {
 fn good_prefix(holding: &Holding, range: Range) -> Result<u64> {
     match holding.sealed().lost_in(range).next() {
         None => Ok(range.len()),
-        Some(hole) if hole.offset() <= range.start => Err(Error::Poisoned),
+        Some(hole) if hole.offset() <= range.start => Err(Error::Quarantined),
         Some(hole) => Ok(hole.offset() - range.start),
     }
 }
@@ -203,7 +203,7 @@ fn writable_prefix(holding: &Holding, range: Range, recovery_write: bool) -> Res
     };
     match obstacle {
         None => Ok(range.end),
-        Some(hole) if hole.offset() <= range.start => Err(Error::Poisoned),
+        Some(hole) if hole.offset() <= range.start => Err(Error::Quarantined),
         Some(hole) => Ok(hole.offset()),
     }
 }

@@ -21,7 +21,7 @@ pub enum State {
     /// Mapped by 4 KiB entries.
     Small,
     /// Not mapped: quarantined.
-    Poisoned,
+    Quarantined,
     /// Not mapped: its pages went back to the pool.
     Released,
     /// Not mapped: punched; a touch fills it.
@@ -34,7 +34,7 @@ impl State {
         match self {
             Self::Huge => "huge",
             Self::Small => "small",
-            Self::Poisoned => "poisoned",
+            Self::Quarantined => "poisoned",
             Self::Released => "released",
             Self::Punched => "punched",
         }
@@ -89,7 +89,7 @@ impl Object {
                         |subpage: Subpage| present.iter().any(|part| part.covers(subpage.range()));
                     for subpage in subpages(range) {
                         let (state, node) = match sealed.is_lost(subpage) {
-                            true => (State::Poisoned, node),
+                            true => (State::Quarantined, node),
                             false if is_present(subpage) => (State::Small, node),
                             false => (State::Punched, None),
                         };

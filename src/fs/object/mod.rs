@@ -33,15 +33,15 @@ pub use map::{Extent, State};
 pub use sizes::Allocation;
 pub use summary::{Locked, Summary};
 
-use super::modified::Modified;
-use super::native::Natives;
+use super::mtime::Mtime;
+use super::native::NativeReaders;
 use super::pace::Pace;
 use super::pollers::Pollers;
 use crate::error::Result;
 use crate::pool::{Change, Holding, PIECE, Pool, Progress};
 use crate::sealed::{Notes, Sealed};
 use crate::sys::mapping::View;
-use crate::units::{Folio, NodeId, Range, STAT_BLOCK};
+use crate::units::{Folio, InodeId, Range, STAT_BLOCK};
 use parking_lot::{Mutex as FairMutex, MutexGuard as FairGuard, RwLock, RwLockReadGuard};
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -49,7 +49,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 /// The contents of a regular file.
 pub struct Object {
-    node: NodeId,
+    node: InodeId,
     data: Arc<File>,
     /// Notes with the file, for the next worker.
     notes: Notes,
@@ -63,8 +63,8 @@ pub struct Object {
     /// Held while a folio is collapsed. Two threads would hold its pages against each other, and
     /// both would fail.
     collapsing: Mutex<()>,
-    natives: Natives,
-    modified: Modified,
+    natives: NativeReaders,
+    mtime: Mtime,
     view: Mutex<Option<Arc<View>>>,
     /// The log already says that soft holes are open and cannot be shut.
     is_stuck_open: AtomicBool,
@@ -88,9 +88,9 @@ pub struct Context<'a> {
 
 impl Object {
     /// The contents of `node`, which are in `holding`.
-    pub fn new(node: NodeId, holding: Holding) -> Self {
+    pub fn new(node: InodeId, holding: Holding) -> Self {
         let (data, notes) = (holding.sealed().data().clone(), holding.sealed().notes().clone());
-        let (natives, modified, view) = (Natives::default(), Modified::default(), Mutex::default());
+        let (natives, mtime, view) = (NativeReaders::default(), Mtime::default(), Mutex::default());
         if !holding.sealed().holes().is_empty() {
             natives.exclude();
         }
@@ -108,7 +108,7 @@ impl Object {
             summary,
             collapsing,
             natives,
-            modified,
+            mtime,
             view,
             is_stuck_open,
             pollers,
@@ -116,7 +116,7 @@ impl Object {
     }
 
     /// The node that has these contents.
-    pub fn node(&self) -> NodeId {
+    pub fn node(&self) -> InodeId {
         self.node
     }
 
@@ -126,8 +126,8 @@ impl Object {
     }
 
     /// The state of the inode's times, for changes of the contents.
-    pub fn modified(&self) -> &Modified {
-        &self.modified
+    pub fn mtime(&self) -> &Mtime {
+        &self.mtime
     }
 
     /// The state of the file as far as it is known without the lock.

@@ -32,7 +32,7 @@ impl Object {
         }
         let text = quarantine::format(&quarantined(holding.sealed()));
         if room.is_some_and(|room| text.len() <= room) {
-            holding.sealed_mut().update(|superblock| superblock.alarm = false)?;
+            holding.sealed_mut().update(|header| header.alarm = false)?;
         }
         Ok(text)
     }
@@ -43,9 +43,9 @@ impl Object {
     /// # Errors
     /// The errors of mmap(2) and setxattr(2); [`Error::Interrupted`]. Errors that were found by
     /// then are noted.
-    pub fn look_for_poison(&self, pace: &Pace) -> Result<usize> {
+    pub fn look_for_hw_errors(&self, pace: &Pace) -> Result<usize> {
         let (mut found, time) = (Vec::new(), sys::unix_time());
-        let looked = self.note_poison(&mut found, time, pace);
+        let looked = self.note_hw_errors(&mut found, time, pace);
         for subpage in &found {
             log::error!(
                 "file {}: memory error, {:#x} {SUBPAGE_SIZE:#x} quarantined (hw)",
@@ -60,11 +60,11 @@ impl Object {
     }
 
     /// Adds new memory errors to `found`, piece by piece.
-    fn note_poison(&self, found: &mut Vec<Subpage>, time: u64, pace: &Pace) -> Result<()> {
+    fn note_hw_errors(&self, found: &mut Vec<Subpage>, time: u64, pace: &Pace) -> Result<()> {
         let mut holding = self.write_lock();
         let file = Range::new(0, holding.sealed().size()).subpages_out();
         file.steps(LOOKED_AT_ONCE).try_for_each(|piece| {
-            found.extend(holding.sealed_mut().note_poison_in(piece, time)?);
+            found.extend(holding.sealed_mut().note_hw_errors_in(piece, time)?);
             pace.give_way(&mut holding)
         })
     }
@@ -216,7 +216,7 @@ impl Object {
 /// The quarantined ranges, ascending.
 fn quarantined(sealed: &Sealed) -> Vec<Quarantined> {
     let soft = sealed.holes().all().map(|hole| (hole.range, Kind::Soft, hole.time));
-    let hw = sealed.poisoned().iter().map(|(subpage, time)| (subpage.range(), Kind::Hw, *time));
+    let hw = sealed.hw_errors().iter().map(|(subpage, time)| (subpage.range(), Kind::Hw, *time));
     let mut all: Vec<_> = soft.chain(hw).collect();
     all.sort_by_key(|(range, ..)| range.start);
     quarantine::coalesce(all.into_iter())

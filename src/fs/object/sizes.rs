@@ -116,7 +116,7 @@ impl Object {
     }
 
     /// Zeroes the part of `range` that has memory. Quarantined subpages that it covers are
-    /// repaired: their bytes are discarded anyway. [`Error::Poisoned`] if one is covered in part;
+    /// repaired: their bytes are discarded anyway. [`Error::Quarantined`] if one is covered in part;
     /// nothing is zeroed then.
     fn zero(&self, holding: &mut Locked<'_>, range: Range, context: Context<'_>) -> Result<()> {
         const ZEROS: &[u8] = &[0; 256 << 10];
@@ -170,7 +170,7 @@ fn possible_part(offset: u64, length: u64) -> Range {
 
 /// Refuses a range that covers a lost subpage in part: such a part cannot be zeroed.
 fn refuse_partial_holes(holding: &Holding, range: Range) -> Result<()> {
-    if covered_in_part(holding, range).is_some() { Err(Error::Poisoned) } else { Ok(()) }
+    if covered_in_part(holding, range).is_some() { Err(Error::Quarantined) } else { Ok(()) }
 }
 
 /// The parts of `range` that are quarantined subpages or lie in released pages, ascending.

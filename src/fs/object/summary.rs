@@ -29,7 +29,7 @@ pub struct Summary {
 impl Summary {
     pub(super) fn of(holding: &Holding) -> Self {
         let (sealed, size) = (holding.sealed(), holding.size());
-        let (soft, hw) = (sealed.holes().count(), sealed.poisoned().len() as u64);
+        let (soft, hw) = (sealed.holes().count(), sealed.hw_errors().len() as u64);
         let memory = match sealed.lost_count() {
             0 => holding.bytes(),
             lost => {
@@ -37,7 +37,7 @@ impl Summary {
                 (size - released).saturating_sub(lost * SUBPAGE_SIZE)
             }
         };
-        let (alarm, punched) = (sealed.superblock().alarm, sealed.is_punched());
+        let (alarm, punched) = (sealed.header().alarm, sealed.is_punched());
         Self { size, memory, soft, hw, alarm, punched }
     }
 }

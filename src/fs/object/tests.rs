@@ -5,7 +5,7 @@ use crate::error::Error;
 use crate::sys::tmpfs;
 use crate::units::{FOLIO_SIZE, PageSize, SUBPAGE_SIZE, Subpage};
 
-const NODE: NodeId = NodeId(7);
+const NODE: InodeId = InodeId(7);
 /// The subpage that tests pass to [`refuse_to_be_written`].
 const UNWRITABLE: Subpage = Subpage(25);
 

@@ -14,7 +14,7 @@ pub struct Growth<'pool> {
     token: Option<Token<'pool>>,
     /// The released pages that become the file's again.
     missing: PageSet,
-    reserved_pages: u64,
+    owned_pages: u64,
     before: u64,
     size: u64,
     /// The ranges that still need memory, the first one last. The part behind the old memory comes
@@ -32,7 +32,7 @@ impl<'pool> Growth<'pool> {
         holding: &Holding,
         token: Token<'pool>,
         missing: PageSet,
-        reserved_pages: u64,
+        owned_pages: u64,
         size: u64,
     ) -> Self {
         let memory_end = holding.memory_end();
@@ -44,7 +44,7 @@ impl<'pool> Growth<'pool> {
         Self {
             token: Some(token),
             missing,
-            reserved_pages,
+            owned_pages,
             before: holding.size(),
             size,
             wanting,
@@ -103,16 +103,16 @@ impl<'pool> Growth<'pool> {
 
     /// All memory is there: the pages become the file's.
     fn commit(&mut self, holding: &mut Holding) -> Result<Progress> {
-        steps::done(Step::AllocateMoved);
+        steps::reached(Step::AllocateMoved);
         holding.set_released(holding.released.clone().without(&self.missing))?;
         self.are_taken = true;
         self.hand_over(holding, self.missing.count() as i64);
-        steps::done(Step::AllocateTaken);
-        holding.sealed.update(|superblock| {
-            superblock.reserved_pages = self.reserved_pages;
-            superblock.undo_size = None;
+        steps::reached(Step::AllocateTaken);
+        holding.sealed.update(|header| {
+            header.owned_pages = self.owned_pages;
+            header.undo_size = None;
         })?;
-        steps::done(Step::AllocateDone);
+        steps::reached(Step::AllocateDone);
         self.hand_over(holding, self.token().pages as i64);
         Ok(Progress::Done)
     }
@@ -147,7 +147,7 @@ impl<'pool> Growth<'pool> {
         if holding.sealed.size() > self.before {
             holding.sealed.cut(self.before)?;
         }
-        holding.sealed.update(|superblock| superblock.undo_size = None)?;
+        holding.sealed.update(|header| header.undo_size = None)?;
         Ok(Progress::Done)
     }
 }

@@ -5,10 +5,10 @@
 //!   +-------------+ - - - - - - - - - +-----------+ - - + - - - - - - -+
 //!   | memory      |   nothing         | memory    |     |              |
 //!   +-------------+ - - - - - - - - - +-----------+ - - + - - - - - - -+
-//!                                        end of file ^  ^ its folio     ^ reserved_pages
+//!                                        end of file ^  ^ its folio     ^ owned_pages
 //! ```
 //!
-//! The file owns the pages up to `reserved_pages`, except those that it has released (punched). Its
+//! The file owns the pages up to `owned_pages`, except those that it has released (punched). Its
 //! memory reaches up to the folio with the end of file. Behind that folio the account gives the
 //! pages to the file, but their memory is in the reserve.
 //!
@@ -42,7 +42,7 @@
 //! notes its pages before it moves any memory. A growth strikes pages out of the note after it has
 //! moved all memory. So a page that is noted and has memory was on its way, in one direction or the
 //! other: it is the file's. A growth that lengthens the file first notes the old size in the header
-//! ([`Superblock`]), as `undo_size`. Its last step clears `undo_size` and makes the pages the
+//! ([`Header`]), as `undo_size`. Its last step clears `undo_size` and makes the pages the
 //! file's.
 //!
 //! So [`Holding::open`] leaves every page in one of two states: released and without memory, or the
@@ -66,7 +66,7 @@ mod tests;
 
 use super::{Held, Pool, Token};
 use crate::error::{Error, Result};
-use crate::sealed::{Hole, Reach, Sealed, Superblock};
+use crate::sealed::{Header, Hole, Reach, Sealed};
 use crate::steps::{self, Step, insist};
 use crate::units::{FOLIO_SIZE, Folio, Page, PageSize, Range, Subpage};
 use growth::Growth;
@@ -216,7 +216,7 @@ impl Holding {
     }
 
     /// Notes the released pages, and goes on if that fails: a stale note does no harm here. A page
-    /// that is noted and has memory is the file's, and a page that is noted behind `reserved_pages`
+    /// that is noted and has memory is the file's, and a page that is noted behind `owned_pages`
     /// has no owner. The next change corrects the note, or is refused.
     fn try_to_note_released(&mut self) {
         if let Err(error) = self.note_released() {
@@ -254,7 +254,7 @@ impl Holding {
 
     /// Size of the file in bytes. The sealed file is longer while a growth is under way.
     pub fn size(&self) -> u64 {
-        self.sealed.superblock().undo_size.unwrap_or(self.sealed.size())
+        self.sealed.header().undo_size.unwrap_or(self.sealed.size())
     }
 
     /// Bytes of the pages that are the file's.
@@ -264,12 +264,12 @@ impl Holding {
 
     /// Pages that are the file's.
     pub fn pages(&self) -> u64 {
-        self.sealed.superblock().reserved_pages - self.released.count()
+        self.sealed.header().owned_pages - self.released.count()
     }
 
     /// The pages that the file owns or has released.
     fn reserved(&self) -> Run {
-        Page(0)..Page(self.sealed.superblock().reserved_pages)
+        Page(0)..Page(self.sealed.header().owned_pages)
     }
 
     /// The end of the file's memory. Only released pages before it have none.
@@ -341,15 +341,12 @@ impl Holding {
 
     fn check_pages(&self) -> Result<Vec<String>> {
         let (mut wrong, file) = (Vec::new(), Range::new(0, self.size()));
-        let superblock = self.sealed.superblock();
-        if superblock.undo_size.is_some() {
+        let header = self.sealed.header();
+        if header.undo_size.is_some() {
             wrong.push("a size to come back to is noted, and no change is under way".to_owned());
         }
-        if superblock.reserved_pages < self.page_size.pages_up(file.end) {
-            wrong.push(format!(
-                "{} pages are the file's, which has {} bytes",
-                superblock.reserved_pages, file.end
-            ));
+        if header.owned_pages < self.page_size.pages_up(file.end) {
+            wrong.push(format!("{} pages are the file's, which has {} bytes", header.owned_pages, file.end));
         }
         let noted =
             self.sealed.notes().kept(RELEASED)?.map(|runs| PageSet::decode(&runs)).unwrap_or_default();
@@ -447,8 +444,8 @@ impl Holding {
         let token = pool.reserve(wanted - reserved + missing.count())?;
         if size > self.size() {
             let before = self.size();
-            self.sealed.update(|superblock| superblock.undo_size = Some(before))?;
-            steps::done(Step::AllocateAnnounced);
+            self.sealed.update(|header| header.undo_size = Some(before))?;
+            steps::reached(Step::AllocateAnnounced);
         }
         Ok(self.begun(Kind::Growth(Growth::new(self, token, missing, wanted, size))))
     }
@@ -491,7 +488,7 @@ impl Holding {
         }
         self.note(&released)?;
         self.note_is_stale = true; // until the pages are released
-        steps::done(Step::ReleaseNoted);
+        steps::reached(Step::ReleaseNoted);
         Ok(self.begun(Kind::Release(Release::new(self, pool, runs))))
     }
 
@@ -550,18 +547,18 @@ impl Holding {
     fn give_up_pages_behind_end(&mut self, pool: &Pool) -> Result<()> {
         let end = Page(self.page_size.pages_up(self.sealed.size()));
         let before = self.pages();
-        let update = |superblock: &mut Superblock| {
-            superblock.reserved_pages = superblock.reserved_pages.min(end.0);
-            superblock.undo_size = None;
+        let update = |header: &mut Header| {
+            header.owned_pages = header.owned_pages.min(end.0);
+            header.undo_size = None;
         };
         insist(|| self.sealed.update(update))?; // must succeed, as memory may have moved already
-        steps::done(Step::ShrinkNoted);
+        steps::reached(Step::ShrinkNoted);
         if self.released.within(end..Page(u64::MAX)).next().is_some() {
             self.released.remove(end..Page(u64::MAX));
             self.note_is_stale = true;
             self.try_to_note_released();
         }
-        steps::done(Step::ShrinkDone);
+        steps::reached(Step::ShrinkDone);
         self.release_to(pool, before - self.pages());
         Ok(())
     }

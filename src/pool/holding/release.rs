@@ -64,7 +64,7 @@ impl<'pool> Release<'pool> {
         match self.pool.move_piece_in(&mut holding.sealed, memory, Sealed::give) {
             Ok(moved) => {
                 self.moved_from = moved.map_or(memory.start, |piece| piece.start);
-                steps::done(Step::ReleaseMoved);
+                steps::reached(Step::ReleaseMoved);
                 self.note_released(holding, run);
             }
             Err(error) => {

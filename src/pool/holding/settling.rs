@@ -69,7 +69,7 @@ impl<'pool> Settling<'pool> {
     }
 
     fn finish(&self, holding: &mut Holding) -> Result<Progress> {
-        holding.sealed.update(|superblock| superblock.undo_size = None)?;
+        holding.sealed.update(|header| header.undo_size = None)?;
         let left = holding.unsettled.take().unwrap_or(0);
         drop(self.pool.token_of_kept(left)); // the memory of these pages has gone back
         Ok(Progress::Done)

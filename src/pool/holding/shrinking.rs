@@ -50,11 +50,11 @@ impl<'pool> Shrinking<'pool> {
         if let Some(why) = self.failure.take_if(|_| !self.has_moved) {
             return Err(why); // nothing has changed, nor have the pages behind the end
         }
-        steps::done(Step::ShrinkMoved);
+        steps::reached(Step::ShrinkMoved);
         if self.failure.is_none() && self.size < holding.sealed.size() {
             holding.sealed.cut(self.size)?;
         }
-        steps::done(Step::ShrinkCut);
+        steps::reached(Step::ShrinkCut);
         holding.give_up_pages_behind_end(self.pool)?;
         if holding.sealed.size() == 0 {
             let stuck = holding.unsettled.take().unwrap_or(0);

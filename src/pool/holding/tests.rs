@@ -444,11 +444,11 @@ fn the_check_names_each_page_that_is_not_as_noted() {
     let kept = found_after(|_, holding| holding.released.insert(page(0)));
     assert!(kept.contains("folio 0 is released and has memory"), "{kept}");
     let uncovered = found_after(|_, holding| {
-        holding.sealed.update(|superblock| superblock.reserved_pages = 3).unwrap();
+        holding.sealed.update(|header| header.owned_pages = 3).unwrap();
     });
     assert!(uncovered.contains("3 pages are the file's, which has 8388608 bytes"), "{uncovered}");
     let announced = found_after(|_, holding| {
-        holding.sealed.update(|superblock| superblock.undo_size = Some(4 * FOLIO_SIZE)).unwrap();
+        holding.sealed.update(|header| header.undo_size = Some(4 * FOLIO_SIZE)).unwrap();
     });
     assert!(announced.contains("a size to come back to is noted"), "{announced}");
 }

@@ -17,12 +17,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The ticks of the last updates. 0 means that there was none, or that the inode has changed since.
 #[derive(Default)]
-pub struct Modified {
+pub struct Mtime {
     by_anybody: AtomicU64,
     by_unprivileged: AtomicU64,
 }
 
-impl Modified {
+impl Mtime {
     /// Runs `note`, the update of the inode, unless an update in this tick did as much. The update
     /// for an unprivileged writer does all that the one for a privileged writer does, and more.
     ///
@@ -81,7 +81,7 @@ mod tests {
     #[test]
     fn a_tick_sets_the_time_once_and_again_if_unprivileged() {
         let count = within_a_tick(|| {
-            let (modified, count) = (Modified::default(), Cell::new(0));
+            let (modified, count) = (Mtime::default(), Cell::new(0));
             for unprivileged in [false, false, true, true, false] {
                 modified.note(unprivileged, || count_one(&count)).unwrap();
             }
@@ -93,7 +93,7 @@ mod tests {
     #[test]
     fn a_failure_or_a_changed_inode_has_the_time_set_again() {
         let count = within_a_tick(|| {
-            let (modified, count) = (Modified::default(), Cell::new(0));
+            let (modified, count) = (Mtime::default(), Cell::new(0));
             assert!(modified.note(true, || Err(Error::NoMemory)).is_err());
             modified.note(true, || count_one(&count)).unwrap();
             modified.forget();

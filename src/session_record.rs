@@ -24,14 +24,14 @@ const VERSION: u32 = 1;
 
 /// The content of the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Handover {
+pub struct SessionRecord {
     /// The options that the pool was mounted with.
     pub options: Options,
     /// The handshake with the kernel.
     pub handshake: Handshake,
 }
 
-impl Handover {
+impl SessionRecord {
     /// Leaves it for who comes after: all of it or nothing.
     ///
     /// # Errors
@@ -107,31 +107,31 @@ fn from_hex(text: &str) -> Option<Vec<u8>> {
 mod tests {
     use super::*;
 
-    fn handover() -> Handover {
+    fn handover() -> SessionRecord {
         let mut options = Options::default();
         options.set("size", Some("64M")).unwrap();
         options.set("pagesize", Some("2M")).unwrap();
         options.set("punch", Some("keep")).unwrap();
         options.set("log", Some("/var/log/a pool=1")).unwrap();
-        Handover { options, handshake: Handshake { request: vec![0, 255, 16], reply: vec![1] } }
+        SessionRecord { options, handshake: Handshake { request: vec![0, 255, 16], reply: vec![1] } }
     }
 
     #[test]
     fn what_is_left_reads_as_it_was_written() {
-        assert_eq!(Handover::decode(&handover().encode()), Ok(handover()));
+        assert_eq!(SessionRecord::decode(&handover().encode()), Ok(handover()));
     }
 
     #[test]
     fn another_version_is_refused_with_both_named() {
         let text = handover().encode().replace("handover 1", "handover 2");
-        let why = Handover::decode(&text).unwrap_err();
+        let why = SessionRecord::decode(&text).unwrap_err();
         assert!(why.contains("version 2") && why.contains("knows 1"), "{why}");
     }
 
     #[test]
     fn what_does_not_parse_is_refused() {
         for text in ["", "hugetlb2 handover", "hugetlb2 handover 1\nnews", "hugetlb2 handover 1\nreply 0"] {
-            assert!(Handover::decode(text).is_err(), "{text:?}");
+            assert!(SessionRecord::decode(text).is_err(), "{text:?}");
         }
     }
 }

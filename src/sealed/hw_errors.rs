@@ -13,23 +13,23 @@ impl Sealed {
     ///
     /// # Errors
     /// The errors of mmap(2) and setxattr(2).
-    pub fn note_poison(&mut self, time: u64) -> Result<Vec<Subpage>> {
-        self.note_poison_in(Range::new(0, self.size).subpages_out(), time)
+    pub fn note_hw_errors(&mut self, time: u64) -> Result<Vec<Subpage>> {
+        self.note_hw_errors_in(Range::new(0, self.size).subpages_out(), time)
     }
 
     /// Finds and notes the new memory errors in `range`, whole subpages.
     ///
     /// # Errors
-    /// As for [`Sealed::note_poison`].
-    pub fn note_poison_in(&mut self, range: Range, time: u64) -> Result<Vec<Subpage>> {
+    /// As for [`Sealed::note_hw_errors`].
+    pub fn note_hw_errors_in(&mut self, range: Range, time: u64) -> Result<Vec<Subpage>> {
         let range = range.intersect(Range::new(0, self.size).subpages_out());
-        let found = self.find_poison(range)?;
+        let found = self.find_hw_errors(range)?;
         let new: Vec<Subpage> = found.into_iter().filter(|subpage| !self.is_lost(*subpage)).collect();
         for subpage in &new {
-            self.ledger.note_poisoned(*subpage, time)?;
+            self.ledger.note_hw_error(*subpage, time)?;
         }
         if !new.is_empty() {
-            self.ledger.update(|superblock| superblock.alarm = true)?;
+            self.ledger.update(|header| header.alarm = true)?;
         }
         Ok(new)
     }
@@ -39,9 +39,9 @@ impl Sealed {
     ///
     /// # Errors
     /// [`Error::NoMemory`].
-    pub fn replace_poisoned_free(&mut self, range: Range) -> Result<u64> {
+    pub fn replace_bad_free(&mut self, range: Range) -> Result<u64> {
         assert_eq!(self.reach, Reach::Private, "programs' memory is repaired when they ask for it");
-        let found = self.find_poison(range.intersect(Range::new(0, self.size)))?;
+        let found = self.find_hw_errors(range.intersect(Range::new(0, self.size)))?;
         for subpage in &found {
             tmpfs::punch(&self.data, subpage.range())?;
             tmpfs::allocate(&self.data, subpage.range())?;
@@ -54,20 +54,20 @@ impl Sealed {
     ///
     /// # Errors
     /// The errors of mmap(2).
-    pub fn has_news_of_poison(&self, range: Range) -> Result<bool> {
+    pub fn has_new_hw_errors(&self, range: Range) -> Result<bool> {
         let inside = range.intersect(Range::new(0, self.size));
-        let found = if inside.is_empty() { Vec::new() } else { self.find_poison(inside.subpages_out())? };
+        let found = if inside.is_empty() { Vec::new() } else { self.find_hw_errors(inside.subpages_out())? };
         Ok(found.iter().any(|subpage| !self.is_lost(*subpage)))
     }
 
-    fn find_poison(&self, range: Range) -> Result<Vec<Subpage>> {
+    fn find_hw_errors(&self, range: Range) -> Result<Vec<Subpage>> {
         const WINDOW: u64 = 1 << 30;
         let mut found = Vec::new();
         for part in range.steps(WINDOW) {
             let window = Window::new(&self.data, part)?;
             for folio in part.folios().filter(|folio| self.has_memory(*folio)) {
                 for range in self.present(folio.range().intersect(part))? {
-                    found.extend(poisoned_subpages(&window, range)?);
+                    found.extend(hw_error_subpages(&window, range)?);
                 }
             }
         }
@@ -86,16 +86,16 @@ impl Sealed {
 }
 
 /// The subpages of `range` with a memory error. All of `range` has memory.
-pub(super) fn poisoned_subpages(window: &Window, range: Range) -> Result<Vec<Subpage>> {
+pub(super) fn hw_error_subpages(window: &Window, range: Range) -> Result<Vec<Subpage>> {
     let mut found = Vec::new();
     match window.populate(range) {
         Ok(()) => return Ok(found),
-        Err(Error::Poisoned | Error::NoData) => {} // some have an error, or were punched meanwhile
+        Err(Error::Quarantined | Error::NoData) => {} // some have an error, or were punched meanwhile
         Err(error) => return Err(error),
     }
     for subpage in range.steps(SUBPAGE_SIZE) {
         match window.populate(subpage) {
-            Err(Error::Poisoned) => found.push(Subpage::containing(subpage.start)),
+            Err(Error::Quarantined) => found.push(Subpage::containing(subpage.start)),
             Ok(()) | Err(Error::NoData) => {}
             Err(error) => return Err(error),
         }
