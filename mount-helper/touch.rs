@@ -37,7 +37,7 @@
 
 use hugetlb2fs::sys::policy::{self, Policy};
 use hugetlb2fs::sys::sigbus::{Hit, Mapping, Pin, Sharing};
-use hugetlb2fs::units::Range;
+use hugetlb2fs::units::{NumaNode, Range};
 use rustix::fs::{FallocateFlags, FlockOperation};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
@@ -210,7 +210,9 @@ impl Toucher {
                 // The kernel ignores a policy that the mapping has already, so another policy is
                 // set in between.
                 let set = move |policy| mapping.set_policy(range, policy).is_ok();
-                std::thread::spawn(move || while set(Policy::Default) && set(Policy::Bind(node)) {});
+                std::thread::spawn(
+                    move || while set(Policy::Default) && set(Policy::Bind(NumaNode(node))) {},
+                );
                 Ok("ok".to_owned())
             }
             Some("occupy") => self.occupy(number(&mut words)?, number(&mut words)?),
@@ -316,7 +318,7 @@ impl Toucher {
     }
 
     fn occupy(&mut self, node: u32, bytes: usize) -> Result<String, String> {
-        policy::set_for_thread(Policy::Bind(node)).map_err(|error| error.to_string())?;
+        policy::set_for_thread(Policy::Bind(NumaNode(node))).map_err(|error| error.to_string())?;
         self.occupied.push(vec![1; bytes]);
         policy::set_for_thread(Policy::Default).map_err(|error| error.to_string())?;
         Ok("ok".to_owned())
@@ -348,7 +350,7 @@ impl Toucher {
 }
 
 fn bind(mapping: &Mapping, range: Range, node: u32) -> Result<String, String> {
-    mapping.set_policy(range, Policy::Bind(node)).map_err(|error| error.to_string())?;
+    mapping.set_policy(range, Policy::Bind(NumaNode(node))).map_err(|error| error.to_string())?;
     Ok("ok".to_owned())
 }
 

@@ -5,6 +5,7 @@
 //! each attribute by a `match` over [`OfFile`] or [`OfRoot`] without a wildcard, so the compiler
 //! finds an attribute that was forgotten there. [`crate::quarantine`] has the grammar of ranges.
 
+use crate::units::NumaNode;
 use std::borrow::Cow;
 
 /// Quarantined ranges.
@@ -198,8 +199,8 @@ pub enum Counter {
     HugeBytesAtMount,
     /// Bytes of free memory on a NUMA node.
     ReserveBytes {
-        /// The kernel's number of the NUMA node.
-        node: u32,
+        /// The NUMA node.
+        node: NumaNode,
     },
     /// Regular files, with those that have no name.
     Objects,

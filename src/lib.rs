@@ -140,7 +140,7 @@
 //!
 //! Files:
 //! - **node**: an inode of the index, known by its [`units::InodeId`]. **NUMA node**: memory beside
-//!   one socket, a `u32`.
+//!   one socket ([`units::NumaNode`]).
 //! - **object**: the contents of one regular file ([`fs::Object`]). **holding**: an object's pages
 //!   ([`pool::Holding`]). **sealed file**: a holding's memory ([`sealed::Sealed`]).
 //! - **data**: the file of a sealed file that programs map. **ledger**: the file beside it, with

@@ -246,6 +246,28 @@ impl fmt::Display for InodeId {
     }
 }
 
+/// A NUMA node: the memory beside one socket, by the kernel's number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NumaNode(pub u32);
+
+impl NumaNode {
+    /// Parses the text that [`fmt::Display`] writes.
+    pub fn parse(text: &str) -> Option<Self> {
+        text.parse().ok().map(Self)
+    }
+
+    /// The numbers of nodes, in the kernel's list format (`0,2`).
+    pub fn list(nodes: &[Self]) -> String {
+        nodes.iter().map(Self::to_string).collect::<Vec<_>>().join(",")
+    }
+}
+
+impl fmt::Display for NumaNode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

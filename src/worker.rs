@@ -18,7 +18,7 @@ use crate::pool::{self, Pool};
 use crate::session_record::SessionRecord;
 use crate::supervisor::{Announcement, Death, Role};
 use crate::sys::{self, cgroup, identity, namespace, seccomp};
-use crate::units::PageSize;
+use crate::units::{NumaNode, PageSize};
 use crossbeam::channel::Sender;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
@@ -260,11 +260,12 @@ fn fill(page_size: PageSize, pages: u64, control: &mut Control) -> Result<Pool, 
 
 /// The message for a pool of `total` bytes that does not fit, with what would be right.
 fn refusal(total: u64) -> String {
-    if let Ok(Some((nodes, available))) = sys::available_in_cpuset()
+    if let Ok(Some((nodes, available))) = sys::numa::available_in_cpuset()
         && available < total
     {
+        let nodes = NumaNode::list(&nodes);
         return format!(
-            "the NUMA nodes {nodes:?}, which the daemon's cpuset allows, cannot give {total} bytes: {available} are available \
+            "the NUMA nodes {nodes}, which the daemon's cpuset allows, cannot give {total} bytes: {available} are available \
              now; allow more nodes, or choose a smaller size="
         );
     }

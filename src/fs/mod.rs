@@ -43,8 +43,8 @@ use crate::index::{Attributes, DirEntry, Index, Inode, Kind, Time};
 use crate::options::{Io, Options};
 use crate::pool::{Holding, Pool};
 use crate::steps::{self, Step};
-use crate::sys::{memory_failures, memory_nodes};
-use crate::units::{Folio, InodeId, Range, STAT_BLOCK};
+use crate::sys::{memory_failures, numa::memory_nodes};
+use crate::units::{Folio, InodeId, NumaNode, Range, STAT_BLOCK};
 use crossbeam::channel::Sender;
 use native::Closings;
 use places::Places;
@@ -106,7 +106,7 @@ pub struct Fs {
     failures: Mutex<Option<u64>>,
     /// The same count for free memory.
     failures_in_pool: Mutex<Option<u64>>,
-    nodes: Vec<u32>,
+    nodes: Vec<NumaNode>,
 }
 
 /// The changes that setattr asks for.

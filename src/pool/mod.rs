@@ -47,7 +47,7 @@ use crate::error::{Error, Result};
 use crate::sealed::{Reach, Sealed};
 use crate::steps::{self, Step};
 use crate::sys::{self, refuse_more_than_available};
-use crate::units::{FOLIO_SIZE, PageSize, Range};
+use crate::units::{FOLIO_SIZE, NumaNode, PageSize, Range};
 use shares::Node;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -90,7 +90,7 @@ pub struct Pool {
 /// another one: see [`moves`].
 #[derive(Debug)]
 struct Reserve {
-    node: u32,
+    node: NumaNode,
     sealed: Mutex<Sealed>,
     /// The reserve's size when the lock was last released.
     bytes: AtomicU64,
@@ -242,7 +242,7 @@ impl Pool {
         let total = pages * page_size.bytes();
         let all = total + float_of(total);
         refuse_more_than_available(all)?;
-        let nodes = sys::memory_nodes()?;
+        let nodes = sys::numa::memory_nodes()?;
         let mut reserves = Vec::new();
         for node in &nodes {
             let preferred = (nodes.len() > 1).then_some(*node);
@@ -278,7 +278,7 @@ impl Pool {
     }
 
     /// NUMA node and bytes of each reserve, as of the end of the last move.
-    pub fn reserves(&self) -> Vec<(u32, u64)> {
+    pub fn reserves(&self) -> Vec<(NumaNode, u64)> {
         let row = |reserve: &Reserve| (reserve.node, reserve.bytes.load(Ordering::Relaxed));
         self.reserves.iter().map(row).collect()
     }
@@ -549,7 +549,8 @@ fn shares_of(reserves: &[Reserve], bytes: u64, page_size: PageSize) -> Result<Ve
     for reserve in reserves {
         let room = match reserves.len() {
             1 => bytes,
-            _ => sys::memory_available_on(reserve.node)?.saturating_sub(sys::MARGIN / reserves.len() as u64),
+            _ => sys::numa::memory_available_on(reserve.node)?
+                .saturating_sub(sys::MARGIN / reserves.len() as u64),
         };
         nodes.push(Node { has: reserve.lock().size(), room });
     }
@@ -557,7 +558,7 @@ fn shares_of(reserves: &[Reserve], bytes: u64, page_size: PageSize) -> Result<Ve
 }
 
 impl Reserve {
-    fn new(node: u32, sealed: Sealed) -> Self {
+    fn new(node: NumaNode, sealed: Sealed) -> Self {
         Self { node, bytes: AtomicU64::new(sealed.size()), sealed: Mutex::new(sealed) }
     }
 

@@ -44,7 +44,7 @@ use crate::sealed::Sealed;
 use crate::steps::{self, Step};
 use crate::sys::policy::{self, Policy};
 use crate::sys::{self, MARGIN, refuse_more_than_available};
-use crate::units::{FOLIO_SIZE, Range};
+use crate::units::{FOLIO_SIZE, NumaNode, Range};
 use std::sync::MutexGuard;
 
 /// The most memory that moves between a file and the reserves at once. A piece of this size takes
@@ -307,7 +307,7 @@ impl Pool {
         Some(Range::new(end - (before + 1) * FOLIO_SIZE, end))
     }
 
-    fn node_of(&self, source: &Sealed, folio: crate::units::Folio) -> Option<u32> {
+    fn node_of(&self, source: &Sealed, folio: crate::units::Folio) -> Option<NumaNode> {
         if self.reserves.len() == 1 { None } else { source.node_of(folio) }
     }
 
@@ -318,7 +318,7 @@ impl Pool {
 
     /// Until the guard is dropped, the kernel takes new memory of this thread from NUMA node
     /// `node`, as far as that node has some.
-    fn prefer(&self, node: u32) -> Option<Preference> {
+    fn prefer(&self, node: NumaNode) -> Option<Preference> {
         if self.reserves.len() == 1 {
             return None;
         }

@@ -4,7 +4,7 @@ use super::{Account, Pool, Reserve};
 use crate::error::{Error, Result};
 use crate::sealed::{Reach, Sealed};
 use crate::sys::calls;
-use crate::units::{FOLIO_SIZE, PageSize};
+use crate::units::{FOLIO_SIZE, NumaNode, PageSize};
 use rustix::fs::{CWD, Mode, OFlags, XattrFlags};
 
 /// The directory in the daemon's namespace below which the reserves are mounted. The name of each
@@ -45,7 +45,7 @@ impl Pool {
         let (total, huge_at_mount) = (noted(PAGES)?, noted(HUGE_AT_MOUNT)?);
         let mut reserves = Vec::new();
         for entry in std::fs::read_dir(RESERVES)? {
-            let node = entry?.file_name().to_str().and_then(|name| name.parse().ok());
+            let node = entry?.file_name().to_str().and_then(NumaNode::parse);
             let node = node.ok_or_else(|| Error::Corrupt("a reserve that is no node's".into()))?;
             reserves.push(Reserve::open(node)?);
         }
@@ -117,7 +117,7 @@ impl Reserve {
         format!("{RESERVES}/{}", self.node)
     }
 
-    fn open(node: u32) -> Result<Self> {
+    fn open(node: NumaNode) -> Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let mount = calls::openat(CWD, format!("{RESERVES}/{node}"), flags, Mode::empty())?;
         let mut sealed = Sealed::open(Reach::Private, mount)?;

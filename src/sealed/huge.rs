@@ -3,7 +3,7 @@
 use super::Sealed;
 use crate::error::{Error, Result};
 use crate::sys::mapping::Window;
-use crate::units::{FOLIO_SIZE, Folio, Range, SUBPAGE_SIZE};
+use crate::units::{FOLIO_SIZE, Folio, NumaNode, Range, SUBPAGE_SIZE};
 
 impl Sealed {
     /// Puts `folio` into one piece, if it is in small pages.
@@ -41,7 +41,7 @@ impl Sealed {
     }
 
     /// The NUMA node of the memory of `folio`; `None` if the kernel does not tell.
-    pub fn node_of(&self, folio: Folio) -> Option<u32> {
+    pub fn node_of(&self, folio: Folio) -> Option<NumaNode> {
         let window = Window::new(&self.data, folio.range()).ok()?;
         let present = self.present(folio.range()).ok()?;
         present.into_iter().flat_map(|range| range.steps(SUBPAGE_SIZE)).find_map(|subpage| {

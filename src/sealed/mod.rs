@@ -73,7 +73,7 @@ use crate::error::{Error, Result};
 use crate::steps::{self, Step, insist};
 use crate::sys::mapping::Window;
 use crate::sys::{calls, handle, tmpfs};
-use crate::units::{FOLIO_SIZE, Folio, InodeId, Range, SUBPAGE_SIZE, SUBPAGES_PER_FOLIO, Subpage};
+use crate::units::{FOLIO_SIZE, Folio, InodeId, NumaNode, Range, SUBPAGE_SIZE, SUBPAGES_PER_FOLIO, Subpage};
 use rustix::fs::{Mode, OFlags};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -161,7 +161,7 @@ impl Sealed {
     ///
     /// # Errors
     /// [`Error::NoMemory`], and the errors of fsopen(2) and openat(2).
-    pub fn create(reach: Reach, node: Option<u32>) -> Result<Self> {
+    pub fn create(reach: Reach, node: Option<NumaNode>) -> Result<Self> {
         let options = tmpfs::Options { blocks: Some(1), huge: true, node, ..Default::default() };
         let mount = tmpfs::create(&options)?;
         let create = |name| -> Result<File> {

@@ -80,13 +80,13 @@ fn a_policy_of_a_program_is_void_where_memory_is_taken() {
     let mut sealed = sealed(FOLIO_SIZE);
     let behind = Range::at(FOLIO_SIZE, FOLIO_SIZE);
     let mapping = Mapping::new(&sealed.data, behind, Sharing::Shared, true).unwrap();
-    mapping.set_policy(behind, Policy::Bind(0)).unwrap();
+    mapping.set_policy(behind, Policy::Bind(NumaNode(0))).unwrap();
     assert_eq!(policy_of(&mapping), "bind:0");
     sealed.take(behind, 2 * FOLIO_SIZE).unwrap();
     assert_eq!(policy_of(&mapping), "default");
     let place = Subpage::containing(behind.start);
     sealed.quarantine(place.range(), TIME).unwrap();
-    mapping.set_policy(behind, Policy::Bind(0)).unwrap();
+    mapping.set_policy(behind, Policy::Bind(NumaNode(0))).unwrap();
     sealed.repair(place.range(), Content::Zero).unwrap();
     assert_eq!(policy_of(&mapping), "default");
 }

@@ -10,7 +10,7 @@ use super::shortage::{patiently, with_effort};
 use super::{meaning, sigbus};
 use crate::error::{Error, Result};
 use crate::faults::{Want, attempt};
-use crate::units::{FOLIO_SIZE, Folio, Range, Subpage};
+use crate::units::{FOLIO_SIZE, Folio, NumaNode, Range, Subpage};
 use memmap2::{Advice, MmapOptions, MmapRaw};
 use rustix::io::Errno;
 use std::fs::File;
@@ -199,7 +199,7 @@ impl Window {
     }
 
     /// The NUMA node of the page at `offset` (move_pages(2)). `None` where the page is not mapped.
-    pub fn node_of(&self, offset: u64) -> Option<u32> {
+    pub fn node_of(&self, offset: u64) -> Option<NumaNode> {
         let (start, _) = self.position(Range::at(offset, 1));
         let page: *const u8 = self.map.as_ptr().wrapping_add(start);
         let mut status: libc::c_int = -1;
@@ -217,7 +217,7 @@ impl Window {
                 0,
             )
         };
-        (result == 0).then(|| u32::try_from(status).ok()).flatten()
+        (result == 0).then(|| u32::try_from(status).ok().map(NumaNode)).flatten()
     }
 }
 

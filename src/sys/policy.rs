@@ -8,7 +8,7 @@
 
 use super::sigbus::Mapping;
 use crate::error::{Error, Result};
-use crate::units::Range;
+use crate::units::{NumaNode, Range};
 use rustix::io::Errno;
 
 /// The source of new memory.
@@ -20,9 +20,9 @@ pub enum Policy {
     /// Near the processor, unless that node is full (MPOL_LOCAL).
     Local,
     /// From this node, and from others where it is full (MPOL_PREFERRED).
-    Prefer(u32),
+    Prefer(NumaNode),
     /// From this node only (MPOL_BIND). If the node is full, the kernel's OOM killer makes room.
-    Bind(u32),
+    Bind(NumaNode),
 }
 
 const MAX_NODES: usize = 1024; // MAX_NUMNODES of every distribution's kernel or more
@@ -41,7 +41,7 @@ impl Policy {
 
     fn nodes(self) -> Result<Mask> {
         let mut mask = [0; MAX_NODES / 64];
-        if let Self::Prefer(node) | Self::Bind(node) = self {
+        if let Self::Prefer(NumaNode(node)) | Self::Bind(NumaNode(node)) = self {
             *mask.get_mut(node as usize / 64).ok_or(Error::Os(Errno::INVAL))? |= 1 << (node % 64);
         }
         Ok(mask)

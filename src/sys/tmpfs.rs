@@ -10,7 +10,7 @@ use super::{calls, meaning, uninterrupted};
 use crate::error::{Error, Result};
 use crate::faults::{Want, attempt};
 use crate::steps::insist;
-use crate::units::{Range, SUBPAGE_SIZE};
+use crate::units::{NumaNode, Range, SUBPAGE_SIZE};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, UnmountFlags};
@@ -28,7 +28,7 @@ pub struct Options {
     /// Use inode numbers of 32 bits, so that a number fits into half a node id.
     pub inode32: bool,
     /// Take memory from this NUMA node, and from others where it is full (`mpol=prefer:N`).
-    pub node: Option<u32>,
+    pub node: Option<NumaNode>,
 }
 
 /// Creates a superblock. Only the returned mount leads to it, and the superblock ends with that

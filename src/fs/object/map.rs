@@ -4,7 +4,7 @@ use super::{Object, Pace};
 use crate::error::{Error, Result};
 use crate::quarantine;
 use crate::sealed::Sealed;
-use crate::units::{Folio, Range, Subpage};
+use crate::units::{Folio, NumaNode, Range, Subpage};
 use std::time::Duration;
 
 /// Passes without a folio collapsed after which a collapse is given up, and the pause between two
@@ -49,7 +49,7 @@ pub struct Extent {
     /// The way in which it is mapped.
     pub state: State,
     /// The NUMA node of its memory, as far as known.
-    pub node: Option<u32>,
+    pub node: Option<NumaNode>,
 }
 
 impl Object {
@@ -57,7 +57,7 @@ impl Object {
     ///
     /// # Errors
     /// The errors of mmap(2) and of reading the page map.
-    pub fn map(&self, nodes: &[u32], pace: &Pace) -> Result<Vec<Extent>> {
+    pub fn map(&self, nodes: &[NumaNode], pace: &Pace) -> Result<Vec<Extent>> {
         const WINDOW: u64 = 64 << 20;
         let mut extents = Extents::default();
         let mut at = 0;
@@ -153,7 +153,7 @@ impl Object {
 struct Extents(Vec<Extent>);
 
 impl Extents {
-    fn push(&mut self, range: Range, state: State, node: Option<u32>) {
+    fn push(&mut self, range: Range, state: State, node: Option<NumaNode>) {
         match self.0.last_mut() {
             Some(last) if last.range.end == range.start && last.state == state && last.node == node => {
                 last.range.end = range.end;
