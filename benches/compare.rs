@@ -76,14 +76,18 @@ fn main() {
     let directory = tempfile::tempdir().expect("a directory");
     sides::undo_on_signals(directory.path());
     let short = has("--short") || !has("--bench");
-    let most = value("--memory").map_or(u64::MAX, |gib| gib.parse::<u64>().expect("--memory GIB") * GIB);
+    let most =
+        value("--memory").map_or(u64::MAX, |gib| gib.parse::<u64>().expect("--memory GIB") * GIB);
     let plan = Plan { short, most, base: directory.path().to_owned(), directories: Cell::new(0) };
     let machine = Machine::this();
     let mut table = Table::new(has("--json"));
     table.note(&format!("{}, {}, {}", machine.hardware, machine.kernel, machine.date));
     table.note(&format!("medians of {} rounds, or as many as a row says", plan.rounds()));
     let chosen = PARTS.iter().any(|(name, _)| has(name));
-    PARTS.iter().filter(|(name, _)| has(name) || !chosen).for_each(|(_, measure)| measure(&plan, &mut table));
+    PARTS
+        .iter()
+        .filter(|(name, _)| has(name) || !chosen)
+        .for_each(|(_, measure)| measure(&plan, &mut table));
     table.finish(&machine);
     if let Some(file) = value("--svg") {
         fs::write(file, svg::picture(&table, &machine)).expect("a file to write to");
@@ -185,8 +189,13 @@ impl Machine {
 }
 
 /// Measures all sides in each round. Each round begins with the next side.
-fn in_turn<T>(rounds: usize, sides: &[(&str, T)], mut measure: impl FnMut(&T) -> f64) -> Vec<Samples> {
-    let mut samples: Vec<Samples> = sides.iter().map(|(name, _)| ((*name).to_owned(), Vec::new())).collect();
+fn in_turn<T>(
+    rounds: usize,
+    sides: &[(&str, T)],
+    mut measure: impl FnMut(&T) -> f64,
+) -> Vec<Samples> {
+    let mut samples: Vec<Samples> =
+        sides.iter().map(|(name, _)| ((*name).to_owned(), Vec::new())).collect();
     for round in 0..rounds {
         for n in (round..round + sides.len()).map(|n| n % sides.len()) {
             samples[n].1.push(measure(&sides[n].1));

@@ -30,7 +30,8 @@ const GIB: u64 = 1 << 30;
 fn main() {
     let results = results();
     enter_private_root(&["index", "criterion"]).expect("a mount namespace of its own; needs root");
-    move_mount(&results, "", CWD, "/criterion", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).expect("move_mount");
+    move_mount(&results, "", CWD, "/criterion", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .expect("move_mount");
     let criterion = Criterion::default().output_directory(Path::new("/criterion")).without_plots();
     let mut criterion = criterion.configure_from_args();
     quarantine_lookups(&mut criterion);
@@ -94,7 +95,8 @@ fn quarantine_lookups(criterion: &mut Criterion) {
         });
         let mut folios = (0..).map(|n: u64| Folio(n * 37 % (GIB / FOLIO_SIZE)).range());
         group.bench_function(BenchmarkId::new("lost_in a folio", records), |bencher| {
-            bencher.iter(|| sealed.lost_in(black_box(folios.next().expect("it has no end"))).count());
+            bencher
+                .iter(|| sealed.lost_in(black_box(folios.next().expect("it has no end"))).count());
         });
         group.bench_function(BenchmarkId::new("lost_in the file, first", records), |bencher| {
             bencher.iter(|| sealed.lost_in(black_box(Range::new(0, GIB))).next());
@@ -109,10 +111,16 @@ fn ranges(criterion: &mut Criterion) {
     // In runs of three, because an error often hits neighbours, and each alone.
     let runs = || (0..MANY).map(|n| (Subpage(n + n / 3).range(), Kind::Soft, 1_700_000_000));
     let alone = || (0..MANY).map(|n| (Subpage(2 * n).range(), Kind::Soft, 1_700_000_000));
-    group.bench_function("coalesce 100,000 in runs", |bencher| bencher.iter(|| coalesce(runs()).len()));
-    group.bench_function("coalesce 100,000 alone", |bencher| bencher.iter(|| coalesce(alone()).len()));
+    group.bench_function("coalesce 100,000 in runs", |bencher| {
+        bencher.iter(|| coalesce(runs()).len())
+    });
+    group.bench_function("coalesce 100,000 alone", |bencher| {
+        bencher.iter(|| coalesce(alone()).len())
+    });
     let joined = coalesce(alone());
-    group.bench_function("format 100,000", |bencher| bencher.iter(|| format(black_box(&joined)).len()));
+    group.bench_function("format 100,000", |bencher| {
+        bencher.iter(|| format(black_box(&joined)).len())
+    });
     group.finish();
 }
 
@@ -121,7 +129,8 @@ fn ranges(criterion: &mut Criterion) {
 fn moves(criterion: &mut Criterion) {
     const POOL: u64 = 128 << 20;
     let mut group = criterion.benchmark_group("pool");
-    let pool = Pool::fill(PageSize::Huge, PageSize::Huge.pages_up(POOL), |_| Ok(())).expect("a pool");
+    let pool =
+        Pool::fill(PageSize::Huge, PageSize::Huge.pages_up(POOL), |_| Ok(())).expect("a pool");
     let mut holding = Holding::create(PageSize::Huge).expect("a file");
     for mebibytes in [2, 64] {
         let bytes = mebibytes << 20;
@@ -149,10 +158,12 @@ fn moves(criterion: &mut Criterion) {
 fn attributes(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("attributes");
     for lines in [1, 1_000u64] {
-        let value: String = (0..lines).map(|n| format!("{:#x} 0x1000 soft 1700000000\n", n << 13)).collect();
+        let value: String =
+            (0..lines).map(|n| format!("{:#x} 0x1000 soft 1700000000\n", n << 13)).collect();
         group.throughput(Throughput::Elements(lines));
         group.bench_function(BenchmarkId::new("parse poison, lines", lines), |bencher| {
-            bencher.iter(|| parse_poison(black_box(value.as_bytes()), GIB).expect("it parses").len());
+            bencher
+                .iter(|| parse_poison(black_box(value.as_bytes()), GIB).expect("it parses").len());
         });
     }
     group.finish();
@@ -180,7 +191,9 @@ fn index(criterion: &mut Criterion) {
     });
     make(&index, OsStr::new("a"));
     group.bench_function("rename there and back", |bencher| {
-        bencher.iter(|| ["a", "b", "a"].windows(2).for_each(|names| rename(&index, names[0], names[1])));
+        bencher.iter(|| {
+            ["a", "b", "a"].windows(2).for_each(|names| rename(&index, names[0], names[1]))
+        });
     });
     let root = index.open_directory(InodeId::ROOT).expect("the root");
     group.throughput(Throughput::Elements(NAMES));

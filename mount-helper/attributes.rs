@@ -45,7 +45,7 @@ pub fn write(path: &Path, name: &str, value: &str) -> Result<(), Errno> {
     setxattr(path, name, value.as_bytes(), XattrFlags::empty())
 }
 
-/// The daemon's own reason for the last [`write`] of this thread to a file that failed. `None` if
+/// The daemon's own reason for the last [`write()`] of this thread to a file that failed. `None` if
 /// the daemon has none, or is of a version that tells none.
 pub fn refusal(file: &Path) -> Option<String> {
     read(file, REFUSAL).ok().flatten()
@@ -92,7 +92,8 @@ impl Counters {
     /// A sentence, where it is none that this version knows.
     pub fn page_size(&self) -> Result<PageSize, String> {
         let known = [PageSize::Huge, PageSize::Gigantic];
-        let found = known.into_iter().find(|size| Some(size.bytes()) == self.get(Counter::PageSize));
+        let found =
+            known.into_iter().find(|size| Some(size.bytes()) == self.get(Counter::PageSize));
         found.ok_or_else(|| "the pool has a page size that this version does not know".to_owned())
     }
 }
@@ -104,7 +105,8 @@ impl Counters {
 /// A sentence.
 pub fn options(directory: &Path) -> Result<Vec<(String, String)>, String> {
     let text = read(directory, OPTIONS).map_err(|errno| errno.to_string())?.unwrap_or_default();
-    let pair = |line: &str| line.split_once(' ').map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let pair =
+        |line: &str| line.split_once(' ').map(|(name, value)| (name.to_owned(), value.to_owned()));
     Ok(text.lines().filter_map(pair).collect())
 }
 
@@ -115,7 +117,9 @@ pub fn options(directory: &Path) -> Result<Vec<(String, String)>, String> {
 pub fn pool(directory: &Path) -> Result<Counters, String> {
     let text = match read(directory, POOL) {
         Ok(Some(text)) => text,
-        Ok(None) | Err(Errno::OPNOTSUPP) => return Err("no hugetlb2 pool is mounted there".to_owned()),
+        Ok(None) | Err(Errno::OPNOTSUPP) => {
+            return Err("no hugetlb2 pool is mounted there".to_owned());
+        }
         // The second: it has died while we asked.
         Err(Errno::NOTCONN | Errno::CONNABORTED) => {
             return Err("gone: Transport endpoint is not connected; unmount it".to_owned());
@@ -156,7 +160,9 @@ pub fn resize(directory: &Path, bytes: u64) -> Result<(), String> {
     write(directory, SIZE, &bytes.to_string()).map_err(|errno| match errno {
         Errno::BUSY => "more of the pool is in use than the new size has".to_owned(),
         Errno::NOSPC => no_memory(directory),
-        Errno::ROFS => "a pool that is mounted read-only cannot be resized (remount it with rw)".to_owned(),
+        Errno::ROFS => {
+            "a pool that is mounted read-only cannot be resized (remount it with rw)".to_owned()
+        }
         other => format!("resizing the pool: {other}"),
     })
 }

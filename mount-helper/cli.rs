@@ -133,7 +133,9 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
         Action::Upgrade { directory, binary } => upgrade(&directory, binary, cli.json),
         Action::Demo => return demo::main(cli.json),
         Action::Mount { arguments } => {
-            return mount::main(std::iter::once("mount.hugetlb2".into()).chain(arguments).collect());
+            return mount::main(
+                std::iter::once("mount.hugetlb2".into()).chain(arguments).collect(),
+            );
         }
         Action::Touch => return touch::main(),
     };
@@ -151,7 +153,9 @@ type Done = Result<ExitCode, String>;
 /// Prints a line, or several. A reader that has gone away has seen what it wanted.
 fn print(text: impl Display) -> Result<(), String> {
     match writeln!(std::io::stdout(), "{text}") {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(format!("standard output: {error}")),
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(format!("standard output: {error}"))
+        }
         _ => Ok(()),
     }
 }
@@ -160,7 +164,7 @@ fn print_json(value: &Value) -> Result<(), String> {
     print(format_args!("{value:#}"))
 }
 
-// ---- pools ----------------------------------------------------------------------------------------------------------
+// ---- pools --------------------------------------------------------------------------------------
 
 fn mount_points() -> Result<Vec<PathBuf>, String> {
     Ok(mounts::all()?.into_iter().map(|pool| pool.mount_point).collect())
@@ -169,7 +173,8 @@ fn mount_points() -> Result<Vec<PathBuf>, String> {
 /// The metadata of a regular file in a pool. Another file is refused: an ordinary filesystem would
 /// store the attributes as some text of the user's, and do nothing.
 fn pool_file(file: &Path) -> Result<Metadata, String> {
-    let metadata = std::fs::metadata(file).map_err(|error| format!("{}: {error}", file.display()))?;
+    let metadata =
+        std::fs::metadata(file).map_err(|error| format!("{}: {error}", file.display()))?;
     let device = format!("{}:{}", major(metadata.dev()), minor(metadata.dev()));
     if metadata.is_file() && mounts::all()?.iter().any(|pool| pool.device == device) {
         return Ok(metadata);
@@ -191,9 +196,13 @@ fn counters(directory: &Path) -> Result<attributes::Counters, String> {
 fn describe_silence(directory: &Path) -> String {
     let processes = daemons::connection_of(directory).map(daemons::of).unwrap_or_default();
     if processes.is_empty() {
-        return format!("no answer within {} s, and no process is seen that serves it", PATIENCE.as_secs());
+        return format!(
+            "no answer within {} s, and no process is seen that serves it",
+            PATIENCE.as_secs()
+        );
     }
-    let list: Vec<_> = processes.iter().map(|one| format!("process {} is {}", one.pid, one.state)).collect();
+    let list: Vec<_> =
+        processes.iter().map(|one| format!("process {} is {}", one.pid, one.state)).collect();
     format!(
         "no answer within {} s ({}); SIGHUP to the first replaces the worker",
         PATIENCE.as_secs(),
@@ -211,7 +220,8 @@ fn status(directories: &[PathBuf], json: bool) -> Done {
     for directory in directories {
         let counters = match counters(&directory) {
             Ok(counters) => counters,
-            Err(_) if all && !mount_points()?.contains(&directory) => continue, // unmounted since we looked
+            // Unmounted since we looked.
+            Err(_) if all && !mount_points()?.contains(&directory) => continue,
             // A pool whose daemon has died must not hide the other pools.
             Err(why) if all && json => {
                 pools.push(json!({ "mount_point": directory.to_string_lossy(), "error": why }));
@@ -223,7 +233,8 @@ fn status(directories: &[PathBuf], json: bool) -> Done {
             }
             Err(why) => return Err(format!("{}: {why}", directory.display())),
         };
-        let options = attributes::options(&directory).unwrap_or_default(); // perhaps unmounted since
+        // Perhaps unmounted since.
+        let options = attributes::options(&directory).unwrap_or_default();
         let misaligned =
             std::fs::metadata(&directory).map(|root| mappers::of_pool(&root)).unwrap_or_default();
         if json {
@@ -263,7 +274,11 @@ fn inodes(directory: &Path, options: &[(String, String)]) -> Option<(u64, u64)> 
     is_worth_saying.then(|| (files.saturating_sub(free), free))
 }
 
-fn describe_pool(directory: &Path, counters: &attributes::Counters, options: &[(String, String)]) -> String {
+fn describe_pool(
+    directory: &Path,
+    counters: &attributes::Counters,
+    options: &[(String, String)],
+) -> String {
     const MIB: u64 = 1 << 20;
     let of = |counter| counters.get(counter).unwrap_or(0);
     let mut out = format!("{}\n", directory.display());
@@ -273,7 +288,11 @@ fn describe_pool(directory: &Path, counters: &attributes::Counters, options: &[(
     let (total, size) = (of(Counter::PagesTotal), of(Counter::PageSize) / MIB);
     row(
         "pages",
-        format!("{total} of {size} MiB: {} used, {} free", of(Counter::PagesUsed), of(Counter::PagesFree)),
+        format!(
+            "{total} of {size} MiB: {} used, {} free",
+            of(Counter::PagesUsed),
+            of(Counter::PagesFree)
+        ),
     );
     let huge = of(Counter::HugeBytesAtMount) / MIB;
     row("in folios", format!("{huge} MiB were in 2 MiB folios when it was mounted"));
@@ -284,23 +303,32 @@ fn describe_pool(directory: &Path, counters: &attributes::Counters, options: &[(
     }
     if of(Counter::FilesUnavailable) > 0 {
         let count = of(Counter::FilesUnavailable);
-        row("unavailable", format!("{count} files cannot be opened: EIO; they are tried again each second"));
+        row(
+            "unavailable",
+            format!("{count} files cannot be opened: EIO; they are tried again each second"),
+        );
     }
     if of(Counter::ShortBytes) > 0 {
         let (short, missing) = (of(Counter::ShortBytes) / MIB, of(Counter::PagesMissing));
         row(
             "short",
-            format!("{short} MiB are lacking, {missing} free pages for them; taken again each second"),
+            format!(
+                "{short} MiB are lacking, {missing} free pages for them; taken again each second"
+            ),
         );
     }
     if of(Counter::PunchedBytes) > 0 {
         row(
             "punched",
-            format!("{} KiB are the machine's until they are touched", of(Counter::PunchedBytes) / 1024),
+            format!(
+                "{} KiB are the machine's until they are touched",
+                of(Counter::PunchedBytes) / 1024
+            ),
         );
     }
     let (soft, hw) = (of(Counter::QuarantinedSoft), of(Counter::QuarantinedHw));
-    let by_errors = if hw > 0 { format!(", {hw} of them for memory errors") } else { String::new() };
+    let by_errors =
+        if hw > 0 { format!(", {hw} of them for memory errors") } else { String::new() };
     row("quarantined", format!("{} subpages of 4 KiB{by_errors}", soft + hw));
     let daemon = match (counters.get(Counter::DaemonPid), counters.get(Counter::WorkerPid)) {
         (Some(daemon), Some(worker)) => format!("process {daemon}, worker {worker}"),
@@ -308,7 +336,8 @@ fn describe_pool(directory: &Path, counters: &attributes::Counters, options: &[(
         (None, _) => "not seen from this process id namespace".to_owned(),
     };
     row("daemon", daemon);
-    let options: Vec<String> = options.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    let options: Vec<String> =
+        options.iter().map(|(name, value)| format!("{name}={value}")).collect();
     row("options", options.join(","));
     out
 }
@@ -319,8 +348,8 @@ fn check(directory: &Path, json: bool) -> Done {
         other => format!("{}: {other}", directory.display()),
     })?;
     let or = if geteuid().is_root() { "" } else { ", or you are not root" };
-    let text =
-        text.ok_or_else(|| format!("{}: no hugetlb2 pool is mounted there{or}", directory.display()))?;
+    let text = text
+        .ok_or_else(|| format!("{}: no hugetlb2 pool is mounted there{or}", directory.display()))?;
     let wrong: Vec<&str> = text.lines().collect();
     if json {
         print_json(&json!({ "ok": wrong.is_empty(), "wrong": wrong }))?;
@@ -337,10 +366,13 @@ fn upgrade(directory: &Path, binary: Option<PathBuf>, json: bool) -> Done {
     attributes::pool(directory).map_err(failed)?;
     let before = daemons::supervisor_of(directory).map_err(failed)?;
     let binary = match binary {
-        Some(binary) => binary.canonicalize().map_err(|error| format!("{}: {error}", binary.display()))?,
+        Some(binary) => {
+            binary.canonicalize().map_err(|error| format!("{}: {error}", binary.display()))?
+        }
         None => session::daemon_program().map_err(|failure| failure.to_string())?,
     };
-    let now = session::take_over(&binary, &before).map_err(|failure| failed(failure.to_string()))?;
+    let now =
+        session::take_over(&binary, &before).map_err(|failure| failed(failure.to_string()))?;
     let before = before.pid;
     if json {
         print_json(&json!({ "daemon_pid": now, "was": before }))?;
@@ -350,12 +382,13 @@ fn upgrade(directory: &Path, binary: Option<PathBuf>, json: bool) -> Done {
     Ok(ExitCode::SUCCESS)
 }
 
-// ---- files ----------------------------------------------------------------------------------------------------------
+// ---- files --------------------------------------------------------------------------------------
 
 fn poison(file: &Path, range: &[String], json: bool) -> Done {
     let size = pool_file(file)?.len();
     if range.is_empty() {
-        let text = attributes::read(file, attributes::POISON).map_err(|errno| describe(file, errno))?;
+        let text =
+            attributes::read(file, attributes::POISON).map_err(|errno| describe(file, errno))?;
         show_table(text.unwrap_or_default().as_str(), &["offset", "length", "kind", "time"], json)?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -434,8 +467,9 @@ fn describe(file: &Path, errno: Errno) -> String {
 fn show_table(text: &str, columns: &[&str], json: bool) -> Result<(), String> {
     let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split(' ').collect()).collect();
     if json {
-        let value =
-            |word: &str| hugetlb2fs::options::parse_number(word).map_or_else(|| json!(word), |n| json!(n));
+        let value = |word: &str| {
+            hugetlb2fs::options::parse_number(word).map_or_else(|| json!(word), |n| json!(n))
+        };
         let object = |row: &Vec<&str>| -> Value {
             columns
                 .iter()
@@ -446,7 +480,9 @@ fn show_table(text: &str, columns: &[&str], json: bool) -> Result<(), String> {
         };
         return print_json(&rows.iter().map(object).collect());
     }
-    let line = |row: &[&str]| row.iter().map(|word| format!("{word:>14}")).collect::<Vec<_>>().join(" ");
-    let lines: Vec<String> = std::iter::once(line(columns)).chain(rows.iter().map(|row| line(row))).collect();
+    let line =
+        |row: &[&str]| row.iter().map(|word| format!("{word:>14}")).collect::<Vec<_>>().join(" ");
+    let lines: Vec<String> =
+        std::iter::once(line(columns)).chain(rows.iter().map(|row| line(row))).collect();
     print(lines.join("\n"))
 }

@@ -23,8 +23,10 @@ pub fn of(minor: u32) -> Vec<Process> {
     let entries = fs::read_dir("/proc").into_iter().flatten().filter_map(Result::ok);
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let pids: Vec<u32> = pids.filter(|pid| serves(*pid, minor)).collect();
-    let mut found: Vec<Process> = pids.iter().map(|pid| Process { pid: *pid, state: state(*pid) }).collect();
-    found.sort_by_key(|one| (parent(one.pid).is_some_and(|parent| pids.contains(&parent)), one.pid));
+    let mut found: Vec<Process> =
+        pids.iter().map(|pid| Process { pid: *pid, state: state(*pid) }).collect();
+    found
+        .sort_by_key(|one| (parent(one.pid).is_some_and(|parent| pids.contains(&parent)), one.pid));
     found
 }
 
@@ -61,13 +63,15 @@ pub fn connection_of(directory: &Path) -> Result<u32, Errno> {
 }
 
 fn serves(pid: u32, minor: u32) -> bool {
-    let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().filter_map(Result::ok);
+    let descriptors =
+        fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().filter_map(Result::ok);
     let devices = descriptors
         .filter(|fd| fs::read_link(fd.path()).is_ok_and(|target| target == Path::new("/dev/fuse")));
     let mut connections = devices.filter_map(|fd| {
         let number = fd.file_name().to_str()?.to_owned();
         let text = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).ok()?;
-        text.lines().find_map(|line| line.strip_prefix("fuse_connection:")?.trim().parse::<u32>().ok())
+        text.lines()
+            .find_map(|line| line.strip_prefix("fuse_connection:")?.trim().parse::<u32>().ok())
     });
     connections.any(|connection| connection == minor)
 }
@@ -98,5 +102,6 @@ fn state(pid: u32) -> &'static str {
 /// True if a process has the daemon's name. A user who may not look at its descriptors sees no more
 /// than that.
 pub fn is_called_daemon(pid: u64) -> bool {
-    fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == "hugetlb2fsd")
+    fs::read_to_string(format!("/proc/{pid}/comm"))
+        .is_ok_and(|name| name.trim_end() == "hugetlb2fsd")
 }

@@ -73,7 +73,12 @@ fn show(report: &mut Report) -> Step {
         other.walk()?.len() as u64,
         0,
     )?;
-    report.expect("huge_before", "2 MiB entries that map it (smaps)", other.count("huge")?, HUGE_ENTRIES)?;
+    report.expect(
+        "huge_before",
+        "2 MiB entries that map it (smaps)",
+        other.count("huge")?,
+        HUGE_ENTRIES,
+    )?;
     write_pattern(&file)?;
     other.ask_ok(&format!("hammer {BUSY}"))?;
 
@@ -110,14 +115,25 @@ fn show(report: &mut Report) -> Step {
     let clock = Instant::now();
     set(&pool.file, COLLAPSE, "all")?;
     report.time("collapse", clock);
-    report.expect("sigbus_repaired", "SIGBUS in a walk over all subpages", other.walk()?.len() as u64, 0)?;
-    report.expect("huge_repaired", "2 MiB entries that map it", other.count("huge")?, HUGE_ENTRIES)?;
+    report.expect(
+        "sigbus_repaired",
+        "SIGBUS in a walk over all subpages",
+        other.walk()?.len() as u64,
+        0,
+    )?;
+    report.expect(
+        "huge_repaired",
+        "2 MiB entries that map it",
+        other.count("huge")?,
+        HUGE_ENTRIES,
+    )?;
     let (good, wrong) = read_pattern(&file)?;
     report.expect("good_repaired", "subpages that read(2) delivers", good, SUBPAGES)?;
     report.expect("wrong_repaired", "of which with a wrong byte", wrong, 0)?;
 
     report.heading("What it cost");
-    let wrong = attributes::read(&pool.mount_point, attributes::CHECK).map_err(|errno| errno.to_string())?;
+    let wrong = attributes::read(&pool.mount_point, attributes::CHECK)
+        .map_err(|errno| errno.to_string())?;
     report.expect(
         "violations",
         "invariants that do not hold",
@@ -161,7 +177,11 @@ impl Report {
 
     fn expect(&mut self, name: &str, text: &str, value: u64, claimed: u64) -> Step {
         self.line(name, text, value);
-        if value == claimed { Ok(()) } else { Err(format!("{text}: {value}, and {claimed} was claimed")) }
+        if value == claimed {
+            Ok(())
+        } else {
+            Err(format!("{text}: {value}, and {claimed} was claimed"))
+        }
     }
 }
 
@@ -182,8 +202,10 @@ struct Pool {
 /// Makes a directory that no other user had made before (mkdtemp(3)), and opens it.
 fn private_directory() -> Step<(PathBuf, OwnedFd)> {
     let mut builder = tempfile::Builder::new();
-    let made = builder.prefix("hugetlb2-demo-").permissions(Permissions::from_mode(0o700)).tempdir();
-    let name = made.map_err(|error| format!("a directory in {}: {error}", temp_dir().display()))?.keep();
+    let made =
+        builder.prefix("hugetlb2-demo-").permissions(Permissions::from_mode(0o700)).tempdir();
+    let name =
+        made.map_err(|error| format!("a directory in {}: {error}", temp_dir().display()))?.keep();
     let failed = |errno: Errno| format!("{}: {errno}", name.display());
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let directory = openat(CWD, &name, flags, Mode::empty()).map_err(failed)?;
@@ -214,9 +236,13 @@ impl Pool {
             return Err("the pool could not be mounted".to_owned());
         }
         let pid = attributes::pool(&pool.mount_point)?.get(Counter::DaemonPid).unwrap_or(0);
-        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or("the daemon has no process id")?;
-        pool.daemon =
-            Some(pidfd_open(pid, PidfdFlags::empty()).map_err(|errno| format!("pidfd_open: {errno}"))?);
+        let pid = i32::try_from(pid)
+            .ok()
+            .and_then(Pid::from_raw)
+            .ok_or("the daemon has no process id")?;
+        pool.daemon = Some(
+            pidfd_open(pid, PidfdFlags::empty()).map_err(|errno| format!("pidfd_open: {errno}"))?,
+        );
         Ok(pool)
     }
 
@@ -230,7 +256,8 @@ impl Pool {
     /// Unmounts, and waits until the memory is free again.
     fn unmount(mut self) -> Step {
         let daemon = self.daemon.take().ok_or("it is not mounted")?;
-        unmount(&self.mount_point, UnmountFlags::NOFOLLOW).map_err(|errno| format!("umount: {errno}"))?;
+        unmount(&self.mount_point, UnmountFlags::NOFOLLOW)
+            .map_err(|errno| format!("umount: {errno}"))?;
         let patience = Timespec { tv_sec: 10, tv_nsec: 0 };
         match poll(&mut [PollFd::new(&daemon, PollFlags::IN)], Some(&patience)) {
             Ok(1) => Ok(()),
@@ -245,7 +272,7 @@ impl Drop for Pool {
             let _ = unmount(&self.mount_point, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
         }
         let _ = unlinkat(&self.directory, MOUNT_POINT, AtFlags::REMOVEDIR);
-        let _ = std::fs::remove_dir(&self.name); // an empty directory, whoever's it is by now
+        let _ = std::fs::remove_dir(&self.name); // an empty directory, perhaps another user's by now
     }
 }
 
@@ -254,10 +281,11 @@ fn own_program() -> Step<PathBuf> {
 }
 
 fn set(file: &Path, attribute: &str, value: &str) -> Step {
-    attributes::write(file, attribute, value).map_err(|errno| format!("{attribute} {value}: {errno}"))
+    attributes::write(file, attribute, value)
+        .map_err(|errno| format!("{attribute} {value}: {errno}"))
 }
 
-// ---- the pattern ----------------------------------------------------------------------------------------------------
+// ---- the pattern --------------------------------------------------------------------------------
 
 /// Each subpage is filled with its own number.
 fn pattern(subpage: u64) -> impl Iterator<Item = u8> {
@@ -267,8 +295,10 @@ fn pattern(subpage: u64) -> impl Iterator<Item = u8> {
 fn write_pattern(file: &File) -> Step {
     for start in (0..PAGE).step_by(PIECE) {
         let first = start / SUBPAGE_SIZE;
-        let piece: Vec<u8> = (first..first + PIECE as u64 / SUBPAGE_SIZE).flat_map(pattern).collect();
-        file.write_all_at(&piece, start).map_err(|error| format!("write at {start:#x}: {error}"))?;
+        let piece: Vec<u8> =
+            (first..first + PIECE as u64 / SUBPAGE_SIZE).flat_map(pattern).collect();
+        file.write_all_at(&piece, start)
+            .map_err(|error| format!("write at {start:#x}: {error}"))?;
     }
     Ok(())
 }
@@ -283,7 +313,8 @@ fn read_pattern(file: &File) -> Step<(u64, u64)> {
             Ok(read) => {
                 for (n, bytes) in buffer[..read].chunks(SUBPAGE_SIZE as usize).enumerate() {
                     good += 1;
-                    wrong += u64::from(!pattern(at / SUBPAGE_SIZE + n as u64).eq(bytes.iter().copied()));
+                    wrong +=
+                        u64::from(!pattern(at / SUBPAGE_SIZE + n as u64).eq(bytes.iter().copied()));
                 }
                 at += read as u64;
             }
@@ -294,7 +325,7 @@ fn read_pattern(file: &File) -> Step<(u64, u64)> {
     Ok((good, wrong))
 }
 
-// ---- the other process ----------------------------------------------------------------------------------------------
+// ---- the other process --------------------------------------------------------------------------
 
 /// `hugetlb2 touch` in a process of its own.
 struct Other {
@@ -305,8 +336,11 @@ struct Other {
 
 impl Other {
     fn mapping(file: &Path) -> Step<Self> {
-        let started =
-            Command::new(own_program()?).arg("touch").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        let started = Command::new(own_program()?)
+            .arg("touch")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn();
         let mut child = started.map_err(|error| format!("another process: {error}"))?;
         let (input, output) = (child.stdin.take(), child.stdout.take());
         let (input, output) = input.zip(output).ok_or("it has no pipes")?;

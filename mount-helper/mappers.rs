@@ -74,7 +74,8 @@ pub fn of_file(file: &Metadata) -> Vec<Misaligned> {
 
 fn misaligned(files: Files) -> Vec<Misaligned> {
     let entries = fs::read_dir("/proc").into_iter().flatten().filter_map(Result::ok);
-    let mut pids: Vec<u32> = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    let mut pids: Vec<u32> =
+        entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
     pids.sort_unstable();
     pids.into_iter().flat_map(|pid| of_process(pid, files)).collect()
 }
@@ -176,8 +177,12 @@ mod tests {
 
     #[test]
     fn qemu_is_told_its_own_remedy() {
-        let by =
-            |program: &str| Misaligned { pid: 1, program: program.into(), path: "/f".into(), bytes: 1 << 20 };
+        let by = |program: &str| Misaligned {
+            pid: 1,
+            program: program.into(),
+            path: "/f".into(),
+            bytes: 1 << 20,
+        };
         assert!(by("qemu-system-x86").describe().contains("align=2M"));
         assert!(by("postgres").describe().contains("mmap(2)"));
     }

@@ -46,8 +46,17 @@ fn command() -> Command {
         .arg(flag("fake", 'f', "check everything, mount nothing"))
         .arg(flag("no-mtab", 'n', "accepted; there is no mtab to write to"))
         .arg(flag("verbose", 'v', "say what is done"))
-        .arg(Arg::new("namespace").short('N').help("mount in this mount namespace: a process id, or a path"))
-        .arg(Arg::new("options").short('o').action(ArgAction::Append).help("comma-separated; see below"))
+        .arg(
+            Arg::new("namespace")
+                .short('N')
+                .help("mount in this mount namespace: a process id, or a path"),
+        )
+        .arg(
+            Arg::new("options")
+                .short('o')
+                .action(ArgAction::Append)
+                .help("comma-separated; see below"),
+        )
         .arg(Arg::new("type").short('t').help("accepted; there is one type"))
 }
 
@@ -58,7 +67,8 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
 
 fn carry_out(matches: &ArgMatches) -> Result<(), Failure> {
     let strings = matches.get_many::<String>("options").into_iter().flatten().map(String::as_str);
-    let requested = Requested::parse(strings, matches.get_flag("sloppy")).map_err(Failure::Usage)?;
+    let requested =
+        Requested::parse(strings, matches.get_flag("sloppy")).map_err(Failure::Usage)?;
     let directory: &PathBuf = matches.get_one("dir").expect("clap has required it");
     let source: &String = matches.get_one("name").expect("clap has required it");
     let verbose = matches.get_flag("verbose");
@@ -87,18 +97,22 @@ fn carry_out(matches: &ArgMatches) -> Result<(), Failure> {
     }
     daemon.mount(&device, source, requested.flags, |filesystem| {
         namespaces.enter_target()?;
-        session::attach(filesystem, &place)
-            .map_err(|errno| Failure::Mount(format!("mounting on {}: {errno}", directory.display())))
+        session::attach(filesystem, &place).map_err(|errno| {
+            Failure::Mount(format!("mounting on {}: {errno}", directory.display()))
+        })
     })?;
     if verbose {
         let directory = directory.display();
-        say(format_args!("mount.hugetlb2: {source} mounted on {directory}, served by process {pid}"));
+        say(format_args!(
+            "mount.hugetlb2: {source} mounted on {directory}, served by process {pid}"
+        ));
     }
     Ok(())
 }
 
 fn check_size(requested: &Requested) -> Result<(), Failure> {
-    let memory = hugetlb2fs::sys::memory_total().map_err(|error| Failure::System(error.to_string()))?;
+    let memory =
+        hugetlb2fs::sys::memory_total().map_err(|error| Failure::System(error.to_string()))?;
     requested.pool.pages(memory).map(drop).map_err(Failure::Usage)
 }
 
@@ -120,7 +134,8 @@ fn open_directory(directory: &Path, nonempty: bool) -> Result<OwnedFd, Failure> 
     };
     if !nonempty && entries.any(is_entry) {
         return Err(wrong(
-            "not empty; what is in it could not be reached (option nonempty mounts all the same)".into(),
+            "not empty; what is in it could not be reached (option nonempty mounts all the same)"
+                .into(),
         ));
     }
     Ok(opened)
@@ -142,12 +157,14 @@ fn remount(directory: &Path, requested: &Requested, fake: bool) -> Result<(), Fa
     let now = flags_in_force(directory).map_err(|errno| failed(errno.to_string()))?;
     let wanted = requested.applied_to(now);
     let set_flags = |flags| {
-        mount_remount(directory, flags, "").map_err(|errno| failed(format!("mount(2), MS_REMOUNT: {errno}")))
+        mount_remount(directory, flags, "")
+            .map_err(|errno| failed(format!("mount(2), MS_REMOUNT: {errno}")))
     };
     if asked("size") {
         let mut options = requested.pool.clone();
         options.page_size = pool.page_size().map_err(failed)?;
-        let memory = hugetlb2fs::sys::memory_total().map_err(|error| Failure::System(error.to_string()))?;
+        let memory =
+            hugetlb2fs::sys::memory_total().map_err(|error| Failure::System(error.to_string()))?;
         let bytes = options.pages(memory).map_err(Failure::Usage)? * options.page_size.bytes();
         // The attribute of a pool that is mounted read-only cannot be set before that is lifted.
         let lifted = now.contains(MountFlags::RDONLY) && !wanted.contains(MountFlags::RDONLY);

@@ -39,7 +39,9 @@ impl Mounted {
 /// mountinfo writes space, tab, newline and backslash as three octal digits.
 fn unescape(text: &str) -> PathBuf {
     let octal = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")];
-    PathBuf::from(octal.iter().fold(text.to_owned(), |text, (code, plain)| text.replace(code, plain)))
+    PathBuf::from(
+        octal.iter().fold(text.to_owned(), |text, (code, plain)| text.replace(code, plain)),
+    )
 }
 
 /// All pools of this process's mount namespace.
@@ -47,7 +49,8 @@ fn unescape(text: &str) -> PathBuf {
 /// # Errors
 /// A sentence, where /proc is not mounted.
 pub fn all() -> Result<Vec<Mounted>, String> {
-    let text = std::fs::read("/proc/self/mountinfo").map_err(|error| format!("mountinfo: {error}"))?;
+    let text =
+        std::fs::read("/proc/self/mountinfo").map_err(|error| format!("mountinfo: {error}"))?;
     Ok(String::from_utf8_lossy(&text).lines().filter_map(Mounted::parse).collect())
 }
 
@@ -105,7 +108,9 @@ mod tests {
     #[test]
     fn only_what_root_has_mounted_is_a_pool() {
         let line = |kind: &str, user: u32| {
-            format!("36 35 0:58 / /mnt/a\\040b rw,nosuid - {kind} pool0 rw,user_id={user},group_id=0")
+            format!(
+                "36 35 0:58 / /mnt/a\\040b rw,nosuid - {kind} pool0 rw,user_id={user},group_id=0"
+            )
         };
         let pool = Mounted::parse(&line("fuse.hugetlb2", 0)).unwrap();
         assert_eq!((pool.id, pool.device.as_str()), (36, "0:58"));

@@ -24,7 +24,10 @@ impl Namespaces {
             Ok(pid) => format!("/proc/{pid}/ns/mnt"),
             Err(_) => target.clone(),
         });
-        Ok(Self { own: open("/proc/self/ns/mnt")?, target: path.map(|path| open(&path)).transpose()? })
+        Ok(Self {
+            own: open("/proc/self/ns/mnt")?,
+            target: path.map(|path| open(&path)).transpose()?,
+        })
     }
 
     /// Goes to where the mount is to be; stays where no target was given.

@@ -42,8 +42,9 @@ const GENERIC: &[Generic] = &[
 ];
 
 /// Options that mount(8) has dealt with, or that fstab(5) says to others.
-const FOR_OTHERS: &[&str] =
-    &["defaults", "auto", "noauto", "user", "nouser", "users", "owner", "group", "nofail", "_netdev"];
+const FOR_OTHERS: &[&str] = &[
+    "defaults", "auto", "noauto", "user", "nouser", "users", "owner", "group", "nofail", "_netdev",
+];
 
 /// Options that the kernel shows of a mounted pool. mount(8) passes them on at a remount. They stay
 /// as they are.
@@ -151,12 +152,17 @@ mod tests {
         assert_eq!(applied("remount,size=2M"), now);
         assert_eq!(applied("remount,noexec,suid"), (now - MountFlags::NOSUID) | MountFlags::NOEXEC);
         assert_eq!(applied("remount,noatime"), (now - MountFlags::RELATIME) | MountFlags::NOATIME);
-        assert_eq!(applied("remount,nosuid,suid,ro"), (now - MountFlags::NOSUID) | MountFlags::RDONLY);
+        assert_eq!(
+            applied("remount,nosuid,suid,ro"),
+            (now - MountFlags::NOSUID) | MountFlags::RDONLY
+        );
     }
 
     #[test]
     fn what_the_kernel_shows_is_accepted_at_a_remount_only() {
-        assert!(parse("rw,user_id=0,allow_other,max_read=1048576,remount,size=2M").unwrap().remount);
+        assert!(
+            parse("rw,user_id=0,allow_other,max_read=1048576,remount,size=2M").unwrap().remount
+        );
         assert!(parse("user_id=0,size=2M").unwrap_err().contains("user_id"));
     }
 

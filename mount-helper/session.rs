@@ -39,16 +39,19 @@ impl Daemon {
         make_inheritable(device)?;
         let device_flag = format!("--fuse-fd={}", device.as_raw_fd());
         let daemon = Self::spawn(program, arguments(options).chain([device_flag]))?;
-        fcntl_setfd(device, FdFlags::CLOEXEC).map_err(|errno| Failure::System(format!("fcntl: {errno}")))?;
+        fcntl_setfd(device, FdFlags::CLOEXEC)
+            .map_err(|errno| Failure::System(format!("fcntl: {errno}")))?;
         Ok(daemon)
     }
 
     fn spawn(program: &Path, arguments: impl Iterator<Item = String>) -> Result<Self, Failure> {
-        let system =
-            |what: &'static str| move |error: std::io::Error| Failure::System(format!("{what}: {error}"));
+        let system = |what: &'static str| {
+            move |error: std::io::Error| Failure::System(format!("{what}: {error}"))
+        };
         let (ours, theirs) = UnixStream::pair().map_err(system("socketpair"))?;
         let (interrupts, interrupted) = pipe().map_err(system("pipe"))?;
-        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP]
+        for signal in
+            [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP]
         {
             let end = interrupted.try_clone().map_err(system("pipe"))?;
             signal_hook::low_level::pipe::register(signal, std::os::fd::OwnedFd::from(end))
@@ -62,7 +65,9 @@ impl Daemon {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
-            .map_err(|error| Failure::System(format!("{} cannot be started: {error}", program.display())))?;
+            .map_err(|error| {
+                Failure::System(format!("{} cannot be started: {error}", program.display()))
+            })?;
         Ok(Self { child, control: Control::new(ours), interrupts, kept: false })
     }
 
@@ -120,7 +125,11 @@ impl Daemon {
             match self.receive()? {
                 Message::Progress { done, total } => meter.show(done, total),
                 Message::Ready { huge, total } => return Ok((huge, total)),
-                other => return Err(Failure::System(format!("unexpected word from the daemon: {other}"))),
+                other => {
+                    return Err(Failure::System(format!(
+                        "unexpected word from the daemon: {other}"
+                    )));
+                }
             }
         }
     }
@@ -139,13 +148,16 @@ impl Daemon {
         flags: MountFlags,
         attach: impl FnOnce(&OwnedFd) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
-        let filesystem = create(device, source, flags)
-            .map_err(|errno| Failure::Mount(format!("no filesystem can be made on /dev/fuse: {errno}")))?;
+        let filesystem = create(device, source, flags).map_err(|errno| {
+            Failure::Mount(format!("no filesystem can be made on /dev/fuse: {errno}"))
+        })?;
         // A daemon that is gone is found out when its answer is waited for.
         let _ = self.control.send(&Message::Mounted);
         match self.receive()? {
             Message::Serving => {}
-            other => return Err(Failure::System(format!("unexpected word from the daemon: {other}"))),
+            other => {
+                return Err(Failure::System(format!("unexpected word from the daemon: {other}")));
+            }
         }
         attach(&filesystem)?;
         self.kept = true;
@@ -204,7 +216,8 @@ fn create(device: &File, source: &str, flags: MountFlags) -> Result<OwnedFd, Err
     ] {
         fsconfig_set_string(context.as_fd(), name, value)?;
     }
-    let asked = OF_THE_FILESYSTEM.iter().filter(|(flag, _)| flags.contains(*flag)).map(|(_, name)| *name);
+    let asked =
+        OF_THE_FILESYSTEM.iter().filter(|(flag, _)| flags.contains(*flag)).map(|(_, name)| *name);
     for name in ["default_permissions", "allow_other"].into_iter().chain(asked) {
         fsconfig_set_flag(context.as_fd(), name)?;
     }

@@ -160,7 +160,8 @@ fn in_mounts_of(
     change: impl FnOnce(&mut SplitAsciiWhitespace<'_>) -> Result<(), Errno>,
 ) -> Result<String, String> {
     let process: i32 = number(words)?;
-    let namespace = File::open(format!("/proc/{process}/ns/mnt")).map_err(|error| error.to_string())?;
+    let namespace =
+        File::open(format!("/proc/{process}/ns/mnt")).map_err(|error| error.to_string())?;
     let entered = move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Mount));
     Ok(match entered.and_then(|()| change(words)) {
         Ok(()) => "ok".to_owned(),
@@ -192,7 +193,9 @@ impl Toucher {
                 let hits = hits.iter().map(|hit| format!(" {}:{}", hit.subpage.offset(), hit.code));
                 Ok(hits.fold("hits".to_owned(), |line, hit| line + &hit))
             }
-            Some("huge") => huge_entries(self.mapping()?.address()).map(|count| format!("count {count}")),
+            Some("huge") => {
+                huge_entries(self.mapping()?.address()).map(|count| format!("count {count}"))
+            }
             Some("advise") => {
                 let range = Range::at(number(&mut words)?, number(&mut words)?);
                 let advice = number(&mut words)?;
@@ -210,9 +213,9 @@ impl Toucher {
                 // The kernel ignores a policy that the mapping has already, so another policy is
                 // set in between.
                 let set = move |policy| mapping.set_policy(range, policy).is_ok();
-                std::thread::spawn(
-                    move || while set(Policy::Default) && set(Policy::Bind(NumaNode(node))) {},
-                );
+                std::thread::spawn(move || {
+                    while set(Policy::Default) && set(Policy::Bind(NumaNode(node))) {}
+                });
                 Ok("ok".to_owned())
             }
             Some("occupy") => self.occupy(number(&mut words)?, number(&mut words)?),
@@ -220,13 +223,16 @@ impl Toucher {
             Some("tally") => self.tally(number(&mut words)?),
             Some("stop") => self.stop(),
             Some("pin") => {
-                let pin = self.mapping()?.pin(number(&mut words)?).map_err(|error| error.to_string())?;
+                let pin =
+                    self.mapping()?.pin(number(&mut words)?).map_err(|error| error.to_string())?;
                 self.pin = Some(pin);
                 Ok("ok".to_owned())
             }
             Some("pin-for-io") => {
-                let pin =
-                    self.mapping()?.pin_for_io(number(&mut words)?).map_err(|error| error.to_string())?;
+                let pin = self
+                    .mapping()?
+                    .pin_for_io(number(&mut words)?)
+                    .map_err(|error| error.to_string())?;
                 self.pin = Some(pin);
                 Ok("ok".to_owned())
             }
@@ -249,7 +255,8 @@ impl Toucher {
             Some("truncate") => call(&mut words, File::options().write(true), truncate),
             Some("fallocate") => call(&mut words, File::options().write(true), fallocate),
             Some("cover") => in_mounts_of(&mut words, |words| {
-                let (source, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+                let (source, target) =
+                    (words.next().unwrap_or_default(), words.next().unwrap_or_default());
                 rustix::mount::mount_bind(source, target)
             }),
             Some("uncover") => in_mounts_of(&mut words, |words| {
@@ -272,20 +279,27 @@ impl Toucher {
             other => return Err(format!("{other:?} is neither shared nor private")),
         };
         let writable = words.next() == Some("rw");
-        let file = File::options().read(true).write(writable && sharing == Sharing::Shared).open(path);
+        let file =
+            File::options().read(true).write(writable && sharing == Sharing::Shared).open(path);
         let file = file.map_err(|error| format!("{path}: {error}"))?;
-        let mapping = Mapping::new(&file, range, sharing, writable).map_err(|error| error.to_string())?;
+        let mapping =
+            Mapping::new(&file, range, sharing, writable).map_err(|error| error.to_string())?;
         self.mapping = Some(Arc::new(mapping));
         Ok("ok".to_owned())
     }
 
     fn lock(&mut self, words: &mut SplitAsciiWhitespace<'_>) -> Result<String, String> {
         let path = words.next().ok_or("a path is missing")?;
-        let file =
-            File::options().read(true).write(true).open(path).map_err(|error| format!("{path}: {error}"))?;
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .open(path)
+            .map_err(|error| format!("{path}: {error}"))?;
         let locked = match words.next() {
             Some("flock") => rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive),
-            Some("fcntl") => rustix::fs::fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive),
+            Some("fcntl") => {
+                rustix::fs::fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive)
+            }
             other => return Err(format!("{other:?} is neither flock nor fcntl")),
         };
         if let Err(errno) = locked {
@@ -344,7 +358,8 @@ impl Toucher {
     fn stop(&mut self) -> Result<String, String> {
         let hammer = self.hammer.take().ok_or("nothing is hammered")?;
         hammer.progress.stop.store(true, Ordering::Relaxed);
-        let (touches, faults) = hammer.thread.join().map_err(|_| "the hammer panicked".to_owned())?;
+        let (touches, faults) =
+            hammer.thread.join().map_err(|_| "the hammer panicked".to_owned())?;
         Ok(format!("count {touches} {faults}"))
     }
 }
@@ -410,7 +425,8 @@ fn fallocate(file: &File, words: &mut Words<'_>) -> Result<io::Result<String>, S
 
 /// The number of 2 MiB entries that map the mapping at `address` (proc(5), smaps).
 fn huge_entries(address: usize) -> Result<u64, String> {
-    let smaps = std::fs::read_to_string("/proc/self/smaps").map_err(|error| format!("smaps: {error}"))?;
+    let smaps =
+        std::fs::read_to_string("/proc/self/smaps").map_err(|error| format!("smaps: {error}"))?;
     let header = format!("{address:x}-");
     let mut lines = smaps.lines().skip_while(|line| !line.starts_with(&header)).skip(1);
     let is_field = |line: &&str| line.split(' ').next().is_some_and(|word| word.ends_with(':'));

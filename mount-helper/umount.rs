@@ -38,7 +38,9 @@ fn command() -> Command {
         .arg(flag("verbose", 'v', "accepted"))
         .arg(flag("read-only", 'r', "accepted; there is nothing to write back"))
         .arg(
-            Arg::new("namespace").short('N').help("unmount in this mount namespace: a process id, or a path"),
+            Arg::new("namespace")
+                .short('N')
+                .help("unmount in this mount namespace: a process id, or a path"),
         )
         .arg(Arg::new("type").short('t').help("accepted; there is one type"))
 }
@@ -77,10 +79,13 @@ fn end_connection(mount_point: &Path) -> Result<(), String> {
                 .into(),
         );
     }
-    unmount(mount_point, UnmountFlags::FORCE | UnmountFlags::NOFOLLOW).map_err(|errno| match errno {
-        Errno::BUSY => {
-            "its daemon did not answer, so all calls fail from now on; it is still in use".to_owned()
-        }
-        other => other.to_string(),
-    })
+    unmount(mount_point, UnmountFlags::FORCE | UnmountFlags::NOFOLLOW).map_err(
+        |errno| match errno {
+            Errno::BUSY => {
+                "its daemon did not answer, so all calls fail from now on; it is still in use"
+                    .to_owned()
+            }
+            other => other.to_string(),
+        },
+    )
 }

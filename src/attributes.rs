@@ -143,11 +143,21 @@ const fn only_for_tests(
 
 /// All attributes, in the order of the documentation.
 pub const TABLE: &[Row] = &[
-    of_file(POISON, OfFile::Poison, Some("quarantined ranges"), Some("quarantine these ranges too")),
+    of_file(
+        POISON,
+        OfFile::Poison,
+        Some("quarantined ranges"),
+        Some("quarantine these ranges too"),
+    ),
     of_file(REPAIR, OfFile::Repair, None, Some("repair ranges with zeros, or salvage their bytes")),
     of_file(COLLAPSE, OfFile::Collapse, None, Some("put huge mappings back now")),
     of_file(MAP, OfFile::Map, Some("ranges, with state and NUMA node"), None),
-    of_file(REFUSAL, OfFile::Refusal, Some("the reason for the last refusal of this thread here"), None),
+    of_file(
+        REFUSAL,
+        OfFile::Refusal,
+        Some("the reason for the last refusal of this thread here"),
+        None,
+    ),
     of_file(INJECT, OfFile::Inject, None, Some("a real memory error, for tests")),
     of_root(POOL, OfRoot::Pool, Some("the counters of the pool"), None),
     of_root(OPTIONS, OfRoot::Options, Some("the options of the mount, but for the size"), None),
@@ -155,13 +165,23 @@ pub const TABLE: &[Row] = &[
     of_root(CHECK, OfRoot::Check, Some("the invariants that do not hold"), None),
     of_root(UNAVAILABLE, OfRoot::Unavailable, Some("the files that cannot be opened"), None),
     #[cfg(debug_assertions)]
-    only_for_tests(DIE, OfRoot::Die, "the names of the steps", Some("die at a step, or stop there")),
+    only_for_tests(
+        DIE,
+        OfRoot::Die,
+        "the names of the steps",
+        Some("die at a step, or stop there"),
+    ),
     #[cfg(debug_assertions)]
     only_for_tests(STEPS, OfRoot::Steps, "the count of each step since the last read", None),
     #[cfg(debug_assertions)]
     only_for_tests(STOPPED, OfRoot::Stopped, "the number of threads that have stopped", None),
     #[cfg(debug_assertions)]
-    only_for_tests(FAIL, OfRoot::Fail, "the failure so far", Some("the system call to fail, and the error")),
+    only_for_tests(
+        FAIL,
+        OfRoot::Fail,
+        "the failure so far",
+        Some("the system call to fail, and the error"),
+    ),
 ];
 
 /// The row of an attribute; none for a name that the table does not have.
@@ -270,7 +290,10 @@ mod tests {
             .collect();
         let offered: Vec<&Row> = TABLE.iter().filter(|row| !row.only_for_tests).collect();
         let names = |row: &&Row| row.name;
-        assert!(offered.iter().map(names).eq(documented.iter().map(|cells| cells[0])), "{documented:?}");
+        assert!(
+            offered.iter().map(names).eq(documented.iter().map(|cells| cells[0])),
+            "{documented:?}"
+        );
         for (row, cells) in offered.iter().zip(&documented) {
             let place = if let Attribute::File(_) = row.attribute { "file" } else { "root" };
             assert_eq!(cells[1], place, "{}", row.name);
@@ -283,7 +306,12 @@ mod tests {
     fn every_name_of_the_table_belongs_to_the_interface_once() {
         for row in TABLE {
             assert!(is_of_interface(row.name.as_bytes()), "{}", row.name);
-            assert_eq!(TABLE.iter().filter(|other| other.name == row.name).count(), 1, "{}", row.name);
+            assert_eq!(
+                TABLE.iter().filter(|other| other.name == row.name).count(),
+                1,
+                "{}",
+                row.name
+            );
             assert!(row.get.is_some() || row.set.is_some(), "{} does nothing", row.name);
         }
         assert!(!is_of_interface(b"user.hugetlb2"), "users may have that one");

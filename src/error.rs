@@ -102,7 +102,10 @@ impl Error {
     /// True if the kernel lacked memory, descriptors or room for an attribute. A retry a moment
     /// later may succeed.
     pub fn is_shortage(&self) -> bool {
-        matches!(self, Self::NoMemory | Self::Os(Errno::NOMEM | Errno::MFILE | Errno::NFILE | Errno::NOSPC))
+        matches!(
+            self,
+            Self::NoMemory | Self::Os(Errno::NOMEM | Errno::MFILE | Errno::NFILE | Errno::NOSPC)
+        )
     }
 
     /// An [`Error::Invalid`]. `why` says what is wrong and what the filesystem expects.

@@ -106,7 +106,9 @@ mod armed {
             return Ok(());
         }
         let mut plan = PLAN.lock().expect("no panic while calls are counted");
-        let Some(plan) = plan.as_mut().filter(|plan| want.can_answer(plan.errno)) else { return Ok(()) };
+        let Some(plan) = plan.as_mut().filter(|plan| want.can_answer(plan.errno)) else {
+            return Ok(());
+        };
         plan.counted += 1;
         let fails = plan.counted == plan.nth || plan.lasts && plan.counted > plan.nth;
         if !fails {
@@ -141,7 +143,8 @@ mod tests {
 
     #[test]
     fn an_error_comes_of_calls_that_can_answer_it() {
-        let answers = |errno| [Want::Memory, Want::Descriptor, Want::Room].map(|want| want.can_answer(errno));
+        let answers =
+            |errno| [Want::Memory, Want::Descriptor, Want::Room].map(|want| want.can_answer(errno));
         assert_eq!(answers(Errno::NOMEM), [true, true, true]);
         assert_eq!(answers(Errno::MFILE), [false, true, false]);
         assert_eq!(answers(Errno::NOSPC), [false, false, true]);

@@ -16,11 +16,19 @@ static ALLOCATOR: sys::allocator::Present = sys::allocator::Present;
 
 fn command() -> Command {
     let table = TABLE.iter().map(|row| {
-        let default = row.default.map_or("required".to_owned(), |value| format!("default: {value}"));
-        Arg::new(row.name).long(row.name).value_name(row.value).help(format!("{} [{default}]", row.help))
+        let default =
+            row.default.map_or("required".to_owned(), |value| format!("default: {value}"));
+        Arg::new(row.name)
+            .long(row.name)
+            .value_name(row.value)
+            .help(format!("{} [{default}]", row.help))
     });
     let number = |name: &'static str, value: &'static str, help: &'static str| {
-        Arg::new(name).long(name).value_name(value).value_parser(clap::value_parser!(i32)).help(help)
+        Arg::new(name)
+            .long(name)
+            .value_name(value)
+            .value_parser(clap::value_parser!(i32))
+            .help(help)
     };
     Command::new("hugetlb2fsd")
         .version(clap::crate_version!())

@@ -107,7 +107,11 @@ impl Size {
         };
         if let Some(percent) = text.strip_suffix('%') {
             let percent: u64 = percent.parse().map_err(|_| wrong())?;
-            return if (1..=100).contains(&percent) { Ok(Self::Percent(percent)) } else { Err(wrong()) };
+            return if (1..=100).contains(&percent) {
+                Ok(Self::Percent(percent))
+            } else {
+                Err(wrong())
+            };
         }
         let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
         let shift = match &text[digits.len()..] {
@@ -207,8 +211,9 @@ pub const TABLE: &[Row] = &[
         default: Some("755"),
         help: "permission bits of the root directory",
         set: |options, text| {
-            let mode =
-                u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o7777 && !text.starts_with('+'));
+            let mode = u32::from_str_radix(text, 8)
+                .ok()
+                .filter(|mode| *mode <= 0o7777 && !text.starts_with('+'));
             options.mode =
                 mode.ok_or_else(|| format!("{text:?} is not a mode: an octal number up to 7777"))?;
             Ok(())
@@ -341,7 +346,8 @@ impl Options {
             let names: Vec<_> = TABLE.iter().map(|row| row.name).collect();
             format!("unknown option {name:?}; there are {}, and mount(8)'s own", names.join(", "))
         })?;
-        let value = value.ok_or_else(|| format!("option {name} needs a value: {name}={}", row.value))?;
+        let value =
+            value.ok_or_else(|| format!("option {name} needs a value: {name}={}", row.value))?;
         (row.set)(self, value).map_err(|why| format!("option {name}: {why}"))
     }
 
@@ -366,7 +372,8 @@ impl Options {
         let layout = textwrap::Options::new(80).subsequent_indent(&indent).break_words(false);
         let mut out = String::new();
         for row in TABLE {
-            let default = row.default.map_or("required".to_owned(), |value| format!("default {value}"));
+            let default =
+                row.default.map_or("required".to_owned(), |value| format!("default {value}"));
             let option = format!("  {}={}", row.name, row.value);
             let text = format!("{option:COLUMN$}{} ({default})", row.help);
             let _ = writeln!(out, "{}", textwrap::fill(&text, &layout));
@@ -386,7 +393,8 @@ mod tests {
 
     #[test]
     fn sizes_are_read_with_every_suffix() {
-        for (text, bytes) in [("4096", 4096), ("3K", 3 << 10), ("2m", 2 << 20), ("4G", 4 << 30), ("0x10", 16)]
+        for (text, bytes) in
+            [("4096", 4096), ("3K", 3 << 10), ("2m", 2 << 20), ("4G", 4 << 30), ("0x10", 16)]
         {
             assert_eq!(Size::parse(text), Ok(Size::Bytes(bytes)), "{text}");
         }
@@ -434,7 +442,9 @@ mod tests {
 
     #[test]
     fn a_size_below_a_page_is_refused() {
-        assert!(set("size", "0").unwrap().pages(1 << 40).unwrap_err().contains("less than one page"));
+        assert!(
+            set("size", "0").unwrap().pages(1 << 40).unwrap_err().contains("less than one page")
+        );
         assert!(set("size", "1023M").unwrap().pages(1 << 40).is_err());
         assert_eq!(set("size", "2047M").unwrap().pages(1 << 40), Ok(1));
         assert!(Options::default().pages(1 << 40).unwrap_err().contains("required"));

@@ -43,7 +43,9 @@ pub fn coalesce(ranges: impl Iterator<Item = (Range, Kind, u64)>) -> Vec<Quarant
     let mut out: Vec<Quarantined> = Vec::new();
     for (range, kind, time) in ranges {
         match out.last_mut() {
-            Some(last) if last.range.end == range.start && last.kind == kind && last.time == time => {
+            Some(last)
+                if last.range.end == range.start && last.kind == kind && last.time == time =>
+            {
                 last.range.end = range.end;
             }
             _ => out.push(Quarantined { range, kind, time }),
@@ -130,7 +132,9 @@ pub fn parse_inject(value: &[u8], size: u64) -> Result<Subpage> {
     let lines: Vec<&str> = items(value)?.collect();
     let [line] = lines[..] else { return Err(Error::invalid("expected one line, hw <offset>")) };
     match line.split_ascii_whitespace().collect::<Vec<_>>()[..] {
-        ["hw", offset] => Ok(Subpage::containing(parse_range(Some(offset), Some("1"), size)?.start)),
+        ["hw", offset] => {
+            Ok(Subpage::containing(parse_range(Some(offset), Some("1"), size)?.start))
+        }
         _ => Err(Error::invalid(format!("{line:?} is not hw <offset>"))),
     }
 }
@@ -148,7 +152,9 @@ fn parse_target(text: &str, size: u64) -> Result<Range> {
     let (first, second, third) = (words.next(), words.next(), words.next());
     match (first, second) {
         (Some("all"), None) => Ok(Range::new(0, size).subpages_out()),
-        _ if third.is_some() => Err(Error::invalid(format!("{text:?} has more than an offset and a length"))),
+        _ if third.is_some() => {
+            Err(Error::invalid(format!("{text:?} has more than an offset and a length")))
+        }
         _ => parse_range(first, second, size),
     }
 }
@@ -156,11 +162,12 @@ fn parse_target(text: &str, size: u64) -> Result<Range> {
 fn parse_range(offset: Option<&str>, length: Option<&str>, size: u64) -> Result<Range> {
     let number = |word: Option<&str>, what: &str| {
         let word = word.ok_or_else(|| Error::invalid(format!("the {what} is missing")))?;
-        parse_number(word).ok_or_else(|| Error::invalid(format!("{word:?} is not a number ({what})")))
+        parse_number(word)
+            .ok_or_else(|| Error::invalid(format!("{word:?} is not a number ({what})")))
     };
     let (offset, length) = (number(offset, "offset")?, number(length, "length")?);
-    let range =
-        Range::checked_at(offset, length).filter(|range| range.end <= size.next_multiple_of(SUBPAGE_SIZE));
+    let range = Range::checked_at(offset, length)
+        .filter(|range| range.end <= size.next_multiple_of(SUBPAGE_SIZE));
     match range {
         Some(range) if !range.is_empty() && range.start < size => Ok(range.subpages_out()),
         Some(range) if range.is_empty() => Err(Error::invalid("the length is 0")),
@@ -179,7 +186,9 @@ mod tests {
     #[test]
     fn neighbours_are_joined_and_others_are_not() {
         let joined = coalesce(
-            [(1, 5), (2, 5), (3, 6), (9, 6)].iter().map(|(n, time)| (Subpage(*n).range(), Kind::Soft, *time)),
+            [(1, 5), (2, 5), (3, 6), (9, 6)]
+                .iter()
+                .map(|(n, time)| (Subpage(*n).range(), Kind::Soft, *time)),
         );
         let ranges: Vec<_> =
             joined.iter().map(|item| (item.range.start / 4096, item.range.len() / 4096)).collect();
@@ -230,10 +239,20 @@ mod tests {
     #[test]
     fn repairs_name_what_to_put_in_place() {
         assert_eq!(parse_repair(b"zero 0 1", SIZE).unwrap(), [(Repair::Zero, Range::new(0, 4096))]);
-        assert_eq!(parse_repair(b"salvage all\n", SIZE).unwrap(), [(Repair::Salvage, Range::new(0, SIZE))]);
-        for value in
-            [&b""[..], b"zero", b"heal all", b"zero all all", b"zero 0", b"zero 0 1 2", b"all", b"zeroall"]
-        {
+        assert_eq!(
+            parse_repair(b"salvage all\n", SIZE).unwrap(),
+            [(Repair::Salvage, Range::new(0, SIZE))]
+        );
+        for value in [
+            &b""[..],
+            b"zero",
+            b"heal all",
+            b"zero all all",
+            b"zero 0",
+            b"zero 0 1 2",
+            b"all",
+            b"zeroall",
+        ] {
             assert!(matches!(parse_repair(value, SIZE), Err(Error::Invalid(_))), "{value:?}");
         }
     }
@@ -241,7 +260,9 @@ mod tests {
     #[test]
     fn injection_takes_one_offset() {
         assert_eq!(parse_inject(b"hw 0x1fff\n", SIZE).unwrap(), Subpage(1));
-        for value in [&b""[..], b"hw", b"soft 0", b"hw 0 1", b"hw 0\nhw 4096", b"hw 1048576", b"hw x"] {
+        for value in
+            [&b""[..], b"hw", b"soft 0", b"hw 0 1", b"hw 0\nhw 4096", b"hw 1048576", b"hw x"]
+        {
             assert!(matches!(parse_inject(value, SIZE), Err(Error::Invalid(_))), "{value:?}");
         }
     }

@@ -71,7 +71,9 @@ impl SessionRecord {
         match version {
             Some(VERSION) => {}
             Some(other) => {
-                return Err(format!("what was left is of version {other}, and this program knows {VERSION}"));
+                return Err(format!(
+                    "what was left is of version {other}, and this program knows {VERSION}"
+                ));
             }
             None => return Err("what was left has no version".into()),
         }
@@ -113,7 +115,10 @@ mod tests {
         options.set("pagesize", Some("2M")).unwrap();
         options.set("punch", Some("keep")).unwrap();
         options.set("log", Some("/var/log/a pool=1")).unwrap();
-        SessionRecord { options, handshake: Handshake { request: vec![0, 255, 16], reply: vec![1] } }
+        SessionRecord {
+            options,
+            handshake: Handshake { request: vec![0, 255, 16], reply: vec![1] },
+        }
     }
 
     #[test]
@@ -130,7 +135,9 @@ mod tests {
 
     #[test]
     fn what_does_not_parse_is_refused() {
-        for text in ["", "hugetlb2 handover", "hugetlb2 handover 1\nnews", "hugetlb2 handover 1\nreply 0"] {
+        for text in
+            ["", "hugetlb2 handover", "hugetlb2 handover 1\nnews", "hugetlb2 handover 1\nreply 0"]
+        {
             assert!(SessionRecord::decode(text).is_err(), "{text:?}");
         }
     }

@@ -9,8 +9,8 @@
 //! A test can also stop threads at a step ([`hold`]), to see which requests go on while a change is
 //! under way.
 //!
-//! To add a step, add three things: a line in the table below, a call of `reached` after the step, and
-//! a situation in `tests/deaths.rs` that reaches the step. The test fails until it has such a
+//! To add a step, add three things: a line in the table below, a call of `reached` after the step,
+//! and a situation in `tests/deaths.rs` that reaches the step. The test fails until it has such a
 //! situation.
 
 use crate::error::Result;
@@ -82,8 +82,8 @@ steps! {
 /// usually passes, so the function tries again for a while. If the shortage lasts, this process
 /// kills itself: the next worker finishes or undoes the change. The thread keeps its locks for that
 /// second, so requests for the same file wait. The kernel sends the request again; in a shortage
-/// that outlasts eight workers the request is refused ([`crate::fuse`]), and the file is unavailable
-/// if it cannot even be opened.
+/// that outlasts eight workers the request is refused ([`crate::fuse`]), and the file is
+/// unavailable if it cannot even be opened.
 ///
 /// # Errors
 /// The errors of `call` that are no shortage.
@@ -93,7 +93,9 @@ pub fn insist<T>(mut call: impl FnMut() -> Result<T>) -> Result<T> {
     let started = Instant::now();
     loop {
         match call() {
-            Err(error) if error.is_shortage() && started.elapsed() < PATIENCE => std::thread::sleep(NAP),
+            Err(error) if error.is_shortage() && started.elapsed() < PATIENCE => {
+                std::thread::sleep(NAP)
+            }
             Err(error) if error.is_shortage() => {
                 log::error!(
                     "a change can be neither finished nor undone here, and is left to the next worker: {error}"
@@ -140,7 +142,7 @@ mod armed {
         *held() = Held { step: Some(step), stopped: 0 };
     }
 
-    /// How many threads have stopped at the step that is held.
+    /// The number of threads that have stopped at the step that is held.
     pub fn stopped() -> u32 {
         held().stopped
     }
@@ -192,7 +194,8 @@ mod tests {
 
     #[test]
     fn what_is_insisted_on_outlasts_a_shortage() {
-        let mut answers = vec![Ok(7), Err(Error::NoMemory), Err(Error::Os(rustix::io::Errno::MFILE))];
+        let mut answers =
+            vec![Ok(7), Err(Error::NoMemory), Err(Error::Os(rustix::io::Errno::MFILE))];
         assert_eq!(insist(|| answers.pop().expect("it ends with the first success")).unwrap(), 7);
         let mut tries = 0;
         let refused: Result<()> = insist(|| {
@@ -204,7 +207,8 @@ mod tests {
 
     #[test]
     fn no_two_steps_have_one_name() {
-        let names: std::collections::BTreeSet<_> = Step::ALL.iter().map(|step| step.name()).collect();
+        let names: std::collections::BTreeSet<_> =
+            Step::ALL.iter().map(|step| step.name()).collect();
         assert_eq!(names.len(), Step::ALL.len());
     }
 }

@@ -70,7 +70,7 @@ impl Announcement {
 pub struct Death {
     /// Its process.
     pub worker: Pid,
-    /// How it ended.
+    /// The end of the worker.
     pub status: WaitStatus,
 }
 
@@ -92,7 +92,7 @@ pub enum Role {
     Refuse,
 }
 
-/// How it ended.
+/// The end of a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
     /// Unmounted.
@@ -167,11 +167,14 @@ pub fn supervise(
     must_serve: bool,
     mut work: impl FnMut(Role) -> i32,
 ) -> Result<End> {
-    let signals = Signals::block(&[Signal::CHILD, Signal::TERM, Signal::INT, Signal::HUP, Signal::USR1])?;
-    logging::reopen_on(Signal::USR1.as_raw())?; // of which a worker has the use: here the signal is blocked
+    let signals =
+        Signals::block(&[Signal::CHILD, Signal::TERM, Signal::INT, Signal::HUP, Signal::USR1])?;
+    // Of which a worker has the use: here the signal is blocked.
+    logging::reopen_on(Signal::USR1.as_raw())?;
     let mut restarts = Restarts::default();
     let mut mounting = must_serve;
-    let mut last_words = control.as_ref().filter(|_| must_serve).map(Control::try_clone).transpose()?;
+    let mut last_words =
+        control.as_ref().filter(|_| must_serve).map(Control::try_clone).transpose()?;
     let mut after = None;
     let mut next = Next::Serve(Duration::ZERO);
     loop {
@@ -188,7 +191,8 @@ pub fn supervise(
                 return Ok(End::NeverServed);
             }
             Err(_) => {
-                next = restarts.after_death(false); // no memory for a process: there may be some later
+                // No memory for a process: there may be some later.
+                next = restarts.after_death(false);
                 restarts.fruitless = restarts.fruitless.min(RESTARTS - 2);
                 continue;
             }
@@ -248,9 +252,12 @@ fn start(
             drop(announced);
             let ready = process::die_with(supervisor).and_then(|()| signals.unblock());
             let role = match next {
-                Next::Serve(_) => {
-                    Role::Serve { announcement: Announcement(announcement), control, mounting, after }
-                }
+                Next::Serve(_) => Role::Serve {
+                    announcement: Announcement(announcement),
+                    control,
+                    mounting,
+                    after,
+                },
                 Next::Refuse(_) => Role::Refuse,
             };
             std::process::exit(if ready.is_ok() { work(role) } else { 1 })
@@ -286,7 +293,8 @@ fn report(status: WaitStatus, helper: Option<Control>) {
 }
 
 fn ended_by(signal: i32) -> String {
-    let why = format!("the daemon's worker was, before it served, {}", process::explain_signal(signal));
+    let why =
+        format!("the daemon's worker was, before it served, {}", process::explain_signal(signal));
     let limit = cgroup::tightest_limit("self").filter(|_| signal == Signal::KILL.as_raw());
     limit.map_or(why.clone(), |limit| format!("{why}: {limit}"))
 }
@@ -307,7 +315,9 @@ impl Worker {
     /// closed then, so the call does not wait.
     fn has_served(&mut self) -> bool {
         let mut word = [0];
-        self.announced.take().is_some_and(|mut announced| matches!(announced.read(&mut word), Ok(1)))
+        self.announced
+            .take()
+            .is_some_and(|mut announced| matches!(announced.read(&mut word), Ok(1)))
     }
 
     fn kill(&self) -> Result<()> {
@@ -360,7 +370,9 @@ mod tests {
         let mut restarts = Restarts { fruitless: RESTARTS - 1 };
         let mut last = Duration::ZERO;
         for _ in 0..100 {
-            let Next::Refuse(limit) = restarts.after_death(false) else { panic!("served in between") };
+            let Next::Refuse(limit) = restarts.after_death(false) else {
+                panic!("served in between")
+            };
             assert!(limit == 2 * last || limit == FIRST_REFUSAL || limit == LONGEST_REFUSAL);
             last = limit;
         }

@@ -201,8 +201,9 @@ impl Range {
     /// Pieces of at most `step` bytes, in order.
     pub fn steps(self, step: u64) -> impl DoubleEndedIterator<Item = Range> + use<> {
         let count = self.len().div_ceil(step);
-        (0..count)
-            .map(move |n| Range::new(self.start + n * step, (self.start + (n + 1) * step).min(self.end)))
+        (0..count).map(move |n| {
+            Range::new(self.start + n * step, (self.start + (n + 1) * step).min(self.end))
+        })
     }
 }
 
@@ -298,7 +299,10 @@ mod tests {
     #[test]
     fn a_range_is_cut_at_multiples_without_overlap() {
         let pieces = |range: Range| range.cut_at_multiples(10).collect::<Vec<_>>();
-        assert_eq!(pieces(Range::new(5, 25)), [Range::new(5, 10), Range::new(10, 20), Range::new(20, 25)]);
+        assert_eq!(
+            pieces(Range::new(5, 25)),
+            [Range::new(5, 10), Range::new(10, 20), Range::new(20, 25)]
+        );
         assert_eq!(pieces(Range::new(10, 20)), [Range::new(10, 20)]);
         assert_eq!(pieces(Range::new(5, 5)), []);
     }

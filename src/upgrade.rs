@@ -55,7 +55,8 @@ impl Predecessor {
         let refused = |why: &str| format!("process {pid} is not taken over from: {why}");
         let failed = |error: Error| refused(&reason(error));
         let process = Pid::from_raw(pid).ok_or_else(|| refused("no process has this number"))?;
-        let process = pidfd_open(process, PidfdFlags::empty()).map_err(|errno| failed(errno.into()))?;
+        let process =
+            pidfd_open(process, PidfdFlags::empty()).map_err(|errno| failed(errno.into()))?;
         if !is_roots(pid).map_err(failed)? {
             return Err(refused("it is another user's"));
         }
@@ -91,7 +92,8 @@ impl Predecessor {
         let failed = |errno: Errno| format!("ending the other daemon: {errno}");
         match pidfd_send_signal(&self.process, Signal::KILL) {
             Ok(()) => {}
-            Err(errno) => return Err(failed(errno)), // ESRCH: it has gone, or another has taken over
+            // ESRCH: it has gone, or another has taken over.
+            Err(errno) => return Err(failed(errno)),
         }
         while let Err(errno) = poll(&mut [PollFd::new(&self.process, PollFlags::IN)], None) {
             if errno != Errno::INTR {
@@ -115,7 +117,8 @@ fn count_known(root: &Path, directory: &str) -> Result<u64, Error> {
     let mut count = 0;
     for place in std::fs::read_dir(root.join(directory.trim_start_matches('/')))? {
         match sealed::check_version(&place?.path()) {
-            Ok(()) | Err(Error::Os(Errno::NOENT)) => count += 1, // NOENT: one that goes or comes just now
+            // NOENT: one that goes or comes just now.
+            Ok(()) | Err(Error::Os(Errno::NOENT)) => count += 1,
             Err(error) => return Err(error),
         }
     }
@@ -152,13 +155,17 @@ fn reason(error: Error) -> String {
 fn lock(root: &Path) -> Result<File, Error> {
     let lock = match File::open(SessionRecord::path(root)) {
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            return Err(Error::invalid("it is no daemon of this filesystem, or has not come to serve yet"));
+            return Err(Error::invalid(
+                "it is no daemon of this filesystem, or has not come to serve yet",
+            ));
         }
         opened => opened?,
     };
     match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(lock),
-        Err(Errno::WOULDBLOCK) => Err(Error::Busy("another daemon is taking over from it just now")),
+        Err(Errno::WOULDBLOCK) => {
+            Err(Error::Busy("another daemon is taking over from it just now"))
+        }
         Err(errno) => Err(errno.into()),
     }
 }
@@ -177,9 +184,11 @@ fn device_of(pid: i32, process: &OwnedFd, connection: i32) -> Result<OwnedFd, Er
             && std::fs::read_link(entry.path()).is_ok_and(|target| target == Path::new("/dev/fuse"))
         {
             let device = process::descriptor_of(process, number)?;
-            let about = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", device.as_raw_fd()))?;
-            let served =
-                about.lines().find_map(|line| line.strip_prefix("fuse_connection:")?.trim().parse().ok());
+            let about =
+                std::fs::read_to_string(format!("/proc/self/fdinfo/{}", device.as_raw_fd()))?;
+            let served = about
+                .lines()
+                .find_map(|line| line.strip_prefix("fuse_connection:")?.trim().parse().ok());
             if served == Some(connection) {
                 return Ok(device);
             }

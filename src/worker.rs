@@ -54,7 +54,9 @@ pub fn prepare(namespace: impl FnOnce() -> Result<(), Error>) -> Result<(), Stri
     prepared.map_err(preparing)?;
     // A shortage that the daemon causes must end no other process.
     if let Err(error) = sys::shortage::spare_others() {
-        log::warn!("memory that is taken can be the end of other processes (no CAP_SYS_RESOURCE?): {error}");
+        log::warn!(
+            "memory that is taken can be the end of other processes (no CAP_SYS_RESOURCE?): {error}"
+        );
     }
     // All memory of the pool would be lost with the daemon, so the OOM killer is told to look
     // elsewhere (proc(5)).
@@ -99,10 +101,12 @@ pub fn run(options: &Options, device: &OwnedFd, role: Role) -> i32 {
     let done = match role {
         Role::Refuse => refuse(device), // without a writer its lines wait for the next worker's
         Role::Serve { announcement, mut control, mounting, after } => {
-            let served =
-                writes.and_then(|()| serve(options, device, announcement, &mut control, (mounting, after)));
+            let served = writes.and_then(|()| {
+                serve(options, device, announcement, &mut control, (mounting, after))
+            });
             if let (Err(why), Some(control)) = (&served, &mut control) {
-                let _ = control.send(&Message::Failed(why.clone())); // a helper that is gone need not know
+                // A helper that is gone need not know.
+                let _ = control.send(&Message::Failed(why.clone()));
             }
             served
         }
@@ -129,7 +133,9 @@ fn refuse(device: &OwnedFd) -> Result<(), String> {
     // The workers may have died of a request that is not answered yet.
     fuse::resend(device).map_err(|error| format!("having requests sent again: {error}"))?;
     let mut buffer = vec![0; 2 * fuse::LARGEST_REQUEST as usize];
-    while fuse::refuse_one(device, &mut buffer).map_err(|error| format!("refusing requests: {error}"))? {}
+    while fuse::refuse_one(device, &mut buffer)
+        .map_err(|error| format!("refusing requests: {error}"))?
+    {}
     Ok(())
 }
 
@@ -156,8 +162,9 @@ fn serve(
             return Err(HELPER_GONE.to_owned()); // it would have said that it is mounted
         }
         announcement.serving();
-        let served =
-            connection.serve().map_err(|error| format!("the connection to the kernel broke: {error}"));
+        let served = connection
+            .serve()
+            .map_err(|error| format!("the connection to the kernel broke: {error}"));
         drop(patrol);
         served
     });
@@ -186,8 +193,8 @@ fn take_over(
     repaired: Option<Sender<fs::Repaired>>,
     after: Option<Death>,
 ) -> Result<(Arc<Fs>, Connection), String> {
-    let left =
-        SessionRecord::read(Path::new("/")).map_err(|error| format!("reading what was left: {error}"))?;
+    let left = SessionRecord::read(Path::new("/"))
+        .map_err(|error| format!("reading what was left: {error}"))?;
     if let Some(Death { worker, status }) = after {
         log::error!(
             "worker {} has ended ({}); this one takes over",
@@ -195,9 +202,10 @@ fn take_over(
             describe(status)
         );
     }
-    let fs = Fs::open(options, repaired).map_err(|error| format!("reading what was left: {error}"))?;
+    let fs =
+        Fs::open(options, repaired).map_err(|error| format!("reading what was left: {error}"))?;
     let fs = Arc::new(fs);
-    fs.look_for_hw_errors(); // it may have hit while nobody was there to notice
+    fs.look_for_hw_errors(); // an error may have hit while no worker was there
     let connection = Connection::take_over(fs.clone(), device, &left.handshake)?;
     Ok((fs, connection))
 }
@@ -241,7 +249,10 @@ fn set_up(
     let fs = Fs::create(options, pool, repaired).map_err(what("creating the filesystem"))?;
     let total = pages * options.page_size.bytes();
     let huge = fs.huge_at_mount();
-    log::info!("{pages} pages of {} bytes taken, {huge} bytes in 2 MiB folios", options.page_size.bytes());
+    log::info!(
+        "{pages} pages of {} bytes taken, {huge} bytes in 2 MiB folios",
+        options.page_size.bytes()
+    );
     if huge < total {
         log::warn!("memory is fragmented: {} bytes of the pool are in small pages", total - huge);
     }
@@ -251,7 +262,8 @@ fn set_up(
 
 fn fill(page_size: PageSize, pages: u64, control: &mut Control) -> Result<Pool, String> {
     let total = pages * page_size.bytes();
-    let filled = Pool::fill(page_size, pages, |done| Ok(control.send(&Message::Progress { done, total })?));
+    let filled =
+        Pool::fill(page_size, pages, |done| Ok(control.send(&Message::Progress { done, total })?));
     filled.map_err(|error| match error {
         Error::NoMemory | Error::Full => refusal(total),
         other => format!("filling the pool: {other}"),

@@ -26,7 +26,9 @@ fn device(pool: &Pool) -> OwnedFd {
     let number = fs::read_dir(format!("/proc/{}/fd", daemon.pid))
         .unwrap()
         .map(Result::unwrap)
-        .find(|entry| fs::read_link(entry.path()).is_ok_and(|target| target == Path::new("/dev/fuse")));
+        .find(|entry| {
+            fs::read_link(entry.path()).is_ok_and(|target| target == Path::new("/dev/fuse"))
+        });
     let number = number.expect("the daemon has the device open").file_name();
     descriptor_of(daemon.process(), number.to_str().unwrap().parse().unwrap()).unwrap()
 }
@@ -94,10 +96,17 @@ fn each_file_is_mapped_from_its_own_memory() {
     kill_worker(&pool);
     let log = pool.log();
     println!("{} files", lives.load(Ordering::Relaxed));
-    println!("lines about numbers: {}", log.lines().filter(|line| line.contains("backing")).count());
+    println!(
+        "lines about numbers: {}",
+        log.lines().filter(|line| line.contains("backing")).count()
+    );
     pool.check(); // the next worker serves, so the losses of the dead one are known now
     let device = device(&pool);
-    assert_eq!(open_numbers(&device), [0; 0], "no file is left, and the kernel still knows numbers");
+    assert_eq!(
+        open_numbers(&device),
+        [0; 0],
+        "no file is left, and the kernel still knows numbers"
+    );
     assert!(!log.contains("Failed to close backing"), "{log}");
     drop(device);
     pool.unmount();
@@ -130,7 +139,11 @@ fn a_death_with_a_number_in_hand_loses_none() {
     fs::remove_file(pool.join("keeper")).unwrap();
     wait_for_the_end_of_files(&pool, 1);
     let device = device(&pool);
-    assert_eq!(open_numbers(&device), [0; 0], "no file is left, and the kernel still knows numbers");
+    assert_eq!(
+        open_numbers(&device),
+        [0; 0],
+        "no file is left, and the kernel still knows numbers"
+    );
     assert!(!pool.log().contains("the kernel keeps"), "{}", pool.log());
     drop(device);
     pool.unmount();

@@ -16,7 +16,9 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use support::{COLLAPSE, FOLIO, MAP, POISON, Pool, REPAIR, SUBPAGE, get, hugetlb2, poison, run, set};
+use support::{
+    COLLAPSE, FOLIO, MAP, POISON, Pool, REPAIR, SUBPAGE, get, hugetlb2, poison, run, set,
+};
 
 /// The byte that the tests leave in memory. No program may see it.
 const STALE: u8 = 0xab;
@@ -28,7 +30,8 @@ const PUNCH: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::K
 /// Leaves [`STALE`] in the machine's free memory, as a program with secrets leaves its bytes there.
 fn dirty_the_machine() {
     const PIECES: usize = 8;
-    let pieces: Vec<Vec<u8>> = (0..PIECES).map(|_| std::hint::black_box(vec![STALE; 32 << 20])).collect();
+    let pieces: Vec<Vec<u8>> =
+        (0..PIECES).map(|_| std::hint::black_box(vec![STALE; 32 << 20])).collect();
     drop(pieces);
 }
 
@@ -63,7 +66,11 @@ fn assert_holds(file: &File, expected: &[u8], what: &str) {
     assert_eq!(stale, None, "{what}: read(2) sees something behind {known:#x}");
     if size > 0 {
         let mapping = mapped(file, Range::new(0, size as u64));
-        assert_eq!(first_seen(&mapping, Range::new(known as u64, size as u64)), None, "{what}: mmap(2)");
+        assert_eq!(
+            first_seen(&mapping, Range::new(known as u64, size as u64)),
+            None,
+            "{what}: mmap(2)"
+        );
         let end = (size as u64).next_multiple_of(FOLIO);
         drop(mapping);
         let mapping = mapped(file, Range::new(0, end));
@@ -142,7 +149,8 @@ enum Take {
     WriteLastByte,
 }
 
-const TAKES: [Take; 4] = [Take::Truncate, Take::Allocate, Take::AllocateThenTruncate, Take::WriteLastByte];
+const TAKES: [Take; 4] =
+    [Take::Truncate, Take::Allocate, Take::AllocateThenTruncate, Take::WriteLastByte];
 
 fn take(file: &File, size: u64, how: Take) {
     match how {
@@ -161,7 +169,9 @@ fn what_was_cut_off_is_not_there_when_the_file_grows_again() {
     let pool = dirty_pool(4);
     let file = open(&pool.join("file"));
     for kept in SIZES.into_iter().chain([0]) {
-        for grown in [kept + 1, kept + SUBPAGE, kept.next_multiple_of(SUBPAGE), 2 * FOLIO, 3 * FOLIO - 5] {
+        for grown in
+            [kept + 1, kept + SUBPAGE, kept.next_multiple_of(SUBPAGE), 2 * FOLIO, 3 * FOLIO - 5]
+        {
             file.set_len(0).unwrap();
             file.write_all_at(&vec![STALE; 2 * FOLIO as usize + 9], 0).unwrap();
             file.set_len(kept).unwrap();
@@ -192,7 +202,11 @@ fn a_growth_shows_zeros_where_a_mapping_wrote_past_the_end() {
             }
             let _ = mapping.store(end - 1, STALE);
             file.set_len(grown).unwrap();
-            assert_eq!(first_seen(&mapping, Range::new(size, grown.min(end))), None, "{size:#x} {how}");
+            assert_eq!(
+                first_seen(&mapping, Range::new(size, grown.min(end))),
+                None,
+                "{size:#x} {how}"
+            );
             drop(mapping);
             let mut bytes = vec![1; (grown - size) as usize];
             file.read_exact_at(&mut bytes, size).unwrap();
@@ -244,7 +258,10 @@ fn a_subpage_that_is_repaired_by_zeros_shows_zeros() {
     for subpage in [0, 5 * SUBPAGE, FOLIO - SUBPAGE, FOLIO, FOLIO + SUBPAGE] {
         poison(pool.join("file"), subpage, 1).unwrap();
         set(pool.join("file"), REPAIR, format!("zero {subpage} 1")).unwrap();
-        assert_eq!(first_seen(&mapping, Range::at(subpage, SUBPAGE.min(FOLIO + 5000 - subpage))), None);
+        assert_eq!(
+            first_seen(&mapping, Range::at(subpage, SUBPAGE.min(FOLIO + 5000 - subpage))),
+            None
+        );
     }
     file.set_len(2 * FOLIO).unwrap();
     let mut bytes = vec![1; FOLIO as usize - 5000];
@@ -339,8 +356,15 @@ fn collapsing_a_file_while_it_grows_and_shrinks_shows_zeros() {
         let looker = scope.spawn(look);
         let mut round = 0;
         while !looker.is_finished() && (round < 40 || looks.load(Ordering::Relaxed) < 20) {
-            for size in [1, SUBPAGE, FOLIO - 1, FOLIO + 1, 3 * FOLIO - SUBPAGE, 5 * FOLIO, PAGES * FOLIO - 9]
-            {
+            for size in [
+                1,
+                SUBPAGE,
+                FOLIO - 1,
+                FOLIO + 1,
+                3 * FOLIO - SUBPAGE,
+                5 * FOLIO,
+                PAGES * FOLIO - 9,
+            ] {
                 file.set_len(size).unwrap();
             }
             file.set_len([0, 10, FOLIO, FOLIO + 10][round % 4]).unwrap();
@@ -548,14 +572,18 @@ fn userfaultfd_fills_gaps_beside_readers_and_deaths() {
     let pool = keeping_pool(3);
     let file = stale_file(&pool);
     let mapping = mapped(&file, Range::new(0, 3 * FOLIO));
-    for range in [Range::new(5 * SUBPAGE, 9 * SUBPAGE), Range::new(0, FOLIO), Range::new(FOLIO, 3 * FOLIO)] {
+    for range in
+        [Range::new(5 * SUBPAGE, 9 * SUBPAGE), Range::new(0, FOLIO), Range::new(FOLIO, 3 * FOLIO)]
+    {
         file.write_all_at(&vec![STALE; 3 * FOLIO as usize], 0).unwrap();
         fallocate(&file, PUNCH, range.start, range.len()).unwrap();
         fill_all(&pool, &mapping, range);
         assert!(!has_gaps(&pool), "{range}");
         let mut bytes = vec![0; range.len() as usize];
         file.read_exact_at(&mut bytes, range.start).unwrap();
-        for (subpage, bytes) in (range.start / SUBPAGE..).map(Subpage).zip(bytes.chunks(SUBPAGE as usize)) {
+        for (subpage, bytes) in
+            (range.start / SUBPAGE..).map(Subpage).zip(bytes.chunks(SUBPAGE as usize))
+        {
             assert!(*bytes == content(subpage), "{subpage:?} of {range}");
         }
         assert_eq!(pool.free_pages(), 0);
@@ -569,7 +597,8 @@ fn a_file_with_gaps_can_be_changed_like_any_other() {
     let path = pool.join("file");
     let file = stale_file(&pool);
     let mapping = mapped(&file, Range::new(0, 3 * FOLIO));
-    let sevens = |range: Range| file.write_all_at(&vec![7; range.len() as usize], range.start).unwrap();
+    let sevens =
+        |range: Range| file.write_all_at(&vec![7; range.len() as usize], range.start).unwrap();
     let punch = || {
         fallocate(&file, PUNCH, FOLIO, FOLIO).unwrap();
         assert!(has_gaps(&pool));
@@ -577,13 +606,20 @@ fn a_file_with_gaps_can_be_changed_like_any_other() {
     };
     punch();
     let before = get(&path, MAP).unwrap();
-    assert_eq!(poison(&path, 0, 1), Err(Errno::BUSY), "who fills the gaps would find zeros in them");
+    assert_eq!(
+        poison(&path, 0, 1),
+        Err(Errno::BUSY),
+        "who fills the gaps would find zeros in them"
+    );
     assert_eq!(get(&path, MAP).unwrap(), before);
     pool.await_log("fallocate(2) it first");
     fallocate(&file, FallocateFlags::KEEP_SIZE, 0, 3 * FOLIO).unwrap();
     assert!(!has_gaps(&pool));
     poison(&path, FOLIO + SUBPAGE, 1).unwrap(); // among the subpages that were punched
-    assert_eq!(mapping.walk().iter().map(|hit| hit.subpage.offset()).collect::<Vec<_>>(), [FOLIO + SUBPAGE]);
+    assert_eq!(
+        mapping.walk().iter().map(|hit| hit.subpage.offset()).collect::<Vec<_>>(),
+        [FOLIO + SUBPAGE]
+    );
     pool.check();
     // Outside of the hole, a punch leaves no gap.
     sevens(Range::new(0, FOLIO));

@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use support::{
-    FOLIO, Pool, SUBPAGE, Toucher, end, get, hugetlb2, limits, poison, run, start_until, status_and_error,
-    text,
+    FOLIO, Pool, SUBPAGE, Toucher, end, get, hugetlb2, limits, poison, run, start_until,
+    status_and_error, text,
 };
 
 fn output(arguments: &[&str], path: &Path, rest: &[&str]) -> String {
@@ -16,14 +16,18 @@ fn output(arguments: &[&str], path: &Path, rest: &[&str]) -> String {
 }
 
 fn json_output(arguments: &[&str], path: &Path, rest: &[&str]) -> Value {
-    serde_json::from_str(&output(&[&["--json"], arguments].concat(), path, rest)).expect("it is JSON")
+    serde_json::from_str(&output(&[&["--json"], arguments].concat(), path, rest))
+        .expect("it is JSON")
 }
 
 /// Asserts that the command fails. Its standard error and, with --json, `error` contain `word`.
 fn assert_refused(arguments: &[&str], path: &Path, rest: &[&str], word: &str) {
     let (status, error) = status_and_error(hugetlb2().args(arguments).arg(path).args(rest));
     assert_eq!(status, 1, "{arguments:?} {rest:?}: {error}");
-    assert!(error.starts_with("hugetlb2: ") && error.contains(word), "{arguments:?} {rest:?}: {error}");
+    assert!(
+        error.starts_with("hugetlb2: ") && error.contains(word),
+        "{arguments:?} {rest:?}: {error}"
+    );
     let mut json = hugetlb2();
     json.arg("--json").args(arguments).arg(path).args(rest);
     let json = limits::output(limits::PROGRAM, &mut json).unwrap();
@@ -56,12 +60,20 @@ fn a_refusal_tells_the_daemons_own_reason() {
     let reader = std::fs::File::open(&file).unwrap();
     let why = "programs have the file open for reading natively";
     assert_refused(&["poison"], &file, &["0", "4096"], why);
-    assert_eq!(get(&file, "user.hugetlb2.refusal"), Err(Errno::NODATA), "the reason is another thread's");
+    assert_eq!(
+        get(&file, "user.hugetlb2.refusal"),
+        Err(Errno::NODATA),
+        "the reason is another thread's"
+    );
     assert_eq!(poison(&file, 0, SUBPAGE), Err(Errno::BUSY));
     assert!(get(&file, "user.hugetlb2.refusal").unwrap().starts_with(why));
     drop(reader);
     poison(&file, 0, SUBPAGE).unwrap();
-    assert_eq!(get(&file, "user.hugetlb2.refusal"), Err(Errno::NODATA), "a request has succeeded since");
+    assert_eq!(
+        get(&file, "user.hugetlb2.refusal"),
+        Err(Errno::NODATA),
+        "a request has succeeded since"
+    );
 }
 
 // ---- status and check ---------------------------------------------------------------------------
@@ -79,10 +91,18 @@ fn status_shows_the_counters_of_a_pool() {
     assert_eq!(lines[4], "  quarantined   2 subpages of 4 KiB");
     assert_eq!(
         lines[5],
-        format!("  daemon        process {}, worker {}", pool.daemon().pid, pool.counter("worker_pid"))
+        format!(
+            "  daemon        process {}, worker {}",
+            pool.daemon().pid,
+            pool.counter("worker_pid")
+        )
     );
-    let options = lines[6].strip_prefix("  options       pagesize=2M,mode=755,uid=0,gid=0,").unwrap();
-    assert!(options.starts_with("collapse=on,recovery_write=on,io=auto,punch=release,log=/"), "{options}");
+    let options =
+        lines[6].strip_prefix("  options       pagesize=2M,mode=755,uid=0,gid=0,").unwrap();
+    assert!(
+        options.starts_with("collapse=on,recovery_write=on,io=auto,punch=release,log=/"),
+        "{options}"
+    );
     assert_eq!(lines.len(), 7);
 }
 
@@ -111,15 +131,26 @@ fn status_without_a_directory_finds_all_pools() {
     let all = limits::output(limits::PROGRAM, hugetlb2().args(["--json", "status"])).unwrap();
     let said = limits::output(limits::PROGRAM, hugetlb2().arg("status")).unwrap();
     run(Command::new("umount").args(["-i", "-l"]).arg(&strange));
-    assert!(all.status.success() && said.status.success(), "{}{}", text(&all.stderr), text(&said.stderr));
+    assert!(
+        all.status.success() && said.status.success(),
+        "{}{}",
+        text(&all.stderr),
+        text(&said.stderr)
+    );
     let said = text(&said.stdout);
     let value: Value = serde_json::from_slice(&all.stdout).unwrap();
     let pages = |path: &Path| {
-        let found =
-            value.as_array().unwrap().iter().find(|pool| pool["mount_point"] == path.to_str().unwrap());
+        let found = value
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|pool| pool["mount_point"] == path.to_str().unwrap());
         found.map(|pool| pool["pages_total"].as_u64().unwrap())
     };
-    assert_eq!((pages(&pool.path()), pages(&odd.path()), pages(&strange)), (Some(1), Some(2), Some(2)));
+    assert_eq!(
+        (pages(&pool.path()), pages(&odd.path()), pages(&strange)),
+        (Some(1), Some(2), Some(2))
+    );
     assert!(said.lines().any(|line| Path::new(line) == pool.path()));
 }
 
@@ -238,9 +269,12 @@ fn a_senseless_request_is_explained_and_changes_nothing() {
         assert_refused(&[action], &file, rest, word);
     }
     assert_eq!(get(&file, support::POISON), Err(rustix::io::Errno::NODATA));
-    for (action, rest) in
-        [("poison", &["0"][..]), ("repair", &["mend", "all"]), ("repair", &["zero"]), ("map", &["x"])]
-    {
+    for (action, rest) in [
+        ("poison", &["0"][..]),
+        ("repair", &["mend", "all"]),
+        ("repair", &["zero"]),
+        ("map", &["x"]),
+    ] {
         assert_eq!(
             status_and_error(hugetlb2().arg(action).arg(&file).args(rest)).0,
             2,
@@ -280,7 +314,8 @@ fn only_who_may_write_a_file_may_poison_it() {
     // Only root may search the directory around the pool. The bind mount lies in an open directory.
     let open = place.path().join("open");
     std::fs::create_dir(&open).unwrap();
-    std::fs::set_permissions(place.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    std::fs::set_permissions(place.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
+        .unwrap();
     run(Command::new("mount").arg("--bind").arg(pool.path()).arg(&open));
     let as_nobody = |action: &str, path: &Path, rest: &[&str]| {
         let mut command = Command::new("setpriv");
@@ -312,11 +347,13 @@ fn a_reader_that_goes_away_is_no_error_and_a_full_disk_is_one() {
     let (_pool, file) = pool_with_file();
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
-    let gone = hugetlb2().arg("map").arg(&file).stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
+    let gone =
+        hugetlb2().arg("map").arg(&file).stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
     let gone = limits::collect(limits::PROGRAM, "hugetlb2 map", gone).unwrap();
     assert!(gone.status.success() && gone.stderr.is_empty(), "{}", text(&gone.stderr));
     let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
-    let full = hugetlb2().arg("map").arg(&file).stdout(full).stderr(Stdio::piped()).spawn().unwrap();
+    let full =
+        hugetlb2().arg("map").arg(&file).stdout(full).stderr(Stdio::piped()).spawn().unwrap();
     let full = limits::collect(limits::PROGRAM, "hugetlb2 map", full).unwrap();
     assert_eq!(full.status.code(), Some(1));
     assert!(
@@ -330,11 +367,17 @@ fn a_reader_that_goes_away_is_no_error_and_a_full_disk_is_one() {
 fn the_help_names_every_action() {
     let help = run(hugetlb2().arg("--help"));
     for action in ["status", "poison", "repair", "collapse", "map", "check", "demo", "mount"] {
-        assert!(help.lines().any(|line| line.trim_start().starts_with(&format!("{action} "))), "{action}");
+        assert!(
+            help.lines().any(|line| line.trim_start().starts_with(&format!("{action} "))),
+            "{action}"
+        );
         run(hugetlb2().args([action, "--help"]));
     }
     assert!(!help.contains("touch"), "that one is for tests");
-    assert_eq!(run(hugetlb2().arg("--version")), format!("hugetlb2 {}\n", env!("CARGO_PKG_VERSION")));
+    assert_eq!(
+        run(hugetlb2().arg("--version")),
+        format!("hugetlb2 {}\n", env!("CARGO_PKG_VERSION"))
+    );
     assert_eq!(status_and_error(&mut hugetlb2()).0, 2);
 }
 
@@ -364,7 +407,8 @@ struct Container {
 impl Container {
     fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let script = "\"$0\" mount inner \"$1\" -o size=4M,pagesize=2M && echo ready && exec sleep infinity";
+        let script =
+            "\"$0\" mount inner \"$1\" -o size=4M,pagesize=2M && echo ready && exec sleep infinity";
         let mut shell = Command::new("unshare");
         shell.args(["-m", "-p", "-f", "--kill-child", "--mount-proc", "sh", "-c", script]);
         shell.arg(hugetlb2().get_program()).arg(directory.path()).stdin(Stdio::null());
@@ -395,9 +439,15 @@ fn a_daemon_of_another_pid_namespace_has_the_numbers_of_ours() {
     assert_eq!(name_of(&value["daemon_pid"]), "hugetlb2fsd");
     assert_eq!(name_of(&value["worker_pid"]), "hugetlb2fsd");
     let said = output(&["status"], &container.mount_point(), &[]);
-    let line = format!("  daemon        process {}, worker {}", value["daemon_pid"], value["worker_pid"]);
+    let line =
+        format!("  daemon        process {}, worker {}", value["daemon_pid"], value["worker_pid"]);
     assert!(said.lines().any(|found| found == line), "{said}");
-    assert_refused(&["upgrade"], &container.mount_point(), &[], "it is in another process id namespace");
+    assert_refused(
+        &["upgrade"],
+        &container.mount_point(),
+        &[],
+        "it is in another process id namespace",
+    );
     let after = &json_output(&["status"], &container.mount_point(), &[])[0];
     assert_eq!(after["daemon_pid"], value["daemon_pid"], "it serves on");
 }

@@ -17,8 +17,8 @@ use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use support::{
-    CHECK, COLLAPSE, Dice, FOLIO, POISON, POOL, Pool, REPAIR, SIZE, SUBPAGE, Toucher, get, limits, poison,
-    set,
+    CHECK, COLLAPSE, Dice, FOLIO, POISON, POOL, Pool, REPAIR, SIZE, SUBPAGE, Toucher, get, limits,
+    poison, set,
 };
 
 const PAGE: u64 = FOLIO;
@@ -129,7 +129,8 @@ impl Worker<'_> {
     }
 
     fn offset(&mut self) -> u64 {
-        self.dice.below(3) * PAGE + [0, SUBPAGE, 3 * SUBPAGE + 5, PAGE - SUBPAGE][self.dice.below(4) as usize]
+        self.dice.below(3) * PAGE
+            + [0, SUBPAGE, 3 * SUBPAGE + 5, PAGE - SUBPAGE][self.dice.below(4) as usize]
     }
 
     fn length(&mut self) -> u64 {
@@ -148,7 +149,8 @@ impl Worker<'_> {
 
     fn open(&mut self) -> Result<File, Errno> {
         let path = self.name();
-        Ok(rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, rustix::fs::Mode::empty())?.into())
+        Ok(rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, rustix::fs::Mode::empty())?
+            .into())
     }
 
     fn run(&mut self, chore: Chore) -> Outcome {
@@ -179,7 +181,11 @@ impl Worker<'_> {
             Chore::MapElsewhere => self.map_elsewhere(),
             Chore::Truncate => rustix::fs::ftruncate(self.open()?, offset),
             Chore::Allocate => {
-                let modes = [FallocateFlags::empty(), FallocateFlags::KEEP_SIZE, FallocateFlags::ZERO_RANGE];
+                let modes = [
+                    FallocateFlags::empty(),
+                    FallocateFlags::KEEP_SIZE,
+                    FallocateFlags::ZERO_RANGE,
+                ];
                 let mode = modes[self.dice.below(3) as usize];
                 rustix::fs::fallocate(self.open()?, mode, offset, length)
             }
@@ -210,12 +216,14 @@ impl Worker<'_> {
             }
             Chore::List => {
                 let entries = std::fs::read_dir(self.pool.path()).expect("the root can be read");
-                let names = entries.map(|entry| entry.expect("it can be read to the end").file_name());
+                let names =
+                    entries.map(|entry| entry.expect("it can be read to the end").file_name());
                 assert!(names.into_iter().all(|name| name.to_string_lossy().starts_with("file")));
                 Ok(())
             }
             Chore::Seek => {
-                let place = [SeekFrom::Data(offset), SeekFrom::Hole(offset)][self.dice.below(2) as usize];
+                let place =
+                    [SeekFrom::Data(offset), SeekFrom::Hole(offset)][self.dice.below(2) as usize];
                 rustix::fs::seek(self.open()?, place).map(drop)
             }
             Chore::Look => {
@@ -277,7 +285,8 @@ fn eight_threads_that_do_everything_to_four_files_lose_nothing() {
         for number in 0..THREADS {
             let pool = &pool;
             scope.spawn(move || {
-                let mut worker = Worker { pool, number, dice: Dice(number), toucher: Toucher::start() };
+                let mut worker =
+                    Worker { pool, number, dice: Dice(number), toucher: Toucher::start() };
                 for round in 0..ROUNDS {
                     let (chore, legal) = worker.choose();
                     limits::note(format!("round {round}: {chore:?}"));
@@ -318,7 +327,8 @@ fn the_page_of_a_removed_file_is_there_for_the_next_one() {
                         std::fs::remove_file(&path).unwrap();
                     }
                     let written = file.write_all_at(&[number as u8 + 1; 100], PAGE / 2);
-                    written.unwrap_or_else(|error| panic!("thread {number}, round {round}: {error}"));
+                    written
+                        .unwrap_or_else(|error| panic!("thread {number}, round {round}: {error}"));
                     let mut bytes = [0xff; 100];
                     file.read_exact_at(&mut bytes, 0).unwrap();
                     assert_eq!(bytes, [0; 100], "another file's bytes");
@@ -363,7 +373,10 @@ fn files_that_compete_never_have_more_pages_than_the_pool() {
                     match rustix::fs::ftruncate(&file, wanted * PAGE) {
                         Ok(()) => {
                             let sum = had.fetch_add(wanted - pages.min(wanted), Ordering::SeqCst);
-                            assert!(sum <= PAGES - (wanted - pages.min(wanted)), "more pages than there are");
+                            assert!(
+                                sum <= PAGES - (wanted - pages.min(wanted)),
+                                "more pages than there are"
+                            );
                             mark_new_pages(&file, pages, wanted, number as u8 + 1);
                             pages = wanted;
                         }
@@ -425,8 +438,12 @@ fn two_writers_of_disjoint_parts_lose_nothing() {
                 start.wait();
                 for stripe in (parity..STRIPES).step_by(2) {
                     limits::note(format!("stripe {stripe}"));
-                    let line =
-                        format!("{} {} {STRIPE} {}", path.display(), stripe * STRIPE, stripe % 250 + 1);
+                    let line = format!(
+                        "{} {} {STRIPE} {}",
+                        path.display(),
+                        stripe * STRIPE,
+                        stripe % 250 + 1
+                    );
                     assert_eq!(toucher.ask(&format!("pwrite {line}")), format!("count {STRIPE}"));
                 }
             });
@@ -491,14 +508,16 @@ fn a_pool_resized_in_use_accounts_for_every_page_at_every_look() {
             while !done.load(Ordering::Relaxed) {
                 let now = pool.counters();
                 let [total, free, used, reserved] =
-                    ["pages_total", "pages_free", "pages_used", "pages_reserved"].map(|name| now[name]);
+                    ["pages_total", "pages_free", "pages_used", "pages_reserved"]
+                        .map(|name| now[name]);
                 assert_eq!(total, free + used + reserved, "{now:?}");
                 assert!(used <= WORKERS * MOST && (1..=12).contains(&total), "{now:?}");
                 looks += 1;
             }
             looks
         });
-        let resized = thread::Builder::new().spawn_scoped(scope, move || resize_at_random(pool, RESIZES));
+        let resized =
+            thread::Builder::new().spawn_scoped(scope, move || resize_at_random(pool, RESIZES));
         let resized = resized.expect("a thread").join();
         done.store(true, Ordering::Relaxed);
         assert!(watcher.join().expect("every look was right") > 0);

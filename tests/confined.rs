@@ -6,16 +6,16 @@ mod support;
 use hugetlb2fs::sys::seccomp::NEEDED;
 use rustix::io::Errno;
 use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    apply_filter,
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, apply_filter,
 };
 use std::fs;
 use std::process::Stdio;
 use support::cgroup::Cgroup;
 use support::place::Place;
 use support::{
-    FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, Worker, get, limits, mount_hugetlb2_in, poison, set,
-    status_and_error, text,
+    FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, Worker, get, limits, mount_hugetlb2_in, poison,
+    set, status_and_error, text,
 };
 
 const SMALL: &str = "size=16M,pagesize=2M";
@@ -71,7 +71,10 @@ fn a_refused_system_call_is_named_by_the_mount() {
             let place = Place::new();
             let (status, error) = mount_under(&[refusing(*number, errno(answer))], &place);
             // The helper makes some of the calls itself.
-            assert!([SYSTEM, FAILED].contains(&status) && error.contains(name), "{name}: {status}, {error}");
+            assert!(
+                [SYSTEM, FAILED].contains(&status) && error.contains(name),
+                "{name}: {status}, {error}"
+            );
             place.assert_nothing_is_left();
         }
     }
@@ -81,7 +84,8 @@ fn a_refused_system_call_is_named_by_the_mount() {
 fn several_refused_system_calls_are_named_at_once() {
     let refused = ["setfsuid", "fspick", "open_by_handle_at"];
     let of_these = NEEDED.iter().filter(|(name, _)| refused.contains(name));
-    let filters: Vec<_> = of_these.map(|(_, number)| refusing(*number, errno(Errno::PERM))).collect();
+    let filters: Vec<_> =
+        of_these.map(|(_, number)| refusing(*number, errno(Errno::PERM))).collect();
     let words = "system calls that the seccomp filter of its container or service refuses: fspick, \
                  open_by_handle_at, setfsuid\n";
     assert_refused_under(&filters, FAILED, words);
@@ -90,7 +94,11 @@ fn several_refused_system_calls_are_named_at_once() {
 #[test]
 fn a_filter_that_kills_the_daemon_is_told() {
     let filters = [refusing(libc::SYS_pivot_root, SeccompAction::KillProcess)];
-    assert_refused_under(&filters, SYSTEM, "the daemon was ended by signal 31, by a seccomp filter");
+    assert_refused_under(
+        &filters,
+        SYSTEM,
+        "the daemon was ended by signal 31, by a seccomp filter",
+    );
 }
 
 // ---- threads and processes ---------------------------------------------------------------------
@@ -98,7 +106,8 @@ fn a_filter_that_kills_the_daemon_is_told() {
 #[test]
 fn a_mount_without_threads_says_so() {
     let flag = libc::CLONE_THREAD as u64;
-    let flag = SeccompCondition::new(0, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(flag), flag);
+    let flag =
+        SeccompCondition::new(0, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(flag), flag);
     let threads = vec![SeccompRule::new(vec![flag.unwrap()]).unwrap()];
     // glibc uses clone(2) where clone3(2) is missing. A filter cannot see the flags of clone3(2).
     let filters = [
@@ -171,7 +180,8 @@ fn a_dead_worker_is_replaced_once_a_process_can_be_had() {
     Worker::of(&pool).kill();
     std::thread::scope(|scope| {
         let read = scope.spawn(|| fs::read_to_string(pool.join("file")));
-        let wanted = || fs::read_to_string(cgroup.directory.join("pids.events")).unwrap() != "max 0\n";
+        let wanted =
+            || fs::read_to_string(cgroup.directory.join("pids.events")).unwrap() != "max 0\n";
         limits::until(limits::ANSWER, "a process that is refused", wanted);
         assert!(!read.is_finished());
         cgroup.limit(1000);
@@ -202,9 +212,14 @@ fn the_next_worker_ends_a_change_that_lacks_memory() {
         deaths += u32::from(worker.has_ended());
         let counted = get(pool.path(), FAIL).unwrap(); // no call fails from here on
         match &result {
-            Ok(()) => assert_eq!(fs::read(&path).unwrap(), vec![7; FOLIO as usize / 2], "call {nth}"),
+            Ok(()) => {
+                assert_eq!(fs::read(&path).unwrap(), vec![7; FOLIO as usize / 2], "call {nth}")
+            }
             Err(_) => {
-                assert!(!worker.has_ended(), "call {nth}: {result:?} though the next worker has ended it");
+                assert!(
+                    !worker.has_ended(),
+                    "call {nth}: {result:?} though the next worker has ended it"
+                );
                 assert_eq!(file.metadata().unwrap().len(), 3 * FOLIO, "call {nth}");
                 assert_eq!(get(&path, POISON).unwrap().lines().count(), 1, "call {nth}");
                 refused += 1;
@@ -216,6 +231,8 @@ fn the_next_worker_ends_a_change_that_lacks_memory() {
         }
     }
     assert!(refused > 0 && deaths == DEATHS, "{refused} refused, {deaths} deaths");
-    pool.await_log("a change can be neither finished nor undone here, and is left to the next worker");
+    pool.await_log(
+        "a change can be neither finished nor undone here, and is left to the next worker",
+    );
     pool.unmount();
 }

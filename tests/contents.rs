@@ -26,7 +26,8 @@ const REMOVE: u32 = 9;
 /// Makes a file and opens it in this process.
 fn create(pool: &Pool, name: &str) -> (PathBuf, File) {
     let path = pool.join(name);
-    let file = File::options().read(true).write(true).create_new(true).open(&path).expect("a new file");
+    let file =
+        File::options().read(true).write(true).create_new(true).open(&path).expect("a new file");
     (path, file)
 }
 
@@ -37,7 +38,12 @@ fn filled(pool: &Pool, name: &str, length: u64, byte: u8) -> (PathBuf, File) {
     (path, file)
 }
 
-fn fallocate(file: &File, mode: FallocateFlags, offset: u64, length: u64) -> rustix::io::Result<()> {
+fn fallocate(
+    file: &File,
+    mode: FallocateFlags,
+    offset: u64,
+    length: u64,
+) -> rustix::io::Result<()> {
     rustix::fs::fallocate(file, mode, offset, length)
 }
 
@@ -70,7 +76,10 @@ fn read(file: &File, offset: u64, length: u64) -> Vec<u8> {
 
 /// All bytes of the file, as lengths of runs of equal bytes.
 fn runs(file: &File) -> Vec<(usize, u8)> {
-    read(file, 0, size(file)).chunk_by(|one, next| one == next).map(|run| (run.len(), run[0])).collect()
+    read(file, 0, size(file))
+        .chunk_by(|one, next| one == next)
+        .map(|run| (run.len(), run[0]))
+        .collect()
 }
 
 /// Bytes that depend on their place.
@@ -160,7 +169,13 @@ fn direct_io_needs_no_alignment() {
     let pool = Pool::small(2);
     let path = pool.join("file");
     let flags = OFlags::DIRECT.bits() as i32;
-    let file = OpenOptions::new().read(true).write(true).create(true).custom_flags(flags).open(path).unwrap();
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .custom_flags(flags)
+        .open(path)
+        .unwrap();
     let bytes = pattern(10_001);
     file.write_all_at(&bytes, 3).unwrap();
     assert!(read(&file, 3, 20_000) == bytes);
@@ -315,7 +330,11 @@ fn keep_size_takes_pages_past_the_end_until_a_truncation() {
             assert_eq!((size(&file), pages(&file), pool.free_pages()), (100, 4, 0));
             pool.check();
             file.set_len(100 - shorter_by).unwrap();
-            assert_eq!((pages(&file), pool.free_pages()), (1, 3), "{mode:?}, shorter by {shorter_by}");
+            assert_eq!(
+                (pages(&file), pool.free_pages()),
+                (1, 3),
+                "{mode:?}, shorter by {shorter_by}"
+            );
             pool.check();
         }
     }
@@ -433,7 +452,9 @@ fn a_released_page_reads_zeros_and_is_sigbus_until_written() {
 
 #[test]
 fn fallocate_takes_released_pages_again() {
-    for mode in [FallocateFlags::empty(), FallocateFlags::KEEP_SIZE, FallocateFlags::ZERO_RANGE, ZERO_KEEP] {
+    for mode in
+        [FallocateFlags::empty(), FallocateFlags::KEEP_SIZE, FallocateFlags::ZERO_RANGE, ZERO_KEEP]
+    {
         let pool = Pool::small(3);
         let (_, file) = filled(&pool, "file", 3 * FOLIO, 7);
         fallocate(&file, PUNCH, 0, 2 * FOLIO).unwrap();
@@ -490,8 +511,14 @@ fn released_pages_are_holes_and_all_else_is_data() {
     assert_eq!((hole(&file, 0), hole(&file, FOLIO - 1)), (Ok(FOLIO), Ok(FOLIO)));
     assert_eq!((hole(&file, FOLIO), hole(&file, FOLIO + 5)), (Ok(FOLIO), Ok(FOLIO + 5)));
     assert_eq!((data(&file, FOLIO), data(&file, 2 * FOLIO - 1)), (Ok(2 * FOLIO), Ok(2 * FOLIO)));
-    assert_eq!((data(&file, 2 * FOLIO + 5), hole(&file, 2 * FOLIO)), (Ok(2 * FOLIO + 5), Ok(3 * FOLIO)));
-    assert_eq!((data(&file, 3 * FOLIO), data(&file, end - 1)), (Err(Errno::NXIO), Err(Errno::NXIO)));
+    assert_eq!(
+        (data(&file, 2 * FOLIO + 5), hole(&file, 2 * FOLIO)),
+        (Ok(2 * FOLIO + 5), Ok(3 * FOLIO))
+    );
+    assert_eq!(
+        (data(&file, 3 * FOLIO), data(&file, end - 1)),
+        (Err(Errno::NXIO), Err(Errno::NXIO))
+    );
     assert_eq!((hole(&file, end - 1), hole(&file, end)), (Ok(end - 1), Err(Errno::NXIO)));
     assert_eq!(data(&file, end), Err(Errno::NXIO));
 }
@@ -503,7 +530,8 @@ fn a_full_pool_refuses_growth_and_changes_nothing() {
     let pool = Pool::small(4);
     let (other_path, other) = filled(&pool, "other", FOLIO, 9);
     let (_, file) = filled(&pool, "file", FOLIO + 1000, 7);
-    let whole = |mode| move |file: &File| fallocate(file, mode, 0, 4 * FOLIO).map_err(io::Error::from);
+    let whole =
+        |mode| move |file: &File| fallocate(file, mode, 0, 4 * FOLIO).map_err(io::Error::from);
     let end = FOLIO + 1000;
     let attempts: [(&str, Attempt); 9] = [
         ("truncate", Box::new(|file| file.set_len(3 * FOLIO + 1))),
@@ -518,7 +546,9 @@ fn a_full_pool_refuses_growth_and_changes_nothing() {
         ("zero range, keep size", Box::new(whole(ZERO_KEEP))),
         (
             "copy",
-            Box::new(move |file| copy(file, 0, file, 3 * FOLIO - 10, 100).map(drop).map_err(io::Error::from)),
+            Box::new(move |file| {
+                copy(file, 0, file, 3 * FOLIO - 10, 100).map(drop).map_err(io::Error::from)
+            }),
         ),
         ("append", Box::new(move |file| file.write_at(&[1; 1 << 20], 3 * FOLIO - 5).map(drop))),
     ];
@@ -668,7 +698,11 @@ fn locks_keep_other_processes_out_until_their_holder_is_gone() {
         let mut holder = Toucher::start();
         let ask = format!("lock {} {kind}", path.display());
         assert_eq!(holder.ask(&ask), "ok");
-        assert_eq!(lock(&file, FlockOperation::NonBlockingLockExclusive), Err(Errno::AGAIN), "{kind}");
+        assert_eq!(
+            lock(&file, FlockOperation::NonBlockingLockExclusive),
+            Err(Errno::AGAIN),
+            "{kind}"
+        );
         assert_eq!(lock(&file, FlockOperation::NonBlockingLockShared), Err(Errno::AGAIN), "{kind}");
         assert_eq!(holder.ask("unlock"), "ok");
         lock(&file, FlockOperation::NonBlockingLockShared).unwrap();
@@ -866,7 +900,10 @@ fn a_mapping_behind_the_end_is_sigbus_until_the_file_is_longer() {
     let (path, file) = filled(&pool, "file", 5000, 7);
     let mut toucher = Toucher::start();
     toucher.map(&path, 0, 3 * SUBPAGE, "shared rw");
-    assert_eq!((toucher.load(4999), toucher.load(5000), toucher.load(8191)), (Some(7), Some(0), Some(0)));
+    assert_eq!(
+        (toucher.load(4999), toucher.load(5000), toucher.load(8191)),
+        (Some(7), Some(0), Some(0))
+    );
     assert_eq!(toucher.walk(), [2 * SUBPAGE]);
     toucher.map(&path, 0, 3 * FOLIO, "shared rw");
     assert_eq!((toucher.load(FOLIO), toucher.load(3 * FOLIO - 1)), (None, None));
@@ -902,7 +939,11 @@ fn what_a_mapper_removes_reads_as_zeros_and_is_the_files_again() {
                 (vec![7], vec![7]),
                 "{name}"
             );
-            assert_eq!((toucher.walk(), pages(&file)), (vec![], size(&file).div_ceil(FOLIO)), "{name}");
+            assert_eq!(
+                (toucher.walk(), pages(&file)),
+                (vec![], size(&file).div_ceil(FOLIO)),
+                "{name}"
+            );
             pool.check();
         }
     }
@@ -947,7 +988,11 @@ fn gigantic_pages_are_the_grain_of_space_and_nothing_else() {
     assert!(toucher.store(GIB - 1, 7));
     assert_eq!((read(&one, 0, 6), read(&one, GIB - 1, 9)), (b"first\0".to_vec(), vec![7]));
     fallocate(&one, PUNCH, 0, GIB / 2).unwrap();
-    assert_eq!((pool.free_pages(), read(&one, 0, 5)), (0, vec![0; 5]), "part of a page is not given back");
+    assert_eq!(
+        (pool.free_pages(), read(&one, 0, 5)),
+        (0, vec![0; 5]),
+        "part of a page is not given back"
+    );
     pool.check();
     fallocate(&one, PUNCH, 0, GIB).unwrap();
     assert_eq!((size(&one), pool.free_pages()), (GIB, 1));

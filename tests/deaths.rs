@@ -12,8 +12,8 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use support::{
-    Dice, FOLIO, GIB, MAP, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, Toucher, get, limits, poison,
-    set,
+    Dice, FOLIO, GIB, MAP, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, Toucher, get,
+    limits, poison, set,
 };
 
 // ---- at random ---------------------------------------------------------------------------------
@@ -37,8 +37,14 @@ struct User {
 impl User {
     fn new(pool: &Pool, number: u64) -> Self {
         let random = Dice(SEED ^ (number + 1) << 32);
-        let user =
-            Self { process: Toucher::start(), pool: pool.path(), name: 0, number, bytes: vec![], random };
+        let user = Self {
+            process: Toucher::start(),
+            pool: pool.path(),
+            name: 0,
+            number,
+            bytes: vec![],
+            random,
+        };
         File::create_new(user.path()).unwrap();
         user
     }
@@ -77,22 +83,28 @@ impl User {
     }
 
     fn write(&mut self) {
-        let (start, length) = (self.random.below(self.size() + 5000), 1 + self.random.below(100_000));
+        let (start, length) =
+            (self.random.below(self.size() + 5000), 1 + self.random.below(100_000));
         let byte = self.random.below(256) as u8;
         let end = (start + length).min(MOST_FOLIOS * FOLIO);
         let length = end.saturating_sub(start);
         if length == 0 {
             return;
         }
-        assert_eq!(self.ask("pwrite", &format!("{start} {length} {byte}")), format!("count {length}"));
+        assert_eq!(
+            self.ask("pwrite", &format!("{start} {length} {byte}")),
+            format!("count {length}")
+        );
         self.bytes.resize(self.bytes.len().max(end as usize), 0);
         self.bytes[start as usize..end as usize].fill(byte);
     }
 
     fn read(&mut self) {
         let Some((start, length)) = self.part() else { return };
-        let runs = self.bytes[start as usize..(start + length) as usize].chunk_by(|one, next| one == next);
-        let meant = runs.fold("runs".to_owned(), |line, run| line + &format!(" {}:{}", run.len(), run[0]));
+        let runs =
+            self.bytes[start as usize..(start + length) as usize].chunk_by(|one, next| one == next);
+        let meant =
+            runs.fold("runs".to_owned(), |line, run| line + &format!(" {}:{}", run.len(), run[0]));
         assert_eq!(self.ask("pread", &format!("{start} {length}")), meant);
     }
 
@@ -375,7 +387,9 @@ const SITUATIONS: &[Situation] = &[
     Situation {
         name: "rmdir and rename over a directory",
         options: "",
-        prepare: |pool| ["a", "b", "c"].iter().for_each(|name| fs::create_dir(pool.join(name)).unwrap()),
+        prepare: |pool| {
+            ["a", "b", "c"].iter().for_each(|name| fs::create_dir(pool.join(name)).unwrap())
+        },
         change: |pool| {
             fs::remove_dir(pool.join("a")).unwrap();
             fs::rename(pool.join("b"), pool.join("c")).unwrap();
@@ -417,7 +431,11 @@ const SITUATIONS: &[Situation] = &[
             assert_eq!((size_of(pool), pool.free_pages()), (FOLIO + 5000, 6));
             assert_sevens(pool, FOLIO + 5000);
             open(pool).set_len(2 * FOLIO).unwrap();
-            assert!(fs::read(file(pool)).unwrap()[FOLIO as usize + 5000..].iter().all(|byte| *byte == 0));
+            assert!(
+                fs::read(file(pool)).unwrap()[FOLIO as usize + 5000..]
+                    .iter()
+                    .all(|byte| *byte == 0)
+            );
         },
     },
     Situation {
@@ -476,7 +494,9 @@ const SITUATIONS: &[Situation] = &[
         name: "quarantine beside a program that stores",
         options: "",
         prepare: sevens,
-        change: |pool| beside_stores(pool, |pool| poison(file(pool), FOLIO + SUBPAGE, SUBPAGE).unwrap()),
+        change: |pool| {
+            beside_stores(pool, |pool| poison(file(pool), FOLIO + SUBPAGE, SUBPAGE).unwrap())
+        },
         verify: |pool| {
             assert!(get(file(pool), POISON).unwrap().starts_with("0x201000 0x1000 soft "));
             assert_eq!(Toucher::mapping(&file(pool), 3 * FOLIO).walk(), [FOLIO + SUBPAGE]);
@@ -491,7 +511,10 @@ const SITUATIONS: &[Situation] = &[
         change: |pool| beside_stores(pool, |pool| poison(file(pool), FOLIO, FOLIO).unwrap()),
         verify: |pool| {
             assert!(get(file(pool), POISON).unwrap().starts_with("0x200000 0x200000 soft "));
-            assert_eq!(Toucher::mapping(&file(pool), 3 * FOLIO).walk().len() as u64, FOLIO / SUBPAGE);
+            assert_eq!(
+                Toucher::mapping(&file(pool), 3 * FOLIO).walk().len() as u64,
+                FOLIO / SUBPAGE
+            );
             set(file(pool), REPAIR, "salvage all").unwrap();
             assert_sevens_but_for_stores(pool);
         },
@@ -521,7 +544,8 @@ const SITUATIONS: &[Situation] = &[
         change: |pool| {
             beside_stores(pool, |pool| {
                 let bytes = [7; SUBPAGE as usize];
-                std::os::unix::fs::FileExt::write_all_at(&open(pool), &bytes, FOLIO + SUBPAGE).unwrap();
+                std::os::unix::fs::FileExt::write_all_at(&open(pool), &bytes, FOLIO + SUBPAGE)
+                    .unwrap();
             });
         },
         verify: assert_sevens_but_for_stores,
@@ -628,7 +652,8 @@ fn beside_stores(pool: &Pool, change: impl FnOnce(&Pool)) {
 fn assert_sevens_but_for_stores(pool: &Pool) {
     assert_eq!(get(file(pool), POISON), Err(rustix::io::Errno::NODATA));
     let bytes = fs::read(file(pool)).unwrap();
-    let lost = (0..3 * FOLIO).filter(|place| *place != PLACE && bytes[*place as usize] != 7).count();
+    let lost =
+        (0..3 * FOLIO).filter(|place| *place != PLACE && bytes[*place as usize] != 7).count();
     assert_eq!(lost, 0, "so many bytes are lost that no program has stored to");
 }
 
@@ -636,7 +661,8 @@ fn assert_sevens_but_for_stores(pool: &Pool) {
 const KEEP: &str = ",punch=keep";
 
 fn punch(pool: &Pool, offset: u64, length: u64) {
-    fallocate(open(pool), FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, length).unwrap();
+    fallocate(open(pool), FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, length)
+        .unwrap();
 }
 
 /// Runs a situation in a pool of its own, with `begin` before its change and `end` after its check.
@@ -686,8 +712,9 @@ fn a_death_after_any_step_leaves_no_trace() {
     let mut led_there: BTreeMap<String, Vec<&str>> = BTreeMap::new();
     for situation in SITUATIONS {
         for (step, count) in steps_of(situation) {
-            let deaths =
-                (1..=count.min(MOST_DEATHS)).take_while(|nth| die_in(situation, &step, *nth)).count();
+            let deaths = (1..=count.min(MOST_DEATHS))
+                .take_while(|nth| die_in(situation, &step, *nth))
+                .count();
             led_there.entry(step).or_default().extend(std::iter::repeat_n(situation.name, deaths));
         }
     }
@@ -695,7 +722,8 @@ fn a_death_after_any_step_leaves_no_trace() {
     let deaths: usize = led_there.values().map(Vec::len).sum();
     println!("{deaths} deaths at {} steps in {} situations", led_there.len(), SITUATIONS.len());
     assert!(led_there.len() >= FEWEST_STEPS, "there are {} steps only", led_there.len());
-    let without: Vec<_> = led_there.iter().filter(|(_, situations)| situations.is_empty()).collect();
+    let without: Vec<_> =
+        led_there.iter().filter(|(_, situations)| situations.is_empty()).collect();
     assert!(without.is_empty(), "nothing leads to the steps {without:?}");
 }
 
@@ -729,7 +757,9 @@ fn a_death_within_a_gigantic_page_leaves_no_trace() {
     die_halfway(&pool, "move in: ", || punch(&pool, 0, GIB));
     assert_eq!(state(), (GIB - 5000, 1));
     first(0);
-    die_halfway(&pool, "move out: ", || fallocate(&file, FallocateFlags::empty(), 0, GIB - 5000).unwrap());
+    die_halfway(&pool, "move out: ", || {
+        fallocate(&file, FallocateFlags::empty(), 0, GIB - 5000).unwrap()
+    });
     assert_eq!(state(), (GIB - 5000, 0));
     std::os::unix::fs::FileExt::write_all_at(&file, &[7; 5000], 0).unwrap();
     die_halfway(&pool, "move in: ", || file.set_len(6000).unwrap());

@@ -20,7 +20,8 @@ fn mounts_of_the_demonstration() -> usize {
 #[test]
 fn the_demonstration_shows_its_claims_and_leaves_nothing() {
     let _memory = MEMORY.lock();
-    let report: Value = serde_json::from_str(&run(hugetlb2().args(["demo", "--json"]))).expect("JSON");
+    let report: Value =
+        serde_json::from_str(&run(hugetlb2().args(["demo", "--json"]))).expect("JSON");
     assert_eq!(report["ok"], true);
     for (name, value) in [
         ("huge_before", 512),
@@ -69,6 +70,7 @@ fn the_demonstration_follows_nothing_of_another_user() {
     while unmount(&victim, UnmountFlags::DETACH).is_ok() {}
     assert!(!mounted_on_victim, "the pool was mounted where another user wanted");
     assert!(shell.wait().unwrap().success());
-    let left: Vec<_> = std::fs::read_dir(&temporary).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let left: Vec<_> =
+        std::fs::read_dir(&temporary).unwrap().map(|entry| entry.unwrap().path()).collect();
     assert_eq!(left, [prepared]);
 }

@@ -23,7 +23,8 @@ fn run_in_namespace(script: &str) -> String {
     let mut shell = Command::new("unshare");
     shell.args(["-m", "bash", "-euxo", "pipefail", "-c", &format!("{PREPARE}{script}")]);
     shell.arg(hugetlb2().get_program());
-    let Output { status, stdout, stderr } = limits::output(limits::PROGRAM, &mut shell).expect("unshare(1)");
+    let Output { status, stdout, stderr } =
+        limits::output(limits::PROGRAM, &mut shell).expect("unshare(1)");
     let said = text(&stdout);
     assert!(status.success(), "{status}\n{said}{}", text(&stderr));
     said
@@ -33,8 +34,9 @@ fn run_in_namespace(script: &str) -> String {
 fn made_small(commands: &str) -> String {
     const LOG: &str = "log=/mnt/log";
     let small = commands.replace("-o size=64G", &format!("-o pagesize=2M,size=64M,{LOG}"));
-    let small =
-        small.replace("size=80G", "size=80M").replace("size=50%", &format!("pagesize=2M,size=64M,{LOG}"));
+    let small = small
+        .replace("size=80G", "size=80M")
+        .replace("size=50%", &format!("pagesize=2M,size=64M,{LOG}"));
     assert!(small.contains(LOG), "the size of the pool was not found in\n{commands}");
     small
 }
@@ -90,15 +92,20 @@ fn the_line_of_the_log_leads_to_the_file() {
 #[test]
 fn the_environment_of_mount_sets_the_filter_of_the_log() {
     let operations = document("docs/OPERATIONS.md");
-    let setting = quoted(section(&operations, "The log")).find(|word| word.starts_with("HUGETLB2_LOG="));
-    let script = format!("{} {MOUNT}umount -c /mnt/h2\ngrep -c DEBUG /mnt/log", setting.expect("an example"));
+    let setting =
+        quoted(section(&operations, "The log")).find(|word| word.starts_with("HUGETLB2_LOG="));
+    let script = format!(
+        "{} {MOUNT}umount -c /mnt/h2\ngrep -c DEBUG /mnt/log",
+        setting.expect("an example")
+    );
     assert_ne!(run_in_namespace(&made_small(&script)), "0\n");
 }
 
 #[test]
 fn the_commands_after_a_memory_error_work() {
     let operations = document("docs/OPERATIONS.md");
-    let [by_command, by_attributes] = blocks(section(&operations, "A memory error"), "sh")[..] else {
+    let [by_command, by_attributes] = blocks(section(&operations, "A memory error"), "sh")[..]
+    else {
         panic!("there are two blocks");
     };
     let is_repaired = "! getfattr -n user.hugetlb2.poison /mnt/h2/vm0
@@ -132,8 +139,10 @@ fn the_counters_are_those_of_the_table() {
 fn the_options_are_those_of_the_table() {
     let operations = document("docs/OPERATIONS.md");
     let documented = rows(section(&operations, "Options"));
-    let documented: Vec<[&str; 3]> =
-        documented.iter().map(|row| [row[0].trim_matches('`'), row[1].as_str(), row[2].as_str()]).collect();
+    let documented: Vec<[&str; 3]> = documented
+        .iter()
+        .map(|row| [row[0].trim_matches('`'), row[1].as_str(), row[2].as_str()])
+        .collect();
     let known: Vec<_> =
         TABLE.iter().map(|row| [row.name, row.value, row.default.unwrap_or("required")]).collect();
     assert_eq!(documented, known);
@@ -148,7 +157,10 @@ fn nothing_of_a_pool_can_be_swapped_out() {
     let mounts = std::fs::read_to_string(format!("/proc/{worker}/mountinfo")).unwrap();
     let of_tmpfs: Vec<&str> = mounts.lines().filter(|line| line.contains(" - tmpfs ")).collect();
     for place in [" /index ", " /reserve/0 ", " /objects/"] {
-        assert!(of_tmpfs.iter().any(|line| line.contains(place)), "nothing is mounted at {place}\n{mounts}");
+        assert!(
+            of_tmpfs.iter().any(|line| line.contains(place)),
+            "nothing is mounted at {place}\n{mounts}"
+        );
     }
     for line in of_tmpfs {
         let options = line.rsplit(' ').next().expect("a word");

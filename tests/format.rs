@@ -50,8 +50,8 @@ fn attributes(path: &Path) -> Vec<String> {
 
 fn bytes(path: &Path, name: &str) -> Vec<u8> {
     let mut value = vec![0; 64 << 10];
-    let length =
-        rustix::fs::lgetxattr(path, name, &mut value[..]).unwrap_or_else(|_| panic!("{name} at {path:?}"));
+    let length = rustix::fs::lgetxattr(path, name, &mut value[..])
+        .unwrap_or_else(|_| panic!("{name} at {path:?}"));
     value.truncate(length);
     value
 }
@@ -78,13 +78,15 @@ impl Seen {
         for entry in fs::read_dir(directory).unwrap() {
             let entry = entry.unwrap();
             let path = format!("/{}", entry.path().strip_prefix(root).unwrap().display());
-            let is_the_machines = ["/proc", "/sys", "/cgroup"].iter().any(|prefix| path.starts_with(prefix));
+            let is_the_machines =
+                ["/proc", "/sys", "/cgroup"].iter().any(|prefix| path.starts_with(prefix));
             if is_the_machines || path.starts_with("/index/tree/") {
                 continue;
             }
             let (metadata, name) = (entry.path().symlink_metadata().unwrap(), documented(&path));
-            let of_names =
-                attributes(&entry.path()).into_iter().map(|attribute| (name.clone(), numbered(&attribute)));
+            let of_names = attributes(&entry.path())
+                .into_iter()
+                .map(|attribute| (name.clone(), numbered(&attribute)));
             self.attributes.extend(of_names);
             self.names.insert((name, kind(&metadata, device)));
             if metadata.is_dir() {
@@ -96,8 +98,11 @@ impl Seen {
 
 fn kind(metadata: &fs::Metadata, device: u64) -> String {
     let kind = metadata.file_type();
-    let names =
-        [(metadata.dev() != device, "mount"), (kind.is_dir(), "directory"), (kind.is_symlink(), "symlink")];
+    let names = [
+        (metadata.dev() != device, "mount"),
+        (kind.is_dir(), "directory"),
+        (kind.is_symlink(), "symlink"),
+    ];
     names.iter().find(|(is, _)| *is).map_or("file", |(_, name)| name).to_owned()
 }
 
@@ -128,13 +133,22 @@ fn numbered(attribute: &str) -> String {
 /// The first two columns of a documented table.
 fn pairs(heading: &str) -> BTreeSet<(String, String)> {
     let word = |cell: &str| quoted(cell).next().unwrap_or(cell).to_owned();
-    rows(section(&document(FORMAT), heading)).iter().map(|row| (word(&row[0]), word(&row[1]))).collect()
+    rows(section(&document(FORMAT), heading))
+        .iter()
+        .map(|row| (word(&row[0]), word(&row[1])))
+        .collect()
 }
 
 // ---- situations --------------------------------------------------------------------------------
 
 fn open(pool: &Pool, name: &str) -> File {
-    OpenOptions::new().read(true).write(true).create(true).truncate(false).open(pool.join(name)).unwrap()
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(pool.join(name))
+        .unwrap()
 }
 
 fn file(pool: &Pool, name: &str, pages: u64) -> File {
@@ -236,7 +250,8 @@ impl Layout {
     fn all(heading: &str) -> Vec<Self> {
         let mut layouts: Vec<Self> = Vec::new();
         for row in rows(section(&document(FORMAT), heading)) {
-            let [offset, bytes] = [0, 1].map(|cell: usize| row[cell].parse::<usize>().expect("a number"));
+            let [offset, bytes] =
+                [0, 1].map(|cell: usize| row[cell].parse::<usize>().expect("a number"));
             if offset == 0 {
                 layouts.push(Self(BTreeMap::new()));
             }
@@ -255,7 +270,10 @@ impl Layout {
     /// The number in the field `field` of a record.
     fn number(&self, record: &[u8], field: &str) -> u64 {
         let (offset, bytes) = self.0.get(field).unwrap_or_else(|| panic!("no field {field}"));
-        record[*offset..offset + bytes].iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte))
+        record[*offset..offset + bytes]
+            .iter()
+            .rev()
+            .fold(0, |number, byte| number << 8 | u64::from(*byte))
     }
 }
 
@@ -327,7 +345,8 @@ fn a_record_reads_as_documented() {
         assert_eq!((run.number(bytes, "first@0"), run.number(bytes, "count@4")), expected);
         assert_eq!(run.number(bytes, "time@8"), time);
     }
-    let mut expected: Vec<u8> = kept.iter().flat_map(|bytes| crc32fast::hash(bytes).to_le_bytes()).collect();
+    let mut expected: Vec<u8> =
+        kept.iter().flat_map(|bytes| crc32fast::hash(bytes).to_le_bytes()).collect();
     expected.extend(crc32fast::hash(&record[..record.len() - 4]).to_le_bytes());
     assert_eq!(sums, expected);
     let ledger = File::open(ledger).unwrap();
@@ -352,9 +371,13 @@ fn notes_of_a_file_read_as_documented() {
     assert_eq!(note("natives").len(), 8);
     let pollers = polled(&pool, "file", 130);
     assert_eq!((note("pollers").len(), note("pollers 1").len()), (128 * 8, 2 * 8));
-    let kept = |path: &str, name: &str| String::from_utf8(bytes(&root(&pool).join(path), name)).unwrap();
+    let kept =
+        |path: &str, name: &str| String::from_utf8(bytes(&root(&pool).join(path), name)).unwrap();
     assert_eq!(kept("reserve", "trusted.pages"), "8");
-    assert_eq!(kept("reserve", "trusted.huge_at_mount"), pool.counter("huge_bytes_at_mount").to_string());
+    assert_eq!(
+        kept("reserve", "trusted.huge_at_mount"),
+        pool.counter("huge_bytes_at_mount").to_string()
+    );
     drop((file, reader, pollers, pool));
 }
 
@@ -362,8 +385,10 @@ fn notes_of_a_file_read_as_documented() {
 fn the_session_record_reads_as_documented() {
     let format = document(FORMAT);
     let session = section(&format, "The session record");
-    let words: BTreeSet<String> =
-        rows(session).iter().map(|row| quoted(&row[0]).next().expect("a word").to_owned()).collect();
+    let words: BTreeSet<String> = rows(session)
+        .iter()
+        .map(|row| quoted(&row[0]).next().expect("a word").to_owned())
+        .collect();
     let pool = Pool::small(2);
     let record = fs::read_to_string(root(&pool).join("index/handover")).unwrap();
     let (first, rest) = record.split_once('\n').unwrap();

@@ -74,7 +74,9 @@ fn beside_growths(step: &str, meanwhile: impl FnOnce(&Pool, &[PathBuf])) {
                 ended.fetch_add(1, Ordering::SeqCst);
             });
         }
-        limits::until(limits::ANSWER, "pages that are reserved", || pool.counter("pages_reserved") > 0);
+        limits::until(limits::ANSWER, "pages that are reserved", || {
+            pool.counter("pages_reserved") > 0
+        });
         meanwhile(&pool, &files);
         assert_eq!(ended.load(Ordering::SeqCst), 0, "the growths are under way");
         drop(held);
@@ -96,7 +98,11 @@ fn nobody_waits_for_the_growth_of_other_files() {
 fn a_file_that_grows_can_be_looked_at_opened_and_listed() {
     beside_growths(TAKEN, |pool, files| {
         for path in files {
-            assert_eq!(size(path), path.file_name().unwrap().len() as u64, "the growth has yet to succeed");
+            assert_eq!(
+                size(path),
+                path.file_name().unwrap().len() as u64,
+                "the growth has yet to succeed"
+            );
             File::open(path).unwrap();
         }
         assert_eq!(fs::read_dir(pool.path()).unwrap().count(), MANY + 1);
@@ -110,7 +116,8 @@ fn kill_at(pool: &Pool, step: &str, command: &mut Command) {
     held.await_stop();
     let stopped = Instant::now();
     caller.kill().unwrap();
-    thread::sleep(BETWEEN_LOOKS.saturating_sub(stopped.elapsed())); // the request has begun before that
+    // The request has begun before that.
+    thread::sleep(BETWEEN_LOOKS.saturating_sub(stopped.elapsed()));
     drop(held);
     let status = limits::exit(limits::ANSWER, "the end of a caller that was killed", &mut caller);
     assert!(!status.success(), "{status}");
@@ -190,7 +197,8 @@ fn writers_that_wait_for_pages_are_bounded() {
     const MOST_KIB: usize = 32 << 10; // the bytes that are kept, and the memory of the threads
     let pool = Pool::small(PAGES as u64);
     let (threads, memory) = (status(&pool, "Threads"), status(&pool, "VmRSS"));
-    let files: Vec<_> = (0..WRITERS).map(|n| File::create(pool.join(n.to_string())).unwrap()).collect();
+    let files: Vec<_> =
+        (0..WRITERS).map(|n| File::create(pool.join(n.to_string())).unwrap()).collect();
     let mut coming = unlinked(&pool, PAGES);
     let (written, refused) = (AtomicUsize::new(0), AtomicUsize::new(0));
     thread::scope(|scope| {
@@ -205,7 +213,8 @@ fn writers_that_wait_for_pages_are_bounded() {
         }
         let (mut most, mut largest) = (0, 0);
         limits::until(limits::ANSWER, "writers that have an answer", || {
-            (most, largest) = (most.max(status(&pool, "Threads")), largest.max(status(&pool, "VmRSS")));
+            (most, largest) =
+                (most.max(status(&pool, "Threads")), largest.max(status(&pool, "VmRSS")));
             let has_refused = refused.load(Ordering::SeqCst) > 0;
             if has_refused {
                 coming.pop(); // the page of this file comes back
@@ -214,7 +223,10 @@ fn writers_that_wait_for_pages_are_bounded() {
         });
         println!("{threads} threads, then {most}; {memory} KiB, then {largest}");
         assert!(most > threads, "some have waited");
-        assert!(most <= threads + MOST_OF_USER && largest < memory + MOST_KIB, "{most}, {largest} KiB");
+        assert!(
+            most <= threads + MOST_OF_USER && largest < memory + MOST_KIB,
+            "{most}, {largest} KiB"
+        );
     });
     println!("{written:?} have written, {refused:?} were refused");
     assert!(written.into_inner() > 0);
@@ -228,7 +240,8 @@ fn writers_that_wait_for_pages_are_bounded() {
 fn threads(pool: &Pool, name: &str) -> Vec<Pid> {
     let threads = fs::read_dir(format!("/proc/{}/task", pool.counter("worker_pid"))).unwrap();
     let threads = threads.map(|thread| thread.unwrap().path());
-    let named = threads.filter(|thread| fs::read_to_string(thread.join("comm")).unwrap().starts_with(name));
+    let named =
+        threads.filter(|thread| fs::read_to_string(thread.join("comm")).unwrap().starts_with(name));
     let id = |thread: PathBuf| thread.file_name()?.to_str()?.parse().ok().and_then(Pid::from_raw);
     named.map(|thread| id(thread).expect("a thread's id")).collect()
 }
@@ -240,7 +253,8 @@ fn long_work_leaves_a_processor_to_the_threads_that_serve() {
     let serving = threads(&pool, "fuser-");
     let all = processors(&serving[0]);
     assert!(serving.iter().all(|thread| processors(thread) == all));
-    let long: Vec<_> = ["job-", "collapse", "patrol"].iter().flat_map(|name| threads(&pool, name)).collect();
+    let long: Vec<_> =
+        ["job-", "collapse", "patrol"].iter().flat_map(|name| threads(&pool, name)).collect();
     assert!(long.len() > serving.len());
     limits::until(limits::ANSWER, "threads that have found their processors", || {
         long.iter().all(|thread| processors(thread) == (all - 1).max(1))
@@ -250,7 +264,8 @@ fn long_work_leaves_a_processor_to_the_threads_that_serve() {
 
 #[test]
 fn each_thread_has_a_heap_that_need_not_grow() {
-    const HEAP_GRAIN: usize = 64 << 20; // glibc's heaps begin at multiples of this, except the first thread's
+    // Glibc's heaps begin at multiples of this, except the first thread's.
+    const HEAP_GRAIN: usize = 64 << 20;
     const LONG: usize = 1 << 20;
     let pool = Pool::small(4);
     let count = threads(&pool, "fuser-").len() + threads(&pool, "job-").len();

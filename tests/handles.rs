@@ -49,7 +49,11 @@ fn a_handle_outlives_caches_workers_and_names() {
     let mut text = String::new();
     File::from(opened(&pool, of_file).unwrap()).read_to_string(&mut text).unwrap();
     assert_eq!(text, "bytes", "it is found under whatever name");
-    assert_eq!(path_of(&opened(&pool, of_directory).unwrap()), directory, "its parents are looked up by ..");
+    assert_eq!(
+        path_of(&opened(&pool, of_directory).unwrap()),
+        directory,
+        "its parents are looked up by .."
+    );
     assert_eq!(path_of(&opened(&pool, of_root).unwrap()), pool.path());
     let mut text = String::new();
     File::from(opened(&pool, of_open).unwrap()).read_to_string(&mut text).unwrap();
@@ -78,7 +82,8 @@ fn a_forged_handle_opens_nothing_beside_the_tree() {
     let index = PathBuf::from(format!("/proc/{}/root/index", pool.daemon().pid));
     fs::write(pool.join("file"), "bytes").unwrap();
     fs::create_dir(pool.join("directory")).unwrap();
-    let (removed, path) = (File::open(pool.join("directory")).unwrap(), OFlags::PATH | OFlags::NOFOLLOW);
+    let (removed, path) =
+        (File::open(pool.join("directory")).unwrap(), OFlags::PATH | OFlags::NOFOLLOW);
     fs::remove_dir(pool.join("directory")).unwrap();
     symlinkat("found", CWD, index.join(".witnesses/12345")).unwrap();
     let real = forged(handle_of(&index.join("tree/file")));

@@ -71,7 +71,8 @@ fn unanswered() -> Pool {
 /// Asserts that the mount and its processes have ended with the process that waited for them.
 fn assert_gone(output: &Output) {
     let (said, errors) = (text(&output.stdout), text(&output.stderr));
-    let pids = said.lines().find_map(|line| line.split_once("pids ")).expect("the mount was made").1;
+    let pids =
+        said.lines().find_map(|line| line.split_once("pids ")).expect("the mount was made").1;
     for pid in pids.split(' ') {
         let process = std::path::PathBuf::from(format!("/proc/{pid}"));
         limits::until(limits::ANSWER, &format!("the end of process {pid}"), || !process.exists());
@@ -125,6 +126,9 @@ fn a_program_that_is_told_to_end_says_what_it_waits_for() {
     };
     let Some(output) = in_a_process(name, hang) else { return };
     let errors = text(&output.stderr);
-    assert!(errors.contains("SIGTERM ends this program") && errors.contains("the kettle"), "{errors}");
+    assert!(
+        errors.contains("SIGTERM ends this program") && errors.contains("the kettle"),
+        "{errors}"
+    );
     assert_eq!(output.status.signal(), Some(Signal::ABORT.as_raw()), "{errors}");
 }

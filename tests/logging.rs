@@ -15,8 +15,8 @@ use std::sync::mpsc;
 use std::time::Duration;
 use support::place::Namespace;
 use support::{
-    Daemon, POISON, Pool, await_text, counters, get, hugetlb2, kill_worker, limits, mount_hugetlb2, poison,
-    run, set, status_and_error,
+    Daemon, POISON, Pool, await_text, counters, get, hugetlb2, kill_worker, limits, mount_hugetlb2,
+    poison, run, set, status_and_error,
 };
 
 const SMALL: &str = "size=16M,pagesize=2M,mode=1777";
@@ -40,8 +40,12 @@ fn be_refused(file: &Path, users: u32, times: u32) {
         in_time("refused requests", move || {
             rustix::thread::set_thread_uid(Uid::from_raw(user)).unwrap();
             for _ in 0..times {
-                let refused =
-                    fsetxattr(&file, "user.hugetlb2.none", b"value", rustix::fs::XattrFlags::empty());
+                let refused = fsetxattr(
+                    &file,
+                    "user.hugetlb2.none",
+                    b"value",
+                    rustix::fs::XattrFlags::empty(),
+                );
                 assert_eq!(refused, Err(Errno::OPNOTSUPP));
             }
         });
@@ -108,8 +112,9 @@ impl Machine {
 fn await_line(log: &UnixDatagram, text: &str) -> String {
     let mut line = [0; 4096];
     loop {
-        let length =
-            log.recv(&mut line).unwrap_or_else(|error| panic!("no line with {text:?} has come: {error}"));
+        let length = log
+            .recv(&mut line)
+            .unwrap_or_else(|error| panic!("no line with {text:?} has come: {error}"));
         let line = support::text(&line[..length]);
         if line.contains(text) {
             return line;
@@ -169,7 +174,9 @@ fn a_system_log_that_was_restarted_is_found() {
 
 /// Waits until the daemon has dropped a line.
 fn await_none_waiting(pool: &Path) {
-    limits::until(limits::ANSWER, "the line to be given up", || counters(pool)["log_lines_dropped"] > 0);
+    limits::until(limits::ANSWER, "the line to be given up", || {
+        counters(pool)["log_lines_dropped"] > 0
+    });
 }
 
 // ---- a file -------------------------------------------------------------------------------------
@@ -204,10 +211,14 @@ fn a_fifo_that_is_not_read_keeps_no_call_waiting() {
     let file = open_file(&pool.path());
     be_refused(&file, 40, 60);
     use_it(&file);
-    let mut reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&log).unwrap();
+    let mut reader =
+        OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&log).unwrap();
     let mut lines = vec![0; 1 << 20];
     let length = reader.read(&mut lines).unwrap();
-    assert!(support::text(&lines[..length]).contains("user 10000: \"user.hugetlb2.none\" \"value\" refused"));
+    assert!(
+        support::text(&lines[..length])
+            .contains("user 10000: \"user.hugetlb2.none\" \"value\" refused")
+    );
     pool.unmount();
 }
 
@@ -241,8 +252,14 @@ fn a_log_that_others_can_put_elsewhere_is_refused() {
         let directory = place.path().join(name);
         std::fs::create_dir(&directory).unwrap();
         std::fs::set_permissions(&directory, Permissions::from_mode(mode)).unwrap();
-        chownat(CWD, &directory, Some(Uid::from_raw(owner)), Some(Gid::ROOT), rustix::fs::AtFlags::empty())
-            .unwrap();
+        chownat(
+            CWD,
+            &directory,
+            Some(Uid::from_raw(owner)),
+            Some(Gid::ROOT),
+            rustix::fs::AtFlags::empty(),
+        )
+        .unwrap();
         directory
     };
     let target = place.path().join("target");
@@ -266,12 +283,20 @@ fn a_log_that_others_can_put_elsewhere_is_refused() {
     ] {
         let mount_point = make(&format!("mnt-{}", log.file_name().unwrap().display()), 0o755, 0);
         let mut mount = mount_hugetlb2();
-        mount.arg("source").arg(&mount_point).arg("-o").arg(format!("{SMALL},log={}", log.display()));
+        mount
+            .arg("source")
+            .arg(&mount_point)
+            .arg("-o")
+            .arg(format!("{SMALL},log={}", log.display()));
         let (status, error) = status_and_error(&mut mount);
         let _ = rustix::mount::unmount(&mount_point, rustix::mount::UnmountFlags::DETACH);
         std::fs::remove_dir(&mount_point).unwrap();
         assert_eq!(status, 32, "{}: {error}", log.display());
-        assert!(error.contains("option log: ") && error.contains(why), "{}: {error}", log.display());
+        assert!(
+            error.contains("option log: ") && error.contains(why),
+            "{}: {error}",
+            log.display()
+        );
     }
     assert_eq!(std::fs::read_to_string(&target).unwrap(), "precious");
     Pool::mount(&format!("{SMALL},log={}", sticky.join("log").display())).unmount();
@@ -290,7 +315,10 @@ fn a_users_text_cannot_forge_a_line() {
     let log = pool.await_log("a last word");
     let start = |line: &str| line.split(' ').nth(1).is_some_and(|word| word == "hugetlb2fsd[1]");
     assert!(!log.lines().any(start), "{log}");
-    assert!(log.contains(r"user.hugetlb2.x\n1900000000 hugetlb2fsd[1] ERROR: memory error\x1b[2J"), "{log}");
+    assert!(
+        log.contains(r"user.hugetlb2.x\n1900000000 hugetlb2fsd[1] ERROR: memory error\x1b[2J"),
+        "{log}"
+    );
 }
 
 #[test]

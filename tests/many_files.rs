@@ -14,8 +14,8 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use support::{
-    FOLIO, POISON, Pool, REPAIR, SUBPAGE, get, hugetlb2, kill_worker, limits, mount_hugetlb2, poison, run,
-    set, status_and_error,
+    FOLIO, POISON, Pool, REPAIR, SUBPAGE, get, hugetlb2, kill_worker, limits, mount_hugetlb2,
+    poison, run, set, status_and_error,
 };
 
 fn is_full<T>(result: io::Result<T>) -> bool {
@@ -30,7 +30,11 @@ fn fill_with_files(pool: &Pool, name: &str) -> u64 {
         match File::create_new(path(made)) {
             Ok(_) => made += 1,
             Err(error) => {
-                assert_eq!(Errno::from_io_error(&error), Some(Errno::NOSPC), "file {made}: {error}");
+                assert_eq!(
+                    Errno::from_io_error(&error),
+                    Some(Errno::NOSPC),
+                    "file {made}: {error}"
+                );
                 assert!(!path(made).exists(), "what was refused has left a name");
                 return made;
             }
@@ -71,7 +75,9 @@ fn no_more_files_than_descriptors_leaves_all_in_use() {
     assert!(made > 50, "{made}");
     assert_eq!(made, left);
     assert_eq!(files_left(&pool), 0);
-    limits::until(limits::ANSWER, "a line in the log", || pool.log().contains("no more files can be made"));
+    limits::until(limits::ANSWER, "a line in the log", || {
+        pool.log().contains("no more files can be made")
+    });
     fs::create_dir(pool.join("a directory takes no descriptor")).unwrap();
     for _worker in 0..2 {
         let file = File::options().read(true).write(true).open(&tenant).unwrap();
@@ -104,7 +110,8 @@ fn an_open_descriptor_costs_the_daemon_none() {
     let processes = [pool.counter("worker_pid"), pool.counter("daemon_pid")];
     let before = processes.map(descriptors_of);
     let open = |path: PathBuf| File::open(path).unwrap();
-    let held: Vec<_> = (0..500).flat_map(|_| [open(pool.join("file")), open(pool.path())]).collect();
+    let held: Vec<_> =
+        (0..500).flat_map(|_| [open(pool.join("file")), open(pool.path())]).collect();
     let now = processes.map(descriptors_of);
     // The patrol opens some descriptors each second, and closes them again.
     let few = |(now, before): (&usize, &usize)| *now < before + 20;
@@ -125,7 +132,9 @@ fn a_bound_of_inodes_is_kept_and_told() {
         assert_eq!(counts(), (10, 0));
         assert!(is_full(fs::create_dir(&other)));
         assert!(is_full(symlinkat("target", CWD, &other).map_err(io::Error::from)));
-        assert!(is_full(linkat(CWD, &first, CWD, &other, AtFlags::empty()).map_err(io::Error::from)));
+        assert!(is_full(
+            linkat(CWD, &first, CWD, &other, AtFlags::empty()).map_err(io::Error::from)
+        ));
         assert_eq!(set(&first, "user.other", "value"), Err(Errno::NOSPC));
         assert!(run(hugetlb2().arg("status").arg(pool.path())).contains("10 used, 0 more files"));
         kill_worker(&pool);

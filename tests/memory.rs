@@ -7,8 +7,8 @@ use std::fs::{self, File};
 use std::process::Stdio;
 use support::cgroup::Cgroup;
 use support::{
-    FOLIO, Pool, REPAIR, Toucher, kill_worker, limits, mount_hugetlb2, mount_hugetlb2_in, poison, set,
-    status_and_error, text,
+    FOLIO, Pool, REPAIR, Toucher, kill_worker, limits, mount_hugetlb2, mount_hugetlb2_in, poison,
+    set, status_and_error, text,
 };
 
 const MIB: u64 = 1 << 20;
@@ -39,8 +39,9 @@ fn a_mount_beyond_its_cgroups_limit_names_the_limit() {
     cgroup.limit(64 * MIB);
     let place = tempfile::tempdir().unwrap();
     let mut mount = mount_hugetlb2_in(&cgroup.directory);
-    let (status, said) =
-        status_and_error(mount.arg("test-pool").arg(place.path()).args(["-o", "pagesize=2M,size=200M"]));
+    let (status, said) = status_and_error(
+        mount.arg("test-pool").arg(place.path()).args(["-o", "pagesize=2M,size=200M"]),
+    );
     assert_eq!(status, FAILED, "{said}");
     assert_named(&cgroup, &said);
 }
@@ -95,8 +96,10 @@ fn a_quarantine_takes_no_memory_beyond_the_pool() {
 fn first_child(parent: i32) -> i32 {
     let mut child = None;
     limits::until(limits::ANSWER, "the child of a process", || {
-        let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).expect("it runs");
-        child = children.split_ascii_whitespace().next().map(|pid| pid.parse().expect("a process id"));
+        let children =
+            fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).expect("it runs");
+        child =
+            children.split_ascii_whitespace().next().map(|pid| pid.parse().expect("a process id"));
         child.is_some()
     });
     child.expect("it was waited for")
@@ -130,14 +133,19 @@ impl Shortage {
         let mut lines: Vec<_> = lines.lines().map(str::to_owned).collect();
         let available = lines.iter_mut().find(|line| line.starts_with("MemAvailable:")).unwrap();
         *available = "MemAvailable:       1024 kB".to_owned();
-        fs::write(format!("/proc/{supervisor}/root/index/meminfo"), lines.join("\n") + "\n").unwrap();
-        let covered = Toucher::start().ask(&format!("cover {supervisor} /index/meminfo /proc/meminfo"));
+        fs::write(format!("/proc/{supervisor}/root/index/meminfo"), lines.join("\n") + "\n")
+            .unwrap();
+        let covered =
+            Toucher::start().ask(&format!("cover {supervisor} /index/meminfo /proc/meminfo"));
         assert_eq!(covered, "ok");
         Self { supervisor }
     }
 
     fn end(self) {
-        assert_eq!(Toucher::start().ask(&format!("uncover {} /proc/meminfo", self.supervisor)), "ok");
+        assert_eq!(
+            Toucher::start().ask(&format!("uncover {} /proc/meminfo", self.supervisor)),
+            "ok"
+        );
     }
 }
 
@@ -186,7 +194,11 @@ fn what_a_death_has_cost_the_float_comes_back_by_itself() {
         set(pool.path(), "trusted.hugetlb2.die", format!("3 {step}")).unwrap();
         let size = if name == "growth" { 20 * FOLIO } else { 2 * FOLIO };
         File::options().write(true).open(&path).unwrap().set_len(size).unwrap();
-        assert_eq!(pool.counter("short_bytes"), FOLIO, "{name}: the machine does not give it again yet");
+        assert_eq!(
+            pool.counter("short_bytes"),
+            FOLIO,
+            "{name}: the machine does not give it again yet"
+        );
         assert_eq!((pool.counter("pages_missing"), pool.free_pages()), (0, 32 - size / FOLIO));
         assert!(fs::read(&path).unwrap()[..2 * FOLIO as usize].iter().all(|byte| *byte == 7));
         pool.check();

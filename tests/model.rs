@@ -379,7 +379,8 @@ impl Contents {
     /// subpage that it covers in part ends the write, with EIO if the write starts there.
     fn write(&mut self, offset: u64, length: u64, byte: u8, free: u64) -> Outcome<u64> {
         let mut range = Range::at(offset, length);
-        let obstacle = self.holes_in(range).into_iter().find(|hole| !range.covers(self.bytes_of(*hole)));
+        let obstacle =
+            self.holes_in(range).into_iter().find(|hole| !range.covers(self.bytes_of(*hole)));
         match obstacle {
             Some(hole) if hole * SUBPAGE <= offset => return Err(Errno::IO),
             Some(hole) => range.end = hole * SUBPAGE,
@@ -457,8 +458,9 @@ impl Contents {
             return Ok(());
         }
         let whole = pages_up(range.start)..range.end / PAGE;
-        let owned: Vec<u64> =
-            (0..self.reserved).filter(|page| whole.contains(page) && !self.released.contains(page)).collect();
+        let owned: Vec<u64> = (0..self.reserved)
+            .filter(|page| whole.contains(page) && !self.released.contains(page))
+            .collect();
         let outside = |hole: &u64| !owned.contains(&(hole * SUBPAGE / PAGE));
         if !owned.is_empty() && self.holes.keys().any(outside) {
             return Err(Errno::BUSY);
@@ -473,7 +475,9 @@ impl Contents {
     }
 
     fn is_hole(&self, offset: u64) -> bool {
-        offset >= self.size() || self.is_released(offset) || self.holes.contains_key(&(offset / SUBPAGE))
+        offset >= self.size()
+            || self.is_released(offset)
+            || self.holes.contains_key(&(offset / SUBPAGE))
     }
 
     /// SEEK_HOLE and SEEK_DATA: quarantined subpages and released pages are holes, all other bytes
@@ -496,8 +500,9 @@ impl Contents {
     /// Rounds a range outward to 4 KiB. EINVAL for a range behind the end of file.
     fn named(&self, offset: u64, length: u64) -> Outcome<Range> {
         let range = Range::at(offset, length);
-        let fits =
-            !range.is_empty() && offset < self.size() && range.end <= self.size().next_multiple_of(SUBPAGE);
+        let fits = !range.is_empty()
+            && offset < self.size()
+            && range.end <= self.size().next_multiple_of(SUBPAGE);
         if fits { Ok(range.subpages_out()) } else { Err(Errno::INVAL) }
     }
 
@@ -544,10 +549,15 @@ impl Contents {
     /// and behind the end.
     fn touch(&self, offset: u64) -> Answer {
         let end = self.size().next_multiple_of(SUBPAGE);
-        if offset >= end || self.is_released(offset) || self.holes.contains_key(&(offset / SUBPAGE)) {
+        if offset >= end || self.is_released(offset) || self.holes.contains_key(&(offset / SUBPAGE))
+        {
             return Answer::Fault;
         }
-        if offset < self.size() { Answer::Bytes(vec![self.bytes[offset as usize]]) } else { Answer::Anything }
+        if offset < self.size() {
+            Answer::Bytes(vec![self.bytes[offset as usize]])
+        } else {
+            Answer::Anything
+        }
     }
 }
 
@@ -609,7 +619,8 @@ impl Model {
         if self.names[name].is_some() {
             return Err(Errno::EXIST);
         }
-        self.files.insert(self.next, Contents { names: 1, keeps: self.keeps, ..Contents::default() });
+        self.files
+            .insert(self.next, Contents { names: 1, keeps: self.keeps, ..Contents::default() });
         self.names[name] = Some(self.next);
         self.next += 1;
         Ok(())
@@ -642,9 +653,10 @@ impl Model {
             Op::Create(name) => done(self.create(name)),
             Op::Open { slot, name } => done(self.named(name).map(|id| self.slots[slot] = Some(id))),
             Op::Close { slot } => done(self.slots[slot].take().map(drop).ok_or(Errno::BADF)),
-            Op::Write { via, offset, length, byte } => {
-                answer(self.file(via).and_then(|file| file.write(offset, length, byte, free)), Answer::Count)
-            }
+            Op::Write { via, offset, length, byte } => answer(
+                self.file(via).and_then(|file| file.write(offset, length, byte, free)),
+                Answer::Count,
+            ),
             Op::Append { via, length, byte } => {
                 let write = |file: &mut Contents| file.write(file.size(), length, byte, free);
                 answer(self.file(via).and_then(write), Answer::Count)
@@ -652,7 +664,9 @@ impl Model {
             Op::Read { via, offset, length } => {
                 answer(self.file(via).and_then(|file| file.read(offset, length)), Answer::Bytes)
             }
-            Op::Truncate { via, size } => done(self.file(via).and_then(|file| file.truncate(size, free))),
+            Op::Truncate { via, size } => {
+                done(self.file(via).and_then(|file| file.truncate(size, free)))
+            }
             Op::Fallocate { via, what, offset, length } => {
                 let range = Range::at(offset, length);
                 done(self.file(via).and_then(|file| file.fallocate(what, range, free)))
@@ -663,12 +677,18 @@ impl Model {
             Op::Poison { via, offset, length } => {
                 done(self.file(via).and_then(|file| file.poison(offset, length)))
             }
-            Op::Repair { via, verb, range } => done(self.file(via).and_then(|file| file.repair(verb, range))),
+            Op::Repair { via, verb, range } => {
+                done(self.file(via).and_then(|file| file.repair(verb, range)))
+            }
             Op::Collapse { via, range } => {
                 done(self.file(via).and_then(|file| file.named_or_all(range).map(drop)))
             }
-            Op::Map { mapping, name } => done(self.named(name).map(|id| self.mappings[mapping] = Some(id))),
-            Op::Unmap { mapping } => done(self.mappings[mapping].take().map(drop).ok_or(Errno::BADF)),
+            Op::Map { mapping, name } => {
+                done(self.named(name).map(|id| self.mappings[mapping] = Some(id)))
+            }
+            Op::Unmap { mapping } => {
+                done(self.mappings[mapping].take().map(drop).ok_or(Errno::BADF))
+            }
             Op::Load { mapping, offset } => match self.mappings[mapping] {
                 Some(id) => self.files[&id].touch(offset),
                 None => Answer::Failed(Errno::BADF),
@@ -747,7 +767,8 @@ impl<'a> World<'a> {
     }
 
     fn open(&self, name: usize, flags: OFlags) -> Outcome<File> {
-        Ok(rustix::fs::open(self.path(name), flags | OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR)?.into())
+        Ok(rustix::fs::open(self.path(name), flags | OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR)?
+            .into())
     }
 
     fn reach(&self, via: Via, flags: OFlags) -> Outcome<Reached<'_>> {
@@ -758,7 +779,11 @@ impl<'a> World<'a> {
     }
 
     /// Asks the other process, if that is the one to act.
-    fn ask(&mut self, via: Via, line: impl FnOnce(std::path::Display<'_>) -> String) -> ControlFlow<Answer> {
+    fn ask(
+        &mut self,
+        via: Via,
+        line: impl FnOnce(std::path::Display<'_>) -> String,
+    ) -> ControlFlow<Answer> {
         let Via::There(name) = via else { return ControlFlow::Continue(()) };
         let path = self.path(name);
         let answer = self.toucher.ask(&line(path.display()));
@@ -789,8 +814,9 @@ impl<'a> World<'a> {
                 self.ask(via, |path| format!("fallocate {path} {mode} {offset} {length}"))
             }
             Op::Map { mapping: 1, name } => {
-                let answer =
-                    self.toucher.ask(&format!("map {} 0 {MAPPED} shared rw", self.path(name).display()));
+                let answer = self
+                    .toucher
+                    .ask(&format!("map {} 0 {MAPPED} shared rw", self.path(name).display()));
                 self.toucher_maps |= answer == "ok";
                 ControlFlow::Break(if answer.contains("(os error 2)") {
                     Answer::Failed(Errno::NOENT)
@@ -808,9 +834,9 @@ impl<'a> World<'a> {
             Op::Store { mapping: 1, offset, byte } if self.toucher_maps => {
                 ControlFlow::Break(understood(&self.toucher.ask(&format!("store {offset} {byte}"))))
             }
-            Op::Unmap { mapping: 1 } | Op::Load { mapping: 1, .. } | Op::Store { mapping: 1, .. } => {
-                ControlFlow::Break(Answer::Failed(Errno::BADF))
-            }
+            Op::Unmap { mapping: 1 }
+            | Op::Load { mapping: 1, .. }
+            | Op::Store { mapping: 1, .. } => ControlFlow::Break(Answer::Failed(Errno::BADF)),
             _ => ControlFlow::Continue(()),
         }
     }
@@ -828,18 +854,24 @@ impl<'a> World<'a> {
                 let written = self.with(via, |file| rustix::io::pwrite(file, &bytes, offset));
                 answer(written, |count| Answer::Count(count as u64))
             }
-            Op::Append { via, length, byte } => answer(self.append(via, length, byte), Answer::Count),
+            Op::Append { via, length, byte } => {
+                answer(self.append(via, length, byte), Answer::Count)
+            }
             Op::Read { via, offset, length } => {
                 answer(self.with(via, |file| read(file, offset, length)), Answer::Bytes)
             }
-            Op::Truncate { via, size } => done(self.with(via, |file| rustix::fs::ftruncate(file, size))),
-            Op::Fallocate { via, what, offset, length } => {
-                done(self.with(via, |file| rustix::fs::fallocate(file, mode_of(what), offset, length)))
+            Op::Truncate { via, size } => {
+                done(self.with(via, |file| rustix::fs::ftruncate(file, size)))
             }
+            Op::Fallocate { via, what, offset, length } => done(
+                self.with(via, |file| rustix::fs::fallocate(file, mode_of(what), offset, length)),
+            ),
             Op::Seek { via, offset, data } => {
                 answer(self.with(via, |file| seek(file, offset, data)), Answer::Count)
             }
-            Op::Poison { via, offset, length } => done(self.poison(via, &format!("{offset} {length}"))),
+            Op::Poison { via, offset, length } => {
+                done(self.poison(via, &format!("{offset} {length}")))
+            }
             Op::Repair { via, verb, range } => {
                 let verb = match verb {
                     Verb::Zero => "zero",
@@ -854,15 +886,18 @@ impl<'a> World<'a> {
             }),
             Op::Map { name, .. } => done(self.open(name, OFlags::empty()).map(|file| {
                 let range = Range::new(0, MAPPED);
-                self.mapping =
-                    Some(Mapping::new(&file, range, Sharing::Shared, true).expect("it can be mapped"));
+                self.mapping = Some(
+                    Mapping::new(&file, range, Sharing::Shared, true).expect("it can be mapped"),
+                );
             })),
             Op::Unmap { .. } => done(self.mapping.take().map(drop).ok_or(Errno::BADF)),
-            Op::Load { offset, .. } => match self.mapping.as_ref().map(|mapping| mapping.load(offset)) {
-                None => Answer::Failed(Errno::BADF),
-                Some(Ok(byte)) => Answer::Bytes(vec![byte]),
-                Some(Err(_)) => Answer::Fault,
-            },
+            Op::Load { offset, .. } => {
+                match self.mapping.as_ref().map(|mapping| mapping.load(offset)) {
+                    None => Answer::Failed(Errno::BADF),
+                    Some(Ok(byte)) => Answer::Bytes(vec![byte]),
+                    Some(Err(_)) => Answer::Fault,
+                }
+            }
             Op::Store { offset, byte, .. } => {
                 match self.mapping.as_ref().map(|mapping| mapping.store(offset, byte)) {
                     None => Answer::Failed(Errno::BADF),
@@ -894,7 +929,9 @@ impl<'a> World<'a> {
     }
 
     fn set(&self, via: Via, name: &str, value: &str) -> Outcome {
-        self.with(via, |file| rustix::fs::fsetxattr(file, name, value.as_bytes(), XattrFlags::empty()))
+        self.with(via, |file| {
+            rustix::fs::fsetxattr(file, name, value.as_bytes(), XattrFlags::empty())
+        })
     }
 
     /// Quarantines a range. If punched memory is missing (EBUSY), fills it first: the model does
@@ -903,7 +940,8 @@ impl<'a> World<'a> {
         match self.set(via, POISON, value) {
             Err(Errno::BUSY) => {
                 self.with(via, |file| {
-                    let (map, size) = (crate::value(file, MAP), rustix::fs::fstat(file)?.st_size as u64);
+                    let (map, size) =
+                        (crate::value(file, MAP), rustix::fs::fstat(file)?.st_size as u64);
                     assert!(map.contains(" punched -"), "{map}");
                     rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, 0, size)
                 })?;
@@ -975,7 +1013,11 @@ fn agree<T: PartialEq + std::fmt::Debug>(what: &str, real: &T, model: &T) -> Ver
         let text = format!("{value:?}");
         if text.len() > 300 { format!("{} ...", &text[..300]) } else { text }
     };
-    Err(TestCaseError::fail(format!("{what}: it is {}, and the model says {}", short(real), short(model))))
+    Err(TestCaseError::fail(format!(
+        "{what}: it is {}, and the model says {}",
+        short(real),
+        short(model)
+    )))
 }
 
 impl World<'_> {
@@ -990,7 +1032,9 @@ impl World<'_> {
         for (name, id) in model.names.iter().enumerate() {
             match (self.open(name, OFlags::empty()), id) {
                 (Ok(file), Some(id)) => compare_file(&file, &model.files[id], around)?,
-                (found, id) => agree("an open", &found.err(), &id.is_none().then_some(Errno::NOENT))?,
+                (found, id) => {
+                    agree("an open", &found.err(), &id.is_none().then_some(Errno::NOENT))?
+                }
             }
         }
         Ok(())
@@ -1059,8 +1103,11 @@ fn compare_whole(file: &File, model: &Contents) -> Verdict {
         let found = read(file, at, PIECE);
         let wanted = model.read(at, PIECE);
         if found != wanted {
-            let differs =
-                found.iter().flatten().zip(wanted.iter().flatten()).position(|(one, other)| one != other);
+            let differs = found
+                .iter()
+                .flatten()
+                .zip(wanted.iter().flatten())
+                .position(|(one, other)| one != other);
             agree(&format!("read at {at:#x}, which differs at {differs:?}"), &found, &wanted)?;
         }
         at = match found {
@@ -1110,7 +1157,9 @@ fn compare_map(file: &File, model: &Contents) -> Verdict {
 /// The place of the bytes that an operation leaves.
 fn place(op: &Op) -> Option<u64> {
     match *op {
-        Op::Write { offset, .. } | Op::Store { offset, .. } | Op::Poison { offset, .. } => Some(offset),
+        Op::Write { offset, .. } | Op::Store { offset, .. } | Op::Poison { offset, .. } => {
+            Some(offset)
+        }
         Op::Fallocate { offset, .. } => Some(offset),
         Op::Truncate { size, .. } if size < ABSURD => Some(size),
         Op::Repair { range: Some((offset, _)), .. } => Some(offset),
@@ -1128,7 +1177,8 @@ fn follow(world: &mut World<'_>, ops: &[Op], keeps: bool) -> Verdict {
         }
         let wanted = model.do_op(op);
         let found = world.do_op(op);
-        let at_step = |error: TestCaseError| TestCaseError::fail(format!("step {n}, {op:?}: {error}"));
+        let at_step =
+            |error: TestCaseError| TestCaseError::fail(format!("step {n}, {op:?}: {error}"));
         match (&wanted, &found) {
             (Answer::Anything, Answer::Bytes(_)) => {}
             _ => agree("the answer", &found, &wanted).map_err(at_step)?,
@@ -1214,8 +1264,10 @@ fn play_all(keeps: bool) {
     });
     let mut bytes = [0; 32];
     bytes[..8].copy_from_slice(&seed.to_le_bytes());
-    let config = Config { cases, failure_persistence: None, max_shrink_iters: 2000, ..Config::default() };
-    let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
+    let config =
+        Config { cases, failure_persistence: None, max_shrink_iters: 2000, ..Config::default() };
+    let mut runner =
+        TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
     let stage = RefCell::new(Stage { props: None, keeps });
     match runner.run(&sequence(), |ops| stage.borrow_mut().play(&ops)) {
         Ok(()) => {}

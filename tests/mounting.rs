@@ -14,8 +14,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use support::limits;
 use support::place::{Namespace, Place};
 use support::{
-    CHECK, Daemon, FOLIO, Pool, SIZE, Toucher, await_text, counters, end, get, hugetlb2, mount_hugetlb2, run,
-    set, start_until, status_and_error, text, umount_hugetlb2,
+    CHECK, Daemon, FOLIO, Pool, SIZE, Toucher, await_text, counters, end, get, hugetlb2,
+    mount_hugetlb2, run, set, start_until, status_and_error, text, umount_hugetlb2,
 };
 
 /// Eight pages of 2 MiB.
@@ -64,7 +64,10 @@ fn each_wrong_option_is_refused_with_the_right_form() {
         ("size=16M,pagesize=2M,uid=x", "option uid: \"x\" is not a numeric"),
         ("size=16M,pagesize=2M,gid=-1", "option gid: \"-1\" is not a numeric"),
         ("size=16M,pagesize=2M,collapse=maybe", "option collapse: \"maybe\" is neither on nor off"),
-        ("size=16M,pagesize=2M,frobnicate", "unknown option \"frobnicate\"; there are size, pagesize"),
+        (
+            "size=16M,pagesize=2M,frobnicate",
+            "unknown option \"frobnicate\"; there are size, pagesize",
+        ),
         ("size=16M,pagesize=2M,szie=1G", "unknown option \"szie\""),
         ("size=16M,pagesize=2M,user_id=7", "unknown option \"user_id\""),
     ] {
@@ -91,8 +94,7 @@ fn the_help_names_every_option_and_every_exit_status() {
     for row in hugetlb2fs::options::TABLE {
         assert!(help.contains(&format!("  {}={}", row.name, row.value)), "{}", row.name);
     }
-    let statuses =
-        "0 mounted, 1 wrong usage, 2 system error, 4 internal error, 8 interrupted, 32 mount failed";
+    let statuses = "0 mounted, 1 wrong usage, 2 system error, 4 internal error, 8 interrupted, 32 mount failed";
     assert!(help_in_one_line.contains(statuses), "{help}");
 }
 
@@ -108,7 +110,8 @@ fn sloppy_ignores_unknown_options_and_still_checks_ours() {
 #[test]
 fn options_for_other_programs_and_accepted_flags_do_nothing() {
     let place = Place::new();
-    let options = format!("defaults,noauto,nofail,_netdev,x-systemd.automount,x-a=b,comment=c,{SMALL}");
+    let options =
+        format!("defaults,noauto,nofail,_netdev,x-systemd.automount,x-a=b,comment=c,{SMALL}");
     run(place.mount(&options).args(["-n", "-t", "hugetlb2"]));
     assert_eq!(counters(&place.mount_point())["pages_total"], 8);
 }
@@ -168,7 +171,11 @@ fn a_mount_point_must_be_an_empty_directory() {
     let place = Place::new();
     let file = place.join("file");
     std::fs::write(&file, "").unwrap();
-    place.assert_refused(&mut place.mount_at(&place.join("missing"), SMALL), FAILED, "missing: No such file");
+    place.assert_refused(
+        &mut place.mount_at(&place.join("missing"), SMALL),
+        FAILED,
+        "missing: No such file",
+    );
     place.assert_refused(&mut place.mount_at(&file, SMALL), FAILED, "file: not a directory");
     std::fs::write(place.mount_point().join("inside"), "").unwrap();
     place.assert_refused(&mut place.mount(SMALL), FAILED, "mnt: not empty");
@@ -195,7 +202,11 @@ fn without_the_fuse_device_nothing_starts() {
     for flag in ["-n", "-f"] {
         let mut mount = namespace.command("/sbin/mount.hugetlb2");
         mount.arg("source").arg(place.mount_point()).args(["-o", &place.with_log(SMALL), flag]);
-        place.assert_refused(&mut mount, SYSTEM, "/dev/fuse cannot be opened: No such file or directory");
+        place.assert_refused(
+            &mut mount,
+            SYSTEM,
+            "/dev/fuse cannot be opened: No such file or directory",
+        );
     }
     assert!(!place.log().exists(), "a daemon was started");
 }
@@ -209,7 +220,10 @@ fn a_false_fuse_device_fails_the_mount_and_leaves_nothing() {
     let mut mount = namespace.command("/sbin/mount.hugetlb2");
     mount.arg("source").arg(place.mount_point()).args(["-o", &place.with_log(SMALL)]);
     place.assert_refused(&mut mount, FAILED, "no filesystem can be made on /dev/fuse: ");
-    assert!(std::fs::read_to_string(place.log()).unwrap().contains("8 pages"), "it had been filled");
+    assert!(
+        std::fs::read_to_string(place.log()).unwrap().contains("8 pages"),
+        "it had been filled"
+    );
     assert!(namespace.mount_info(&place).is_none());
 }
 
@@ -257,8 +271,16 @@ fn only_root_can_mount() {
 #[test]
 fn each_capability_that_the_daemon_lacks_is_named() {
     let place = Place::new();
-    let needed =
-        ["sys_admin", "dac_read_search", "dac_override", "chown", "fowner", "fsetid", "setuid", "setgid"];
+    let needed = [
+        "sys_admin",
+        "dac_read_search",
+        "dac_override",
+        "chown",
+        "fowner",
+        "fsetid",
+        "setuid",
+        "setgid",
+    ];
     for capability in needed.into_iter().chain(["setpcap"]) {
         let mut mount = Command::new("setpriv");
         mount.arg(format!("--bounding-set=-{capability}"));
@@ -284,7 +306,11 @@ fn a_root_directory_that_cannot_be_left_is_named() {
     mount.args(["-m", "sh", "-c", SCRIPT]).arg(place.directory.path()).arg(build);
     mount.args([env!("CARGO_BIN_EXE_hugetlb2"), "mount", "source"]).arg(place.mount_point());
     mount.args(["-o", &place.with_log(SMALL)]);
-    place.assert_refused(&mut mount, FAILED, "this root directory cannot be left: it is the initramfs, or");
+    place.assert_refused(
+        &mut mount,
+        FAILED,
+        "this root directory cannot be left: it is the initramfs, or",
+    );
 }
 
 #[test]
@@ -362,7 +388,11 @@ fn a_daemon_that_ends_after_the_mount_leaves_nothing_mounted() {
         SYSTEM,
         "the daemon ended without a word",
     );
-    assert_eq!(std::fs::read_to_string(place.join("word")).unwrap(), "mounted\n", "it had been mounted");
+    assert_eq!(
+        std::fs::read_to_string(place.join("word")).unwrap(),
+        "mounted\n",
+        "it had been mounted"
+    );
 }
 
 #[test]
@@ -452,7 +482,8 @@ impl Standing {
         helper.arg0("mount.hugetlb2").arg("source").arg(place.mount_point());
         helper.args(["-o", &place.with_log("size=1G,pagesize=2M")]);
         helper.env("DAEMON", env!("CARGO_BIN_EXE_hugetlb2fsd")).env("HUGETLB2_LOG", "debug");
-        let helper = helper.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("the helper");
+        let helper =
+            helper.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("the helper");
         await_text(&place.log(), " bytes taken");
         let daemons = place.daemons();
         assert_eq!(daemons.len(), 1);
@@ -529,7 +560,8 @@ fn progress_is_shown_on_a_terminal_and_nowhere_else() {
         env!("CARGO_BIN_EXE_hugetlb2"),
         place.mount_point().display()
     );
-    let terminal = run(Command::new("script").args(["-qec", &mount, "/dev/null"]).stdin(Stdio::null()));
+    let terminal =
+        run(Command::new("script").args(["-qec", &mount, "/dev/null"]).stdin(Stdio::null()));
     assert!(terminal.contains("\rtaking memory: 0.1 of 0.2 GiB"), "{terminal:?}");
     assert!(terminal.ends_with("\r\u{1b}[K"), "the line is cleared in the end: {terminal:?}");
     assert!(place.mount_info().is_some());
@@ -544,7 +576,8 @@ fn verbose_says_who_serves() {
     let daemon = Daemon::of(&place.mount_point()).pid;
     assert_eq!(status, 0);
     assert!(error.contains("16777216 of 16777216 bytes are in 2 MiB folios"), "{error}");
-    let line = format!("source mounted on {}, served by process {daemon}", place.mount_point().display());
+    let line =
+        format!("source mounted on {}, served by process {daemon}", place.mount_point().display());
     assert!(error.contains(&line), "{error}");
 }
 
@@ -676,16 +709,21 @@ fn a_forced_umount_of_a_pool_that_answers_is_refused() {
     write_from_outside(&file);
     let mut user = user_of(&file);
     for by in [["umount", "-f"], ["/sbin/umount.fuse.hugetlb2", "-f"]] {
-        let (status, error) = status_and_error(namespace.command(by[0]).arg(by[1]).arg(place.mount_point()));
+        let (status, error) =
+            status_and_error(namespace.command(by[0]).arg(by[1]).arg(place.mount_point()));
         assert_eq!(status, FAILED, "{error}");
-        assert!(error.contains("it is in use, and its daemon answers: nothing is forced"), "{error}");
+        assert!(
+            error.contains("it is in use, and its daemon answers: nothing is forced"),
+            "{error}"
+        );
         assert_eq!(std::fs::read_to_string(&file).unwrap(), "text\n");
     }
     // A forced umount disconnects a pool whose daemon is stopped.
     let daemon = Daemon::of(&mount_point);
     let processes = place.processes();
     processes.iter().for_each(|process| signal(*process, Signal::STOP));
-    let (status, error) = status_and_error(namespace.command("umount").arg("-f").arg(place.mount_point()));
+    let (status, error) =
+        status_and_error(namespace.command("umount").arg("-f").arg(place.mount_point()));
     assert_eq!(status, FAILED, "{error}");
     assert!(error.contains("all calls fail from now on; it is still in use"), "{error}");
     processes.iter().for_each(|process| signal(*process, Signal::CONT));
@@ -758,7 +796,10 @@ fn mount_8_and_umount_8_find_the_helpers_by_both_names() {
     for kind in ["hugetlb2", "fuse.hugetlb2"] {
         run(&mut namespace.mount_8(&place, kind, &place.with_log(&format!("nosuid,{SMALL}"))));
         let info = namespace.mount_info(&place).unwrap();
-        assert_eq!((info.kind.as_str(), info.flags.as_str()), ("fuse.hugetlb2", "rw,nosuid,relatime"));
+        assert_eq!(
+            (info.kind.as_str(), info.flags.as_str()),
+            ("fuse.hugetlb2", "rw,nosuid,relatime")
+        );
         assert!(place.mount_info().is_none(), "it is in the namespace only");
         let daemon = Daemon::of(&namespace.path(&place.mount_point()));
         assert_eq!(place.daemons(), [daemon.pid]);
@@ -782,7 +823,11 @@ fn a_plain_umount_8_which_calls_no_helper_ends_the_daemon_too() {
 #[test]
 fn mount_8_passes_the_helpers_status_and_words_on() {
     let (place, namespace) = (Place::new(), Namespace::new());
-    place.assert_refused(&mut namespace.mount_8(&place, "hugetlb2", "size=1Q"), USAGE, "option size: \"1Q\"");
+    place.assert_refused(
+        &mut namespace.mount_8(&place, "hugetlb2", "size=1Q"),
+        USAGE,
+        "option size: \"1Q\"",
+    );
     let mut sloppy = namespace.mount_8(&place, "hugetlb2", "size=100%,frobnicate");
     place.assert_refused(sloppy.arg("-s"), FAILED, "the machine cannot give ");
     run(namespace.mount_8(&place, "hugetlb2", SMALL).arg("-f"));
@@ -915,7 +960,8 @@ fn the_size_attribute_resizes_a_pool_in_use() {
     let file = pool.join("file");
     std::fs::write(&file, vec![7; 4 * FOLIO as usize]).unwrap();
     let mut toucher = Toucher::mapping(&file, 4 * FOLIO);
-    for (size, pages) in [("64M", 32), ("8M", 4), ("8388608\n", 4), ("0xc00000", 6), ("33M", 16), ("10M", 5)]
+    for (size, pages) in
+        [("64M", 32), ("8M", 4), ("8388608\n", 4), ("0xc00000", 6), ("33M", 16), ("10M", 5)]
     {
         set(pool.path(), SIZE, size).unwrap();
         assert_eq!(get(pool.path(), SIZE).unwrap(), format!("{}\n", pages * FOLIO), "{size}");
@@ -1014,7 +1060,11 @@ fn two_hundred_lives_leave_nothing_behind() {
                 FAILED,
                 "the machine cannot give ",
             );
-            place.assert_refused(&mut place.mount_with_daemon(Some("exit 1")), SYSTEM, "without a word");
+            place.assert_refused(
+                &mut place.mount_with_daemon(Some("exit 1")),
+                SYSTEM,
+                "without a word",
+            );
         }
         run(&mut place.mount(&format!("size={POOL},pagesize=2M")));
         let daemon = Daemon::of(&place.mount_point());
@@ -1032,9 +1082,13 @@ fn two_hundred_lives_leave_nothing_behind() {
 #[test]
 fn the_command_mounts_as_the_helper_does() {
     let place = Place::new();
-    run(hugetlb2().args(["mount", "source"]).arg(place.mount_point()).args(["-o", &place.with_log(SMALL)]));
+    run(hugetlb2()
+        .args(["mount", "source"])
+        .arg(place.mount_point())
+        .args(["-o", &place.with_log(SMALL)]));
     assert_eq!(counters(&place.mount_point())["pages_total"], 8);
-    let (status, error) = status_and_error(hugetlb2().args(["mount", "source", "/missing", "-o", SMALL]));
+    let (status, error) =
+        status_and_error(hugetlb2().args(["mount", "source", "/missing", "-o", SMALL]));
     assert_eq!(status, FAILED);
     assert!(text(error.as_bytes()).contains("mount point /missing"), "{error}");
 }

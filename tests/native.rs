@@ -10,7 +10,9 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use support::{FOLIO, GIB, POISON, Pool, REPAIR, SUBPAGE, Toucher, Worker, get, kill_worker, poison, set};
+use support::{
+    FOLIO, GIB, POISON, Pool, REPAIR, SUBPAGE, Toucher, Worker, get, kill_worker, poison, set,
+};
 
 /// The subpage that the tests quarantine and repair.
 const PLACE: u64 = FOLIO + 3 * SUBPAGE;
@@ -61,7 +63,10 @@ fn who_opens_for_writing_does_not() {
     let files = [open_to_write(&path), File::options().append(true).open(&path).unwrap()];
     assert_eq!(pool.counter("opened_natively"), 0);
     poison(&path, PLACE, 1).unwrap();
-    assert_eq!(read_subpage(&files[0], PLACE).unwrap_err().raw_os_error(), Some(Errno::IO.raw_os_error()));
+    assert_eq!(
+        read_subpage(&files[0], PLACE).unwrap_err().raw_os_error(),
+        Some(Errno::IO.raw_os_error())
+    );
 }
 
 #[test]
@@ -145,7 +150,11 @@ fn as_long_as_somebody_reads_natively_no_quarantine_is_made() {
         assert_eq!(poison(&path, PLACE, 1), Err(Errno::BUSY));
         assert_eq!(get(&path, POISON), Err(Errno::NODATA));
         assert_eq!(read_subpage(&reader, PLACE).unwrap(), [7; SUBPAGE as usize]);
-        assert_eq!(poison(&path, 2 * FOLIO, 1), Err(Errno::INVAL), "what makes no sense is told first");
+        assert_eq!(
+            poison(&path, 2 * FOLIO, 1),
+            Err(Errno::INVAL),
+            "what makes no sense is told first"
+        );
     }
     pool.await_log("open for reading natively");
     poison(&path, PLACE, 1).unwrap();
@@ -186,7 +195,10 @@ fn the_daemon_reads_a_quarantined_file_until_a_later_open() {
     poison(&path, PLACE, 1).unwrap();
     let mediated = File::open(&path).unwrap();
     assert_eq!(pool.counter("opened_natively"), 0);
-    assert_eq!(read_subpage(&mediated, PLACE).unwrap_err().raw_os_error(), Some(Errno::IO.raw_os_error()));
+    assert_eq!(
+        read_subpage(&mediated, PLACE).unwrap_err().raw_os_error(),
+        Some(Errno::IO.raw_os_error())
+    );
     set(&path, REPAIR, "salvage all").unwrap();
     let native = File::open(&path).unwrap();
     assert_eq!(pool.counter("opened_natively"), 1);
@@ -250,8 +262,15 @@ enum Act {
     WriteOver,
 }
 
-const ACTS: [Act; 7] =
-    [Act::OpenToRead, Act::OpenToWrite, Act::Close, Act::Inject, Act::Salvage, Act::Zero, Act::WriteOver];
+const ACTS: [Act; 7] = [
+    Act::OpenToRead,
+    Act::OpenToWrite,
+    Act::Close,
+    Act::Inject,
+    Act::Salvage,
+    Act::Zero,
+    Act::WriteOver,
+];
 const LENGTH: u32 = 4;
 
 /// A file, its open descriptors, and the contents of its subpage.

@@ -61,8 +61,14 @@ impl Scene {
     fn while_the_path_changes(&self, work: impl FnOnce()) {
         let done = AtomicBool::new(false);
         let exchange = || {
-            renameat_with(CWD, self.place.join("user"), CWD, self.place.join("link"), RenameFlags::EXCHANGE)
-                .unwrap();
+            renameat_with(
+                CWD,
+                self.place.join("user"),
+                CWD,
+                self.place.join("link"),
+                RenameFlags::EXCHANGE,
+            )
+            .unwrap();
         };
         std::thread::scope(|scope| {
             scope.spawn(|| {
@@ -103,8 +109,9 @@ fn a_remount_acts_on_the_pool_that_it_has_looked_at() {
     for _ in 0..100 {
         scene.while_the_path_changes(|| {
             let mut mount = scene.namespace.command("/sbin/mount.hugetlb2");
-            let (status, error) =
-                status_and_error(mount.arg("source").arg(scene.pool()).args(["-o", "remount,noexec"]));
+            let (status, error) = status_and_error(
+                mount.arg("source").arg(scene.pool()).args(["-o", "remount,noexec"]),
+            );
             remounted += u32::from(status == 0);
             assert!(status == 0 || error.contains("no hugetlb2 pool is mounted there"), "{error}");
         });
@@ -133,8 +140,7 @@ fn an_umount_follows_the_link_that_it_is_given() {
 
 #[test]
 fn an_upgrade_looks_at_no_process_of_another_user() {
-    const PROCESS: &str =
-        r#"$| = 1; chroot $ARGV[0] or die; $) = $( = 65534; $> = $< = 65534; print "ready\n"; sleep"#;
+    const PROCESS: &str = r#"$| = 1; chroot $ARGV[0] or die; $) = $( = 65534; $> = $< = 65534; print "ready\n"; sleep"#;
     let place = tempfile::tempdir().unwrap();
     let root = place.path().join("root");
     fs::create_dir(&root).unwrap();
@@ -145,7 +151,11 @@ fn an_upgrade_looks_at_no_process_of_another_user() {
     let mut perl = Command::new("perl");
     let mut process = start_until("ready", perl.args(["-e", PROCESS]).arg(&root));
     let mut daemon = Command::new("sh");
-    daemon.args(["-c", "exec \"$0\" \"$@\" --control-fd=3 3</dev/null", env!("CARGO_BIN_EXE_hugetlb2fsd")]);
+    daemon.args([
+        "-c",
+        "exec \"$0\" \"$@\" --control-fd=3 3</dev/null",
+        env!("CARGO_BIN_EXE_hugetlb2fsd"),
+    ]);
     daemon.args([&format!("--take-over={}", process.id()), "--connection=1"]);
     let (status, error) = status_and_error(&mut daemon);
     assert_eq!(status, 1);
@@ -159,20 +169,26 @@ fn an_upgrade_looks_at_no_process_of_another_user() {
 #[test]
 fn an_installation_follows_no_link() {
     let place = tempfile::tempdir().unwrap();
-    let (sbin, elsewhere, victim) =
-        (place.path().join("usr/sbin"), place.path().join("elsewhere"), place.path().join("victim"));
+    let (sbin, elsewhere, victim) = (
+        place.path().join("usr/sbin"),
+        place.path().join("elsewhere"),
+        place.path().join("victim"),
+    );
     fs::create_dir_all(&sbin).unwrap();
     fs::create_dir(&elsewhere).unwrap();
     fs::write(&victim, "text").unwrap();
     for name in ["hugetlb2", "hugetlb2fsd", ".hugetlb2.new", ".hugetlb2fsd.new"] {
         symlink(&victim, sbin.join(name)).unwrap();
     }
-    for name in ["mount.hugetlb2", "umount.hugetlb2", ".mount.hugetlb2.new", ".umount.fuse.hugetlb2.new"] {
+    for name in
+        ["mount.hugetlb2", "umount.hugetlb2", ".mount.hugetlb2.new", ".umount.fuse.hugetlb2.new"]
+    {
         symlink(&elsewhere, sbin.join(name)).unwrap();
     }
     for _ in 0..2 {
         let built = Path::new(env!("CARGO_BIN_EXE_hugetlb2")).parent().unwrap();
-        let mut install = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/mount-helper/install"));
+        let mut install =
+            Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/mount-helper/install"));
         run(install.env("BUILT", built).env("DESTDIR", place.path()));
         assert_eq!(fs::read_to_string(&victim).unwrap(), "text");
         assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 0);
@@ -183,9 +199,13 @@ fn an_installation_follows_no_link() {
 fn assert_installed(sbin: &Path) {
     for program in ["hugetlb2", "hugetlb2fsd"] {
         let found = sbin.join(program).symlink_metadata().unwrap();
-        assert!(found.is_file() && found.permissions().mode() == 0o100_755 && found.uid() == 0, "{program}");
+        assert!(
+            found.is_file() && found.permissions().mode() == 0o100_755 && found.uid() == 0,
+            "{program}"
+        );
     }
-    for name in ["mount.hugetlb2", "mount.fuse.hugetlb2", "umount.hugetlb2", "umount.fuse.hugetlb2"] {
+    for name in ["mount.hugetlb2", "mount.fuse.hugetlb2", "umount.hugetlb2", "umount.fuse.hugetlb2"]
+    {
         assert_eq!(fs::read_link(sbin.join(name)).unwrap(), Path::new("hugetlb2"), "{name}");
     }
     assert_eq!(fs::read_dir(sbin).unwrap().count(), 6, "nothing else is there");

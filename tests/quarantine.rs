@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use support::{
-    CHECK, COLLAPSE, FOLIO, GIB, INJECT, MAP, POISON, POOL, Pool, REPAIR, SUBPAGE, Toucher, get, limits,
-    poison, run, set, status_and_error,
+    CHECK, COLLAPSE, FOLIO, GIB, INJECT, MAP, POISON, POOL, Pool, REPAIR, SUBPAGE, Toucher, get,
+    limits, poison, run, set, status_and_error,
 };
 
 /// A byte that differs from its neighbours in this subpage and in others.
@@ -228,7 +228,8 @@ fn malformed_requests_and_ranges_past_the_end_change_nothing() {
 fn a_released_page_has_nothing_to_quarantine() {
     let pool = Pool::small(2);
     let file = patterned(&pool, "file", 2 * FOLIO);
-    fallocate(open(&file), FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, FOLIO, FOLIO).unwrap();
+    fallocate(open(&file), FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, FOLIO, FOLIO)
+        .unwrap();
     assert_eq!(set(&file, POISON, format!("0 4096\n{FOLIO} 4096")), Err(Errno::INVAL));
     assert_eq!(quarantined(&file), []);
     pool.check();
@@ -249,9 +250,14 @@ fn only_regular_files_have_the_attributes_of_files() {
     std::fs::create_dir(pool.join("directory")).unwrap();
     std::os::unix::fs::symlink("directory", pool.join("symlink")).unwrap();
     for name in ["directory", "symlink", "."] {
-        for (attribute, value) in [(POISON, "0 1"), (REPAIR, "zero all"), (COLLAPSE, "all"), (MAP, "")] {
+        for (attribute, value) in
+            [(POISON, "0 1"), (REPAIR, "zero all"), (COLLAPSE, "all"), (MAP, "")]
+        {
             let refused = set(pool.join(name), attribute, value).expect_err("it is refused");
-            assert!([Errno::OPNOTSUPP, Errno::PERM].contains(&refused), "{name} {attribute}: {refused}");
+            assert!(
+                [Errno::OPNOTSUPP, Errno::PERM].contains(&refused),
+                "{name} {attribute}: {refused}"
+            );
             assert_eq!(get(pool.join(name), attribute), Err(Errno::NODATA), "{name} {attribute}");
         }
     }
@@ -288,7 +294,15 @@ fn quarantining_needs_permission_to_write_the_file() {
     let file = patterned(&pool, "file", FOLIO);
     let setfattr = |uid: &str| {
         let mut command = Command::new("setpriv");
-        command.args([&format!("--reuid={uid}"), "--clear-groups", "setfattr", "-n", POISON, "-v", "0 1"]);
+        command.args([
+            &format!("--reuid={uid}"),
+            "--clear-groups",
+            "setfattr",
+            "-n",
+            POISON,
+            "-v",
+            "0 1",
+        ]);
         status_and_error(command.arg(&file))
     };
     // The mount point lies in a directory of the test, which others must be able to search.
@@ -307,7 +321,9 @@ fn quarantining_needs_permission_to_write_the_file() {
 #[test]
 fn repair_zero_gives_zeros_and_salvage_gives_every_byte_back() {
     let pool = Pool::small(2);
-    for (verb, expected) in [("zero", vec![0; SUBPAGE as usize]), ("salvage", pattern(0x6000, SUBPAGE))] {
+    for (verb, expected) in
+        [("zero", vec![0; SUBPAGE as usize]), ("salvage", pattern(0x6000, SUBPAGE))]
+    {
         let file = patterned(&pool, verb, FOLIO);
         let mut toucher = Toucher::mapping(&file, FOLIO);
         poison(&file, 0x6000, 1).unwrap();
@@ -469,7 +485,8 @@ fn cp_rescues_everything_that_is_not_lost() {
         assert_eq!(rescued.len() as u64, size);
         for (n, byte) in rescued.iter().enumerate() {
             let offset = n as u64;
-            let expected = if lost.contains(&(offset / SUBPAGE * SUBPAGE)) { 0 } else { byte_at(offset) };
+            let expected =
+                if lost.contains(&(offset / SUBPAGE * SUBPAGE)) { 0 } else { byte_at(offset) };
             assert_eq!(*byte, expected, "{name} {offset:#x}");
         }
         std::fs::remove_file(&file).unwrap();
@@ -523,9 +540,14 @@ fn a_write_of_a_part_of_a_quarantined_subpage_ends_before_it() {
     assert_eq!(read(&file, 0x4000, FOLIO).unwrap(), vec![0xee; 0x1000]);
     assert_eq!(fd.write_at(&data[..2], 0x4fff).unwrap(), 1);
     // The write starts in the subpage.
-    for (offset, length) in [(0x5000, 1), (0x5000, 0xfff), (0x5001, 0xfff), (0x5001, 0x2000 - 1), (0x5fff, 2)]
+    for (offset, length) in
+        [(0x5000, 1), (0x5000, 0xfff), (0x5001, 0xfff), (0x5001, 0x2000 - 1), (0x5fff, 2)]
     {
-        assert_eq!(errno(fd.write_at(&data[..length], offset)), Errno::IO, "{offset:#x} {length:#x}");
+        assert_eq!(
+            errno(fd.write_at(&data[..length], offset)),
+            Errno::IO,
+            "{offset:#x} {length:#x}"
+        );
     }
     assert_eq!(quarantined(&file), [(0x5000, 0x1000)]);
     assert_eq!(read(&file, 0x6000, FOLIO).unwrap(), pattern(0x6000, FOLIO - 0x6000));
@@ -659,7 +681,11 @@ fn erasing_a_part_of_a_quarantined_subpage_changes_nothing() {
         [(0x4000, 0x1001), (0x5001, 0x1000), (0x5800, 0x10), (0x5fff, 1), (0x5800, 2 * FOLIO)]
     {
         for flags in [PUNCH, FallocateFlags::ZERO_RANGE] {
-            assert_eq!(fallocate(&fd, flags, offset, length), Err(Errno::IO), "{offset:#x} {length:#x}");
+            assert_eq!(
+                fallocate(&fd, flags, offset, length),
+                Err(Errno::IO),
+                "{offset:#x} {length:#x}"
+            );
         }
     }
     assert_intact_but(&file, 3 * FOLIO, &[0x5000]);
@@ -702,7 +728,9 @@ fn sigbus_comes_exactly_there_whoever_mapped_the_file_and_when() {
         assert_eq!(toucher.walk(), lost);
     }
     // Every byte of the subpage is lost to loads and stores, and no byte of its neighbours is.
-    for (at, good) in [(0x4fff, true), (0x5000, false), (0x5abc, false), (0x5fff, false), (0x6000, true)] {
+    for (at, good) in
+        [(0x4fff, true), (0x5000, false), (0x5abc, false), (0x5fff, false), (0x6000, true)]
+    {
         assert_eq!(before.load(at), good.then(|| byte_at(at)), "{at:#x}");
         assert_eq!(before.store(at, byte_at(at)), good, "{at:#x}");
     }
@@ -755,7 +783,9 @@ fn neighbouring_folios_break_apart_one_by_one() {
     let pool = Pool::small(4);
     let file = patterned(&pool, "file", 4 * FOLIO);
     let mut toucher = Toucher::mapping(&file, 4 * FOLIO);
-    for (n, (offset, length)) in [(2 * FOLIO - SUBPAGE, 2 * SUBPAGE), (0, 1)].into_iter().enumerate() {
+    for (n, (offset, length)) in
+        [(2 * FOLIO - SUBPAGE, 2 * SUBPAGE), (0, 1)].into_iter().enumerate()
+    {
         poison(&file, offset, length).unwrap();
         toucher.walk();
         assert_eq!(toucher.huge(), 2 - n as u64);
@@ -869,7 +899,9 @@ fn collapse_takes_ranges_and_leaves_holes_and_the_rest_alone() {
 fn malformed_collapses_are_refused() {
     let pool = Pool::small(1);
     let file = patterned(&pool, "file", FOLIO);
-    for value in ["", "everything", "0", "0 0", "0 1 2", "all all", "all\nx", "2097152 1", "0 2097153"] {
+    for value in
+        ["", "everything", "0", "0 0", "0 1 2", "all all", "all\nx", "2097152 1", "0 2097153"]
+    {
         assert_eq!(set(&file, COLLAPSE, value), Err(Errno::INVAL), "{value:?}");
     }
     assert_eq!(get(&file, COLLAPSE), Err(Errno::NODATA));
@@ -881,7 +913,8 @@ fn the_map_tells_all_four_states_and_adds_up() {
     let size = 3 * FOLIO + 5000;
     let file = patterned(&pool, "file", size);
     fallocate(open(&file), PUNCH, FOLIO, FOLIO).unwrap();
-    set(&file, POISON, format!("{} 0x2000\n{} 1", 2 * FOLIO + 0x5000, 3 * FOLIO + SUBPAGE)).unwrap();
+    set(&file, POISON, format!("{} 0x2000\n{} 1", 2 * FOLIO + 0x5000, 3 * FOLIO + SUBPAGE))
+        .unwrap();
     let state = |offset: u64| {
         let row = map(&file).into_iter().rfind(|row| row.0 <= offset).unwrap();
         row.2
@@ -933,7 +966,10 @@ fn wait_until_it_waits(tid: i32) {
     ];
     eventually("the thread waits", || {
         let call = std::fs::read_to_string(format!("/proc/self/task/{tid}/syscall")).unwrap();
-        call.split(' ').next().and_then(|number| number.parse().ok()).is_some_and(|n| waiting.contains(&n))
+        call.split(' ')
+            .next()
+            .and_then(|number| number.parse().ok())
+            .is_some_and(|n| waiting.contains(&n))
     });
 }
 
@@ -977,7 +1013,8 @@ fn epoll_wakes_when_the_quarantine_grows() {
     for round in 0..3 {
         let wait = || {
             let mut events: Vec<epoll::Event> = Vec::with_capacity(4);
-            epoll::wait(&queue, rustix::buffer::spare_capacity(&mut events), Some(&PATIENCE)).unwrap();
+            epoll::wait(&queue, rustix::buffer::spare_capacity(&mut events), Some(&PATIENCE))
+                .unwrap();
             events.iter().map(|event| ({ event.data }.u64(), { event.flags })).collect::<Vec<_>>()
         };
         let woken = while_waiting(wait, || poison(&file, round * SUBPAGE, 1).unwrap());
@@ -1161,12 +1198,16 @@ fn a_long_range_is_quarantined_and_repaired_by_folios() {
         set(&file, name, value).unwrap();
         started.elapsed()
     };
-    let each = |what: &str| (0..FOLIOS).map(|n| format!("{what}{} 4096\n", n * FOLIO + 0x5000)).collect();
+    let each =
+        |what: &str| (0..FOLIOS).map(|n| format!("{what}{} 4096\n", n * FOLIO + 0x5000)).collect();
     let (some, put_back) = (took(POISON, each("")), took(REPAIR, each("salvage ")));
     let all = took(POISON, format!("0 {}", FOLIOS * FOLIO));
     assert_eq!(pool.counter("quarantined_soft"), FOLIOS * FOLIO / SUBPAGE);
     assert_eq!(get(&file, POISON).unwrap().lines().count(), 1);
-    assert_eq!(Toucher::mapping(&file, FOLIOS * FOLIO).walk().len() as u64, FOLIOS * FOLIO / SUBPAGE);
+    assert_eq!(
+        Toucher::mapping(&file, FOLIOS * FOLIO).walk().len() as u64,
+        FOLIOS * FOLIO / SUBPAGE
+    );
     let salvaged = took(REPAIR, "salvage all".to_owned());
     assert!(std::fs::read(&file).unwrap() == pattern(0, FOLIOS * FOLIO), "bytes are lost");
     took(POISON, format!("0 {}", FOLIOS * FOLIO));
@@ -1175,7 +1216,10 @@ fn a_long_range_is_quarantined_and_repaired_by_folios() {
     for (what, time, subpages) in
         [("quarantine", all, some), ("salvage", salvaged, put_back), ("zero", zeroed, put_back)]
     {
-        println!("{what}: {:?} a GiB; {FOLIOS} single subpages: {subpages:?}", time * (512 / FOLIOS as u32));
+        println!(
+            "{what}: {:?} a GiB; {FOLIOS} single subpages: {subpages:?}",
+            time * (512 / FOLIOS as u32)
+        );
         assert!(
             time < subpages * MOST_TIMES,
             "{what} takes {time:?}, and {subpages:?} for {FOLIOS} subpages"

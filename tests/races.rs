@@ -41,7 +41,8 @@ fn hammering(file: &Path, size: u64, offset: u64) -> Toucher {
 /// The touches and the SIGBUS of a hammer. `from` is `tally N` or `stop`.
 fn touches_and_faults(toucher: &mut Toucher, from: &str) -> (u64, u64) {
     let answer = toucher.ask(from);
-    let counts: Vec<u64> = answer.split(' ').skip(1).map(|word| word.parse().expect("a number")).collect();
+    let counts: Vec<u64> =
+        answer.split(' ').skip(1).map(|word| word.parse().expect("a number")).collect();
     match counts[..] {
         [touches, faults] => (touches, faults),
         _ => panic!("{from}: {answer}"),
@@ -101,7 +102,8 @@ fn a_quarantine_leaves_other_hammered_holes_shut() {
     let file = filled(&pool, 2 * FOLIO, 7);
     // One hole is in this folio, next to the later quarantine. The other is in another folio.
     set(&file, POISON, format!("0x4000 1\n{} 1", FOLIO + 0x9000)).unwrap();
-    let mut hammers = [hammering(&file, 2 * FOLIO, 0x4000), hammering(&file, 2 * FOLIO, FOLIO + 0x9000)];
+    let mut hammers =
+        [hammering(&file, 2 * FOLIO, 0x4000), hammering(&file, 2 * FOLIO, FOLIO + 0x9000)];
     let mut walker = Toucher::mapping(&file, 2 * FOLIO);
     for round in 0..40 {
         let offset = if round % 2 == 0 { 0x5000 } else { FOLIO + 0x20000 };
@@ -151,7 +153,10 @@ fn a_repair_leaves_other_holes_shut_and_counts_strays() {
         .map(|(touches, faults)| touches - faults)
         .sum();
     let counted = pool.counter("holes_shut_again");
-    assert!(touched == 0 || counted > 0, "{touched} touches got through and no hole was shut again");
+    assert!(
+        touched == 0 || counted > 0,
+        "{touched} touches got through and no hole was shut again"
+    );
     if counted > 0 {
         pool.await_log("was filled in passing; it is shut again");
     }
@@ -184,9 +189,11 @@ fn truncating_under_hammers_discards_the_holes() {
     let pool = Pool::small(2);
     let file = filled(&pool, 2 * FOLIO, 7);
     let fd = open(&file);
-    let mut hammers = [hammering(&file, 2 * FOLIO, 0x5000), hammering(&file, 2 * FOLIO, FOLIO + 0x7000)];
+    let mut hammers =
+        [hammering(&file, 2 * FOLIO, 0x5000), hammering(&file, 2 * FOLIO, FOLIO + 0x7000)];
     for round in 0..30 {
-        set(&file, POISON, format!("0x5000 1\n{} 1\n{} 1", FOLIO + 0x7000, FOLIO + 0x9000)).unwrap();
+        set(&file, POISON, format!("0x5000 1\n{} 1\n{} 1", FOLIO + 0x7000, FOLIO + 0x9000))
+            .unwrap();
         fd.set_len([0, 1, 0x5000, 0x3001][round % 4])
             .unwrap_or_else(|error| panic!("round {round}: {error}"));
         hammers.iter_mut().for_each(assert_all_faults);
@@ -260,7 +267,13 @@ impl Drop for Stop<'_> {
 const SOON: Duration = Duration::from_millis(900);
 
 /// Asserts that a quarantine at `offset` is refused soon, and that every byte is unchanged.
-fn assert_refused_as_pinned(pool: &Pool, file: &Path, toucher: &mut Toucher, offset: u64, size: u64) {
+fn assert_refused_as_pinned(
+    pool: &Pool,
+    file: &Path,
+    toucher: &mut Toucher,
+    offset: u64,
+    size: u64,
+) {
     let before = get(file, POISON);
     let holes = toucher.walk();
     let started = Instant::now();
@@ -342,7 +355,11 @@ fn a_pin_in_a_split_folio_is_refused_soon_or_does_no_harm() {
             Err(errno) => assert_eq!(errno, Errno::BUSY, "{pinned:#x} {wanted:#x}"),
         }
         assert_eq!(toucher.walk(), [0x100000], "{pinned:#x} {wanted:#x}");
-        assert_eq!(toucher.count(&format!("differ {wanted} {SUBPAGE} 7")), 0, "{pinned:#x} {wanted:#x}");
+        assert_eq!(
+            toucher.count(&format!("differ {wanted} {SUBPAGE} 7")),
+            0,
+            "{pinned:#x} {wanted:#x}"
+        );
         pool.check();
         assert_eq!(toucher.ask("unpin"), "ok");
         poison(&file, wanted, 1).unwrap();
@@ -386,7 +403,10 @@ fn large_reads_beside_quarantines_end_before_lost_bytes() {
                 let (reader, mut bytes) = (open(&file), vec![0; 1 << 20]);
                 while !stop.load(Ordering::Relaxed) {
                     let read = reader.read_at(&mut bytes, FOLIO).unwrap();
-                    assert!(bytes[..read].iter().all(|byte| *byte == 7), "zeros in place of what is lost");
+                    assert!(
+                        bytes[..read].iter().all(|byte| *byte == 7),
+                        "zeros in place of what is lost"
+                    );
                     let lost = read as u64 == PLACE - FOLIO;
                     assert!(lost || read == bytes.len(), "{read} bytes");
                     *shortened.lock().unwrap() += u64::from(lost);

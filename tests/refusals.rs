@@ -120,15 +120,19 @@ impl Snapshot {
     /// The differences, a line for each.
     fn differences(&self, after: &Self) -> Vec<String> {
         let mut found = Vec::new();
-        let paths =
-            self.entries.keys().chain(after.entries.keys().filter(|path| !self.entries.contains_key(*path)));
+        let paths = self
+            .entries
+            .keys()
+            .chain(after.entries.keys().filter(|path| !self.entries.contains_key(*path)));
         for path in paths {
             let name = path.file_name().expect("a name").display();
             match (self.entries.get(path), after.entries.get(path)) {
                 (Some(_), None) => found.push(format!("{name} is gone")),
                 (None, _) => found.push(format!("{name} has come to be")),
                 (Some(before), Some(after)) => {
-                    found.extend(before.differences(after).into_iter().map(|what| format!("{name}: {what}")));
+                    found.extend(
+                        before.differences(after).into_iter().map(|what| format!("{name}: {what}")),
+                    );
                 }
             }
         }
@@ -145,7 +149,8 @@ impl Entry {
     fn of(path: &Path) -> Self {
         let stat = fs::symlink_metadata(path).expect("it is there");
         let contents = match stat.file_type() {
-            kind if kind.is_file() && stat.len() > 0 => subpages(path), // leaves a new file unopened
+            // Leaves a new file unopened.
+            kind if kind.is_file() && stat.len() > 0 => subpages(path),
             kind if kind.is_symlink() => {
                 vec![fs::read_link(path).expect("a link").into_os_string().into_encoded_bytes()]
             }
@@ -206,7 +211,9 @@ fn subpages(path: &Path) -> Vec<Vec<u8>> {
     let mut piece = vec![0; 1 << 20]; // one request
     while (found.len() as u64) * SUBPAGE < size {
         match file.read_at(&mut piece, found.len() as u64 * SUBPAGE) {
-            Ok(length) => found.extend(piece[..length].chunks(SUBPAGE as usize).map(<[u8]>::to_vec)),
+            Ok(length) => {
+                found.extend(piece[..length].chunks(SUBPAGE as usize).map(<[u8]>::to_vec))
+            }
             Err(_) => found.push(Vec::new()), // this subpage is quarantined: a read ends before it
         }
     }
@@ -217,8 +224,9 @@ fn attributes(path: &Path) -> BTreeMap<String, String> {
     let mut names = vec![0; 4096];
     let length = rustix::fs::llistxattr(path, &mut names[..]).expect("attributes are listed");
     let names = support::text(&names[..length]);
-    let ours =
-        names.split_terminator('\0').map(|name| (name.to_owned(), get(path, name).expect("it is listed")));
+    let ours = names
+        .split_terminator('\0')
+        .map(|name| (name.to_owned(), get(path, name).expect("it is listed")));
     ours.collect()
 }
 
@@ -264,7 +272,9 @@ const KEEP: &str = "io=mediated,punch=keep";
 fn assert_runs(pool: &Pool, runs: &[(u64, u8)]) {
     let (bytes, mut meant) = (fs::read(file(pool)).unwrap(), Vec::new());
     runs.iter().for_each(|(length, byte)| meant.resize(meant.len() + *length as usize, *byte));
-    let found = || bytes.chunk_by(|one, next| one == next).map(|run| (run.len(), run[0])).collect::<Vec<_>>();
+    let found = || {
+        bytes.chunk_by(|one, next| one == next).map(|run| (run.len(), run[0])).collect::<Vec<_>>()
+    };
     assert!(bytes == meant, "{:?} are not {runs:?}", found());
 }
 
@@ -308,10 +318,18 @@ const OPERATIONS: &[Operation] = &[
         name: "make a node and open it",
         options: MEDIATED,
         prepare: |pool| {
-            rustix::fs::mknodat(CWD, other(pool), FileType::RegularFile, Mode::from_raw_mode(0o600), 0)
-                .unwrap();
+            rustix::fs::mknodat(
+                CWD,
+                other(pool),
+                FileType::RegularFile,
+                Mode::from_raw_mode(0o600),
+                0,
+            )
+            .unwrap();
         },
-        change: |stage| File::options().read(true).write(true).open(stage.other()).map(drop).map_err(errno),
+        change: |stage| {
+            File::options().read(true).write(true).open(stage.other()).map(drop).map_err(errno)
+        },
         verify: |pool| fs::write(other(pool), [7; 5000]).unwrap(),
     },
     Operation {
@@ -386,7 +404,9 @@ const OPERATIONS: &[Operation] = &[
     Operation {
         name: "rename over a directory",
         options: MEDIATED,
-        prepare: |pool| ["one", "two"].iter().for_each(|name| fs::create_dir(pool.join(name)).unwrap()),
+        prepare: |pool| {
+            ["one", "two"].iter().for_each(|name| fs::create_dir(pool.join(name)).unwrap())
+        },
         change: |stage| fs::rename(stage.pool.join("one"), stage.pool.join("two")).map_err(errno),
         verify: |pool| assert_eq!(fs::read_dir(pool.path()).unwrap().count(), 1),
     },
@@ -425,7 +445,9 @@ const OPERATIONS: &[Operation] = &[
         name: "chown",
         options: MEDIATED,
         prepare: sevens,
-        change: |stage| std::os::unix::fs::chown(stage.path(), Some(1000), Some(1000)).map_err(errno),
+        change: |stage| {
+            std::os::unix::fs::chown(stage.path(), Some(1000), Some(1000)).map_err(errno)
+        },
         verify: |pool| assert_eq!(fs::metadata(file(pool)).unwrap().uid(), 1000),
     },
     Operation {
@@ -439,7 +461,9 @@ const OPERATIONS: &[Operation] = &[
         name: "set an attribute that must not be there",
         options: MEDIATED,
         prepare: sevens,
-        change: |stage| rustix::fs::setxattr(stage.path(), "user.color", b"blue", XattrFlags::CREATE),
+        change: |stage| {
+            rustix::fs::setxattr(stage.path(), "user.color", b"blue", XattrFlags::CREATE)
+        },
         verify: |pool| assert_eq!(get(file(pool), "user.color").unwrap(), "blue"),
     },
     Operation {
@@ -628,7 +652,9 @@ const OPERATIONS: &[Operation] = &[
         options: MEDIATED,
         prepare: lose_one,
         change: |stage| stage.write(3 * SUBPAGE, FOLIO),
-        verify: |pool| assert_runs(pool, &[(FOLIO, 7), (3 * SUBPAGE, 9), (2 * FOLIO - 3 * SUBPAGE, 7)]),
+        verify: |pool| {
+            assert_runs(pool, &[(FOLIO, 7), (3 * SUBPAGE, 9), (2 * FOLIO - 3 * SUBPAGE, 7)])
+        },
     },
     Operation {
         name: "collapse",
@@ -674,7 +700,8 @@ const OPERATIONS: &[Operation] = &[
         change: |stage| {
             let (from, mut place, mut left) = (open(&stage.other()), FOLIO, 5000);
             while left > 0 {
-                left -= rustix::fs::copy_file_range(&from, None, stage.file(), Some(&mut place), left)?;
+                left -=
+                    rustix::fs::copy_file_range(&from, None, stage.file(), Some(&mut place), left)?;
             }
             Ok(())
         },
@@ -751,7 +778,11 @@ fn fail_one(
     failures.arm(nth, error);
     let result = (operation.change)(&mut stage);
     let place = failures.place();
-    let case = format!("{}: {error} of call {nth} ({})", operation.name, place.as_deref().unwrap_or("none"));
+    let case = format!(
+        "{}: {error} of call {nth} ({})",
+        operation.name,
+        place.as_deref().unwrap_or("none")
+    );
     let mut wrong = before_and_after(&before, pool, result);
     if result.is_err() {
         tally.refusals += 1;
@@ -778,7 +809,10 @@ fn before_and_after(before: &Snapshot, pool: &Pool, result: Result<(), Errno>) -
     let mut wrong = Vec::new();
     if let Err(errno) = result {
         wrong.extend(
-            before.differences(&Snapshot::of(pool)).iter().map(|what| format!("{errno}, but {what}")),
+            before
+                .differences(&Snapshot::of(pool))
+                .iter()
+                .map(|what| format!("{errno}, but {what}")),
         );
     }
     let found = get(pool.path(), support::CHECK).expect("the check attribute");
@@ -793,7 +827,9 @@ struct Lane(BTreeMap<&'static str, Pool>);
 
 impl Lane {
     fn new() -> Self {
-        Self([MEDIATED, NATIVE, KEEP].into_iter().map(|options| (options, mount(options))).collect())
+        Self(
+            [MEDIATED, NATIVE, KEEP].into_iter().map(|options| (options, mount(options))).collect(),
+        )
     }
 
     /// Fails each call of an operation once. Returns the wrong outcomes.
@@ -813,7 +849,10 @@ impl Lane {
                 }
             }
         }
-        println!("{}: {} calls failed, {} refusals", operation.name, tally.failures, tally.refusals);
+        println!(
+            "{}: {} calls failed, {} refusals",
+            operation.name, tally.failures, tally.refusals
+        );
         assert!(tally.failures > 0, "{}: nothing can fail there", operation.name);
         wrong
     }
@@ -829,9 +868,18 @@ fn a_refused_change_has_changed_nothing() {
     let next = AtomicUsize::new(0);
     let operations = || std::iter::from_fn(|| OPERATIONS.get(next.fetch_add(1, Ordering::Relaxed)));
     let wrong: Vec<String> = std::thread::scope(|scope| {
-        let threads = lanes.each_mut().map(|lane| scope.spawn(move || lane.fail_each_of(operations())));
-        threads.into_iter().flat_map(|thread| thread.join().expect("what is wrong is returned")).collect()
+        let threads =
+            lanes.each_mut().map(|lane| scope.spawn(move || lane.fail_each_of(operations())));
+        threads
+            .into_iter()
+            .flat_map(|thread| thread.join().expect("what is wrong is returned"))
+            .collect()
     });
-    assert!(wrong.is_empty(), "{} failures have changed something:\n{}", wrong.len(), wrong.join("\n"));
+    assert!(
+        wrong.is_empty(),
+        "{} failures have changed something:\n{}",
+        wrong.len(),
+        wrong.join("\n")
+    );
     lanes.into_iter().flat_map(|lane| lane.0.into_values()).for_each(Pool::unmount);
 }

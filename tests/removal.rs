@@ -42,11 +42,18 @@ fn what_a_removal_opens_is_shut_within_seconds() {
     println!("shut {:?} after the removal", removed.elapsed());
     assert_eq!(mapping.load(FOLIO), Ok(0));
     let mut byte = [0];
-    assert_eq!(file.read_at(&mut byte, 0x5000).unwrap_err().raw_os_error(), Some(Errno::IO.raw_os_error()));
+    assert_eq!(
+        file.read_at(&mut byte, 0x5000).unwrap_err().raw_os_error(),
+        Some(Errno::IO.raw_os_error())
+    );
     assert!(pool.log().contains("was filled in passing; it is shut again"));
     pool.check();
     set(&path, REPAIR, "salvage all").unwrap();
-    assert_eq!(mapping.load(0x5000), Ok(7), "a store into an opened hole is lost, and nothing else");
+    assert_eq!(
+        mapping.load(0x5000),
+        Ok(7),
+        "a store into an opened hole is lost, and nothing else"
+    );
     pool.check();
 }
 
@@ -61,7 +68,10 @@ fn a_request_shuts_what_a_removal_has_opened() {
         let mut byte = [0];
         let read = file.read_at(&mut byte, 0x5000).unwrap_err();
         assert_eq!(read.raw_os_error(), Some(Errno::IO.raw_os_error()), "round {round}");
-        assert!(mapping.store(0x5000, 9).is_err(), "round {round}: it can be touched after a request");
+        assert!(
+            mapping.store(0x5000, 9).is_err(),
+            "round {round}: it can be touched after a request"
+        );
     }
     pool.check();
 }

@@ -35,7 +35,9 @@ fn a_seek_from_the_middle_of_a_large_hole_finds_its_end() {
     let hole = (FOLIO, (PAGES - 1) * FOLIO);
     let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     rustix::fs::fallocate(&file, punch, hole.0, hole.1 - hole.0).unwrap();
-    for offset in [hole.0, hole.0 + 1, 12 * FOLIO, 30 * FOLIO - SUBPAGE, 45 * FOLIO + 77, hole.1 - 1] {
+    for offset in
+        [hole.0, hole.0 + 1, 12 * FOLIO, 30 * FOLIO - SUBPAGE, 45 * FOLIO + 77, hole.1 - 1]
+    {
         assert_eq!(seeks(&file, offset), (Ok(hole.1), Ok(offset)), "{offset:#x}");
     }
     assert_eq!(seeks(&file, hole.0 - 1), (Ok(hole.0 - 1), Ok(hole.0)));
@@ -52,7 +54,10 @@ fn what_was_never_written_is_data_that_takes_memory() {
     file.write_all_at(b"a", 3 * FOLIO).unwrap();
     assert_eq!(seeks(&file, 0), (Ok(0), Ok(3 * FOLIO + 1)));
     assert_eq!(pool.free_pages(), 0);
-    assert_eq!(file.set_len(4 * FOLIO + 1).unwrap_err().raw_os_error(), Some(Errno::NOSPC.raw_os_error()));
+    assert_eq!(
+        file.set_len(4 * FOLIO + 1).unwrap_err().raw_os_error(),
+        Some(Errno::NOSPC.raw_os_error())
+    );
 }
 
 // ---- times --------------------------------------------------------------------------------------
@@ -78,7 +83,11 @@ fn a_read_does_not_change_the_time_of_access() {
     assert_eq!((read.atime(), read.atime_nsec()), before);
     let later = std::time::SystemTime::UNIX_EPOCH + limits::PROGRAM;
     file.set_times(fs::FileTimes::new().set_accessed(later)).unwrap();
-    assert_eq!(fs::metadata(pool.join("file")).unwrap().accessed().unwrap(), later, "utimensat(2) does");
+    assert_eq!(
+        fs::metadata(pool.join("file")).unwrap().accessed().unwrap(),
+        later,
+        "utimensat(2) does"
+    );
 }
 
 /// xfstests generic/215 asks for the opposite, but the kernel does not tell a FUSE server of a
@@ -113,7 +122,8 @@ fn appends_of_six_descriptors_are_whole_and_each_in_its_order() {
     const APPENDS: [u32; 6] = [1, 20, 300, 2000, 3000, 1234];
     let pool = Pool::small(1);
     let append = &|writer: usize| {
-        let mut file = OpenOptions::new().append(true).create(true).open(pool.join("file")).unwrap();
+        let mut file =
+            OpenOptions::new().append(true).create(true).open(pool.join("file")).unwrap();
         for number in 0..APPENDS[writer] {
             let word = (writer as u32) << 24 | number;
             file.write_all(&word.to_ne_bytes()).unwrap();
@@ -123,7 +133,8 @@ fn appends_of_six_descriptors_are_whole_and_each_in_its_order() {
         (0..APPENDS.len()).for_each(|writer| drop(scope.spawn(move || append(writer))))
     });
     let bytes = fs::read(pool.join("file")).unwrap();
-    let words: Vec<u32> = bytes.chunks(4).map(|word| u32::from_ne_bytes(word.try_into().unwrap())).collect();
+    let words: Vec<u32> =
+        bytes.chunks(4).map(|word| u32::from_ne_bytes(word.try_into().unwrap())).collect();
     for (writer, appends) in APPENDS.into_iter().enumerate() {
         let own = words.iter().filter(|word| **word >> 24 == writer as u32);
         assert!(own.map(|word| word & 0xff_ffff).eq(0..appends), "the words of writer {writer}");
@@ -155,7 +166,11 @@ fn unaligned_direct_writes_at_once_keep_their_neighbours_bytes() {
         file.read_exact_at(&mut bytes, first).unwrap();
         let runs: Vec<(usize, u8)> =
             bytes.chunk_by(|one, next| one == next).map(|run| (run.len(), run[0])).collect();
-        assert_eq!(runs, [(LENGTH as usize, 1), (shift as usize, 0), (LENGTH as usize, 2)], "{shift}");
+        assert_eq!(
+            runs,
+            [(LENGTH as usize, 1), (shift as usize, 0), (LENGTH as usize, 2)],
+            "{shift}"
+        );
         fs::remove_file(pool.join("file")).unwrap();
     }
     pool.check();
@@ -170,7 +185,11 @@ fn a_file_without_a_name_cannot_be_opened() {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     for _ in 0..2 {
         let opened = rustix::fs::open(pool.path(), flags, Mode::from_raw_mode(0o600));
-        assert_eq!(opened.err(), Some(Errno::OPNOTSUPP), "by which programs know that they need a name");
+        assert_eq!(
+            opened.err(),
+            Some(Errno::OPNOTSUPP),
+            "by which programs know that they need a name"
+        );
     }
     assert_eq!(fs::read_dir(pool.path()).unwrap().count(), 0);
     pool.check();

@@ -11,8 +11,8 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 use support::{
-    FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, Worker, get, hugetlb2, kill_worker, limits, poison, run,
-    set, status_and_error,
+    FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, Worker, get, hugetlb2, kill_worker, limits,
+    poison, run, set, status_and_error,
 };
 
 const SIZE: u64 = 2 * FOLIO;
@@ -78,7 +78,11 @@ fn all_that_programs_hold_survives_twenty_takeovers() {
         file.write_all_at(&[round as u8], at).unwrap();
         assert_eq!(mapper.load(at), Some(round as u8));
         assert!(mapper.store(at, 7));
-        assert_eq!(mapper.ask(&format!("lock {} flock", path.display())), "errno 11", "it is locked by us");
+        assert_eq!(
+            mapper.ask(&format!("lock {} flock", path.display())),
+            "errno 11",
+            "it is locked by us"
+        );
         assert!(orphan.store(round, round as u8));
         assert_eq!(orphan.load(round), Some(round as u8));
         assert_eq!(gone.metadata().unwrap().nlink(), 0);
@@ -187,7 +191,8 @@ fn fifty_deaths_within_a_second_fail_no_call() {
 
 /// Kills the children of a process, at any point of their start. Returns their number.
 fn kill_children(parent: u64) -> usize {
-    let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).expect("it runs");
+    let children =
+        fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).expect("it runs");
     let pids = children.split_ascii_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?));
     pids.filter(|pid| kill_process(*pid, Signal::KILL).is_ok()).count()
 }
@@ -512,8 +517,11 @@ fn of_upgrades_at_one_moment_one_goes_on() {
         assert!(!done.is_empty(), "none has gone on");
         for end in refused {
             let said = String::from_utf8_lossy(&end.stderr).into_owned();
-            let known =
-                ["is not taken over from: ", "its daemon is not seen from here", "ending the other daemon"];
+            let known = [
+                "is not taken over from: ",
+                "its daemon is not seen from here",
+                "ending the other daemon",
+            ];
             assert!(known.iter().any(|word| said.contains(word)), "{said}");
         }
         assert!(fs::read(&path).unwrap().iter().all(|byte| *byte == 7));
@@ -529,7 +537,10 @@ fn serving(pool: &Pool) -> usize {
     let minor = rustix::fs::minor(fs::metadata(pool.path()).unwrap().dev());
     let line = format!("fuse_connection:\t{minor}\n");
     let serves = |process: &fs::DirEntry| {
-        let open = fs::read_dir(process.path().join("fdinfo")).into_iter().flatten().filter_map(Result::ok);
+        let open = fs::read_dir(process.path().join("fdinfo"))
+            .into_iter()
+            .flatten()
+            .filter_map(Result::ok);
         open.filter_map(|fd| fs::read_to_string(fd.path()).ok()).any(|text| text.contains(&line))
     };
     let count = || fs::read_dir("/proc").unwrap().filter_map(Result::ok).filter(serves).count();

@@ -10,6 +10,12 @@ use std::path::{Path, PathBuf};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
+/// Words that open a sentence without an actor.
+const OPENINGS: [&str; 4] = ["What ", "Who ", "Whether ", "How "];
+
+/// Words that name no actor.
+const RIDDLES: [&str; 5] = ["nobody", "somebody", "anybody", "whoever", "Whoever"];
+
 fn sources(directory: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut pending = vec![Path::new(ROOT).join(directory)];
@@ -103,7 +109,9 @@ fn upward_uses(directory: &str, file: &str) -> Vec<String> {
         let own_rank = rank(&own).unwrap_or_else(|| panic!("{own} is not in {file}"));
         let used = used_modules(&path).into_iter();
         let above = used.filter(|(_, name)| rank(name).is_some_and(|rank| rank > own_rank));
-        wrong.extend(above.map(|(line, name)| format!("{}:{line}: {own} uses {name}", path.display())));
+        wrong.extend(
+            above.map(|(line, name)| format!("{}:{line}: {own} uses {name}", path.display())),
+        );
     }
     wrong
 }
@@ -152,6 +160,42 @@ fn sources_are_ascii_and_their_lines_fit() {
     }
 }
 
+/// The text of a line that is a comment and nothing else.
+fn comment_of(line: &str) -> Option<&str> {
+    let text = line.trim_start().strip_prefix("//")?;
+    Some(text.strip_prefix(['/', '!']).unwrap_or(text).trim_start_matches(' '))
+}
+
+/// Comments that lie in no drawing or program (between two lines of "```").
+fn comments_of(text: &str) -> Vec<(usize, &str, &str)> {
+    let mut is_fenced = false;
+    let mut found = Vec::new();
+    for (number, line) in text.lines().enumerate() {
+        let Some(comment) = comment_of(line) else { continue };
+        let is_fence = comment.starts_with("```");
+        is_fenced ^= is_fence;
+        if !is_fenced && !is_fence {
+            found.push((number + 1, line, comment));
+        }
+    }
+    found
+}
+
+#[test]
+fn comments_fit_and_name_the_actor() {
+    const WIDEST: usize = 100;
+    for path in ["src", "mount-helper", "tests", "benches"].into_iter().flat_map(sources) {
+        for (number, line, comment) in comments_of(&read(&path)) {
+            let place = format!("{}:{number}", path.display());
+            assert!(line.len() <= WIDEST, "{place} is a comment of {} columns", line.len());
+            let opens = OPENINGS.iter().any(|opening| comment.starts_with(opening));
+            assert!(!opens, "{place}: a sentence that names no actor: {comment:?}");
+            let riddle = RIDDLES.iter().find(|riddle| comment.contains(**riddle));
+            assert_eq!(riddle, None, "{place}: {comment:?}");
+        }
+    }
+}
+
 /// `tests/support/limits.rs` makes these calls with a limit.
 #[test]
 fn no_test_waits_without_a_limit() {
@@ -176,7 +220,11 @@ fn no_test_waits_without_a_limit() {
 fn fuser_is_named_only_in_the_fuse_module() {
     for path in sources("src").into_iter().chain(sources("mount-helper")) {
         let named = read(&path).lines().any(|line| line.contains(concat!("fuser", "::")));
-        assert!(!named || layer_of_any(&path) == Some("fuse".to_owned()), "{} names fuser", path.display());
+        assert!(
+            !named || layer_of_any(&path) == Some("fuse".to_owned()),
+            "{} names fuser",
+            path.display()
+        );
     }
 }
 
@@ -189,7 +237,11 @@ fn documents_are_ascii_and_their_lines_fit() {
         for (number, line) in text.lines().enumerate() {
             let place = format!("{path}:{}", number + 1);
             assert!(line.is_ascii(), "{place} is not ASCII");
-            assert!(line.starts_with('|') || line.len() <= WIDEST, "{place} has {} columns", line.len());
+            assert!(
+                line.starts_with('|') || line.len() <= WIDEST,
+                "{place} has {} columns",
+                line.len()
+            );
             assert!(!line.ends_with(' '), "{place} ends with a space");
         }
     }
@@ -197,11 +249,10 @@ fn documents_are_ascii_and_their_lines_fit() {
 
 #[test]
 fn documents_name_the_actor() {
-    const OPENINGS: [&str; 4] = ["What ", "Who ", "Whether ", "How "];
-    const RIDDLES: [&str; 5] = ["nobody", "somebody", "anybody", "whoever", "Whoever"];
     for (path, text) in documents() {
         let text = prose(&text);
-        let sentences = text.split(['.', '|', '\n']).map(|part| part.trim_start_matches([' ', '-', '*']));
+        let sentences =
+            text.split(['.', '|', '\n']).map(|part| part.trim_start_matches([' ', '-', '*']));
         for sentence in sentences {
             let opens = OPENINGS.iter().any(|opening| sentence.starts_with(opening));
             assert!(!opens, "{path}: a sentence that names no actor: {sentence:?}");
@@ -245,7 +296,11 @@ fn each_row_of_behaviour_names_its_test() {
 /// GitHub's anchor of a heading.
 fn anchor(heading: &str) -> String {
     let kept = |c: &char| c.is_ascii_alphanumeric() || matches!(c, ' ' | '-' | '_');
-    heading.chars().filter(kept).map(|c| if c == ' ' { '-' } else { c.to_ascii_lowercase() }).collect()
+    heading
+        .chars()
+        .filter(kept)
+        .map(|c| if c == ' ' { '-' } else { c.to_ascii_lowercase() })
+        .collect()
 }
 
 #[test]
@@ -258,8 +313,11 @@ fn links_between_documents_lead_somewhere() {
             let file = if file.is_empty() { path.clone().into() } else { directory.join(file) };
             let there = Path::new(ROOT).join(&file);
             assert!(there.exists(), "{path}: the link {target} leads nowhere");
-            let has =
-                || read(&there).lines().any(|line| anchor(line.trim_start_matches(['#', ' '])) == place);
+            let has = || {
+                read(&there)
+                    .lines()
+                    .any(|line| anchor(line.trim_start_matches(['#', ' '])) == place)
+            };
             assert!(place.is_empty() || has(), "{path}: the heading of {target} is not there");
         }
     }
@@ -307,7 +365,10 @@ fn the_figures_are_those_of_the_picture() {
     assert!(!readme.is_empty(), "the table of figures was not found");
     for row in readme {
         let same = |figure: &&Vec<String>| figure[..2] == row[..2] && figure.last() == row.last();
-        assert!(figures.iter().find(same).is_some(), "README.md: {row:?} is not in docs/FIGURES.md");
+        assert!(
+            figures.iter().find(same).is_some(),
+            "README.md: {row:?} is not in docs/FIGURES.md"
+        );
     }
 }
 
@@ -317,5 +378,8 @@ fn the_licences_and_the_version_are_there() {
         assert!(Path::new(ROOT).join(name).is_file(), "Cargo.toml promises {name}");
     }
     let version = format!("\n## [{}]", env!("CARGO_PKG_VERSION"));
-    assert!(document("CHANGELOG.md").contains(&version), "CHANGELOG.md has nothing about {version:?}");
+    assert!(
+        document("CHANGELOG.md").contains(&version),
+        "CHANGELOG.md has nothing about {version:?}"
+    );
 }

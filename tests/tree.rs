@@ -3,8 +3,9 @@
 mod support;
 
 use rustix::fs::{
-    AtFlags, CWD, Dev, FileType, Gid, Mode, OFlags, RawDir, RenameFlags, SeekFrom, Stat, StatFs, Timespec,
-    Timestamps, UTIME_NOW, UTIME_OMIT, Uid, XattrFlags, makedev, mkdirat, mknodat, renameat_with,
+    AtFlags, CWD, Dev, FileType, Gid, Mode, OFlags, RawDir, RenameFlags, SeekFrom, Stat, StatFs,
+    Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid, XattrFlags, makedev, mkdirat, mknodat,
+    renameat_with,
 };
 use rustix::io::Errno;
 use rustix::mount::{FsPickFlags, fsconfig_reconfigure, fsconfig_set_string, fspick};
@@ -93,8 +94,12 @@ fn rename(from: &Path, to: &Path, flags: RenameFlags) -> rustix::io::Result<()> 
 }
 
 fn open_directory(path: impl AsRef<Path>) -> OwnedFd {
-    rustix::fs::open(path.as_ref(), OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .expect("a directory")
+    rustix::fs::open(
+        path.as_ref(),
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .expect("a directory")
 }
 
 fn names(path: impl AsRef<Path>) -> Vec<Vec<u8>> {
@@ -271,7 +276,10 @@ fn rename_noreplace_replaces_nothing() {
     fs::write(&from, "new").unwrap();
     fs::write(&to, "old").unwrap();
     assert_eq!(rename(&from, &to, RenameFlags::NOREPLACE), Err(Errno::EXIST));
-    assert_eq!((fs::read(&from).unwrap(), fs::read(&to).unwrap()), (b"new".to_vec(), b"old".to_vec()));
+    assert_eq!(
+        (fs::read(&from).unwrap(), fs::read(&to).unwrap()),
+        (b"new".to_vec(), b"old".to_vec())
+    );
     assert_eq!(links(&to), 1);
     rename(&from, &pool.join("free"), RenameFlags::NOREPLACE).unwrap();
     assert_eq!(fs::read(pool.join("free")).unwrap(), b"new");
@@ -288,7 +296,10 @@ fn rename_exchange_swaps_two_entries_of_any_kind() {
     let before = (inode(&file), inode(&directory));
     rename(&file, &directory, RenameFlags::EXCHANGE).unwrap();
     assert_eq!((inode(&directory), inode(&file)), before);
-    assert_eq!((fs::read(&directory).unwrap(), names(&file)), (b"x".to_vec(), vec![b"entry".to_vec()]));
+    assert_eq!(
+        (fs::read(&directory).unwrap(), names(&file)),
+        (b"x".to_vec(), vec![b"entry".to_vec()])
+    );
     assert_eq!((links(pool.join("a")), links(pool.join("b")), links(&directory)), (3, 2, 1));
     assert_eq!(rename(&file, &pool.join("missing"), RenameFlags::EXCHANGE), Err(Errno::NOENT));
     assert_eq!(rename(&file, &file.join("entry"), RenameFlags::EXCHANGE), Err(Errno::INVAL));
@@ -337,7 +348,10 @@ fn an_unlinked_open_file_has_no_links_and_can_get_none() {
     assert_eq!(names(pool.path()), Vec::<Vec<u8>>::new());
     let mode = Permissions::from_mode(0o640);
     open.set_permissions(mode).unwrap();
-    assert_eq!((open.metadata().unwrap().mode() & 0o7777, open.metadata().unwrap().nlink()), (0o640, 0));
+    assert_eq!(
+        (open.metadata().unwrap().mode() & 0o7777, open.metadata().unwrap().nlink()),
+        (0o640, 0)
+    );
 }
 
 #[test]
@@ -347,7 +361,10 @@ fn a_descriptor_can_be_linked_while_the_file_has_a_name() {
     let open = File::open(pool.join("a")).unwrap();
     rustix::fs::linkat(&open, "", CWD, pool.join("b"), AtFlags::EMPTY_PATH).unwrap();
     fs::remove_file(pool.join("a")).unwrap();
-    assert_eq!((fs::read(pool.join("b")).unwrap(), open.metadata().unwrap().nlink()), (b"x".to_vec(), 1));
+    assert_eq!(
+        (fs::read(pool.join("b")).unwrap(), open.metadata().unwrap().nlink()),
+        (b"x".to_vec(), 1)
+    );
 }
 
 #[test]
@@ -397,7 +414,8 @@ fn endless_and_forbidden_symlinks_are_eloop() {
     assert_eq!(errno(File::open(pool.join("a"))), Errno::LOOP);
     touch(pool.join("file"));
     symlink("file", pool.join("link")).unwrap();
-    let nofollow = rustix::fs::open(pool.join("link"), OFlags::RDONLY | OFlags::NOFOLLOW, Mode::empty());
+    let nofollow =
+        rustix::fs::open(pool.join("link"), OFlags::RDONLY | OFlags::NOFOLLOW, Mode::empty());
     assert_eq!(nofollow.unwrap_err(), Errno::LOOP);
 }
 
@@ -409,7 +427,9 @@ fn a_fifo_carries_bytes_from_a_writer_to_a_reader() {
     let path = pool.join("fifo");
     mkfifo(&path);
     let received = std::thread::scope(|scope| {
-        scope.spawn(|| OpenOptions::new().write(true).open(&path).unwrap().write_all(b"through").unwrap());
+        scope.spawn(|| {
+            OpenOptions::new().write(true).open(&path).unwrap().write_all(b"through").unwrap()
+        });
         let mut received = String::new();
         File::open(&path).unwrap().read_to_string(&mut received).unwrap();
         received
@@ -468,7 +488,8 @@ fn chmod_sets_every_bit_of_the_owners_own_things_only() {
         chmod(&path, bits);
         assert_eq!(mode(&path), bits);
     }
-    let refused = as_user(NOBODY, &[], || errno(fs::set_permissions(&path, Permissions::from_mode(0o777))));
+    let refused =
+        as_user(NOBODY, &[], || errno(fs::set_permissions(&path, Permissions::from_mode(0o777))));
     assert_eq!((refused, mode(&path)), (Errno::PERM, 0o640));
     chown(&path, Some(NOBODY), None).unwrap();
     as_user(NOBODY, &[], || chmod(&path, 0o600));
@@ -523,7 +544,8 @@ const CHANGES: [(&str, Change); 4] = [
         rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, 200).unwrap();
     }),
     ("copy_file_range", |file| {
-        let copied = rustix::fs::copy_file_range(file, Some(&mut 0), file, Some(&mut 4096), 1).unwrap();
+        let copied =
+            rustix::fs::copy_file_range(file, Some(&mut 0), file, Some(&mut 4096), 1).unwrap();
         assert_eq!(copied, 1);
     }),
 ];
@@ -535,7 +557,9 @@ fn an_unprivileged_change_of_contents_clears_set_id_bits() {
         let path = pool.join(name);
         fs::write(&path, "contents").unwrap();
         chmod(&path, 0o6777);
-        as_user(NOBODY, &[], || change(&File::options().read(true).write(true).open(&path).unwrap()));
+        as_user(NOBODY, &[], || {
+            change(&File::options().read(true).write(true).open(&path).unwrap())
+        });
         assert_eq!(mode(&path), 0o777, "{name}");
         fs::remove_file(&path).unwrap();
     }
@@ -653,8 +677,7 @@ fn a_supplementary_group_lets_in_and_owns_nothing() {
 #[test]
 fn the_umask_takes_bits_from_what_is_made() {
     let pool = Pool::small(1);
-    let script =
-        "umask 0027 && : > file && mkdir d && mkfifo fifo && umask 0777 && : > none && ln -s file link";
+    let script = "umask 0027 && : > file && mkdir d && mkfifo fifo && umask 0777 && : > none && ln -s file link";
     run(Command::new("sh").args(["-c", script]).current_dir(pool.path()));
     let modes = ["file", "d", "fifo", "none", "link"].map(|name| mode(pool.join(name)));
     assert_eq!(modes, [0o640, 0o750, 0o640, 0, 0o777]);
@@ -684,7 +707,11 @@ fn a_set_group_id_directory_hands_down_its_group() {
     }
     assert_eq!(mode(directory.join("sub")) & 0o2000, 0o2000);
     assert_eq!(mode(directory.join("file")) & 0o2000, 0);
-    assert_eq!(mode(directory.join("tool")) & 0o2000, 0, "the bit is not for those outside the group");
+    assert_eq!(
+        mode(directory.join("tool")) & 0o2000,
+        0,
+        "the bit is not for those outside the group"
+    );
 }
 
 #[test]
@@ -740,7 +767,8 @@ fn what_a_user_makes_is_the_users_from_the_first_moment() {
 
 fn set_times(path: &Path, accessed: (i64, i64), modified: (i64, i64)) -> rustix::io::Result<()> {
     let timespec = |(tv_sec, tv_nsec): (i64, i64)| Timespec { tv_sec, tv_nsec: tv_nsec as _ };
-    let times = Timestamps { last_access: timespec(accessed), last_modification: timespec(modified) };
+    let times =
+        Timestamps { last_access: timespec(accessed), last_modification: timespec(modified) };
     rustix::fs::utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW)
 }
 
@@ -751,7 +779,10 @@ fn times(path: &Path) -> [(i64, i64); 2] {
 }
 
 fn now() -> i64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_secs() as i64
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .expect("after 1970")
+        .as_secs() as i64
 }
 
 #[test]
@@ -842,7 +873,11 @@ fn a_file_is_modified_by_every_change_of_its_contents() {
         set_times(&path, (1000, 0), (1000, 0)).unwrap();
         change(&file);
         assert!(times(&path)[1].0 > 1000, "{name}");
-        assert_eq!(times(&path)[0].0, 1000, "{name}: reading and writing leave the access time alone");
+        assert_eq!(
+            times(&path)[0].0,
+            1000,
+            "{name}: reading and writing leave the access time alone"
+        );
     }
 }
 
@@ -869,12 +904,18 @@ fn attributes_can_be_set_read_listed_and_removed() {
         set(&path, "user.b", "").unwrap();
         set(&path, "trusted.c", [0, 255, 0]).unwrap();
         assert_eq!(attributes(&path), ["trusted.c", "user.a", "user.b"].map(str::to_owned).into());
-        assert_eq!((get(&path, "user.a"), get(&path, "user.b")), (Ok("one".into()), Ok(String::new())));
+        assert_eq!(
+            (get(&path, "user.a"), get(&path, "user.b")),
+            (Ok("one".into()), Ok(String::new()))
+        );
         set(&path, "user.a", "another").unwrap();
         assert_eq!(get(&path, "user.a"), Ok("another".into()));
         for name in ["user.a", "user.b", "trusted.c"] {
             remove(&path, name).unwrap();
-            assert_eq!((remove(&path, name), get(&path, name)), (Err(Errno::NODATA), Err(Errno::NODATA)));
+            assert_eq!(
+                (remove(&path, name), get(&path, name)),
+                (Err(Errno::NODATA), Err(Errno::NODATA))
+            );
         }
         assert!(attributes(&path).is_empty());
     }
@@ -1025,10 +1066,19 @@ fn a_default_acl_is_inherited_with_the_mask_of_the_creator() {
         .args(["--reuid=65534", "--regid=65534", "--clear-groups", "sh", "-c", script])
         .current_dir(&directory));
     let file = ["user::rw-", "user:60001:rwx", "group::r-x", "mask::rw-", "other::---"];
-    assert_eq!(getfacl(&directory.join("file")), file.map(str::to_owned).into(), "the umask does not count");
-    assert_eq!((mode(directory.join("file")), owner(directory.join("file"))), (0o660, (NOBODY, NOBODY)));
-    let defaults =
-        getfacl(&directory.join("sub")).into_iter().filter(|line| line.starts_with("default:")).count();
+    assert_eq!(
+        getfacl(&directory.join("file")),
+        file.map(str::to_owned).into(),
+        "the umask does not count"
+    );
+    assert_eq!(
+        (mode(directory.join("file")), owner(directory.join("file"))),
+        (0o660, (NOBODY, NOBODY))
+    );
+    let defaults = getfacl(&directory.join("sub"))
+        .into_iter()
+        .filter(|line| line.starts_with("default:"))
+        .count();
     assert_eq!((defaults, mode(directory.join("sub"))), (5, 0o770));
     fs::write(directory.join("file"), "x").unwrap();
     assert_eq!(as_user(SOMEBODY, &[], || fs::read(directory.join("file"))).unwrap(), b"x");
@@ -1105,7 +1155,8 @@ fn names_are_bytes() {
     assert_eq!(names(pool.path()), expected);
     for name in wild {
         let moved = [name, b"-moved"].concat();
-        fs::rename(pool.join(OsStr::from_bytes(name)), pool.join(OsStr::from_bytes(&moved))).unwrap();
+        fs::rename(pool.join(OsStr::from_bytes(name)), pool.join(OsStr::from_bytes(&moved)))
+            .unwrap();
         fs::remove_file(pool.join(OsStr::from_bytes(&moved))).unwrap();
     }
     assert!(names(pool.path()).is_empty());
@@ -1167,7 +1218,10 @@ fn above_the_root_there_is_only_the_root() {
     let pool = Pool::small(1);
     let found: BTreeMap<_, _> =
         entries(open_directory(pool.path())).into_iter().map(|entry| (entry.0, entry.1)).collect();
-    assert_eq!(found, [(b".".to_vec(), inode(pool.path())), (b"..".to_vec(), inode(pool.path()))].into());
+    assert_eq!(
+        found,
+        [(b".".to_vec(), inode(pool.path())), (b"..".to_vec(), inode(pool.path()))].into()
+    );
 }
 
 #[test]
@@ -1290,7 +1344,8 @@ fn leave_room_for(pool: &Pool, more: u64) {
     let now = rustix::fs::statvfs(pool.path()).unwrap();
     let tree = format!("/proc/{}/root/index", pool.daemon().pid);
     let mount = fspick(CWD, &tree, FsPickFlags::FSPICK_CLOEXEC).unwrap();
-    fsconfig_set_string(mount.as_fd(), "nr_inodes", (now.f_files - now.f_ffree + more).to_string()).unwrap();
+    fsconfig_set_string(mount.as_fd(), "nr_inodes", (now.f_files - now.f_ffree + more).to_string())
+        .unwrap();
     fsconfig_reconfigure(mount.as_fd()).unwrap();
 }
 

@@ -11,19 +11,24 @@ const LINE: u64 = 64;
 pub fn measure(plan: &Plan, table: &mut Table) {
     let steps = if plan.short { 1 << 18 } else { 1 << 21 };
     let sides = plan.mount_all(&Kind::ALL, GIB, "access through mmap", table);
-    let mappings: Vec<_> = sides.iter().map(|side| (side.name, side.mapped("access", GIB))).collect();
+    let mappings: Vec<_> =
+        sides.iter().map(|side| (side.name, side.mapped("access", GIB))).collect();
     mappings.iter().for_each(|(_, mapping)| mapping.set_all(1));
     let rounds = plan.rounds();
     let fills = in_turn(rounds, &mappings, |mapping| milliseconds(|| mapping.set_all(2)));
     let sums = in_turn(rounds, &mappings, |mapping| milliseconds(|| sum(mapping)));
-    let writes = in_turn(rounds, &mappings, |mapping| nanoseconds_each(steps, || write(mapping, steps)));
+    let writes =
+        in_turn(rounds, &mappings, |mapping| nanoseconds_each(steps, || write(mapping, steps)));
     let span = plan.span();
     let lines: Vec<u32> = (0..(span / LINE) as u32).collect();
     let order = cycle(&lines);
     mappings.iter().for_each(|(_, mapping)| lay_out(mapping, &lines, &order));
-    let chases = in_turn(rounds, &mappings, |mapping| nanoseconds_each(steps, || chase(mapping, steps)));
-    let chase =
-        format!("random reads, a pointer chase through {}", if plan.short { "128 MiB" } else { "1 GiB" });
+    let chases =
+        in_turn(rounds, &mappings, |mapping| nanoseconds_each(steps, || chase(mapping, steps)));
+    let chase = format!(
+        "random reads, a pointer chase through {}",
+        if plan.short { "128 MiB" } else { "1 GiB" }
+    );
     table.compare(&chase, "ns a step", chases);
     table.compare("random writes in 1 GiB", "ns each", writes);
     table.compare("sequential write, memset of 1 GiB", "ms", fills);

@@ -70,7 +70,9 @@ fn sizes(plan: &Plan, gib: u64, rounds: usize, table: &mut Table) {
         });
     }
     let of = |part: fn(&Times) -> f64| -> Vec<Samples> {
-        ways.iter().map(|(way, times)| (way.name.to_owned(), times.iter().map(part).collect())).collect()
+        ways.iter()
+            .map(|(way, times)| (way.name.to_owned(), times.iter().map(part).collect()))
+            .collect()
     };
     let what = format!("an empty file to {gib} GiB, {rounds} rounds");
     table.compare(&format!("{what}: ready to map"), "ms", of(|times| times.ready));

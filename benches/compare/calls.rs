@@ -37,7 +37,11 @@ const READING: &[Call] = &[
     ("read of 4 KiB, random", |on| on.calls, read_randomly),
     ("read of 1 MiB, sequential", blocks, |on| read_all(&on.file, 0, FILE)),
     ("read of 1 MiB, sequential, 2 threads", blocks, |on| in_halves(&on.file, read_all)),
-    ("open for reading and close", |on| on.calls, |on| on.repeat(|| drop(File::open(on.path("file"))))),
+    (
+        "open for reading and close",
+        |on| on.calls,
+        |on| on.repeat(|| drop(File::open(on.path("file")))),
+    ),
 ];
 
 const OTHERS: &[Call] = &[
@@ -64,7 +68,9 @@ pub fn measure(plan: &Plan, table: &mut Table) {
         Ok(side) => subjects.push((side.name, Subject::with_names(plan, side))),
         Err(why) => return table.skip("system calls", &why),
     }
-    for side in plan.mount_all(&[Kind::TmpfsHuge, Kind::TmpfsSmall], 2 * FILE, "system calls", table) {
+    for side in
+        plan.mount_all(&[Kind::TmpfsHuge, Kind::TmpfsSmall], 2 * FILE, "system calls", table)
+    {
         subjects.push((side.name, Subject::with_names(plan, side)));
     }
     for (what, samples) in OTHERS.iter().map(|call| samples(call, plan, &subjects)) {

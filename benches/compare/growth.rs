@@ -23,7 +23,9 @@ const CALLS_TABLE: &[Call] = &[
     ("create of an empty file", |many| {
         new_ones(many).for_each(|path| drop(File::create(path).expect("create")))
     }),
-    ("open and close", |many| old_ones(many).for_each(|path| drop(File::open(path).expect("open")))),
+    ("open and close", |many| {
+        old_ones(many).for_each(|path| drop(File::open(path).expect("open")))
+    }),
     ("stat that asks the daemon", |many| old_ones(many).for_each(|path| stat(&path))),
     ("unlink of an empty file", |many| {
         new_ones(many).for_each(|path| fs::remove_file(path).expect("unlink"))
@@ -80,7 +82,9 @@ impl Many {
         let wanted = files * (many.side.descriptors() - before) / FEW + OTHER_DESCRIPTORS;
         let limit = many.side.descriptor_limit();
         if limit < wanted {
-            return Err(format!("the daemon may have {limit} descriptors (RLIMIT_NOFILE), not {wanted}"));
+            return Err(format!(
+                "the daemon may have {limit} descriptors (RLIMIT_NOFILE), not {wanted}"
+            ));
         }
         many.create(FEW..files);
         many.side.file("quarantined").set_len(POOL).expect("ftruncate");

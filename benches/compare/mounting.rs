@@ -50,7 +50,8 @@ fn mount_and_unmount(plan: &Plan, gib: u64, table: &mut Table) {
             }
         });
     }
-    let named = |kind: &Kind, samples: &Vec<f64>| -> Samples { (kind.name().to_owned(), samples.clone()) };
+    let named =
+        |kind: &Kind, samples: &Vec<f64>| -> Samples { (kind.name().to_owned(), samples.clone()) };
     let mounts = kinds.iter().map(|(kind, mounts, _)| named(kind, mounts)).collect();
     table.compare(&format!("mount with {gib} GiB, {rounds} rounds"), "ms", mounts);
     let unmounts = kinds.iter().map(|(kind, _, unmounts)| named(kind, unmounts)).collect();

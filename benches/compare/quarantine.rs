@@ -82,15 +82,17 @@ fn places(span: u64, count: usize) -> Vec<u64> {
 fn lines_beside(span: u64, lost: &[u64]) -> Vec<u32> {
     let lost: BTreeSet<u64> = lost.iter().copied().collect();
     let whole = (0..span / SUBPAGE).filter(|subpage| !lost.contains(subpage));
-    let lines =
-        |subpage: u64| (0..LINES_PER_SUBPAGE).map(move |line| subpage as u32 * LINES_PER_SUBPAGE + line);
+    let lines = |subpage: u64| {
+        (0..LINES_PER_SUBPAGE).map(move |line| subpage as u32 * LINES_PER_SUBPAGE + line)
+    };
     whole.flat_map(lines).collect()
 }
 
 /// Quarantines subpages, many in each request.
 pub fn quarantine(path: &Path, subpages: &[u64]) {
     for some in subpages.chunks(RANGES_AT_ONCE) {
-        let value: String = some.iter().map(|subpage| format!("{:#x} 4096\n", subpage * SUBPAGE)).collect();
+        let value: String =
+            some.iter().map(|subpage| format!("{:#x} 4096\n", subpage * SUBPAGE)).collect();
         set_attribute(path, POISON, &value);
     }
 }

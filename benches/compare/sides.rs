@@ -49,7 +49,8 @@ pub enum Kind {
 
 impl Kind {
     /// All kinds; ours comes first.
-    pub const ALL: [Self; 5] = [Self::Ours, Self::Gigantic, Self::Huge, Self::TmpfsHuge, Self::TmpfsSmall];
+    pub const ALL: [Self; 5] =
+        [Self::Ours, Self::Gigantic, Self::Huge, Self::TmpfsHuge, Self::TmpfsSmall];
 
     /// The name in a row.
     pub fn name(self) -> &'static str {
@@ -183,8 +184,9 @@ impl Side {
             assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
             Ok(())
         })?;
-        side.daemon =
-            Some(pidfd_open(side.process(Counter::DaemonPid), PidfdFlags::empty()).expect("it runs"));
+        side.daemon = Some(
+            pidfd_open(side.process(Counter::DaemonPid), PidfdFlags::empty()).expect("it runs"),
+        );
         Ok(side)
     }
 
@@ -236,7 +238,13 @@ impl Side {
     /// Opens or makes a file for reading and writing.
     pub fn file(&self, name: &str) -> File {
         let path = self.mount_point.join(name);
-        File::options().read(true).write(true).create(true).truncate(false).open(path).expect("a file")
+        File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
+            .expect("a file")
     }
 
     /// Makes a file of `bytes` and maps all of it.
@@ -249,8 +257,8 @@ impl Side {
     /// The process that a counter of the pool names (ours only).
     pub fn process(&self, counter: Counter) -> Pid {
         let mut counters = vec![0; 4096];
-        let length =
-            rustix::fs::getxattr(&self.mount_point, POOL, &mut counters[..]).expect("the pool attribute");
+        let length = rustix::fs::getxattr(&self.mount_point, POOL, &mut counters[..])
+            .expect("the pool attribute");
         let counters = String::from_utf8_lossy(&counters[..length]);
         let prefix = format!("{} ", counter.name());
         let pid = counters.lines().find_map(|line| line.strip_prefix(&prefix)?.parse().ok());
@@ -266,7 +274,8 @@ impl Side {
     /// The limit of the worker's descriptors (ours only).
     pub fn descriptor_limit(&self) -> u64 {
         let limits =
-            fs::read_to_string(format!("/proc/{}/limits", self.process(Counter::WorkerPid))).expect("limits");
+            fs::read_to_string(format!("/proc/{}/limits", self.process(Counter::WorkerPid)))
+                .expect("limits");
         let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"));
         let word = line.and_then(|line| line.split_ascii_whitespace().next()).expect("a limit");
         word.parse().unwrap_or(u64::MAX) // the word is "unlimited"

@@ -9,8 +9,8 @@ use super::sides::{Kind, Side};
 use super::table::Samples;
 use super::{Plan, Table, milliseconds};
 use rustix::fs::{
-    AtFlags, FallocateFlags, Gid, Mode, OFlags, StatxFlags, Uid, XattrFlags, fallocate, fchown, fgetxattr,
-    fsetxattr, ftruncate, mkdirat, openat, statx, unlinkat,
+    AtFlags, FallocateFlags, Gid, Mode, OFlags, StatxFlags, Uid, XattrFlags, fallocate, fchown,
+    fgetxattr, fsetxattr, ftruncate, mkdirat, openat, statx, unlinkat,
 };
 use rustix::thread::set_thread_res_uid;
 use std::fs::{self, File};
@@ -94,12 +94,14 @@ type Call = (&'static str, fn(&File));
 
 const CALLS: &[Call] = &[
     ("open, read and close", |directory| {
-        let file = openat(directory, "file", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).expect("open");
+        let file =
+            openat(directory, "file", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).expect("open");
         let mut byte = [0];
         File::from(file).read_exact_at(&mut byte, 0).expect("read");
     }),
     ("stat", |directory| {
-        statx(directory, "file", AtFlags::STATX_FORCE_SYNC, StatxFlags::BASIC_STATS).expect("statx");
+        statx(directory, "file", AtFlags::STATX_FORCE_SYNC, StatxFlags::BASIC_STATS)
+            .expect("statx");
     }),
     ("mkdir", |directory| mkdirat(directory, "new", Mode::RWXU).expect("mkdir")),
 ];
@@ -131,7 +133,8 @@ pub fn measure(plan: &Plan, table: &mut Table) {
 
 fn measure_in(plan: &Plan, table: &mut Table, side: &Side, kind: Kind) {
     let time = if plan.short { Duration::from_millis(300) } else { Duration::from_secs(3) };
-    let known = |load: &&Load| kind == Kind::Ours || matches!(load.by, By::Nobody | By::UsersOfBoth);
+    let known =
+        |load: &&Load| kind == Kind::Ours || matches!(load.by, By::Nobody | By::UsersOfBoth);
     let mut rows: Vec<Vec<Samples>> = CALLS.iter().map(|_| Vec::new()).collect();
     for load in LOADS.iter().filter(known) {
         let samples = beside(load, side, time);
@@ -152,7 +155,8 @@ fn beside(load: &Load, side: &Side, time: Duration) -> Vec<Vec<f64>> {
         By::Users | By::UsersOfBoth => FIRST_USER..FIRST_USER + USERS,
         By::Root => 0..1,
     };
-    let files: Vec<_> = (0..USERS).map(|n| own_file(side, &format!("file-{n}"), FIRST_USER + n)).collect();
+    let files: Vec<_> =
+        (0..USERS).map(|n| own_file(side, &format!("file-{n}"), FIRST_USER + n)).collect();
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         for (user, file) in users.zip(&files) {

@@ -92,7 +92,10 @@ fn grid(svg: &mut String, scale: &Scale, bottom: f64) {
         let (ratio, class) = (10f64.powi(power), if power == 0 { "one" } else { "" });
         let x = scale.at(ratio);
         let top = HEAD - 10.0;
-        let _ = writeln!(svg, r#"<line class="{class}" x1="{x:.1}" x2="{x:.1}" y1="{top}" y2="{bottom}"/>"#);
+        let _ = writeln!(
+            svg,
+            r#"<line class="{class}" x1="{x:.1}" x2="{x:.1}" y1="{top}" y2="{bottom}"/>"#
+        );
         text(svg, (x, top - 6.0), "faint middle", &ratio.to_string());
     }
 }

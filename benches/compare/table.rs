@@ -83,7 +83,8 @@ impl Table {
     }
 
     fn row(&mut self, what: &str, unit: &'static str, kind: Ratio, samples: Vec<Samples>) {
-        let samples: Vec<_> = samples.into_iter().filter(|(_, samples)| !samples.is_empty()).collect();
+        let samples: Vec<_> =
+            samples.into_iter().filter(|(_, samples)| !samples.is_empty()).collect();
         let Some((_, first)) = samples.first() else { return };
         let first = spread(first).0;
         let figures = samples.iter().map(|(name, samples)| {
@@ -101,9 +102,9 @@ impl Table {
         if self.json {
             let rows: Map<String, Value> =
                 self.rows.iter().map(|row| (row.what.clone(), row.json())).collect();
-            let machine = json!({ "is": machine.hardware, "kernel": machine.kernel, "date": machine.date });
-            let all =
-                json!({ "machine": machine, "rows": rows, "notes": self.notes, "skipped": self.skipped });
+            let machine =
+                json!({ "is": machine.hardware, "kernel": machine.kernel, "date": machine.date });
+            let all = json!({ "machine": machine, "rows": rows, "notes": self.notes, "skipped": self.skipped });
             println!("{all:#}");
         }
     }
@@ -120,7 +121,10 @@ impl Row {
                 (_, Ratio::ItToFirst) => format!("x {}", rounded(figure.ratio)),
             };
             let (median, low, high) = figure.spread;
-            text += &format!("\n  {ratio:>10} {:<30}{median:>12.3}  ({low:.3} .. {high:.3})", figure.name);
+            text += &format!(
+                "\n  {ratio:>10} {:<30}{median:>12.3}  ({low:.3} .. {high:.3})",
+                figure.name
+            );
         }
         text
     }

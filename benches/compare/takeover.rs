@@ -15,8 +15,9 @@ pub fn measure(plan: &Plan, table: &mut Table) {
         let name = format!("with {files} files");
         match Side::ours(plan, 64 << 20, "pagesize=2M") {
             Ok(side) => {
-                (0..*files)
-                    .for_each(|n| drop(File::create(side.mount_point.join(n.to_string())).expect("create")));
+                (0..*files).for_each(|n| {
+                    drop(File::create(side.mount_point.join(n.to_string())).expect("create"))
+                });
                 samples.push((name, (0..plan.rounds()).map(|n| kill_and_ask(&side, n)).collect()));
             }
             Err(why) => table.skip(&format!("takeover {name}"), &why),

@@ -16,7 +16,8 @@ pub type Agent = JoinHandle<()>;
 /// EAGAIN if the thread cannot be started.
 pub fn start() -> io::Result<(Sender<Repaired>, Agent)> {
     let (sender, receiver) = unbounded();
-    let agent = std::thread::Builder::new().name("collapse".into()).spawn(move || run(&receiver))?;
+    let agent =
+        std::thread::Builder::new().name("collapse".into()).spawn(move || run(&receiver))?;
     Ok((sender, agent))
 }
 

@@ -27,7 +27,8 @@ pub struct Patrol {
 /// EAGAIN if the thread cannot be started.
 pub fn start(fs: Arc<Fs>) -> io::Result<Patrol> {
     let (stop, stopped) = bounded(0);
-    let thread = std::thread::Builder::new().name("patrol".into()).spawn(move || run(&fs, &stopped))?;
+    let thread =
+        std::thread::Builder::new().name("patrol".into()).spawn(move || run(&fs, &stopped))?;
     Ok(Patrol { stop: Some(stop), thread: Some(thread) })
 }
 

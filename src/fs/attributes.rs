@@ -2,7 +2,9 @@
 //! set.
 
 use super::{Fs, Object, Pace, RequestContext};
-use crate::attributes::{Attribute, Counter, LONGEST_VALUE, OfFile, OfRoot, POISON, find, is_of_interface};
+use crate::attributes::{
+    Attribute, Counter, LONGEST_VALUE, OfFile, OfRoot, POISON, find, is_of_interface,
+};
 use crate::error::{Error, Result};
 #[cfg(debug_assertions)]
 use crate::faults;
@@ -57,8 +59,10 @@ fn arm(value: &[u8]) -> Result<()> {
         steps::hold(step);
         return Ok(());
     }
-    let armed = text.split_once(' ').and_then(|(nth, name)| Some((nth.parse().ok()?, named(name)?)));
-    let (nth, step) = armed.ok_or_else(|| Error::invalid("expected a number and the name of a step"))?;
+    let armed =
+        text.split_once(' ').and_then(|(nth, name)| Some((nth.parse().ok()?, named(name)?)));
+    let (nth, step) =
+        armed.ok_or_else(|| Error::invalid("expected a number and the name of a step"))?;
     crate::steps::arm(step, nth);
     Ok(())
 }
@@ -66,7 +70,8 @@ fn arm(value: &[u8]) -> Result<()> {
 /// The number of times that each step was done since the last call, one step a line: `<n> <step>`.
 #[cfg(debug_assertions)]
 fn steps_text() -> String {
-    steps::tally().fold(String::new(), |text, (step, count)| text + &format!("{count} {}\n", step.name()))
+    steps::tally()
+        .fold(String::new(), |text, (step, count)| text + &format!("{count} {}\n", step.name()))
 }
 
 /// `<n> ENOMEM` or the like: the n-th system call from now on that can answer that answers it. With
@@ -75,8 +80,11 @@ fn steps_text() -> String {
 fn arm_failure(value: &[u8]) -> Result<()> {
     let text = std::str::from_utf8(value).unwrap_or_default();
     let (once, lasts) = text.strip_suffix(" lasting").map_or((text, false), |once| (once, true));
-    let armed = once.split_once(' ').and_then(|(nth, name)| Some((nth.parse().ok()?, faults::named(name)?)));
-    let (nth, errno) = armed.ok_or_else(|| Error::invalid("expected a number and the name of an error"))?;
+    let armed = once
+        .split_once(' ')
+        .and_then(|(nth, name)| Some((nth.parse().ok()?, faults::named(name)?)));
+    let (nth, errno) =
+        armed.ok_or_else(|| Error::invalid("expected a number and the name of an error"))?;
     faults::arm(nth, errno, lasts);
     Ok(())
 }
@@ -120,13 +128,17 @@ impl Fs {
                 pace.refuse_if(|| Ok(true))?;
                 Ok(self.unavailable_text())
             }
-            OfRoot::Size => Ok(format!("{}\n", self.pool.balance().total * self.pool.page_size().bytes())),
+            OfRoot::Size => {
+                Ok(format!("{}\n", self.pool.balance().total * self.pool.page_size().bytes()))
+            }
             OfRoot::Check => {
                 pace.refuse_if(|| Ok(true))?;
                 Ok(self.check(pace)?.iter().fold(String::new(), |text, what| text + what + "\n"))
             }
             #[cfg(debug_assertions)]
-            OfRoot::Die => Ok(Step::ALL.iter().fold(String::new(), |text, step| text + step.name() + "\n")),
+            OfRoot::Die => {
+                Ok(Step::ALL.iter().fold(String::new(), |text, step| text + step.name() + "\n"))
+            }
             #[cfg(debug_assertions)]
             OfRoot::Steps => Ok(steps_text()),
             #[cfg(debug_assertions)]
@@ -165,7 +177,9 @@ impl Fs {
                 }
                 Ok(text)
             }
-            OfFile::Repair | OfFile::Collapse | OfFile::Inject | OfFile::Refusal => Err(Error::NoData),
+            OfFile::Repair | OfFile::Collapse | OfFile::Inject | OfFile::Refusal => {
+                Err(Error::NoData)
+            }
         }
     }
 
@@ -174,7 +188,8 @@ impl Fs {
         let account = self.pool.balance();
         let objects = self.all_objects();
         let counts = objects.iter().map(|object| object.summary());
-        let (soft, hw) = counts.fold((0, 0), |sum, counts| (sum.0 + counts.soft, sum.1 + counts.hw));
+        let (soft, hw) =
+            counts.fold((0, 0), |sum, counts| (sum.0 + counts.soft, sum.1 + counts.hw));
         let punched = objects.iter().map(|object| object.punched_bytes(pace));
         let punched = punched.sum::<Result<u64>>()?;
         let mut text = String::new();
@@ -203,7 +218,10 @@ impl Fs {
         line(Counter::OpenedNatively, objects.iter().map(|object| object.natives() as u64).sum());
         line(Counter::LogLinesDropped, logging::dropped());
         line(Counter::HolesShutAgain, STRAYS_SHUT.load(Ordering::Relaxed));
-        line(Counter::DaemonPid, getppid().map_or(0, |supervisor| supervisor.as_raw_nonzero().get() as u64));
+        line(
+            Counter::DaemonPid,
+            getppid().map_or(0, |supervisor| supervisor.as_raw_nonzero().get() as u64),
+        );
         line(Counter::WorkerPid, u64::from(std::process::id()));
         Ok(text)
     }
@@ -246,7 +264,9 @@ impl Fs {
     fn set_root_attribute(&self, attribute: OfRoot, value: &[u8], pace: &Pace) -> Result<()> {
         match attribute {
             OfRoot::Size => pace.refuse_if(|| Ok(true)).and_then(|()| self.resize(value)),
-            OfRoot::Pool | OfRoot::Options | OfRoot::Check | OfRoot::Unavailable => Err(Error::Unsupported),
+            OfRoot::Pool | OfRoot::Options | OfRoot::Check | OfRoot::Unavailable => {
+                Err(Error::Unsupported)
+            }
             #[cfg(debug_assertions)]
             OfRoot::Die => arm(value),
             #[cfg(debug_assertions)]
@@ -301,7 +321,8 @@ impl Fs {
         request: RequestContext,
     ) -> Result<()> {
         self.look_for_hw_errors_in(object, &Pace::of(request))?;
-        let repair = || self.with_context(object, request, |context| object.repair(value, resumed, context));
+        let repair =
+            || self.with_context(object, request, |context| object.repair(value, resumed, context));
         match repair() {
             // Programs can meet an error before the kernel counts it, so this looks once more.
             Err(Error::NoData) if object.look_for_hw_errors(&Pace::of(request))? > 0 => repair(),
@@ -312,7 +333,8 @@ impl Fs {
     fn resize(&self, value: &[u8]) -> Result<()> {
         let text = std::str::from_utf8(value).map_err(|_| Error::invalid("not text"))?;
         let size = Size::parse(text.trim_end_matches(['\0', '\n'])).map_err(Error::Invalid)?;
-        let pages = size.pages(self.pool.page_size(), sys::memory_total()?).map_err(Error::Invalid)?;
+        let pages =
+            size.pages(self.pool.page_size(), sys::memory_total()?).map_err(Error::Invalid)?;
         self.pool.resize(pages)?;
         log::info!("the pool has {pages} pages now");
         Ok(())
@@ -323,7 +345,12 @@ impl Fs {
     /// # Errors
     /// [`Error::NotPermitted`] for an attribute of the protocol: a repair ends a quarantine, not
     /// the removal of its description.
-    pub fn remove_attribute(&self, node: InodeId, name: &OsStr, request: RequestContext) -> Result<()> {
+    pub fn remove_attribute(
+        &self,
+        node: InodeId,
+        name: &OsStr,
+        request: RequestContext,
+    ) -> Result<()> {
         if is_of_interface(name.as_bytes()) {
             Err(Error::NotPermitted)
         } else {
@@ -345,7 +372,10 @@ impl Fs {
             .flatten()
             .copied()
             .collect();
-        if self.known_object(node).is_some_and(|object| object.summary().soft + object.summary().hw > 0) {
+        if self
+            .known_object(node)
+            .is_some_and(|object| object.summary().soft + object.summary().hw > 0)
+        {
             names.extend_from_slice(POISON.as_bytes());
             names.push(0);
         }

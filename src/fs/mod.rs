@@ -149,7 +149,11 @@ impl Fs {
     ///
     /// # Errors
     /// The errors of the system calls.
-    pub fn create(options: &Options, mut pool: Pool, repaired: Option<Sender<Repaired>>) -> Result<Self> {
+    pub fn create(
+        options: &Options,
+        mut pool: Pool,
+        repaired: Option<Sender<Repaired>>,
+    ) -> Result<Self> {
         pool.collapse_reserves()?;
         pool.attach()?;
         let index = Index::create(options)?;
@@ -158,7 +162,12 @@ impl Fs {
         Self::on(options, index, pool, repaired)
     }
 
-    fn on(options: &Options, index: Index, pool: Pool, repaired: Option<Sender<Repaired>>) -> Result<Self> {
+    fn on(
+        options: &Options,
+        index: Index,
+        pool: Pool,
+        repaired: Option<Sender<Repaired>>,
+    ) -> Result<Self> {
         let failures = Mutex::new(index.kept(FAILURES)?);
         let failures_in_pool = Mutex::new(index.kept(FAILURES_IN_POOL)?);
         Ok(Self {
@@ -219,7 +228,8 @@ impl Fs {
         }
         // This list first: a file joins the objects before it leaves this list.
         if let Some((size, pages)) = self.size_of_unavailable(attributes.node)? {
-            (attributes.size, attributes.blocks) = (size, pages * self.pool.page_size().bytes() / STAT_BLOCK);
+            (attributes.size, attributes.blocks) =
+                (size, pages * self.pool.page_size().bytes() / STAT_BLOCK);
             attributes.provisional = true;
         } else if let Some(object) = self.known_object(attributes.node) {
             (attributes.size, attributes.blocks) = object.size_and_blocks();
@@ -232,12 +242,18 @@ impl Fs {
     ///
     /// # Errors
     /// The errors of truncate(2), chmod(2), chown(2) and utimens(2).
-    pub fn change(&self, node: InodeId, changes: &Changes, request: RequestContext) -> Result<Attributes> {
+    pub fn change(
+        &self,
+        node: InodeId,
+        changes: &Changes,
+        request: RequestContext,
+    ) -> Result<Attributes> {
         let inode = self.index.inode(node)?;
         if let Some(size) = changes.size {
             let object = self.object(node)?;
             self.contents_change(&object, request.unprivileged)?;
-            let truncate = || self.with_context(&object, request, |context| object.truncate(size, context));
+            let truncate =
+                || self.with_context(&object, request, |context| object.truncate(size, context));
             self.heeding_hw_errors(&object, request, truncate)?;
         }
         self.inode_changed(node, || self.change_inode(&inode, changes))?;
@@ -323,7 +339,12 @@ impl Fs {
     ///
     /// # Errors
     /// The errors of getdents(2).
-    pub fn read_directory(&self, fd: &OwnedFd, from: u64, take: impl FnMut(DirEntry) -> bool) -> Result<()> {
+    pub fn read_directory(
+        &self,
+        fd: &OwnedFd,
+        from: u64,
+        take: impl FnMut(DirEntry) -> bool,
+    ) -> Result<()> {
         self.index.read_directory(fd, from, take)
     }
 
@@ -362,7 +383,12 @@ impl Fs {
         self.index.is_orphan(node) && self.part_with(node, is_known, close)
     }
 
-    fn part_with(&self, node: InodeId, is_known: impl FnOnce() -> bool, close: impl FnOnce(&Object)) -> bool {
+    fn part_with(
+        &self,
+        node: InodeId,
+        is_known: impl FnOnce() -> bool,
+        close: impl FnOnce(&Object),
+    ) -> bool {
         let _none_is_made = self.making(node);
         let mut stranded = self.stranded(); // held so that the check sees an object exactly once
         let mut objects = self.objects();
@@ -494,7 +520,8 @@ impl Fs {
     /// # Errors
     /// [`Error::TakesLong`]; the errors of mmap(2) and setxattr(2).
     pub fn look_for_hw_errors_in(&self, object: &Object, pace: &Pace) -> Result<usize> {
-        if memory_failures() == *self.failures.lock().expect("no panic while a number is compared") {
+        if memory_failures() == *self.failures.lock().expect("no panic while a number is compared")
+        {
             return Ok(0);
         }
         pace.refuse_if(|| Ok(true))?;
@@ -522,7 +549,9 @@ impl Fs {
             let replaced = self.pool.replace_bad();
             match &replaced {
                 Ok(0) => {}
-                Ok(count) => log::error!("memory error, {count} free subpages of the pool replaced"),
+                Ok(count) => {
+                    log::error!("memory error, {count} free subpages of the pool replaced")
+                }
                 Err(error) => log::error!("looking for memory errors in free memory: {error}"),
             }
             replaced.map(drop)
@@ -537,7 +566,12 @@ impl Fs {
 
     /// Runs `look` if the kernel has met memory errors since `look` last succeeded, in this worker
     /// or in an earlier one.
-    fn if_memory_failed(&self, seen: &Mutex<Option<u64>>, kept: &str, look: impl FnOnce() -> Result<()>) {
+    fn if_memory_failed(
+        &self,
+        seen: &Mutex<Option<u64>>,
+        kept: &str,
+        look: impl FnOnce() -> Result<()>,
+    ) {
         let seen = || seen.lock().expect("no panic while a number is compared");
         // An error that the kernel meets from here on counts as unseen, even if `look` finds it.
         let now = memory_failures();
@@ -595,7 +629,12 @@ impl Fs {
     ///
     /// # Errors
     /// The errors of setxattr(2).
-    pub fn open_natively(&self, object: &Object, read_only: bool, request: RequestContext) -> Result<bool> {
+    pub fn open_natively(
+        &self,
+        object: &Object,
+        read_only: bool,
+        request: RequestContext,
+    ) -> Result<bool> {
         if self.native && read_only { object.open_natively(request.unique) } else { Ok(false) }
     }
 
@@ -627,10 +666,17 @@ impl Fs {
     ///
     /// # Errors
     /// ENOSPC, EIO, EBUSY, EFBIG.
-    pub fn write(&self, node: InodeId, bytes: &[u8], offset: u64, request: RequestContext) -> Result<usize> {
+    pub fn write(
+        &self,
+        node: InodeId,
+        bytes: &[u8],
+        offset: u64,
+        request: RequestContext,
+    ) -> Result<usize> {
         let object = self.object(node)?;
         self.contents_change(&object, request.unprivileged)?;
-        let write = || self.with_context(&object, request, |context| object.write(bytes, offset, context));
+        let write =
+            || self.with_context(&object, request, |context| object.write(bytes, offset, context));
         self.heeding_hw_errors(&object, request, write)
     }
 
@@ -671,9 +717,9 @@ impl Fs {
         let mut done = 0;
         while done < length {
             let wanted = buffer.len().min(length - done);
-            let read = pace
-                .go_on()
-                .and_then(|()| self.read(from.0, &mut buffer[..wanted], from.1 + done as u64, request));
+            let read = pace.go_on().and_then(|()| {
+                self.read(from.0, &mut buffer[..wanted], from.1 + done as u64, request)
+            });
             let piece = read.and_then(|read| match read {
                 0 => Ok((0, 0)),
                 read => Ok((read, self.write(to.0, &buffer[..read], to.1 + done as u64, request)?)),
@@ -696,7 +742,13 @@ impl Fs {
     ///
     /// # Errors
     /// ENXIO.
-    pub fn seek(&self, node: InodeId, offset: u64, data: bool, request: RequestContext) -> Result<u64> {
+    pub fn seek(
+        &self,
+        node: InodeId,
+        offset: u64,
+        data: bool,
+        request: RequestContext,
+    ) -> Result<u64> {
         let (object, pace) = (self.object(node)?, Pace::of(request));
         self.look_for_hw_errors_in(&object, &pace)?;
         object.seek(offset, data, &pace)

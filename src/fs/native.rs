@@ -3,8 +3,8 @@
 //!
 //! A native reader gets zeros from a hole in the memory. A read that the daemon answers fails with
 //! EIO there. So a file has soft holes or native readers, and never both. A quarantine excludes
-//! native readers before it makes the first hole ([`NativeReaders::exclude`]). A change that leaves the
-//! file without soft holes admits them again. open(2) needs no lock of the file for this, so
+//! native readers before it makes the first hole ([`NativeReaders::exclude`]). A change that leaves
+//! the file without soft holes admits them again. open(2) needs no lock of the file for this, so
 //! open(2) waits for no change.
 //!
 //! ```text
@@ -58,8 +58,8 @@ impl NativeReaders {
         self.notes().noted.len()
     }
 
-    /// Excludes native readers until [`NativeReaders::admit`], unless one is noted now. True if they are
-    /// excluded.
+    /// Excludes native readers until [`NativeReaders::admit`], unless one is noted now. True if
+    /// they are excluded.
     pub fn exclude(&self) -> bool {
         let mut notes = self.notes();
         notes.excluded |= notes.noted.is_empty();

@@ -61,7 +61,11 @@ impl Pace {
     ///
     /// # Errors
     /// [`Error::TakesLong`] if the lock is not free.
-    pub fn lock<G>(&self, take: impl FnOnce() -> G, try_take: impl FnOnce() -> Option<G>) -> Result<G> {
+    pub fn lock<G>(
+        &self,
+        take: impl FnOnce() -> G,
+        try_take: impl FnOnce() -> Option<G>,
+    ) -> Result<G> {
         if self.brief { try_take().ok_or(Error::TakesLong) } else { Ok(take()) }
     }
 

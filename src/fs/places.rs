@@ -181,12 +181,16 @@ mod tests {
 
     #[test]
     fn the_fewest_of_mounts_and_descriptors_are_left() {
-        let places = |mounts: u64| Places { mounts: mounts.into(), is_told: AtomicBool::new(false) };
+        let places =
+            |mounts: u64| Places { mounts: mounts.into(), is_told: AtomicBool::new(false) };
         let most = mounts::most().unwrap();
         assert_eq!(places(most).left().unwrap(), 0);
         assert_eq!(places(most + 1).left().unwrap(), 0);
         assert_eq!(places(most - 1).left().unwrap(), 1);
-        assert!(places(0).left().unwrap() <= descriptors().unwrap().most.saturating_sub(SPARE_DESCRIPTORS));
+        assert!(
+            places(0).left().unwrap()
+                <= descriptors().unwrap().most.saturating_sub(SPARE_DESCRIPTORS)
+        );
     }
 
     #[test]

@@ -86,7 +86,7 @@ impl Fs {
         Ok(())
     }
 
-    /// The backing numbers of all files ([`Object::backing`]).
+    /// The backing numbers of all files ([`Object::backing`](super::Object::backing)).
     ///
     /// # Errors
     /// [`Error::Corrupt`] if a file could not be opened, because its number is not known then; the

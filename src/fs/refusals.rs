@@ -66,7 +66,8 @@ mod tests {
         refusals.note(other, 5, Some("third".into()));
         refusals.note(other, 5, None);
         assert_eq!(refusals.of(other, 5), None, "it has succeeded since");
-        (0..MOST as u32).for_each(|thread| refusals.note(other, 100 + thread, Some("another".into())));
+        (0..MOST as u32)
+            .for_each(|thread| refusals.note(other, 100 + thread, Some("another".into())));
         assert_eq!(refusals.of(node, 5), None, "the oldest is gone");
     }
 }

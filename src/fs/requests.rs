@@ -2,8 +2,8 @@
 //! request twice.
 //!
 //! If a worker dies, the kernel sends each request that this worker had read and not answered to
-//! the next worker ([`RequestContext::again`]). Most requests have the same result the second time. The
-//! others need care:
+//! the next worker ([`RequestContext::resent`]). Most requests have the same result the second
+//! time. The others need care:
 //!
 //! - On a re-sent creation, EEXIST means that the dead worker already made the name. On a re-sent
 //!   removal, ENOENT means that the dead worker already removed the name. This is safe: the kernel
@@ -95,7 +95,12 @@ impl Fs {
     ///
     /// # Errors
     /// ENOTEMPTY, ENOTDIR.
-    pub fn remove_directory(&self, parent: InodeId, name: &OsStr, request: RequestContext) -> Result<()> {
+    pub fn remove_directory(
+        &self,
+        parent: InodeId,
+        name: &OsStr,
+        request: RequestContext,
+    ) -> Result<()> {
         removed(self.index.remove_directory(parent, name).map(|()| None), request).map(drop)
     }
 
@@ -149,10 +154,14 @@ impl Fs {
         request: RequestContext,
     ) -> Result<()> {
         let mut flags = XattrFlags::from_bits_retain(flags as u32);
-        if flags.contains(XattrFlags::CREATE) && self.first_found(node, name, request)? == Some(false) {
+        if flags.contains(XattrFlags::CREATE)
+            && self.first_found(node, name, request)? == Some(false)
+        {
             flags.remove(XattrFlags::CREATE); // this request has made the attribute that exists now
         }
-        self.inode_changed(node, || self.index.set_attribute(node, name, value, flags.bits() as i32, by))
+        self.inode_changed(node, || {
+            self.index.set_attribute(node, name, value, flags.bits() as i32, by)
+        })
     }
 
     /// Removes an attribute that the index stores with the inode.
@@ -174,7 +183,12 @@ impl Fs {
 
     /// True if an earlier worker noted for this request that the attribute existed. None if no
     /// worker noted anything: then this note is the first.
-    fn first_found(&self, node: InodeId, name: &OsStr, request: RequestContext) -> Result<Option<bool>> {
+    fn first_found(
+        &self,
+        node: InodeId,
+        name: &OsStr,
+        request: RequestContext,
+    ) -> Result<Option<bool>> {
         self.found_before(self.index.attribute(node, name).is_ok(), request)
     }
 

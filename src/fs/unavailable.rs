@@ -84,7 +84,9 @@ impl Fs {
     /// The pages and bytes that the account counts for these files.
     pub(super) fn extent_of_unavailable(&self) -> (u64, u64) {
         let unavailable = self.unavailable();
-        unavailable.values().fold((0, 0), |sum, file| (sum.0 + file.extent.pages, sum.1 + file.extent.bytes))
+        unavailable
+            .values()
+            .fold((0, 0), |sum, file| (sum.0 + file.extent.pages, sum.1 + file.extent.bytes))
     }
 
     /// As [`Fs::extent_of_unavailable`], for the check.
@@ -109,7 +111,9 @@ impl Fs {
     pub(super) fn refuse_unavailable(&self, node: InodeId) -> Result<()> {
         match self.unavailable().get(&node) {
             None => Ok(()),
-            Some(file) => Err(Error::Corrupt(format!("file {node} cannot be opened: {}", file.why))),
+            Some(file) => {
+                Err(Error::Corrupt(format!("file {node} cannot be opened: {}", file.why)))
+            }
         }
     }
 
@@ -125,8 +129,12 @@ impl Fs {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let place = place_of(node);
         let mount = calls::openat(CWD, &place, flags, Mode::empty())?;
-        let ledger =
-            rustix::fs::accessat(&mount, "ledger", rustix::fs::Access::EXISTS, rustix::fs::AtFlags::empty());
+        let ledger = rustix::fs::accessat(
+            &mount,
+            "ledger",
+            rustix::fs::Access::EXISTS,
+            rustix::fs::AtFlags::empty(),
+        );
         if ledger == Err(Errno::NOENT) {
             calls::rmdir(&place)?;
             return Ok(None);
@@ -157,7 +165,9 @@ impl Fs {
     fn note_unavailable(&self, node: InodeId, extent: Extent, why: &Error) {
         let file = Unavailable { extent, why: why.to_string() };
         if self.unavailable().insert(node, file).is_none() {
-            log::error!("file {node} cannot be opened and answers EIO; it is tried again each second: {why}");
+            log::error!(
+                "file {node} cannot be opened and answers EIO; it is tried again each second: {why}"
+            );
         }
     }
 
@@ -193,7 +203,8 @@ impl Fs {
     /// Corrects the account by the true extent of a file. This can give memory to the machine, so
     /// the thread holds no lock for which requests wait.
     fn correct_account(&self, node: InodeId, has: Extent) -> Result<()> {
-        let counted = self.unavailable().get(&node).expect("only one thread takes files out").extent;
+        let counted =
+            self.unavailable().get(&node).expect("only one thread takes files out").extent;
         self.pool.correct((counted.pages, counted.bytes), (has.pages, has.bytes))?;
         self.count_as(node, has);
         Ok(())

@@ -41,13 +41,28 @@ pub(super) struct Asked {
 }
 
 impl Adapter {
-    pub(super) fn new(fs: Arc<Fs>, device: &OwnedFd, attempts: Arc<Attempts>) -> Result<Self, String> {
+    pub(super) fn new(
+        fs: Arc<Fs>,
+        device: &OwnedFd,
+        attempts: Arc<Attempts>,
+    ) -> Result<Self, String> {
         let device = device.try_clone().map_err(|error| format!("dup: {error}"))?;
         let jobs = Jobs::start().map_err(|error| {
-            format!("no threads for long requests can be started: {}", process::explain_refusal(error))
+            format!(
+                "no threads for long requests can be started: {}",
+                process::explain_refusal(error)
+            )
         })?;
         let (waiting, holds) = (Arc::default(), Holds::default());
-        Ok(Self { fs, device, jobs, waiting, holds, attempts, backings: backing::Issuer::default() })
+        Ok(Self {
+            fs,
+            device,
+            jobs,
+            waiting,
+            holds,
+            attempts,
+            backings: backing::Issuer::default(),
+        })
     }
 
     /// Counts an attempt to carry a request out; see [`Attempts::begin`].
@@ -65,7 +80,10 @@ impl Adapter {
     ) -> Result<(Lent, Opened)> {
         let number = self.backings.number_of(object, &self.device)?;
         let native = self.fs.open_natively(object, is_read_only(flags), context)?;
-        Ok((reply.lend(number), if native { Opened::Native(context.unique) } else { Opened::Mediated }))
+        Ok((
+            reply.lend(number),
+            if native { Opened::Native(context.unique) } else { Opened::Mediated },
+        ))
     }
 
     /// Answers at once if that takes a moment only, and later if not.
@@ -98,7 +116,8 @@ impl Adapter {
     ) {
         drop(turn);
         self.attempts.postpone(number);
-        let (fs, waiting, attempts) = (self.fs.clone(), self.waiting.clone(), self.attempts.clone());
+        let (fs, waiting, attempts) =
+            (self.fs.clone(), self.waiting.clone(), self.attempts.clone());
         let run = move |fs: &Fs| run(fs, RequestContext { brief: false, ..context });
         self.jobs.submit(user, move || {
             let turn = attempts.begin(number);
@@ -129,8 +148,15 @@ impl Adapter {
     }
 
     /// Undoes a creation that the kernel is not told of.
-    pub(super) fn uncreate(&self, parent: InodeId, name: &OsStr, node: InodeId, context: RequestContext) {
-        let _ = self.fs.unlink(parent, name, context); // a failure leaves an empty file, and no harm
+    pub(super) fn uncreate(
+        &self,
+        parent: InodeId,
+        name: &OsStr,
+        node: InodeId,
+        context: RequestContext,
+    ) {
+        // A failure leaves an empty file, and no harm.
+        let _ = self.fs.unlink(parent, name, context);
         self.forget_one(node);
     }
 
@@ -144,9 +170,11 @@ impl Adapter {
         caller: Caller,
         context: RequestContext,
     ) -> Result<(Attributes, Arc<Object>)> {
-        let attributes = self.fs.make(parent, name, New::Node(mode | libc::S_IFREG, 0), caller, context)?;
+        let attributes =
+            self.fs.make(parent, name, New::Node(mode | libc::S_IFREG, 0), caller, context)?;
         let object = self.fs.object(attributes.node);
-        let object = object.inspect_err(|_| self.uncreate(parent, name, attributes.node, context))?;
+        let object =
+            object.inspect_err(|_| self.uncreate(parent, name, attributes.node, context))?;
         Ok((attributes, object))
     }
 }
@@ -157,7 +185,9 @@ pub(super) fn forget(fs: &Fs, device: &OwnedFd, node: InodeId) -> bool {
     let close = |object: &Object| match backing::close(object, device) {
         Ok(()) | Err(Error::Os(Errno::NOENT)) => {} // an earlier worker has closed it and died
         Err(error) => {
-            log::warn!("file {node}: the kernel keeps its superblock until it is unmounted: {error}");
+            log::warn!(
+                "file {node}: the kernel keeps its superblock until it is unmounted: {error}"
+            );
         }
     };
     fs.forget(node, || device::knows(device, node), close)
@@ -184,7 +214,9 @@ impl Opened {
 
     pub(super) fn flags(self) -> FopenFlags {
         match self {
-            Self::Mediated => FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
+            Self::Mediated => {
+                FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
+            }
             Self::Native(_) => FopenFlags::empty(),
         }
     }

@@ -88,7 +88,8 @@ impl Attempts {
     /// # Errors
     /// The errors of open(2), pread(2) and pwrite(2).
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
+        let file =
+            File::options().read(true).write(true).create(true).truncate(false).open(path)?;
         let mut bytes = [0; SUBPAGE_SIZE as usize];
         if tmpfs::read_at(&file, &mut bytes, 0)? < bytes.len() {
             tmpfs::write_at(&file, &bytes, 0)?;
@@ -116,7 +117,9 @@ impl Attempts {
     /// No death until then is its fault.
     pub fn postpone(&self, number: u64) {
         let mut notes = self.notes();
-        let Some(at) = notes.iter().position(|note| note.number == number && note.begun > 0) else { return };
+        let Some(at) = notes.iter().position(|note| note.number == number && note.begun > 0) else {
+            return;
+        };
         notes[at].begun -= 1;
         if let Err(error) = self.keep(at, notes[at]) {
             log::error!("that a request is postponed could not be noted: {error}");

@@ -22,10 +22,10 @@
 //! - **A death while closing.** The next worker finds the orphan with its number, and closes the
 //!   number once more, before the kernel issues another one. The kernel answers ENOENT.
 //! - **A file that is removed while it is unavailable** ([`crate::fs::Fs::retry_unavailable`]). The
-//!   worker cannot read the number when the kernel gives the node up, so it stays issued. The memory
-//!   of the file goes back to the pool all the same. The kernel keeps an empty superblock and one
-//!   number for each such file: until [`close_lost`] of a later worker, if the number is among the
-//!   last [`MOST_LOST`], and otherwise until the filesystem is unmounted.
+//!   worker cannot read the number when the kernel gives the node up, so it stays issued. The
+//!   memory of the file goes back to the pool all the same. The kernel keeps an empty superblock
+//!   and one number for each such file: until [`close_lost`] of a later worker, if the number is
+//!   among the last [`MOST_LOST`], and otherwise until the filesystem is unmounted.
 
 use crate::error::{Error, Result};
 use crate::faults::{Want, attempt};
@@ -95,7 +95,8 @@ pub fn close(object: &Object, device: &OwnedFd) -> Result<()> {
 pub fn close_lost(fs: &Fs, device: &OwnedFd) -> Result<()> {
     let kept = fs.backings()?;
     let last = BackingId::create_raw(device, memfd_create("nothing", MemfdFlags::CLOEXEC)?)?;
-    let lost = (last.saturating_sub(MOST_LOST).max(1)..=last).filter(|number| !kept.contains(number));
+    let lost =
+        (last.saturating_sub(MOST_LOST).max(1)..=last).filter(|number| !kept.contains(number));
     lost.map(|number| sys::close_backing(device, number)).try_for_each(|closed| match closed {
         Err(Error::Os(Errno::NOENT)) => Ok(()),
         closed => closed,

@@ -25,8 +25,15 @@ pub(super) fn member(request: &Request) -> Member {
 /// The identity of a request. The kernel says only for a write if the caller has CAP_FSETID; for
 /// other requests, root is taken to have it.
 pub(super) fn context(request: &Request) -> RequestContext {
-    let (unique, resent) = (request.unique().0 & !device::AGAIN, request.unique().0 & device::AGAIN != 0);
-    RequestContext { unique, resent, thread: request.pid(), unprivileged: request.uid() != 0, brief: true }
+    let (unique, resent) =
+        (request.unique().0 & !device::AGAIN, request.unique().0 & device::AGAIN != 0);
+    RequestContext {
+        unique,
+        resent,
+        thread: request.pid(),
+        unprivileged: request.uid() != 0,
+        brief: true,
+    }
 }
 
 pub(super) fn is_read_only(flags: i32) -> bool {

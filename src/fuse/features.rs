@@ -18,8 +18,11 @@ const WELCOME: &[InitFlags] = &[InitFlags::FUSE_PARALLEL_DIROPS, InitFlags::FUSE
 
 /// Names the required features that are not among `offered`; `None` if all are.
 fn missing(offered: InitFlags) -> Option<String> {
-    let names: Vec<_> =
-        REQUIRED.iter().filter(|(flag, _)| !offered.contains(*flag)).map(|(_, name)| *name).collect();
+    let names: Vec<_> = REQUIRED
+        .iter()
+        .filter(|(flag, _)| !offered.contains(*flag))
+        .map(|(_, name)| *name)
+        .collect();
     (!names.is_empty()).then(|| format!("this kernel lacks {}", names.join(", ")))
 }
 

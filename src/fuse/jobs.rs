@@ -145,7 +145,8 @@ impl<J> Turns<J> {
 
     /// The job whose turn it is. It counts as running until [`Turns::end`].
     fn next(&mut self) -> Option<(u32, J)> {
-        let has_room = |user: &u32| self.running.get(user).is_none_or(|running| *running < MOST_OF_USER);
+        let has_room =
+            |user: &u32| self.running.get(user).is_none_or(|running| *running < MOST_OF_USER);
         let user = self.users.remove(self.users.iter().position(has_room)?)?;
         let queue = self.waiting.get_mut(&user)?;
         let job = queue.pop_front()?;
@@ -203,7 +204,8 @@ impl Shares {
     /// A share for `user`, or `None` if the share would exceed a limit.
     fn take(self: &Arc<Self>, user: u32, amount: usize) -> Option<Share> {
         let mut by_user = self.by_user();
-        let (total, own) = (by_user.values().sum::<usize>(), by_user.get(&user).copied().unwrap_or(0));
+        let (total, own) =
+            (by_user.values().sum::<usize>(), by_user.get(&user).copied().unwrap_or(0));
         let fits = total + amount <= self.limits.total && own + amount <= self.limits.of_user;
         fits.then(|| {
             by_user.insert(user, own + amount);
@@ -272,7 +274,8 @@ impl Default for Holds {
 impl Holds {
     /// Keeps `bytes` for `user`, or returns `None` where that would exceed a limit.
     pub fn hold(&self, user: u32, bytes: &[u8]) -> Option<Held> {
-        let share = if bytes.len() <= ALWAYS_HELD { None } else { Some(self.0.take(user, bytes.len())?) };
+        let share =
+            if bytes.len() <= ALWAYS_HELD { None } else { Some(self.0.take(user, bytes.len())?) };
         Some(Held { bytes: bytes.to_vec(), _share: share })
     }
 
@@ -316,7 +319,11 @@ mod tests {
     fn users_take_turns() {
         let mut turns = turns(&[(7, 0), (7, 1), (7, 2), (8, 3), (9, 4)]);
         let order: Vec<_> = std::iter::from_fn(|| turns.next()).map(|(_, job)| job).collect();
-        assert_eq!(order, [0, 3, 4, 1], "two of one user at a time, after the first of each other one");
+        assert_eq!(
+            order,
+            [0, 3, 4, 1],
+            "two of one user at a time, after the first of each other one"
+        );
         turns.end(8);
         assert!(turns.next().is_none(), "the third waits for one of its own user");
         turns.end(7);
@@ -344,7 +351,9 @@ mod tests {
         }
         let (done, other) = channel();
         jobs.submit(8, move || done.send(()).unwrap());
-        other.recv_timeout(PATIENCE).expect("the other user's job is done while those of the first are held");
+        other
+            .recv_timeout(PATIENCE)
+            .expect("the other user's job is done while those of the first are held");
         drop(release);
     }
 
@@ -365,7 +374,10 @@ mod tests {
         let megabyte = vec![7; 1 << 20];
         let held: Vec<_> = (0..20).map(|_| holds.hold_prefix(7, &megabyte)).collect();
         let total: usize = held.iter().map(|held| held.len()).sum();
-        assert!(held.iter().all(|held| !held.is_empty()) && total <= MOST_HELD.of_user + 20 * ALWAYS_HELD);
+        assert!(
+            held.iter().all(|held| !held.is_empty())
+                && total <= MOST_HELD.of_user + 20 * ALWAYS_HELD
+        );
         assert!(holds.hold(7, &megabyte).is_none());
         drop(held);
         assert!(holds.hold(7, &megabyte).is_some());

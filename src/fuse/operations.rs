@@ -5,17 +5,18 @@ use super::decode::{allocation, caller, context, member, node_id, time};
 use super::encode::{errno, file_attr, file_type};
 use super::features::agree;
 use super::reply::{
-    GENERATION, reply_attr, reply_data, reply_empty, reply_entry, reply_write, reply_xattr, validity,
+    GENERATION, reply_attr, reply_data, reply_empty, reply_entry, reply_write, reply_xattr,
+    validity,
 };
 use crate::error::{Error, Result};
 use crate::fs::{Changes, Fs, Pace, Reading, RequestContext};
 use crate::index::New;
 use crate::units::InodeId;
 use fuser::{
-    BsdFileFlags, CopyFileRangeFlags, FileHandle, Filesystem, FopenFlags, INodeNo, IoctlFlags, KernelConfig,
-    LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier, ReplyAttr, ReplyCreate, ReplyData,
-    ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs,
-    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, CopyFileRangeFlags, FileHandle, Filesystem, FopenFlags, INodeNo, IoctlFlags,
+    KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier, ReplyAttr,
+    ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek,
+    ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 use std::cell::RefCell;
 use std::ffi::{CString, OsStr};
@@ -132,12 +133,25 @@ impl Filesystem for Adapter {
         reply_empty(reply, self.fs.remove_directory(node_id(parent), name, context(request)));
     }
 
-    fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+    fn symlink(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        target: &Path,
+        reply: ReplyEntry,
+    ) {
         let _turn = self.begin(request);
-        let target =
-            CString::new(target.as_os_str().as_bytes()).map_err(|_| Error::invalid("NUL in a target"));
+        let target = CString::new(target.as_os_str().as_bytes())
+            .map_err(|_| Error::invalid("NUL in a target"));
         let made = target.and_then(|target| {
-            self.fs.make(node_id(parent), name, New::Symlink(&target), caller(request, 0), context(request))
+            self.fs.make(
+                node_id(parent),
+                name,
+                New::Symlink(&target),
+                caller(request, 0),
+                context(request),
+            )
         });
         reply_entry(reply, made);
     }
@@ -154,22 +168,35 @@ impl Filesystem for Adapter {
     ) {
         let _turn = self.begin(request);
         let flags = rustix::fs::RenameFlags::from_bits_retain(flags.bits());
-        let (from, to, context) = ((node_id(parent), name), (node_id(newparent), newname), context(request));
+        let (from, to, context) =
+            ((node_id(parent), name), (node_id(newparent), newname), context(request));
         reply_empty(reply, self.fs.rename(from, to, flags, context));
         self.fs.dismiss(context);
         self.count_orphans();
     }
 
-    fn link(&self, request: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
+    fn link(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        newparent: INodeNo,
+        newname: &OsStr,
+        reply: ReplyEntry,
+    ) {
         let _turn = self.begin(request);
-        reply_entry(reply, self.fs.link(node_id(ino), node_id(newparent), newname, context(request)));
+        reply_entry(
+            reply,
+            self.fs.link(node_id(ino), node_id(newparent), newname, context(request)),
+        );
     }
 
     fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let _turn = self.begin(request);
         let object = self.fs.object(node_id(ino));
         match object.and_then(|object| self.ready(&object, flags.0, context(request), &reply)) {
-            Ok((backing, opened)) => reply.opened_passthrough(opened.handle(), opened.flags(), &backing),
+            Ok((backing, opened)) => {
+                reply.opened_passthrough(opened.handle(), opened.flags(), &backing)
+            }
             Err(error) => reply.error(errno(&error)),
         }
     }
@@ -205,7 +232,8 @@ impl Filesystem for Adapter {
         let created = self.create_file(parent, name, mode, caller(request, umask), context);
         let opened = created.and_then(|(attributes, object)| {
             let ready = self.ready(&object, flags, context, &reply);
-            let ready = ready.inspect_err(|_| self.uncreate(parent, name, attributes.node, context))?;
+            let ready =
+                ready.inspect_err(|_| self.uncreate(parent, name, attributes.node, context))?;
             Ok((attributes, ready))
         });
         match opened {
@@ -245,7 +273,8 @@ impl Filesystem for Adapter {
             }
             match self.fs.read(node, &mut buffer[..length], offset, asked.context) {
                 Err(Error::TakesLong) => {
-                    let read = move |fs: &Fs, context| read_anew(fs, node, (offset, length), context);
+                    let read =
+                        move |fs: &Fs, context| read_anew(fs, node, (offset, length), context);
                     self.answer_later(asked, read, move |_, read| reply_data(reply, read));
                 }
                 result => reply_data(reply, result.map(|read| &buffer[..read])),
@@ -280,15 +309,36 @@ impl Filesystem for Adapter {
 
     // Every write is complete when it is answered. ENOSYS tells the kernel not to ask again.
 
-    fn flush(&self, _: &Request, _ino: INodeNo, _fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+    fn flush(
+        &self,
+        _: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _owner: LockOwner,
+        reply: ReplyEmpty,
+    ) {
         reply.error(fuser::Errno::ENOSYS);
     }
 
-    fn fsync(&self, _: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+    fn fsync(
+        &self,
+        _: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
         reply.error(fuser::Errno::ENOSYS);
     }
 
-    fn fsyncdir(&self, _: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+    fn fsyncdir(
+        &self,
+        _: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
         reply.error(fuser::Errno::ENOSYS);
     }
 
@@ -372,10 +422,13 @@ impl Filesystem for Adapter {
         let context = asked.context;
         match self.fs.set_attribute(node, name, (value, flags), by, context) {
             Err(error) if is_delay(&error) => {
-                let (Some(value), name) = (self.holds.hold(request.uid(), value), name.to_owned()) else {
+                let (Some(value), name) = (self.holds.hold(request.uid(), value), name.to_owned())
+                else {
                     return reply.error(fuser::Errno::ENOSPC);
                 };
-                let set = move |fs: &Fs, context| fs.set_attribute(node, &name, (&value, flags), by, context);
+                let set = move |fs: &Fs, context| {
+                    fs.set_attribute(node, &name, (&value, flags), by, context)
+                };
                 self.answer_later(asked, set, move |fs, result| {
                     reply_empty(reply, result);
                     fs.dismiss(context);
@@ -388,8 +441,16 @@ impl Filesystem for Adapter {
         }
     }
 
-    fn getxattr(&self, request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        let reading = if size == 0 { Reading::Length } else { Reading::Value { room: size as usize } };
+    fn getxattr(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        name: &OsStr,
+        size: u32,
+        reply: ReplyXattr,
+    ) {
+        let reading =
+            if size == 0 { Reading::Length } else { Reading::Value { room: size as usize } };
         let name = name.to_owned();
         let get = move |fs: &Fs, context| fs.attribute(node_id(ino), &name, reading, context);
         self.answer(request, get, move |_, value| reply_xattr(reply, size, value));
@@ -427,14 +488,17 @@ impl Filesystem for Adapter {
         if flags.contains(PollFlags::FUSE_POLL_SCHEDULE_NOTIFY) {
             let key = notifier.handle().0;
             let wake = move || {
-                let _ = notifier.notify(); // the kernel may have dropped the handle; then no program waits
+                // The kernel may have dropped the handle; then no program waits.
+                let _ = notifier.notify();
             };
             if let Err(error) = object.wake_on_alarm(key, Box::new(wake)) {
                 return reply.error(errno(&error));
             }
         }
-        let mut events =
-            PollEvents::POLLIN | PollEvents::POLLOUT | PollEvents::POLLRDNORM | PollEvents::POLLWRNORM;
+        let mut events = PollEvents::POLLIN
+            | PollEvents::POLLOUT
+            | PollEvents::POLLRDNORM
+            | PollEvents::POLLWRNORM;
         if object.summary().alarm {
             events |= PollEvents::POLLPRI;
         }
@@ -452,7 +516,8 @@ impl Filesystem for Adapter {
         reply: ReplyEmpty,
     ) {
         let allocate = move |fs: &Fs, context| {
-            allocation(mode).and_then(|what| fs.allocate(node_id(ino), what, (offset, length), context))
+            allocation(mode)
+                .and_then(|what| fs.allocate(node_id(ino), what, (offset, length), context))
         };
         self.answer(request, allocate, move |_, result| reply_empty(reply, result));
     }

@@ -21,7 +21,9 @@ use crate::sys::process;
 use crossbeam::channel::bounded;
 use fuser::{Config, Filesystem, KernelConfig, Request, Session, SessionACL};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair,
+};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -57,11 +59,13 @@ impl Connection {
         device: &OwnedFd,
         keep: impl FnOnce(&Handshake) -> Result<()>,
     ) -> Result<Self, String> {
-        let request = read_request(device).map_err(|errno| format!("waiting for the mount: {errno}"))?;
+        let request =
+            read_request(device).map_err(|errno| format!("waiting for the mount: {errno}"))?;
         let (session, reply) = shake_hands(Adapter::new(fs, device, attempts()?)?, &request)?;
         keep(&Handshake { request, reply: reply.clone() })
             .map_err(|error| format!("keeping the handshake: {error}"))?;
-        rustix::io::write(device, &reply).map_err(|errno| format!("answering the handshake: {errno}"))?;
+        rustix::io::write(device, &reply)
+            .map_err(|errno| format!("answering the handshake: {errno}"))?;
         Self::on(session, device)
     }
 
@@ -131,14 +135,18 @@ pub fn rehearse_threads() -> io::Result<()> {
 
 fn attempts() -> Result<Arc<Attempts>, String> {
     let attempts = Attempts::open(Path::new(ATTEMPTS));
-    attempts.map(Arc::new).map_err(|error| format!("reading which requests were under way: {error}"))
+    attempts
+        .map(Arc::new)
+        .map_err(|error| format!("reading which requests were under way: {error}"))
 }
 
 /// Answers EIO to the requests that have killed too many workers, if they are still unanswered.
 fn refuse_exhausted(attempts: &Attempts, device: &OwnedFd) {
     for number in attempts.exhausted() {
         if device::refuse(device, number) {
-            log::error!("one worker after the other has died of request {number:#x}: it is refused (EIO)");
+            log::error!(
+                "one worker after the other has died of request {number:#x}: it is refused (EIO)"
+            );
         }
     }
 }
@@ -162,14 +170,18 @@ pub fn would_agree(handshake: &Handshake) -> Result<(), String> {
 }
 
 /// Passes `request` to fuser over a socket, and returns fuser's reply.
-fn shake_hands<F: Filesystem>(filesystem: F, request: &[u8]) -> Result<(Session<F>, Vec<u8>), String> {
+fn shake_hands<F: Filesystem>(
+    filesystem: F,
+    request: &[u8],
+) -> Result<(Session<F>, Vec<u8>), String> {
     let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
     let (ours, its) = pair.map_err(|errno| format!("socketpair: {errno}"))?;
-    send(&ours, request, SendFlags::empty()).map_err(|errno| format!("passing the handshake on: {errno}"))?;
+    send(&ours, request, SendFlags::empty())
+        .map_err(|errno| format!("passing the handshake on: {errno}"))?;
     let mut config = Config::default();
     config.n_threads = Some(THREADS);
-    let session =
-        Session::from_fd(filesystem, its, SessionACL::All, config).map_err(|error| error.to_string())?;
+    let session = Session::from_fd(filesystem, its, SessionACL::All, config)
+        .map_err(|error| error.to_string())?;
     let mut reply = vec![0; HANDSHAKE_BYTES];
     let (length, _) = recv(&ours, &mut reply[..], RecvFlags::DONTWAIT)
         .map_err(|errno| format!("no answer to the handshake: {errno}"))?;

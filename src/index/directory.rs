@@ -50,7 +50,8 @@ impl Index {
             let entry = entry?;
             let node = match self.entry_id(directory, entry.file_name()) {
                 Ok(node) => node,
-                Err(Error::Os(Errno::NOENT | Errno::STALE)) => continue, // removed since it was read
+                // Removed since it was read.
+                Err(Error::Os(Errno::NOENT | Errno::STALE)) => continue,
                 Err(error) => return Err(error),
             };
             let taken = take(DirEntry {

@@ -46,8 +46,8 @@ impl Kind {
     }
 }
 
-/// What stat(2) tells of a node. Size and blocks of a regular file come from its object; here they
-/// are zero.
+/// The result of stat(2) for a node. Size and blocks of a regular file come from its object; here
+/// they are zero.
 #[derive(Clone, Copy, Debug)]
 pub struct Attributes {
     /// Its id.
@@ -134,7 +134,12 @@ impl Index {
     /// # Errors
     /// The errors of fchmodat(2).
     pub fn set_mode(&self, inode: &Inode, mode: u32) -> Result<()> {
-        Ok(calls::chmodat(CWD, fd_path(inode.fd.as_fd()), Mode::from_raw_mode(mode), AtFlags::empty())?)
+        Ok(calls::chmodat(
+            CWD,
+            fd_path(inode.fd.as_fd()),
+            Mode::from_raw_mode(mode),
+            AtFlags::empty(),
+        )?)
     }
 
     /// chown(2); the kernel clears set-id bits as it does everywhere.
@@ -177,7 +182,8 @@ impl Index {
 }
 
 fn set_times_of(fd: &OwnedFd, accessed: Time, modified: Time) -> Result<()> {
-    let times = Timestamps { last_access: to_timespec(accessed), last_modification: to_timespec(modified) };
+    let times =
+        Timestamps { last_access: to_timespec(accessed), last_modification: to_timespec(modified) };
     Ok(calls::utimensat(fd, c"", &times, AtFlags::EMPTY_PATH)?)
 }
 

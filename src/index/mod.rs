@@ -120,17 +120,30 @@ impl Index {
     }
 
     fn of(mount: OwnedFd, options: &Options) -> Result<Self> {
-        let (tree, orphans) = (open_directory_at(&mount, TREE)?, open_directory_at(&mount, ORPHANS)?);
+        let (tree, orphans) =
+            (open_directory_at(&mount, TREE)?, open_directory_at(&mount, ORPHANS)?);
         let witnesses = open_directory_at(&mount, WITNESSES)?;
         let tree_id = handle::of(&tree, c"")?;
         let (orphaned, unlinking, taking) = (Mutex::default(), Mutex::default(), Mutex::default());
         let is_bounded = options.inodes.is_some();
-        Ok(Self { mount, tree, tree_id, orphans, witnesses, orphaned, unlinking, taking, is_bounded })
+        Ok(Self {
+            mount,
+            tree,
+            tree_id,
+            orphans,
+            witnesses,
+            orphaned,
+            unlinking,
+            taking,
+            is_bounded,
+        })
     }
 
     fn open(&self, node: InodeId, flags: OFlags) -> Result<OwnedFd> {
         match node {
-            InodeId::ROOT => Ok(calls::openat(&self.tree, ".", flags | OFlags::CLOEXEC, Mode::empty())?),
+            InodeId::ROOT => {
+                Ok(calls::openat(&self.tree, ".", flags | OFlags::CLOEXEC, Mode::empty())?)
+            }
             _ => handle::open(&self.tree, node, flags.bits() as i32),
         }
     }
@@ -259,7 +272,8 @@ fn is_below_root(fd: &OwnedFd) -> Result<bool> {
     let inside = format!("{MOUNT_POINT}/{TREE}/");
     match calls::readlinkat(CWD, fd_path(fd.as_fd()), Vec::new()) {
         Ok(path) => Ok(path.to_bytes().starts_with(inside.as_bytes())),
-        Err(Errno::NAMETOOLONG) => Ok(true), // no path outside of the tree has more than some hundred bytes
+        // No path outside of the tree has more than some hundred bytes.
+        Err(Errno::NAMETOOLONG) => Ok(true),
         Err(errno) => Err(errno.into()),
     }
 }

@@ -38,12 +38,19 @@ impl Index {
     ///
     /// # Errors
     /// EEXIST, EDQUOT, ENOSPC: the errors of the system call.
-    pub fn make(&self, parent: InodeId, name: &OsStr, new: New<'_>, caller: Caller) -> Result<Attributes> {
+    pub fn make(
+        &self,
+        parent: InodeId,
+        name: &OsStr,
+        new: New<'_>,
+        caller: Caller,
+    ) -> Result<Attributes> {
         let directory = self.path(parent)?;
         let name = c_name(name)?;
         self.taking(1, || acting_as(caller, || Ok(make_in(&directory, &name, new)?)))?;
         self.look_up_in(&directory, &name).inspect_err(|_| {
-            let kind = if let New::Directory(_) = new { AtFlags::REMOVEDIR } else { AtFlags::empty() };
+            let kind =
+                if let New::Directory(_) = new { AtFlags::REMOVEDIR } else { AtFlags::empty() };
             let _ = calls::unlinkat(&directory, &*name, kind); // a refused call leaves no entry
         })
     }
@@ -130,8 +137,8 @@ impl Index {
         self.settle(orphan, renamed)
     }
 
-    /// Moves the replaced directory away first: a program that has it open keeps it. The kernel holds
-    /// both parents locked, so no program sees the name missing.
+    /// Moves the replaced directory away first: a program that has it open keeps it. The kernel
+    /// holds both parents locked, so no program sees the name missing.
     fn rename_over_directory(&self, from: Place<'_>, to: Place<'_>) -> Result<Option<InodeId>> {
         const TO_NOTHING: RenameFlags = RenameFlags::NOREPLACE;
         let moving = self.path(self.id_of(from.directory, from.name)?)?;
@@ -139,7 +146,8 @@ impl Index {
             return Err(Error::Os(Errno::ISDIR));
         }
         let replaced = self.move_directory_away(to.directory, to.name)?;
-        if let Err(errno) = calls::renameat_with(from.directory, from.name, to.directory, to.name, TO_NOTHING)
+        if let Err(errno) =
+            calls::renameat_with(from.directory, from.name, to.directory, to.name, TO_NOTHING)
         {
             let orphan = orphan_name(replaced);
             calls::renameat_with(&self.orphans, orphan, to.directory, to.name, TO_NOTHING)?;
@@ -188,7 +196,11 @@ impl Index {
     }
 
     /// Counts the orphan as one if its name is gone, and removes it from `.orphans` if not.
-    fn settle(&self, orphan: Option<InodeId>, removed: Result<(), Errno>) -> Result<Option<InodeId>> {
+    fn settle(
+        &self,
+        orphan: Option<InodeId>,
+        removed: Result<(), Errno>,
+    ) -> Result<Option<InodeId>> {
         match (removed, orphan) {
             (Ok(()), Some(id)) => {
                 self.orphaned().insert(id);

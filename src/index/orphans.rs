@@ -57,8 +57,8 @@ impl Index {
     /// Removes an orphan. The kernel must not know the node any more: then no program can reach it.
     ///
     /// # Errors
-    /// The errors of unlinkat(2). A shortage is not among them: no later request would try again, so
-    /// the call is repeated ([`insist`]).
+    /// The errors of unlinkat(2). A shortage is not among them: no later request would try again,
+    /// so the call is repeated ([`insist`]).
     pub fn erase(&self, node: InodeId) -> Result<()> {
         let name = orphan_name(node);
         let unlink = |flags| match calls::unlinkat(&self.orphans, &name, flags) {

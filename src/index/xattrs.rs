@@ -79,5 +79,9 @@ fn inodes_for_attribute(name: &OsStr, value: &[u8]) -> u64 {
 fn drop_undue_set_group_id(fd: &OwnedFd, by: Member) -> Result<()> {
     let attributes = stat_of(fd)?;
     let undue = attributes.mode & SET_GROUP_ID != 0 && !by.may_set_group_id(attributes.gid);
-    change_mode(fd, attributes.mode, if undue { attributes.mode & !SET_GROUP_ID } else { attributes.mode })
+    change_mode(
+        fd,
+        attributes.mode,
+        if undue { attributes.mode & !SET_GROUP_ID } else { attributes.mode },
+    )
 }

@@ -88,7 +88,9 @@ impl Limits {
         self.suppressed = false;
         let taken = self.buckets.values_mut().filter(|bucket| bucket.suppressed > 0);
         taken
-            .map(|bucket| (std::mem::take(&mut bucket.suppressed), std::mem::take(&mut bucket.like)))
+            .map(|bucket| {
+                (std::mem::take(&mut bucket.suppressed), std::mem::take(&mut bucket.like))
+            })
             .collect()
     }
 

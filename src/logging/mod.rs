@@ -34,7 +34,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_send_buffer_size;
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair,
+};
 use sink::Sink;
 use std::fmt::Arguments;
 use std::io;
@@ -89,7 +91,8 @@ struct DaemonLog {
 pub fn start(path: Option<&str>) -> io::Result<()> {
     let root = openat(CWD, "/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     let sink = Sink::open(root, path)?;
-    let (lines, queue) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+    let (lines, queue) =
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     set_socket_send_buffer_size(&queue, QUEUE_BYTES)?;
     let wanted = std::env::var("HUGETLB2_LOG");
     // fuser warns of each request that this filesystem leaves out; a user can send those at will.
@@ -177,7 +180,8 @@ impl Log for DaemonLog {
         let admission = lock(&self.limits).admit(Key::of(record), &line, Instant::now());
         match admission {
             Admission::Admitted => self.put(&line),
-            Admission::FirstSuppressed => drop(self.send(NUDGE)), // a full queue wakes the writer, too
+            // A full queue wakes the writer, too.
+            Admission::FirstSuppressed => drop(self.send(NUDGE)),
             Admission::Suppressed => {}
         }
     }
@@ -196,7 +200,7 @@ impl Log for DaemonLog {
     }
 }
 
-// ---- the queue ------------------------------------------------------------------------------------------------------
+// ---- the queue ----------------------------------------------------------------------------------
 
 impl DaemonLog {
     fn put(&self, line: &str) {
@@ -216,12 +220,13 @@ impl DaemonLog {
             return None;
         }
         // A signal that has interrupted the wait is served like a message.
-        let length = recv(&self.lines, &mut *buffer, RecvFlags::DONTWAIT).map_or(0, |(length, _)| length);
+        let length =
+            recv(&self.lines, &mut *buffer, RecvFlags::DONTWAIT).map_or(0, |(length, _)| length);
         Some(&buffer[..length])
     }
 }
 
-// ---- the writer -----------------------------------------------------------------------------------------------------
+// ---- the writer ---------------------------------------------------------------------------------
 
 impl DaemonLog {
     fn write(&self) {

@@ -65,7 +65,7 @@ impl Sink {
     }
 }
 
-// ---- a file ---------------------------------------------------------------------------------------------------------
+// ---- a file -------------------------------------------------------------------------------------
 
 /// A file that the admin has named.
 pub struct LogFile {
@@ -138,7 +138,9 @@ fn check_directory(directory: &Stat) -> Result<bool, String> {
         return Err(format!("its directory belongs to user {owner}, and must belong to root"));
     }
     match (directory.st_mode & OTHERS != 0, directory.st_mode & STICKY != 0) {
-        (true, false) => Err("all users can write to its directory: take that permission away".into()),
+        (true, false) => {
+            Err("all users can write to its directory: take that permission away".into())
+        }
         (of_all, _) => Ok(of_all),
     }
 }
@@ -151,7 +153,7 @@ fn check_file(file: &Stat) -> Result<(), String> {
     Ok(())
 }
 
-// ---- the system log -------------------------------------------------------------------------------------------------
+// ---- the system log -----------------------------------------------------------------------------
 
 /// /dev/log (syslog(3)), and /dev/kmsg for where nothing listens there.
 pub struct SystemLog {
@@ -184,8 +186,13 @@ impl SystemLog {
 
 /// connect(2) takes a path only; /proc/self/fd leads to the socket that was looked up from `root`.
 fn connect(root: &OwnedFd) -> io::Result<UnixDatagram> {
-    let found =
-        openat2(root, "/dev/log", OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT)?;
+    let found = openat2(
+        root,
+        "/dev/log",
+        OFlags::PATH | OFlags::CLOEXEC,
+        Mode::empty(),
+        ResolveFlags::IN_ROOT,
+    )?;
     let socket = UnixDatagram::unbound()?;
     socket.connect(sys::fd_path(found.as_fd()))?;
     Ok(socket)

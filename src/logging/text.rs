@@ -38,7 +38,9 @@ impl Shape {
         let process = std::process::id();
         let mut line = match self {
             Self::File => format!("{} hugetlb2fsd[{process}] {level}: ", sys::unix_time()),
-            Self::System => format!("<{}>hugetlb2fsd[{process}]: ", DAEMON_FACILITY | severity(level)),
+            Self::System => {
+                format!("<{}>hugetlb2fsd[{process}]: ", DAEMON_FACILITY | severity(level))
+            }
         };
         let room = LONGEST - FRAME;
         let mut bounded = Bounded { line: &mut line, room, cut: 0 };

@@ -193,8 +193,10 @@ impl Token<'_> {
     /// `pages` of the token's pages become a holding's. A negative number goes the other way.
     fn hand_over(&mut self, pages: i64) {
         let mut account = self.pool.account();
-        account.reserved = account.reserved.checked_add_signed(-pages).expect("no more than there are");
-        account.in_tokens = account.in_tokens.checked_add_signed(-pages).expect("no more than there are");
+        account.reserved =
+            account.reserved.checked_add_signed(-pages).expect("no more than there are");
+        account.in_tokens =
+            account.in_tokens.checked_add_signed(-pages).expect("no more than there are");
         self.pages = self.pages.checked_add_signed(-pages).expect("no more than there are");
     }
 
@@ -257,14 +259,27 @@ impl Pool {
                 progress(taken.min(total))
             })?;
         }
-        Ok(Self::on(page_size, reserves, Account { total: pages, free: pages, ..Account::default() }))
+        Ok(Self::on(
+            page_size,
+            reserves,
+            Account { total: pages, free: pages, ..Account::default() },
+        ))
     }
 
     /// A pool with these reserves and this account. It ends with the process.
     fn on(page_size: PageSize, reserves: Vec<Reserve>, account: Account) -> Self {
         let (account, freed) = (Mutex::new(account), Condvar::new());
         let (resizing, moving) = (Mutex::default(), Mutex::default());
-        Self { page_size, reserves, account, freed, resizing, moving, outlives_us: false, huge_at_mount: 0 }
+        Self {
+            page_size,
+            reserves,
+            account,
+            freed,
+            resizing,
+            moving,
+            outlives_us: false,
+            huge_at_mount: 0,
+        }
     }
 
     /// The size of the pool's pages.
@@ -364,9 +379,9 @@ impl Pool {
         if pages >= before {
             return self.enlarge(pages - before);
         }
-        let token = self
-            .patiently(|| self.reserve(before - pages))
-            .map_err(|_| Error::Busy("more pages are in use than the pool would have; remove files first"))?;
+        let token = self.patiently(|| self.reserve(before - pages)).map_err(|_| {
+            Error::Busy("more pages are in use than the pool would have; remove files first")
+        })?;
         self.note_size(pages)?;
         steps::reached(Step::ReduceNoted);
         let surplus = self.bytes_of(before) - self.bytes_of(pages);
@@ -389,7 +404,8 @@ impl Pool {
             let (_, mut richest) = self.lock_richest();
             let step = left.min(STEP).min(richest.size());
             let size = richest.size() - step;
-            let cut = if step > 0 { moves::shorten(&mut richest, size) } else { Err(Error::NoMemory) };
+            let cut =
+                if step > 0 { moves::shorten(&mut richest, size) } else { Err(Error::NoMemory) };
             if cut.is_err() {
                 return (bytes - left, cut);
             }
@@ -410,15 +426,18 @@ impl Pool {
     fn grow_reserves(&self, bytes: u64) -> Result<()> {
         refuse_more_than_available(bytes)?;
         let mut added = 0;
-        let grown =
-            shares_of(&self.reserves, bytes, self.page_size)?.into_iter().try_for_each(|(reserve, share)| {
+        let grown = shares_of(&self.reserves, bytes, self.page_size)?.into_iter().try_for_each(
+            |(reserve, share)| {
                 reserve.grow(share, |step| {
                     added += step;
                     Ok(())
                 })
-            });
+            },
+        );
         if grown.is_err() {
-            log::warn!("the machine has no memory for {bytes} bytes more; {added} bytes are given back");
+            log::warn!(
+                "the machine has no memory for {bytes} bytes more; {added} bytes are given back"
+            );
             self.cut_reserves(added).1?;
         }
         grown
@@ -477,7 +496,8 @@ impl Pool {
         for reserve in &self.reserves {
             folios += reserve.lock().collapse_untouched()?;
         }
-        self.huge_at_mount = (folios * FOLIO_SIZE).min(self.balance().total * self.page_size.bytes());
+        self.huge_at_mount =
+            (folios * FOLIO_SIZE).min(self.balance().total * self.page_size.bytes());
         Ok(())
     }
 
@@ -504,7 +524,9 @@ impl Pool {
             wrong.extend(reserve.lock().check_totals()?.into_iter().map(named));
             let mut at = 0;
             while at < reserve.lock().memory_span() {
-                wrong.extend(reserve.lock().check_part(Range::at(at, PIECE))?.into_iter().map(named));
+                wrong.extend(
+                    reserve.lock().check_part(Range::at(at, PIECE))?.into_iter().map(named),
+                );
                 at += PIECE;
             }
         }
@@ -533,7 +555,8 @@ impl Pool {
         }
         if reserves < account.available() * self.page_size.bytes() {
             let free = account.available();
-            wrong.push(format!("P1: {free} pages are free, and the reserves have {reserves} bytes"));
+            wrong
+                .push(format!("P1: {free} pages are free, and the reserves have {reserves} bytes"));
         }
         if account.reserved != account.in_tokens + held.stuck {
             let (reserved, tokens, stuck) = (account.reserved, account.in_tokens, held.stuck);
@@ -544,7 +567,11 @@ impl Pool {
 }
 
 /// The part of `bytes` that each reserve takes from the machine.
-fn shares_of(reserves: &[Reserve], bytes: u64, page_size: PageSize) -> Result<Vec<(&Reserve, u64)>> {
+fn shares_of(
+    reserves: &[Reserve],
+    bytes: u64,
+    page_size: PageSize,
+) -> Result<Vec<(&Reserve, u64)>> {
     let mut nodes = Vec::new();
     for reserve in reserves {
         let room = match reserves.len() {

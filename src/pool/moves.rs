@@ -185,7 +185,8 @@ impl Pool {
     fn lend(&self) -> Result<Option<Token<'_>>> {
         let Piece { _moving, _at_stake, .. } = self.begin_piece()?;
         let (_, mut source) = self.lock_richest();
-        let left = source.size().checked_sub(FOLIO_SIZE).ok_or(Error::NoMemory)?; // pages are missing
+        // Pages are missing.
+        let left = source.size().checked_sub(FOLIO_SIZE).ok_or(Error::NoMemory)?;
         shorten(&mut source, left)?;
         steps::reached(Step::LendGiven);
         self.note_short(FOLIO_SIZE);
@@ -221,7 +222,12 @@ impl Pool {
     /// # Errors
     /// [`Error::NoMemory`] where nothing is left to put at stake, or where other processes have
     /// taken the memory that was given. No memory has moved, but `target` may be longer.
-    pub(super) fn move_piece_out(&self, target: &mut Sealed, range: Range, size: u64) -> Result<u64> {
+    pub(super) fn move_piece_out(
+        &self,
+        target: &mut Sealed,
+        range: Range,
+        size: u64,
+    ) -> Result<u64> {
         let begun = self.begin_piece()?;
         let (reserve, mut source) = self.lock_richest();
         let _preferred = self.prefer(reserve.node);
@@ -236,7 +242,13 @@ impl Pool {
 
     /// The reserve `source` gives memory, and `target` takes as much for `piece`. Returns the
     /// number of bytes.
-    fn exchange(&self, source: &mut Sealed, target: &mut Sealed, piece: Range, size: u64) -> Result<u64> {
+    fn exchange(
+        &self,
+        source: &mut Sealed,
+        target: &mut Sealed,
+        piece: Range,
+        size: u64,
+    ) -> Result<u64> {
         let left = source.size().checked_sub(piece.len()).filter(|_| !piece.is_empty());
         let left = left.ok_or(Error::NoMemory)?; // pages are missing
         shorten(source, left)?;
@@ -266,7 +278,9 @@ impl Pool {
             return Ok(None);
         }
         let begun = self.begin_piece()?;
-        let Some(piece) = self.last_piece_within(source, range, begun.most) else { return Ok(None) };
+        let Some(piece) = self.last_piece_within(source, range, begun.most) else {
+            return Ok(None);
+        };
         let mut target = self.reserve_for(source, piece).lock();
         let given = give(source, piece);
         if given.is_err() && piece.folios().any(|folio| source.has_memory(folio)) {
@@ -345,7 +359,8 @@ impl Pool {
     }
 
     fn lock_all(&self) -> impl Iterator<Item = (&Reserve, Opened<'_>)> {
-        let locked: Vec<_> = self.reserves.iter().map(|reserve| (reserve, reserve.lock())).collect();
+        let locked: Vec<_> =
+            self.reserves.iter().map(|reserve| (reserve, reserve.lock())).collect();
         locked.into_iter()
     }
 }
@@ -394,7 +409,11 @@ mod tests {
             (0, 0, 0),
         ];
         for (available, float, piece) in rows {
-            assert_eq!(longest_piece(available, float), piece, "{available} available, float of {float}");
+            assert_eq!(
+                longest_piece(available, float),
+                piece,
+                "{available} available, float of {float}"
+            );
         }
     }
 
@@ -402,7 +421,8 @@ mod tests {
     fn what_is_short_beyond_the_float_makes_pages_missing() {
         let page = FOLIO_SIZE;
         let mut account = Account { total: 8, free: 8, ..Account::default() };
-        for (short, missing) in [(0, 0), (LEAST_FLOAT, 0), (LEAST_FLOAT + 1, 1), (LEAST_FLOAT + 2 * page, 2)]
+        for (short, missing) in
+            [(0, 0), (LEAST_FLOAT, 0), (LEAST_FLOAT + 1, 1), (LEAST_FLOAT + 2 * page, 2)]
         {
             account.set_short(short, page);
             assert_eq!((account.short, account.missing), (short, missing));

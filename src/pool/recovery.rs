@@ -70,7 +70,8 @@ impl Pool {
     pub fn adopt(&self, pages: u64, bytes: u64) -> Result<()> {
         let total = self.balance().total;
         let free = total.checked_sub(pages);
-        let free = free.ok_or_else(|| Error::Corrupt(format!("files have {pages} of {total} pages")))?;
+        let free =
+            free.ok_or_else(|| Error::Corrupt(format!("files have {pages} of {total} pages")))?;
         let reserves: u64 =
             self.reserves.iter().map(|reserve| reserve.lock().folio_count() * FOLIO_SIZE).sum();
         let (has, meant) = (reserves + bytes, self.bytes_of(total));
@@ -83,7 +84,9 @@ impl Pool {
         self.refill();
         match self.balance().missing {
             0 => {}
-            pages => log::warn!("memory for {pages} pages is missing; it is taken again when there is some"),
+            pages => log::warn!(
+                "memory for {pages} pages is missing; it is taken again when there is some"
+            ),
         }
         Ok(())
     }

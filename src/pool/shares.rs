@@ -58,7 +58,8 @@ mod tests {
     const PLENTY: u64 = 1 << 40;
 
     fn shares_of(wanted: u64, grain: u64, nodes: &[(u64, u64)]) -> Vec<u64> {
-        let nodes: Vec<_> = nodes.iter().map(|(has, room)| Node { has: *has, room: *room }).collect();
+        let nodes: Vec<_> =
+            nodes.iter().map(|(has, room)| Node { has: *has, room: *room }).collect();
         let shares = shares(wanted, grain, &nodes);
         assert_eq!(shares.iter().sum::<u64>(), wanted);
         shares
@@ -99,7 +100,11 @@ mod tests {
 
     #[test]
     fn what_no_node_has_room_for_is_the_roomiest_ones() {
-        assert_eq!(shares_of(4 * F, F, &[(0, F / 2), (0, F / 4)]), [2 * F, 2 * F], "each in its turn");
+        assert_eq!(
+            shares_of(4 * F, F, &[(0, F / 2), (0, F / 4)]),
+            [2 * F, 2 * F],
+            "each in its turn"
+        );
         assert_eq!(shares_of(4 * F, F, &[(8 * F, 0), (0, 0)]), [0, 4 * F]);
         assert_eq!(shares_of(4 * F, F, &[(0, 0), (0, 0)]), [2 * F, 2 * F]);
     }

@@ -60,13 +60,19 @@ impl Sealed {
             let least = if self.punched { 0 } else { meant };
             let resident = self.settled(folio.range(), least..=meant)?;
             if !(least..=meant).contains(&resident) {
-                wrong.push(format!("Q1: folio {} has {resident} subpages, and {meant} are meant", folio.0));
+                wrong.push(format!(
+                    "Q1: folio {} has {resident} subpages, and {meant} are meant",
+                    folio.0
+                ));
             }
         }
         for hole in self.holes().in_range(range) {
             let resident = self.settled(hole.range, 0..=0)?;
             if resident != 0 {
-                wrong.push(format!("Q1: {resident} quarantined subpages of {} have memory", hole.range));
+                wrong.push(format!(
+                    "Q1: {resident} quarantined subpages of {} have memory",
+                    hole.range
+                ));
             }
         }
         Ok(wrong)

@@ -20,12 +20,17 @@ impl Sealed {
     /// The file must not have soft holes, as the freed blocks would fill them.
     ///
     /// # Errors
-    /// The errors of fallocate(2), pwrite(2) and setxattr(2). [`Error::Quarantined`] for a memory
-    /// error in a subpage that is covered in part.
+    /// The errors of fallocate(2), pwrite(2) and setxattr(2).
+    /// [`Error::Quarantined`](crate::error::Error::Quarantined) for a memory error in a subpage
+    /// that is covered in part.
     pub fn punch(&mut self, range: Range) -> Result<()> {
         assert!(self.holes().is_empty(), "a free block would open a hole");
         let range = range.intersect(Range::new(0, self.size));
-        let end = if range.end == self.size { self.size.next_multiple_of(SUBPAGE_SIZE) } else { range.end };
+        let end = if range.end == self.size {
+            self.size.next_multiple_of(SUBPAGE_SIZE)
+        } else {
+            range.end
+        };
         let start = range.start.next_multiple_of(SUBPAGE_SIZE);
         let whole = Range::new(start, end / SUBPAGE_SIZE * SUBPAGE_SIZE);
         self.zero_present(Range::new(range.start, start).intersect(range))?;
@@ -117,7 +122,7 @@ impl Sealed {
     /// Fills all gaps, requested or not, and shuts the holes that were opened by the free blocks.
     ///
     /// # Errors
-    /// [`Error::NoMemory`].
+    /// [`Error::NoMemory`](crate::error::Error::NoMemory).
     pub(super) fn reclaim_removed(&mut self) -> Result<()> {
         let mut next = self.begin_reclaiming(false)?;
         while let Some(from) = next {
@@ -150,7 +155,7 @@ impl Sealed {
     /// program could make, too: its gaps are those that the next pieces fill.
     ///
     /// # Errors
-    /// [`Error::NoMemory`].
+    /// [`Error::NoMemory`](crate::error::Error::NoMemory).
     pub fn reclaim_piece(&mut self, from: u64) -> Result<Option<u64>> {
         let piece = Range::at(from, RECLAIMED_AT_ONCE).intersect(Range::new(0, self.memory_span()));
         if piece.is_empty() {

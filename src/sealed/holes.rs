@@ -51,7 +51,9 @@ impl Holes {
 
     /// All holes, ascending.
     pub fn all(&self) -> impl DoubleEndedIterator<Item = Hole> + '_ {
-        self.runs.iter().map(|(start, (end, time))| Hole { range: Range::new(*start, *end), time: *time })
+        self.runs
+            .iter()
+            .map(|(start, (end, time))| Hole { range: Range::new(*start, *end), time: *time })
     }
 
     /// The folios that have holes, ascending.
@@ -73,7 +75,11 @@ impl Holes {
     /// # Panics
     /// If a part of the run is a hole, or the run crosses the end of a folio.
     pub fn add(&mut self, hole: Hole) {
-        assert!(self.in_range(hole.range).next().is_none(), "{} is quarantined in part", hole.range);
+        assert!(
+            self.in_range(hole.range).next().is_none(),
+            "{} is quarantined in part",
+            hole.range
+        );
         assert_eq!(hole.range.folios().count(), 1, "{} is not of one folio", hole.range);
         self.bytes += hole.range.len();
         let Hole { range: Range { mut start, mut end }, time } = hole;
@@ -84,7 +90,8 @@ impl Holes {
             start = *before;
         }
         if !end.is_multiple_of(FOLIO_SIZE)
-            && let Some((after, _)) = self.runs.get(&end).copied().filter(|(_, other)| *other == time)
+            && let Some((after, _)) =
+                self.runs.get(&end).copied().filter(|(_, other)| *other == time)
         {
             self.runs.remove(&end);
             end = after;

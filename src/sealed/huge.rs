@@ -13,7 +13,9 @@ impl Sealed {
     /// [`Window::collapse`].
     pub fn collapse(&self, folio: Folio) -> Result<()> {
         if self.lost_in(folio.range()).next().is_some() {
-            return Err(Error::Busy("a quarantined subpage keeps this part from being one huge page"));
+            return Err(Error::Busy(
+                "a quarantined subpage keeps this part from being one huge page",
+            ));
         }
         if !self.is_present(folio)? {
             return Err(Error::Busy("what was punched keeps this part from being one huge page"));

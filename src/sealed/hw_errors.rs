@@ -24,7 +24,8 @@ impl Sealed {
     pub fn note_hw_errors_in(&mut self, range: Range, time: u64) -> Result<Vec<Subpage>> {
         let range = range.intersect(Range::new(0, self.size).subpages_out());
         let found = self.find_hw_errors(range)?;
-        let new: Vec<Subpage> = found.into_iter().filter(|subpage| !self.is_lost(*subpage)).collect();
+        let new: Vec<Subpage> =
+            found.into_iter().filter(|subpage| !self.is_lost(*subpage)).collect();
         for subpage in &new {
             self.ledger.note_hw_error(*subpage, time)?;
         }
@@ -56,7 +57,11 @@ impl Sealed {
     /// The errors of mmap(2).
     pub fn has_new_hw_errors(&self, range: Range) -> Result<bool> {
         let inside = range.intersect(Range::new(0, self.size));
-        let found = if inside.is_empty() { Vec::new() } else { self.find_hw_errors(inside.subpages_out())? };
+        let found = if inside.is_empty() {
+            Vec::new()
+        } else {
+            self.find_hw_errors(inside.subpages_out())?
+        };
         Ok(found.iter().any(|subpage| !self.is_lost(*subpage)))
     }
 
@@ -90,7 +95,8 @@ pub(super) fn hw_error_subpages(window: &Window, range: Range) -> Result<Vec<Sub
     let mut found = Vec::new();
     match window.populate(range) {
         Ok(()) => return Ok(found),
-        Err(Error::Quarantined | Error::NoData) => {} // some have an error, or were punched meanwhile
+        // Some have an error, or were punched meanwhile.
+        Err(Error::Quarantined | Error::NoData) => {}
         Err(error) => return Err(error),
     }
     for subpage in range.steps(SUBPAGE_SIZE) {

@@ -19,7 +19,9 @@
 //! error takes no block away: the kernel keeps the page.
 
 use super::holes::{Hole, Holes, between};
-use super::record::{Checksums, Header, MOST_RECORD_BYTES, SUPERBLOCK_BYTES, decode_record, encode_record};
+use super::record::{
+    Checksums, Header, MOST_RECORD_BYTES, SUPERBLOCK_BYTES, decode_record, encode_record,
+};
 use crate::error::{Error, Result};
 use crate::sys::{calls, handle, tmpfs};
 use crate::units::{FOLIO_SIZE, Folio, InodeId, Range, SUBPAGE_SIZE, Subpage};
@@ -276,7 +278,11 @@ impl Ledger {
     /// # Errors
     /// A shortage. Then it is not known if bytes are lost.
     pub fn read(file: &File, range: Range, checksums: &Checksums, bytes: &mut [u8]) -> Result<u64> {
-        let is_read = |range: Range, bytes: &mut [u8]| match tmpfs::read_at(file, bytes, place(range).start) {
+        let is_read = |range: Range, bytes: &mut [u8]| match tmpfs::read_at(
+            file,
+            bytes,
+            place(range).start,
+        ) {
             Err(error) if error.is_shortage() => Err(error),
             read => Ok(read.is_ok_and(|read| read == bytes.len())),
         };
@@ -312,7 +318,8 @@ impl Ledger {
     /// The errors of fallocate(2) and cachestat(2).
     pub fn trim(&self, folio: Folio, runs: &[Range]) -> Result<()> {
         let file = self.notes.file()?;
-        let mut kept: Vec<Range> = self.holes.in_range(folio.range()).map(|hole| hole.range).collect();
+        let mut kept: Vec<Range> =
+            self.holes.in_range(folio.range()).map(|hole| hole.range).collect();
         kept.extend(runs);
         kept.sort_by_key(|range| range.start);
         for left_over in between(folio.range(), kept.into_iter()) {
@@ -331,7 +338,9 @@ impl Ledger {
         if self.blocks()? == self.holes.count() + 1 {
             return Ok(());
         }
-        folios_with_blocks(&self.notes.file()?)?.into_iter().try_for_each(|folio| self.trim(folio, &[]))
+        folios_with_blocks(&self.notes.file()?)?
+            .into_iter()
+            .try_for_each(|folio| self.trim(folio, &[]))
     }
 
     /// Number of blocks that the ledger has, with the first one, which means nothing.
@@ -393,7 +402,9 @@ fn read_record(file: &File, folio: Folio) -> Result<Option<(Vec<Hole>, Checksums
     match calls::fgetxattr(file, attribute(folio), &mut bytes[..]) {
         Ok(length) => decode_record(folio, &bytes[..length]).map(Some),
         Err(Errno::NODATA) => Ok(None),
-        Err(Errno::RANGE) => Err(Error::Corrupt(format!("the ledger's record of folio {}", folio.0))),
+        Err(Errno::RANGE) => {
+            Err(Error::Corrupt(format!("the ledger's record of folio {}", folio.0)))
+        }
         Err(errno) => Err(errno.into()),
     }
 }

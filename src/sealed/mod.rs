@@ -73,7 +73,9 @@ use crate::error::{Error, Result};
 use crate::steps::{self, Step, insist};
 use crate::sys::mapping::Window;
 use crate::sys::{calls, handle, tmpfs};
-use crate::units::{FOLIO_SIZE, Folio, InodeId, NumaNode, Range, SUBPAGE_SIZE, SUBPAGES_PER_FOLIO, Subpage};
+use crate::units::{
+    FOLIO_SIZE, Folio, InodeId, NumaNode, Range, SUBPAGE_SIZE, SUBPAGES_PER_FOLIO, Subpage,
+};
 use rustix::fs::{Mode, OFlags};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -86,7 +88,8 @@ use std::time::Duration;
 /// worst case seen needed 200 tries.
 const TRIES: u32 = 10_000;
 
-const PINNED: &str = "the folio is pinned (vmsplice, io_uring, VFIO or the like) and cannot be split";
+const PINNED: &str =
+    "the folio is pinned (vmsplice, io_uring, VFIO or the like) and cannot be split";
 const UNWINNABLE: &str = "the subpage is pinned (vmsplice, io_uring, VFIO or the like), or touched faster than it can be \
     taken away";
 
@@ -236,7 +239,8 @@ impl Sealed {
 
     /// The quarantined subpages (soft and hw) that hold any byte of `range`, ascending.
     pub fn lost_in(&self, range: Range) -> impl Iterator<Item = Subpage> + '_ {
-        let subpages = |run: Range| run.steps(SUBPAGE_SIZE).map(|subpage| Subpage::containing(subpage.start));
+        let subpages =
+            |run: Range| run.steps(SUBPAGE_SIZE).map(|subpage| Subpage::containing(subpage.start));
         self.lost_runs_in(range).flat_map(subpages)
     }
 
@@ -309,7 +313,11 @@ impl Sealed {
     }
 
     fn undo_take(&mut self, range: Range, size: u64) {
-        let cut = if self.size > size { self.cut(size) } else { insist(|| tmpfs::punch(&self.data, range)) };
+        let cut = if self.size > size {
+            self.cut(size)
+        } else {
+            insist(|| tmpfs::punch(&self.data, range))
+        };
         if let Err(error) = cut.and_then(|()| self.vacate(range)) {
             log::error!("memory that was taken in part could not be given back: {error}");
         }
@@ -425,7 +433,8 @@ impl Sealed {
             return Ok(());
         }
         let before = self.size;
-        let zeroed = if self.reach == Reach::Programs { self.zero_behind_end(size) } else { Ok(()) };
+        let zeroed =
+            if self.reach == Reach::Programs { self.zero_behind_end(size) } else { Ok(()) };
         let grown = zeroed.and_then(|()| self.set_size(size));
         if grown.is_err() && self.size > before {
             self.cut(before)?;
@@ -481,7 +490,9 @@ impl Sealed {
         for subpage in range.subpages_out().steps(SUBPAGE_SIZE) {
             let piece = subpage.intersect(range);
             let zeros = &ZEROS[..piece.len() as usize];
-            if tmpfs::write_at(&self.data, zeros, piece.start).is_err() && piece.start == subpage.start {
+            if tmpfs::write_at(&self.data, zeros, piece.start).is_err()
+                && piece.start == subpage.start
+            {
                 tmpfs::punch(&self.data, subpage)?;
                 tmpfs::write_at(&self.data, zeros, piece.start)?;
             }
@@ -494,14 +505,17 @@ impl Sealed {
     /// them.
     fn forget_holes(&mut self, range: Range) -> Result<()> {
         let runs: Vec<Range> = self.holes().in_range(range).map(|hole| hole.range).collect();
-        let of_one_folio = |one: &Range, next: &Range| one.start / FOLIO_SIZE == next.start / FOLIO_SIZE;
+        let of_one_folio =
+            |one: &Range, next: &Range| one.start / FOLIO_SIZE == next.start / FOLIO_SIZE;
         for runs in runs.chunk_by(of_one_folio) {
             insist(|| self.ledger.strike(runs))?;
             runs.iter().try_for_each(|run| insist(|| self.ledger.free(*run)))?;
         }
         let hw_errors: Vec<Subpage> =
             self.hw_errors().range(range.subpages()).map(|(subpage, _)| *subpage).collect();
-        hw_errors.into_iter().try_for_each(|subpage| insist(|| self.ledger.forget_hw_errors(subpage)))
+        hw_errors
+            .into_iter()
+            .try_for_each(|subpage| insist(|| self.ledger.forget_hw_errors(subpage)))
     }
 
     /// Lowers the limit after the memory of `range` was given up. No folio of `range` is meant to

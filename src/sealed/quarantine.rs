@@ -95,7 +95,10 @@ impl Sealed {
     /// [`Error::NoMemory`]. The bytes are as before.
     pub fn quarantine(&mut self, part: Range, time: u64) -> Result<()> {
         let folio = Subpage::containing(part.start).folio();
-        assert!(folio.range().covers(part) && self.has_memory(folio), "{part} is not memory of one folio");
+        assert!(
+            folio.range().covers(part) && self.has_memory(folio),
+            "{part} is not memory of one folio"
+        );
         match self.quarantine_readable(part, time) {
             // The memory error was not noted before. The kernel keeps that subpage out of use by
             // itself.
@@ -410,7 +413,8 @@ impl Sealed {
     pub(super) fn filled_holes(&self, runs: &[Range]) -> Result<Vec<Range>> {
         let mut filled = Vec::new();
         for hole in self.holes().all() {
-            let inside = runs.iter().map(|run| run.intersect(hole.range)).filter(|run| !run.is_empty());
+            let inside =
+                runs.iter().map(|run| run.intersect(hole.range)).filter(|run| !run.is_empty());
             for part in between(hole.range, inside) {
                 if tmpfs::resident(self.data(), part)? > 0 {
                     filled.push(part);
@@ -436,7 +440,12 @@ impl Sealed {
 /// Writes all of `bytes`. There are blocks for them, but a hole that a program has touched may have
 /// taken one. So may subpages next to the range, as tmpfs fills more than the range if this makes a
 /// large folio. Then `free` frees these blocks, and the write continues where it ended.
-fn write_among_strays(file: &File, bytes: &[u8], offset: u64, free: impl Fn() -> Result<()>) -> Result<()> {
+fn write_among_strays(
+    file: &File,
+    bytes: &[u8],
+    offset: u64,
+    free: impl Fn() -> Result<()>,
+) -> Result<()> {
     let mut patience = Patience::new();
     let mut done = 0;
     loop {
@@ -465,7 +474,9 @@ pub(super) fn meanwhile<T>(take: impl Fn() + Sync, work: impl FnOnce() -> Result
             }
         };
         if let Err(error) = std::thread::Builder::new().spawn_scoped(scope, spin) {
-            log::warn!("no second thread beside a change of a file that a program touches: {error}");
+            log::warn!(
+                "no second thread beside a change of a file that a program touches: {error}"
+            );
         }
         let done = work();
         stop.store(true, Ordering::Relaxed);
@@ -478,4 +489,5 @@ fn subpages(runs: &[Range]) -> u64 {
     runs.iter().map(|run| run.len() / SUBPAGE_SIZE).sum()
 }
 
-const _: () = assert!(PIECE.is_multiple_of(SUBPAGE_SIZE) && SUBPAGES_PER_FOLIO * SUBPAGE_SIZE == FOLIO_SIZE);
+const _: () =
+    assert!(PIECE.is_multiple_of(SUBPAGE_SIZE) && SUBPAGES_PER_FOLIO * SUBPAGE_SIZE == FOLIO_SIZE);

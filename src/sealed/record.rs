@@ -55,7 +55,8 @@ impl Header {
     /// # Errors
     /// [`Error::Corrupt`] for a header that is damaged or of another version.
     pub fn decode(bytes: &[u8; SUPERBLOCK_BYTES]) -> Result<Self> {
-        if bytes[..8] != MAGIC || number(&bytes[32..36]) != u64::from(crc32fast::hash(&bytes[..32])) {
+        if bytes[..8] != MAGIC || number(&bytes[32..36]) != u64::from(crc32fast::hash(&bytes[..32]))
+        {
             return Err(Error::Corrupt("an object's superblock".into()));
         }
         if number(&bytes[8..12]) != u64::from(VERSION) {
@@ -142,8 +143,9 @@ pub fn encode_record(folio: Folio, holes: &Holes, checksums: &Checksums) -> Vec<
 /// # Errors
 /// [`Error::Corrupt`] for a record that is damaged, of another folio or of another version.
 pub fn decode_record(folio: Folio, bytes: &[u8]) -> Result<(Vec<Hole>, Checksums)> {
-    let damaged =
-        || Error::Corrupt(format!("the ledger's record of the 2 MiB at {:#x}", folio.range().start));
+    let damaged = || {
+        Error::Corrupt(format!("the ledger's record of the 2 MiB at {:#x}", folio.range().start))
+    };
     let (body, checksum) = bytes.split_last_chunk::<CHECKSUM_BYTES>().ok_or_else(damaged)?;
     if u32::from_le_bytes(*checksum) != crc32fast::hash(body) {
         return Err(damaged());
@@ -154,7 +156,8 @@ pub fn decode_record(folio: Folio, bytes: &[u8]) -> Result<(Vec<Hole>, Checksums
     }
     let runs = number(&head[4..8]) as usize * RUN_BYTES;
     let (runs, sums) = rest.split_at_checked(runs).ok_or_else(damaged)?;
-    let holes: Vec<Hole> = runs.as_chunks::<RUN_BYTES>().0.iter().map(|run| decode_run(folio, run)).collect();
+    let holes: Vec<Hole> =
+        runs.as_chunks::<RUN_BYTES>().0.iter().map(|run| decode_run(folio, run)).collect();
     let (sums, _) = sums.as_chunks::<CHECKSUM_BYTES>();
     let subpages: u64 = holes.iter().map(|hole| hole.range.len() / SUBPAGE_SIZE).sum();
     let is_sound = number(&head[8..]) == folio.0

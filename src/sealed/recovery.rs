@@ -46,7 +46,8 @@ impl Sealed {
         let (size, root) = (tmpfs::size(&data)?, handle::of(&mount, c"")?);
         let (folios, folio_count, unattached) = (Vec::new(), 0, None);
         let punched = ledger.notes().kept(PUNCHED)?.is_some();
-        let mut sealed = Self { root, unattached, data, ledger, reach, size, folios, folio_count, punched };
+        let mut sealed =
+            Self { root, unattached, data, ledger, reach, size, folios, folio_count, punched };
         sealed.find_memory()?;
         Ok(sealed)
     }
@@ -82,7 +83,8 @@ impl Sealed {
     /// function undoes it.
     fn empty_holes(&mut self) -> Result<()> {
         let filled = self.filled_holes(&[])?;
-        let of_one_folio = |one: &Range, next: &Range| one.start / FOLIO_SIZE == next.start / FOLIO_SIZE;
+        let of_one_folio =
+            |one: &Range, next: &Range| one.start / FOLIO_SIZE == next.start / FOLIO_SIZE;
         for runs in filled.chunk_by(of_one_folio) {
             match self.seal(runs) {
                 Err(Error::Busy(why)) => {
@@ -202,7 +204,10 @@ mod tests {
         let is_lost = sealed.is_lost(LOST);
         let bytes = if is_lost { sealed.rescued(LOST).unwrap() } else { bytes_of(sealed, LOST) };
         let others = bytes.iter().zip(0..).filter(|(_, place)| *place != PLACE);
-        assert!(others.into_iter().all(|(byte, _)| *byte == 7), "bytes are lost (quarantined: {is_lost})");
+        assert!(
+            others.into_iter().all(|(byte, _)| *byte == 7),
+            "bytes are lost (quarantined: {is_lost})"
+        );
     }
 
     #[test]
@@ -210,7 +215,8 @@ mod tests {
         let sealed = sevens();
         sealed.set_limit(1).unwrap();
         let ledger = sealed.notes().file().unwrap();
-        tmpfs::write_all_at(&ledger, &SEVENS, super::super::ledger::place(LOST.range()).start).unwrap();
+        tmpfs::write_all_at(&ledger, &SEVENS, super::super::ledger::place(LOST.range()).start)
+            .unwrap();
         tmpfs::write_all_at(&sealed.data, &[8; SUBPAGE_SIZE as usize], LOST.offset()).unwrap();
         let mut again = open_again(&sealed, false);
         assert!(bytes_of(&again, LOST) == [8; SUBPAGE_SIZE as usize], "a store is lost");
@@ -261,7 +267,8 @@ mod tests {
     #[test]
     fn a_quarantine_of_a_folio_that_is_pinned_is_undone() {
         let mut sealed = sevens();
-        let mapping = Mapping::new(sealed.data(), Range::new(0, SIZE), Sharing::Shared, true).unwrap();
+        let mapping =
+            Mapping::new(sealed.data(), Range::new(0, SIZE), Sharing::Shared, true).unwrap();
         let pin = mapping.pin(9 * SUBPAGE_SIZE).unwrap();
         sealed.set_limit(1).unwrap();
         sealed.keep(&[LOST.range()], TIME).unwrap();
@@ -277,7 +284,8 @@ mod tests {
         let mut sealed = sevens();
         sealed.quarantine(Range::at(LOST.offset(), 2 * SUBPAGE_SIZE), TIME).unwrap();
         let ledger = sealed.notes().file().unwrap();
-        tmpfs::write_all_at(&ledger, &[6], super::super::ledger::place(LOST.range()).start).unwrap();
+        tmpfs::write_all_at(&ledger, &[6], super::super::ledger::place(LOST.range()).start)
+            .unwrap();
         let mut again = open_again(&sealed, false);
         assert_eq!(again.holes(), sealed.holes());
         assert!(matches!(again.rescued(LOST), Err(Error::NoData)));
@@ -289,7 +297,8 @@ mod tests {
     #[test]
     fn a_gap_that_a_program_has_made_can_be_touched_all_the_time() {
         let sealed = sevens();
-        let mapping = Mapping::new(sealed.data(), Range::new(0, SIZE), Sharing::Shared, true).unwrap();
+        let mapping =
+            Mapping::new(sealed.data(), Range::new(0, SIZE), Sharing::Shared, true).unwrap();
         tmpfs::punch(&sealed.data, Folio(1).range()).unwrap();
         let mut again = Sealed::open(Reach::Programs, sealed.mount().unwrap()).unwrap();
         assert_eq!(mapping.load(FOLIO_SIZE), Ok(0));
@@ -308,7 +317,10 @@ mod tests {
         let again = open_again(&sealed, true);
         assert!(again.hw_errors().is_empty());
         assert!(bytes_of(&again, LOST) == ZEROS);
-        assert_eq!(again.holes().all().map(|hole| hole.range).collect::<Vec<_>>(), [Subpage(9).range()]);
+        assert_eq!(
+            again.holes().all().map(|hole| hole.range).collect::<Vec<_>>(),
+            [Subpage(9).range()]
+        );
         assert_eq!(tmpfs::resident(&again.data, Folio(0).range()).unwrap(), SUBPAGES_PER_FOLIO - 1);
     }
 }

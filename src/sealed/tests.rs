@@ -37,13 +37,17 @@ fn assert_sealed(sealed: &Sealed) {
     let meant = sealed.folio_count() * SUBPAGES_PER_FOLIO - sealed.holes().count();
     assert_eq!(tmpfs::blocks_taken(&sealed.data).unwrap(), meant);
     let past_everything = Range::at((sealed.folios.len() as u64 + 1) * FOLIO_SIZE, SUBPAGE_SIZE);
-    assert!(matches!(tmpfs::allocate(&sealed.data, past_everything), Err(Error::Full)), "a block is free");
+    assert!(
+        matches!(tmpfs::allocate(&sealed.data, past_everything), Err(Error::Full)),
+        "a block is free"
+    );
 }
 
 fn assert_unchanged(sealed: &Sealed, range: Range) {
     let mut bytes = vec![0; range.len() as usize];
     tmpfs::read_at(&sealed.data, &mut bytes, range.start).unwrap();
-    let wrong = bytes.iter().zip(range.start..).position(|(byte, offset)| *byte != (offset % 251) as u8);
+    let wrong =
+        bytes.iter().zip(range.start..).position(|(byte, offset)| *byte != (offset % 251) as u8);
     assert_eq!(wrong, None, "in {range}");
 }
 
@@ -56,7 +60,8 @@ fn huge_bytes(sealed: &Sealed) -> u64 {
 fn what_came_in_small_pages_is_gathered() {
     let sealed = sealed(2 * FOLIO_SIZE);
     for subpage in Folio(1).range().steps(SUBPAGE_SIZE) {
-        let bytes: Vec<u8> = (subpage.start..subpage.end).map(|offset| (offset % 251) as u8).collect();
+        let bytes: Vec<u8> =
+            (subpage.start..subpage.end).map(|offset| (offset % 251) as u8).collect();
         tmpfs::punch(&sealed.data, subpage).unwrap();
         tmpfs::write_all_at(&sealed.data, &bytes, subpage.start).unwrap();
     }
@@ -135,7 +140,9 @@ fn a_hole_cannot_be_filled_by_a_touch_a_write_or_an_allocation() {
     let mut sealed = sealed(FOLIO_SIZE);
     let mapping = Mapping::new(sealed.data(), folios(1), Sharing::Shared, true).unwrap();
     sealed.quarantine(Subpage(5).range(), TIME).unwrap();
-    assert!(mapping.load(5 * SUBPAGE_SIZE).is_err() && mapping.store(5 * SUBPAGE_SIZE + 7, 1).is_err());
+    assert!(
+        mapping.load(5 * SUBPAGE_SIZE).is_err() && mapping.store(5 * SUBPAGE_SIZE + 7, 1).is_err()
+    );
     assert!(matches!(tmpfs::write_at(&sealed.data, &[1], 5 * SUBPAGE_SIZE), Err(Error::Full)));
     assert!(matches!(tmpfs::allocate(&sealed.data, Subpage(5).range()), Err(Error::Full)));
     assert_eq!(mapping.walk().len(), 1);
@@ -232,7 +239,9 @@ fn a_run_is_quarantined_and_repaired_at_once() {
     again.repair(Range::new(3 * SUBPAGE_SIZE, 6 * SUBPAGE_SIZE), Content::Known).unwrap();
     assert_sealed(&again);
     let bytes: Vec<u8> = (0..9 * SUBPAGE_SIZE).map(|offset| (offset % 251) as u8).collect();
-    again.repair(Range::new(0, bytes.len() as u64), Content::Bytes { start: 0, bytes: &bytes }).unwrap();
+    again
+        .repair(Range::new(0, bytes.len() as u64), Content::Bytes { start: 0, bytes: &bytes })
+        .unwrap();
     assert_eq!(lost(&again)[0], Subpage(9));
     again.repair(folios(1), Content::Known).unwrap();
     again.repair(Folio(1).range(), Content::Known).unwrap();
@@ -302,7 +311,9 @@ fn what_was_removed_is_taken_back_in_pieces() {
     const SIZE: u64 = 34 << 20; // a piece, and a folio
     let mut sealed = sealed(SIZE);
     let mapping = Mapping::new(sealed.data(), Range::new(0, SIZE), Sharing::Shared, true).unwrap();
-    [0, 16].into_iter().for_each(|folio| mapping.advise_range(Folio(folio).range(), MADV_REMOVE).unwrap());
+    [0, 16]
+        .into_iter()
+        .for_each(|folio| mapping.advise_range(Folio(folio).range(), MADV_REMOVE).unwrap());
     let free = |sealed: &Sealed| tmpfs::blocks(sealed.data()).unwrap().free;
     assert_eq!(sealed.begin_reclaiming(false).unwrap(), Some(0));
     assert_eq!(sealed.reclaim_piece(0).unwrap(), Some(32 << 20));

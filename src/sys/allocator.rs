@@ -1,19 +1,19 @@
 //! The daemon's memory: present when the kernel copies a request into it, and at hand when a thread
 //! answers a request.
 //!
-//! **Present.** The kernel copies each request into the buffer of a thread (fuse_dev_do_read). If the
-//! thread is killed during the copy, the kernel still completes it, unless a page must be faulted in.
-//! The kernel refuses a fault to a dying thread, and then ends the request with EIO instead of keeping
-//! it for the next worker. fuser allocates these buffers itself, 16 MiB for each thread, and leaves
-//! them untouched. So the allocator touches the beginning of each buffer, as far as a request
-//! reaches.
+//! **Present.** The kernel copies each request into the buffer of a thread (fuse_dev_do_read). If
+//! the thread is killed during the copy, the kernel still completes it, unless a page must be
+//! faulted in. The kernel refuses a fault to a dying thread, and then ends the request with EIO
+//! instead of keeping it for the next worker. fuser allocates these buffers itself, 16 MiB for each
+//! thread, and leaves them untouched. So the allocator touches the beginning of each buffer, as far
+//! as a request reaches.
 //!
 //! **At hand.** The threads of a process share the lock of its address space (mmap_lock). A thread
-//! that has the kernel fill, map or collapse memory holds that lock for milliseconds, and longer where
-//! other programs take its processor. glibc waits for the lock whenever it lengthens a heap
-//! (mprotect(2)), and lets threads share heaps, so all threads that share the heap wait, too. A thread
-//! that serves must not wait for that. So each thread has a heap of its own, which is long enough from
-//! the start, and which glibc does not shorten.
+//! that has the kernel fill, map or collapse memory holds that lock for milliseconds, and longer
+//! where other programs take its processor. glibc waits for the lock whenever it lengthens a heap
+//! (mprotect(2)), and lets threads share heaps, so all threads that share the heap wait, too. A
+//! thread that serves must not wait for that. So each thread has a heap of its own, which is long
+//! enough from the start, and which glibc does not shorten.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 
@@ -31,7 +31,8 @@ const AHEAD: libc::c_int = 1 << 20;
 /// So much is free at the end of a heap before that is shortened.
 const KEPT: libc::c_int = 8 << 20;
 
-/// Has the allocator keep the promise of this module's head in this process. To be called while there is one thread.
+/// Has the allocator keep the promise of this module's head in this process. To be called while
+/// there is one thread.
 pub fn keep_memory_at_hand() {
     for (parameter, value) in
         [(libc::M_ARENA_MAX, HEAPS), (libc::M_TOP_PAD, AHEAD), (libc::M_TRIM_THRESHOLD, KEPT)]
@@ -94,7 +95,8 @@ mod tests {
         let (grown, zero) = unsafe {
             let pointer = Present.alloc_zeroed(layout);
             let grown = resident() - before;
-            let zero = (0..layout.size()).step_by(PAGE).all(|offset| pointer.add(offset).read() == 0);
+            let zero =
+                (0..layout.size()).step_by(PAGE).all(|offset| pointer.add(offset).read() == 0);
             Present.dealloc(pointer, layout);
             (grown, zero)
         };

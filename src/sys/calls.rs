@@ -4,11 +4,13 @@
 use crate::faults::{Want, attempt};
 use rustix::fd::OwnedFd;
 use rustix::fs::{
-    AtFlags, Dir, FileType, Gid, Mode, OFlags, RenameFlags, StatFs, Statx, StatxFlags, Timestamps, Uid,
-    XattrFlags,
+    AtFlags, Dir, FileType, Gid, Mode, OFlags, RenameFlags, StatFs, Statx, StatxFlags, Timestamps,
+    Uid, XattrFlags,
 };
 use rustix::io::Result;
-use rustix::mount::{FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, UnmountFlags};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, UnmountFlags,
+};
 use rustix::path::Arg;
 use std::ffi::CString;
 use std::os::fd::AsFd;

@@ -59,8 +59,11 @@ const V1: Version = Version {
     usage: "memory.usage_in_bytes",
     cache: ["total_inactive_file", "total_active_file"],
 };
-const V2: Version =
-    Version { limit: "memory.max", usage: "memory.current", cache: ["inactive_file", "active_file"] };
+const V2: Version = Version {
+    limit: "memory.max",
+    usage: "memory.current",
+    cache: ["inactive_file", "active_file"],
+};
 
 /// A mount of a hierarchy that may have a memory controller.
 #[derive(Debug, PartialEq, Eq)]
@@ -139,7 +142,8 @@ impl Hierarchy {
     /// The limit of one cgroup. None if the cgroup has no limit, or no memory controller.
     fn limit_of(&self, cgroup: &Path) -> Option<Limit> {
         let directory = self.mount_point.join(cgroup);
-        let number = |file: &str| read_to_string(directory.join(file)).ok()?.trim().parse::<u64>().ok();
+        let number =
+            |file: &str| read_to_string(directory.join(file)).ok()?.trim().parse::<u64>().ok();
         // Without a limit, the file of version 2 contains "max", which is no number. The file of
         // version 1 contains the largest number of whole pages.
         let bytes = number(self.version.limit).filter(|bytes| *bytes < UNLIMITED)?;
@@ -172,8 +176,13 @@ mod tests {
         create_dir_all(directory).unwrap();
         write(directory.join(version.limit), format!("{limit}\n")).unwrap();
         write(directory.join(version.usage), format!("{used}\n")).unwrap();
-        let stat =
-            format!("anon 5\n{} {}\n{} {}\n", version.cache[0], cache / 2, version.cache[1], cache / 2);
+        let stat = format!(
+            "anon 5\n{} {}\n{} {}\n",
+            version.cache[0],
+            cache / 2,
+            version.cache[1],
+            cache / 2
+        );
         write(directory.join("memory.stat"), stat).unwrap();
     }
 
@@ -184,11 +193,15 @@ mod tests {
         set(&directory.path().join("a"), &V2, &(64 * MIB).to_string(), 50 * MIB, 10 * MIB);
         set(&directory.path().join("a/b"), &V2, "max", 40 * MIB, 0);
         let found = limits("4:cpu:/x\n0::/a/b\n", &mounts);
-        let meant = Limit { file: "memory.max", cgroup: "/a".into(), bytes: 64 * MIB, used: 40 * MIB };
+        let meant =
+            Limit { file: "memory.max", cgroup: "/a".into(), bytes: 64 * MIB, used: 40 * MIB };
         assert_eq!(found, [meant]);
         assert_eq!(found[0].room(), 8 * MIB);
         let said = found[0].to_string();
-        assert_eq!(said, "memory.max of the cgroup /a allows 67108864 bytes, of which 41943040 are in use");
+        assert_eq!(
+            said,
+            "memory.max of the cgroup /a allows 67108864 bytes, of which 41943040 are in use"
+        );
     }
 
     #[test]
@@ -199,7 +212,8 @@ mod tests {
         set(&directory.path().join("a/b"), &V1, "200", 10, 0);
         let mut found = limits("5:cpu,cpuacct:/\n4:memory:/a/b\n0::/z\n", &mounts);
         found.sort_by_key(|limit| limit.bytes);
-        let bytes: Vec<_> = found.iter().map(|limit| (limit.cgroup.to_str().unwrap(), limit.bytes)).collect();
+        let bytes: Vec<_> =
+            found.iter().map(|limit| (limit.cgroup.to_str().unwrap(), limit.bytes)).collect();
         assert_eq!(bytes, [("/a", 100), ("/a/b", 200)], "the root has no limit");
     }
 
@@ -213,7 +227,8 @@ mod tests {
 
     #[test]
     fn a_mount_without_a_memory_controller_limits_nothing() {
-        let mounts = "32 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n1 2 3 / / rw - ext4 x rw\n";
+        let mounts =
+            "32 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n1 2 3 / / rw - ext4 x rw\n";
         assert_eq!(hierarchies(mounts).count(), 0);
         let (directory, mounts) = hierarchy("cgroup2 cgroup2 rw", "/");
         create_dir_all(directory.path().join("a")).unwrap();

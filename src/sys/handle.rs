@@ -72,7 +72,9 @@ impl Handle {
         let mount = mount.as_fd().as_raw_fd();
         // SAFETY: as above. The kernel only reads the handle.
         #[allow(unsafe_code)]
-        let fd = unsafe { libc::open_by_handle_at(mount, (&raw mut self).cast(), flags | libc::O_CLOEXEC) };
+        let fd = unsafe {
+            libc::open_by_handle_at(mount, (&raw mut self).cast(), flags | libc::O_CLOEXEC)
+        };
         if fd < 0 {
             let error = std::io::Error::last_os_error();
             return Err(Error::Os(Errno::from_io_error(&error).unwrap_or(Errno::STALE)));
@@ -93,7 +95,10 @@ pub fn of(parent: impl AsFd, name: &CStr) -> Result<InodeId> {
     let handle = Handle::of(parent, name)?;
     let [generation, inode_low, inode_high] = handle.words;
     if handle.kind != TMPFS || handle.bytes != BYTES || inode_high != 0 {
-        return Err(Error::Corrupt(format!("tmpfs handle of type {}, {} bytes", handle.kind, handle.bytes)));
+        return Err(Error::Corrupt(format!(
+            "tmpfs handle of type {}, {} bytes",
+            handle.kind, handle.bytes
+        )));
     }
     Ok(InodeId::from_parts(generation, inode_low))
 }

@@ -50,8 +50,8 @@ impl Window {
     /// Faults `range` in for reading (MADV_POPULATE_READ, Linux 5.14).
     ///
     /// # Errors
-    /// [`Error::Quarantined`] where a page of the range has a memory error, [`Error::NoData`] where a
-    /// hole cannot be filled.
+    /// [`Error::Quarantined`] where a page of the range has a memory error, [`Error::NoData`] where
+    /// a hole cannot be filled.
     #[track_caller]
     pub fn populate(&self, range: Range) -> Result<()> {
         let (start, length) = self.position(range);
@@ -137,7 +137,8 @@ impl Window {
         // SAFETY: the range lies in our own mapping. MADV_COLLAPSE changes how the range is mapped,
         // not the bytes in it.
         #[allow(unsafe_code)]
-        let result = with_effort(|| unsafe { libc::madvise(address.cast(), length, MADV_COLLAPSE) });
+        let result =
+            with_effort(|| unsafe { libc::madvise(address.cast(), length, MADV_COLLAPSE) });
         if result == 0 {
             return Ok(());
         }
@@ -160,8 +161,9 @@ impl Window {
         // SAFETY: the page lies in our own mapping, and no instruction reads or writes that
         // mapping.
         #[allow(unsafe_code)]
-        let result =
-            sigbus::expecting_news(|| unsafe { libc::madvise(address.cast(), length, libc::MADV_HWPOISON) })?;
+        let result = sigbus::expecting_news(|| unsafe {
+            libc::madvise(address.cast(), length, libc::MADV_HWPOISON)
+        })?;
         if result == 0 {
             return Ok(());
         }
@@ -191,7 +193,10 @@ impl Window {
             let mut regions = [PageRegion::default(); 64];
             let (count, walked_to) = scan_huge(&pagemap, start, end, &mut regions)?;
             found.extend(regions[..count].iter().map(|region| {
-                Range::new(region.start - base + self.range.start, region.end - base + self.range.start)
+                Range::new(
+                    region.start - base + self.range.start,
+                    region.end - base + self.range.start,
+                )
             }));
             start = walked_to;
         }
@@ -291,7 +296,10 @@ impl View {
         // says what callers must not do with the slice.
         #[allow(unsafe_code)]
         unsafe {
-            std::slice::from_raw_parts(self.0.as_ptr().add(range.start as usize), range.len() as usize)
+            std::slice::from_raw_parts(
+                self.0.as_ptr().add(range.start as usize),
+                range.len() as usize,
+            )
         }
     }
 }
@@ -327,8 +335,14 @@ const _: () = assert!(size_of::<PmScanArg>() == 96 && size_of::<PageRegion>() ==
 
 /// Fills `regions` with the parts of `start..end` that are mapped huge. Returns their number, and
 /// the address up to which the kernel has walked.
-fn scan_huge(pagemap: &File, start: u64, end: u64, regions: &mut [PageRegion]) -> Result<(usize, u64)> {
-    const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610u32 as libc::Ioctl; // _IOWR('f', 16, struct pm_scan_arg)
+fn scan_huge(
+    pagemap: &File,
+    start: u64,
+    end: u64,
+    regions: &mut [PageRegion],
+) -> Result<(usize, u64)> {
+    // _IOWR('f', 16, struct pm_scan_arg).
+    const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610u32 as libc::Ioctl;
     const PAGE_IS_HUGE: u64 = 1 << 6;
     let mut argument = PmScanArg {
         size: size_of::<PmScanArg>() as u64,

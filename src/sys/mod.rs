@@ -110,7 +110,8 @@ pub fn close_backing(device: impl AsFd, number: u32) -> Result<(), Error> {
     const BACKING_CLOSE: libc::Ioctl = 0x4004_e502u32 as libc::Ioctl; // _IOW(229, 2, uint32_t)
     // SAFETY: the kernel reads four bytes from `number`.
     #[allow(unsafe_code)]
-    let result = unsafe { libc::ioctl(device.as_fd().as_raw_fd(), BACKING_CLOSE, &raw const number) };
+    let result =
+        unsafe { libc::ioctl(device.as_fd().as_raw_fd(), BACKING_CLOSE, &raw const number) };
     if result < 0 { Err(std::io::Error::last_os_error().into()) } else { Ok(()) }
 }
 
@@ -175,13 +176,13 @@ pub fn memory_total() -> Result<u64, Error> {
 pub fn huge_tmpfs_allowed() -> Result<(), Error> {
     const SWITCH: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
     match std::fs::read_to_string(SWITCH) {
-        Ok(text) if text.contains("[deny]") => {
-            Err(Error::invalid(format!("huge pages are denied to tmpfs: write never or advise to {SWITCH}")))
-        }
+        Ok(text) if text.contains("[deny]") => Err(Error::invalid(format!(
+            "huge pages are denied to tmpfs: write never or advise to {SWITCH}"
+        ))),
         Ok(_) => Ok(()),
-        Err(_) => {
-            Err(Error::invalid("this kernel lacks transparent huge pages (CONFIG_TRANSPARENT_HUGEPAGE)"))
-        }
+        Err(_) => Err(Error::invalid(
+            "this kernel lacks transparent huge pages (CONFIG_TRANSPARENT_HUGEPAGE)",
+        )),
     }
 }
 
@@ -200,7 +201,8 @@ fn meminfo(name: &str) -> Result<u64, Error> {
 /// (no CONFIG_MEMORY_FAILURE).
 pub fn memory_failures() -> Option<u64> {
     let nodes = numa::memory_nodes().ok()?;
-    let total =
-        |node| std::fs::read_to_string(format!("/sys/devices/system/node/node{node}/memory_failure/total"));
+    let total = |node| {
+        std::fs::read_to_string(format!("/sys/devices/system/node/node{node}/memory_failure/total"))
+    };
     nodes.into_iter().map(|node| total(node).ok()?.trim().parse::<u64>().ok()).sum()
 }

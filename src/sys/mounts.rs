@@ -25,7 +25,8 @@ pub fn most() -> Result<u64> {
             let number = text.trim().parse();
             number.map_err(|_| Error::Corrupt(format!("/proc/sys/fs/mount-max: {:?}", text.trim())))
         }
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(DEFAULT), // a kernel without CONFIG_SYSCTL
+        // A kernel without CONFIG_SYSCTL.
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(DEFAULT),
         Err(error) => Err(error.into()),
     }
 }

@@ -5,8 +5,8 @@ use crate::error::{Error, Result};
 use rustix::fs::{CWD, Mode};
 use rustix::io::Errno;
 use rustix::mount::{
-    MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount_change, move_mount, open_tree,
-    unmount,
+    MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount_change, move_mount,
+    open_tree, unmount,
 };
 use rustix::thread::UnshareFlags;
 use std::os::fd::{AsFd, OwnedFd};
@@ -30,8 +30,9 @@ pub fn enter_private_root(directories: &[&str]) -> Result<()> {
     unshared.map_err(|errno| refused("unshare(2)", errno))?;
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .map_err(|errno| cannot_be_left("mount(2) of MS_PRIVATE", errno))?;
-    let root = tmpfs::create(&tmpfs::Options { blocks: Some(16), ..Default::default() })
-        .map_err(|error| Error::invalid(format!("making a tmpfs (fsopen(2), fsmount(2)): {error}")))?;
+    let root = tmpfs::create(&tmpfs::Options { blocks: Some(16), ..Default::default() }).map_err(
+        |error| Error::invalid(format!("making a tmpfs (fsopen(2), fsmount(2)): {error}")),
+    )?;
     for name in directories {
         rustix::fs::mkdirat(&root, *name, Mode::from_raw_mode(0o700))?;
     }
@@ -55,7 +56,8 @@ pub fn enter_private_root(directories: &[&str]) -> Result<()> {
         move_mount(&tree, "", &root, &name, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
     }
     rustix::process::fchdir(&root)?;
-    rustix::process::pivot_root(".", ".").map_err(|errno| cannot_be_left("pivot_root(2)", errno))?;
+    rustix::process::pivot_root(".", ".")
+        .map_err(|errno| cannot_be_left("pivot_root(2)", errno))?;
     unmount(".", UnmountFlags::DETACH)?;
     Ok(rustix::process::chdir("/")?)
 }

@@ -35,7 +35,8 @@ pub fn available_in_cpuset() -> Result<Option<(Vec<NumaNode>, u64)>, Error> {
     if allowed == all {
         return Ok(None);
     }
-    let available = allowed.iter().map(|node| memory_available_on(*node)).sum::<Result<u64, Error>>()?;
+    let available =
+        allowed.iter().map(|node| memory_available_on(*node)).sum::<Result<u64, Error>>()?;
     Ok(Some((allowed, available)))
 }
 
@@ -57,7 +58,8 @@ fn allowed_of(nodes: &[NumaNode], allowed: Option<&str>) -> Option<Vec<NumaNode>
 pub fn memory_available_on(node: NumaNode) -> Result<u64, Error> {
     attempt(Want::Descriptor)?;
     let text = std::fs::read_to_string(format!("/sys/devices/system/node/node{node}/meminfo"))?;
-    available_on(&text).ok_or_else(|| Error::Corrupt(format!("the meminfo of node {node} has no MemFree")))
+    available_on(&text)
+        .ok_or_else(|| Error::Corrupt(format!("the meminfo of node {node} has no MemFree")))
 }
 
 /// Computes [`memory_available_on`] from the text of that file. Each line is `Node N NAME: NUMBER
@@ -65,7 +67,9 @@ pub fn memory_available_on(node: NumaNode) -> Result<u64, Error> {
 fn available_on(meminfo: &str) -> Option<u64> {
     let kib = |name: &str| {
         let mut lines = meminfo.lines().map(|line| line.split_ascii_whitespace().skip(2));
-        lines.find_map(|mut words| (words.next()? == name).then(|| words.next()?.parse::<u64>().ok())?)
+        lines.find_map(|mut words| {
+            (words.next()? == name).then(|| words.next()?.parse::<u64>().ok())?
+        })
     };
     let cache = kib("Active(file):")? + kib("Inactive(file):")?;
     Some((kib("MemFree:")? + cache / 2) << 10)
@@ -122,7 +126,10 @@ mod tests {
         let machine = crate::sys::memory_total().unwrap();
         for node in super::memory_nodes().unwrap() {
             let there = super::memory_available_on(node).unwrap();
-            assert!(0 < there && there <= machine, "{there} bytes on node {node} of a machine of {machine}");
+            assert!(
+                0 < there && there <= machine,
+                "{there} bytes on node {node} of a machine of {machine}"
+            );
         }
     }
 }

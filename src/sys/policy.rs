@@ -57,8 +57,9 @@ pub fn set_for_thread(policy: Policy) -> Result<()> {
     // SAFETY: the mask is alive for the call and has the number of bits that the call names (the
     // kernel reads one bit less).
     #[allow(unsafe_code)]
-    let result =
-        unsafe { libc::syscall(libc::SYS_set_mempolicy, policy.mode(), mask.as_ptr(), MAX_NODES + 1) };
+    let result = unsafe {
+        libc::syscall(libc::SYS_set_mempolicy, policy.mode(), mask.as_ptr(), MAX_NODES + 1)
+    };
     if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
 }
 
@@ -73,7 +74,15 @@ pub(super) fn set_for_range(address: *mut u8, length: usize, policy: Policy) -> 
     // range that is not mapped.
     #[allow(unsafe_code)]
     let result = unsafe {
-        libc::syscall(libc::SYS_mbind, address, length, policy.mode(), mask.as_ptr(), MAX_NODES + 1, 0)
+        libc::syscall(
+            libc::SYS_mbind,
+            address,
+            length,
+            policy.mode(),
+            mask.as_ptr(),
+            MAX_NODES + 1,
+            0,
+        )
     };
     if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
 }

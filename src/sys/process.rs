@@ -4,8 +4,8 @@ use super::calls;
 use crate::error::{Error, Result};
 use rustix::fs::{AtFlags, CWD, StatxFlags};
 use rustix::process::{
-    Pid, Resource, Signal, WaitOptions, WaitStatus, getppid, getrlimit, set_parent_process_death_signal,
-    waitpid,
+    Pid, Resource, Signal, WaitOptions, WaitStatus, getppid, getrlimit,
+    set_parent_process_death_signal, waitpid,
 };
 use std::fmt::Display;
 use std::mem::MaybeUninit;
@@ -41,14 +41,18 @@ pub fn fork() -> Result<Fork> {
 
 /// The text for a refused thread or process, with the limits of their number (clone(2), EAGAIN).
 pub fn explain_refusal(error: impl Display) -> String {
-    format!("{error}; pids.max of the daemon's cgroup or kernel.threads-max is too low, or memory is short")
+    format!(
+        "{error}; pids.max of the daemon's cgroup or kernel.threads-max is too low, or memory is short"
+    )
 }
 
 /// The text about a process that a signal has ended.
 pub fn explain_signal(signal: i32) -> String {
     let why = match Signal::from_named_raw(signal) {
         Some(Signal::KILL) => ", most likely by the OOM killer (the kernel log says so then)",
-        Some(Signal::SYS) => ", by a seccomp filter: the kernel log has the number of the system call",
+        Some(Signal::SYS) => {
+            ", by a seccomp filter: the kernel log has the number of the system call"
+        }
         _ => "; see the kernel log",
     };
     format!("ended by signal {signal}{why}")
@@ -100,7 +104,9 @@ pub fn is_killed(thread: u32) -> bool {
     const SIGKILL: u64 = 1 << (libc::SIGKILL - 1);
     let status = std::fs::read_to_string(format!("/proc/{thread}/status")).unwrap_or_default();
     let pending = status.lines().find_map(|line| line.strip_prefix("SigPnd:"));
-    pending.and_then(|set| u64::from_str_radix(set.trim(), 16).ok()).is_some_and(|set| set & SIGKILL != 0)
+    pending
+        .and_then(|set| u64::from_str_radix(set.trim(), 16).ok())
+        .is_some_and(|set| set & SIGKILL != 0)
 }
 
 /// Makes the descriptor `target` refer to the open file of `source`.

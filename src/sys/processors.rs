@@ -16,7 +16,9 @@ pub fn leave_one() {
         None => Ok(()),
     });
     if let Err(errno) = left {
-        log::warn!("this thread runs on all processors, and may delay who is answered at once: {errno}");
+        log::warn!(
+            "this thread runs on all processors, and may delay who is answered at once: {errno}"
+        );
     }
 }
 
@@ -46,7 +48,8 @@ impl All {
 
 impl Drop for All {
     fn drop(&mut self) {
-        let _ = sched_setaffinity(None, &self.before); // refused only where none of these processors is left
+        // Refused only where none of these processors is left.
+        let _ = sched_setaffinity(None, &self.before);
     }
 }
 

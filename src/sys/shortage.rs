@@ -89,19 +89,25 @@ impl Timer {
         // SAFETY: both structures are alive for the call.
         #[allow(unsafe_code)]
         let created =
-            unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer) } == 0;
+            unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer) }
+                == 0;
         created.then_some(Self(timer))
     }
 
     /// Sets the timer to go off after `after`. Zero stops it.
     fn set(&self, after: Duration) {
-        let value =
-            libc::timespec { tv_sec: after.as_secs() as libc::time_t, tv_nsec: after.subsec_nanos().into() };
-        let once =
-            libc::itimerspec { it_interval: libc::timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
+        let value = libc::timespec {
+            tv_sec: after.as_secs() as libc::time_t,
+            tv_nsec: after.subsec_nanos().into(),
+        };
+        let once = libc::itimerspec {
+            it_interval: libc::timespec { tv_sec: 0, tv_nsec: 0 },
+            it_value: value,
+        };
         // SAFETY: the timer lives as long as this object, and the structure is alive for the call.
         #[allow(unsafe_code)]
-        let result = unsafe { libc::timer_settime(self.0, 0, &raw const once, std::ptr::null_mut()) };
+        let result =
+            unsafe { libc::timer_settime(self.0, 0, &raw const once, std::ptr::null_mut()) };
         debug_assert_eq!(result, 0, "timer_settime(2) fails for what is no timer only");
     }
 }
@@ -133,7 +139,8 @@ mod tests {
             return;
         }
         let mut child = Command::new(std::env::current_exe().unwrap());
-        let status = child.args(["--exact", NAME]).env(ROLE, "").stdout(Stdio::null()).status().unwrap();
+        let status =
+            child.args(["--exact", NAME]).env(ROLE, "").stdout(Stdio::null()).status().unwrap();
         assert_eq!(status.signal(), Some(libc::SIGKILL), "{status}");
     }
 }

@@ -110,7 +110,8 @@ impl Mapping {
     /// The errors of mmap(2).
     pub fn new(file: &File, range: Range, sharing: Sharing, writable: bool) -> Result<Self> {
         install_handler()?;
-        let protection = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
+        let protection =
+            if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
         let flags = match sharing {
             Sharing::Shared => libc::MAP_SHARED,
             Sharing::Private => libc::MAP_PRIVATE,
@@ -244,7 +245,9 @@ impl Mapping {
         // SAFETY: the range is inside our own mapping, which the program only accesses byte by
         // byte.
         #[allow(unsafe_code)]
-        let result = expecting_news(|| unsafe { libc::madvise(start.cast(), range.len() as usize, advice) })?;
+        let result = expecting_news(|| unsafe {
+            libc::madvise(start.cast(), range.len() as usize, advice)
+        })?;
         if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
     }
 
@@ -285,7 +288,8 @@ impl Mapping {
         // SAFETY: the call returned a new descriptor that no other code owns.
         #[allow(unsafe_code)]
         let ring = unsafe { OwnedFd::from_raw_fd(ring as RawFd) };
-        let buffer = libc::iovec { iov_base: self.pointer(offset).cast(), iov_len: SUBPAGE_SIZE as usize };
+        let buffer =
+            libc::iovec { iov_base: self.pointer(offset).cast(), iov_len: SUBPAGE_SIZE as usize };
         // SAFETY: the buffer is inside the mapping, and the ring never reads into it.
         #[allow(unsafe_code)]
         let registered = unsafe {
@@ -297,7 +301,11 @@ impl Mapping {
                 1,
             )
         };
-        if registered == 0 { Ok(Pin::Ring(ring)) } else { Err(std::io::Error::last_os_error().into()) }
+        if registered == 0 {
+            Ok(Pin::Ring(ring))
+        } else {
+            Err(std::io::Error::last_os_error().into())
+        }
     }
 
     fn latest_hit(&self) -> Hit {
@@ -325,7 +333,13 @@ impl Drop for Pin {
         // SAFETY: the request takes no argument.
         #[allow(unsafe_code)]
         unsafe {
-            libc::syscall(libc::SYS_io_uring_register, ring.as_raw_fd(), UNREGISTER_BUFFERS, nothing, 0)
+            libc::syscall(
+                libc::SYS_io_uring_register,
+                ring.as_raw_fd(),
+                UNREGISTER_BUFFERS,
+                nothing,
+                0,
+            )
         };
     }
 }
@@ -382,7 +396,11 @@ fn install_handler() -> Result<()> {
 
 /// Ignores reports of memory errors. After a SIGBUS of a probe instruction, the thread continues
 /// behind it. Any other SIGBUS ends the process, as if there were no handler.
-extern "C" fn handler(_signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+extern "C" fn handler(
+    _signal: libc::c_int,
+    info: *mut libc::siginfo_t,
+    context: *mut libc::c_void,
+) {
     let probes = [hugetlb2_load as *const () as u64, hugetlb2_store as *const () as u64];
     // SAFETY: the kernel passes valid pointers (SA_SIGINFO), and the handler runs on the thread
     // that they describe.

@@ -2,8 +2,8 @@
 //! cachestat(2)).
 
 use super::calls::{
-    fsconfig_create, fsconfig_reconfigure, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, fspick,
-    move_mount, unmount,
+    fsconfig_create, fsconfig_reconfigure, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen,
+    fspick, move_mount, unmount,
 };
 use super::shortage::patiently;
 use super::{calls, meaning, uninterrupted};
@@ -13,7 +13,9 @@ use crate::steps::insist;
 use crate::units::{NumaNode, Range, SUBPAGE_SIZE};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
-use rustix::mount::{FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, UnmountFlags};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, UnmountFlags,
+};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 /// The options of a new tmpfs superblock.
@@ -183,8 +185,8 @@ pub fn set_size(file: impl AsFd, size: u64) -> Result<()> {
 /// Reads at `offset` until `buffer` is full or the file ends. Holes read as zeros.
 ///
 /// # Errors
-/// [`Error::Quarantined`] where the first byte has a memory error, and the other errors of pread(2).
-/// After the first byte an error ends the read early.
+/// [`Error::Quarantined`] where the first byte has a memory error, and the other errors of
+/// pread(2). After the first byte an error ends the read early.
 #[track_caller]
 pub fn read_at(file: impl AsFd, buffer: &mut [u8], offset: u64) -> Result<usize> {
     attempt(Want::Memory).map_err(meaning)?;

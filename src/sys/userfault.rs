@@ -47,7 +47,8 @@ struct Copy {
     copied: i64,
 }
 
-const _: () = assert!(size_of::<Api>() == 24 && size_of::<Register>() == 32 && size_of::<Copy>() == 40);
+const _: () =
+    assert!(size_of::<Api>() == 24 && size_of::<Register>() == 32 && size_of::<Copy>() == 40);
 
 impl<'a> Userfault<'a> {
     /// Reports the touches of missing memory in `range` of `mapping`.
@@ -94,7 +95,8 @@ impl<'a> Userfault<'a> {
     /// EEXIST if the subpage has memory. ENOSPC or EFAULT if there is no memory for it.
     pub fn fill(&self, subpage: Subpage, bytes: &[u8; SUBPAGE_SIZE as usize]) -> Result<()> {
         const UFFDIO_COPY: libc::Ioctl = 0xc028_aa03u32 as libc::Ioctl;
-        let (target, source) = (self.mapping.pointer(subpage.offset()) as u64, bytes.as_ptr() as u64);
+        let (target, source) =
+            (self.mapping.pointer(subpage.offset()) as u64, bytes.as_ptr() as u64);
         control(
             &self.file,
             UFFDIO_COPY,

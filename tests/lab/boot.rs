@@ -20,7 +20,8 @@ const SHUT_DOWN_DEADLINE: Duration = Duration::from_secs(20);
 
 /// `no_timer_check`: on a busy host an emulated timer is late, and the kernel would take it for
 /// broken.
-const COMMAND_LINE: &str = "console=ttyS0 panic=-1 mitigations=off random.trust_cpu=on no_timer_check";
+const COMMAND_LINE: &str =
+    "console=ttyS0 panic=-1 mitigations=off random.trust_cpu=on no_timer_check";
 
 /// Without CMPXCHG16B: QEMU 7.2 leaves wrong flags (helper_cmpxchg16b_unlocked takes the
 /// flags of an earlier instruction for computed). An interrupt right after the instruction then

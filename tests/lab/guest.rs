@@ -31,7 +31,11 @@ fn main() -> ExitCode {
     if let Some(name) = std::env::args().nth(1) {
         return run_case(&name);
     }
-    assert_eq!(std::process::id(), 1, "this is the init of the lab's machine: cargo test --test lab");
+    assert_eq!(
+        std::process::id(),
+        1,
+        "this is the init of the lab's machine: cargo test --test lab"
+    );
     let served = make_a_root().and_then(|()| mount_the_usual()).and_then(|()| serve());
     if let Err(error) = served {
         eprintln!("lab: {error}");
@@ -42,8 +46,8 @@ fn main() -> ExitCode {
 
 // ---- process 1 ----------------------------------------------------------------------------------
 
-/// Puts the programs into /bin: of the initramfs, or of a tmpfs that becomes the root. pivot_root(2)
-/// cannot leave the initramfs, and the daemon must.
+/// Puts the programs into /bin: of the initramfs, or of a tmpfs that becomes the root.
+/// pivot_root(2) cannot leave the initramfs, and the daemon must.
 fn make_a_root() -> io::Result<()> {
     if cases::stays_in_the_initramfs() {
         return move_programs(Path::new("/bin"));
@@ -61,7 +65,11 @@ fn move_programs(directory: &Path) -> io::Result<()> {
     fs::create_dir(directory)?;
     for program in fs::read_dir("/")?.collect::<Result<Vec<_>, _>>()? {
         if program.file_type()?.is_file() {
-            let name = if program.file_name() == "init" { "lab-guest".into() } else { program.file_name() };
+            let name = if program.file_name() == "init" {
+                "lab-guest".into()
+            } else {
+                program.file_name()
+            };
             fs::copy(program.path(), directory.join(name))?;
             fs::remove_file(program.path())?;
         }
@@ -70,7 +78,9 @@ fn move_programs(directory: &Path) -> io::Result<()> {
 }
 
 fn mount_the_usual() -> io::Result<()> {
-    for (kind, place) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("tmpfs", "/tmp")] {
+    for (kind, place) in
+        [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("tmpfs", "/tmp")]
+    {
         fs::create_dir_all(place)?; // the kernel has made /dev in the initramfs
         mount(kind, place, kind, MountFlags::empty(), None)?;
     }

@@ -47,7 +47,8 @@ impl Image {
             ));
         }
         let programs = build()?;
-        let suites = SUITES.iter().map(|suite| build_suite(suite)).collect::<Result<Vec<_>, _>>()?;
+        let suites =
+            SUITES.iter().map(|suite| build_suite(suite)).collect::<Result<Vec<_>, _>>()?;
         let initramfs = directory().join("initramfs");
         let mut files = vec![
             ("init".to_owned(), programs.join("examples/lab-guest")),
@@ -57,7 +58,10 @@ impl Image {
             ("handler-rust".to_owned(), handlers::build_rust()?),
         ];
         files.extend(
-            SUITES.iter().zip(&suites).map(|(suite, program)| (format!("suite-{suite}"), program.clone())),
+            SUITES
+                .iter()
+                .zip(&suites)
+                .map(|(suite, program)| (format!("suite-{suite}"), program.clone())),
         );
         write_archive(&initramfs, &files)
             .map_err(|error| format!("writing {}: {error}", initramfs.display()))?;
@@ -79,7 +83,11 @@ fn build_suite(suite: &str) -> Result<PathBuf, String> {
             line.contains(r#""kind":["test"]"#).then(|| line.split_once(r#""executable":""#))??;
         Some(PathBuf::from(rest.split_once('"')?.0))
     };
-    messages.lines().filter_map(executable).next_back().ok_or_else(|| format!("cargo has built no {suite}"))
+    messages
+        .lines()
+        .filter_map(executable)
+        .next_back()
+        .ok_or_else(|| format!("cargo has built no {suite}"))
 }
 
 /// Builds the package in a directory with these arguments, and returns the directory of its
@@ -108,12 +116,15 @@ fn cargo(package: &Path, arguments: &[&str]) -> Command {
 /// Runs a compiler and returns its output; the error holds the output, too.
 fn run(command: &mut Command) -> Result<String, String> {
     let program = command.get_program().to_string_lossy().into_owned();
-    let output =
-        limits::output(BUILD, command).map_err(|error| format!("{program} cannot be started: {error}"))?;
+    let output = limits::output(BUILD, command)
+        .map_err(|error| format!("{program} cannot be started: {error}"))?;
     if output.status.success() {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     } else {
-        Err(format!("a static program cannot be built:\n{}", String::from_utf8_lossy(&output.stderr)))
+        Err(format!(
+            "a static program cannot be built:\n{}",
+            String::from_utf8_lossy(&output.stderr)
+        ))
     }
 }
 
@@ -178,7 +189,8 @@ libc = "0.2"
         let document = read(&Path::new(ROOT).join("docs/HANDLERS.md"))?;
         let fence = format!("\n```{language}\n");
         let program = document.split_once(&fence).and_then(|(_, rest)| rest.split_once("\n```\n"));
-        let (program, _) = program.ok_or_else(|| format!("docs/HANDLERS.md has no program in {language}"))?;
+        let (program, _) =
+            program.ok_or_else(|| format!("docs/HANDLERS.md has no program in {language}"))?;
         Ok(format!("{program}\n"))
     }
 

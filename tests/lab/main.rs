@@ -50,11 +50,21 @@ struct Lab {
 
 impl Lab {
     fn slot(&self, machine: Machine) -> Slot {
-        self.slots.lock().expect("no panic while the table is open").entry(machine).or_default().clone()
+        self.slots
+            .lock()
+            .expect("no panic while the table is open")
+            .entry(machine)
+            .or_default()
+            .clone()
     }
 
     /// Runs the case `name` on such a machine. A case with `ends_kernel` has a machine of its own.
-    fn run(&self, name: &str, machine: Machine, ends_kernel: Option<&str>) -> Result<Completion, Failed> {
+    fn run(
+        &self,
+        name: &str,
+        machine: Machine,
+        ends_kernel: Option<&str>,
+    ) -> Result<Completion, Failed> {
         let slot = match ends_kernel {
             Some(_) => Slot::default(),
             None => self.slot(machine),
@@ -95,10 +105,13 @@ fn main() -> ExitCode {
         let lab = lab.clone();
         Trial::ignorable_test(name.clone(), move || lab.run(&name, machine, ends_kernel))
     };
-    let cases = cases::all().map(|case| trial(case.name.to_owned(), case.machine, case.ends_kernel));
+    let cases =
+        cases::all().map(|case| trial(case.name.to_owned(), case.machine, case.ends_kernel));
     let mut trials: Vec<Trial> = cases.collect();
     match suites::tests() {
-        Ok(names) => trials.extend(names.into_iter().map(|name| trial(name, suites::MACHINE, None))),
+        Ok(names) => {
+            trials.extend(names.into_iter().map(|name| trial(name, suites::MACHINE, None)))
+        }
         Err(why) => trials.push(Trial::test("the_suites_can_be_listed", move || Err(why))),
     }
     trials.extend(vm::TESTS.iter().map(|(name, run)| {

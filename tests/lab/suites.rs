@@ -20,7 +20,10 @@ const ELSEWHERE: &[(&str, &str)] = &[
         "the emulated machine takes minutes for a page of 1 GiB",
     ),
     ("quarantine::rsync_carries_a_quarantine_with_the_attributes", "the machine has no rsync(1)"),
-    ("quarantine::quarantining_needs_permission_to_write_the_file", "the machine has no setpriv(1)"),
+    (
+        "quarantine::quarantining_needs_permission_to_write_the_file",
+        "the machine has no setpriv(1)",
+    ),
 ];
 
 /// The names of all tests that run in the machine, `<suite>::<test>`.
@@ -31,8 +34,10 @@ pub fn tests() -> Result<Vec<String>, Failed> {
     let image = Image::get()?;
     let mut names = Vec::new();
     for (suite, program) in SUITES.iter().zip(&image.suites) {
-        let listed =
-            limits::output(limits::PROGRAM, Command::new(program).args(["--list", "--format", "terse"]))?;
+        let listed = limits::output(
+            limits::PROGRAM,
+            Command::new(program).args(["--list", "--format", "terse"]),
+        )?;
         let text = String::from_utf8_lossy(&listed.stdout).into_owned();
         let of_suite: Vec<String> = text
             .lines()

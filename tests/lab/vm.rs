@@ -3,7 +3,9 @@
 
 use crate::boot::{Boot, Report, Verdict};
 use crate::cases::Machine;
-use crate::support::{COLLAPSE, FOLIO, MAP, Pool, REPAIR, SUBPAGE, get, huge_bytes, limits, poison, set};
+use crate::support::{
+    COLLAPSE, FOLIO, MAP, Pool, REPAIR, SUBPAGE, get, huge_bytes, limits, poison, set,
+};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -63,7 +65,9 @@ impl Vm {
             memory.display()
         );
         let mut more: Vec<String> =
-            ["-object", &backend, "-machine", "memory-backend=ram", "-monitor"].map(str::to_owned).to_vec();
+            ["-object", &backend, "-machine", "memory-backend=ram", "-monitor"]
+                .map(str::to_owned)
+                .to_vec();
         more.push(format!("unix:{},server=on,wait=off", monitor.display()));
         more.extend(incoming.iter().flat_map(|from| ["-incoming".to_owned(), (*from).to_owned()]));
         let boot = Boot::spawn(MACHINE, &more).unwrap();
@@ -177,7 +181,11 @@ fn a_virtual_machine_goes_on_beside_quarantine_and_repair() {
     let (pool, work) = (pool(1), tempfile::tempdir().unwrap());
     let memory = pool.join("vm0");
     let mut vm = Vm::start(&memory, work.path());
-    assert_eq!(huge_bytes(vm.boot.pid(), &memory), (MEBIBYTES << 20, MEBIBYTES << 20), "all is huge");
+    assert_eq!(
+        huge_bytes(vm.boot.pid(), &memory),
+        (MEBIBYTES << 20, MEBIBYTES << 20),
+        "all is huge"
+    );
     vm.works();
     let place = vm.unused();
     poison(&memory, place, SUBPAGE).unwrap();
@@ -230,7 +238,9 @@ fn a_virtual_machine_goes_on_from_a_copy_of_its_memory() {
     vm.tell("migrate_set_capability x-ignore-shared on");
     vm.tell(&format!("migrate -d \"exec:cat > {}\"", state.display()));
     vm.wait_until_gone();
-    crate::support::run(std::process::Command::new("cp").arg("--sparse=never").arg(&memory).arg(&copy));
+    crate::support::run(
+        std::process::Command::new("cp").arg("--sparse=never").arg(&memory).arg(&copy),
+    );
     drop(vm);
     let mut restored = Vm::spawn(&copy, work.path(), Some("defer"));
     restored.tell("migrate_set_capability x-ignore-shared on");

@@ -21,7 +21,19 @@ impl Memcached {
     fn start(memory: &Path) -> Self {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let child = Command::new("memcached")
-            .args(["-u", "root", "-l", "127.0.0.1", "-U", "0", "-m", "64", "-p", &port.to_string(), "-e"])
+            .args([
+                "-u",
+                "root",
+                "-l",
+                "127.0.0.1",
+                "-U",
+                "0",
+                "-m",
+                "64",
+                "-p",
+                &port.to_string(),
+                "-e",
+            ])
             .arg(memory)
             .stdin(Stdio::null())
             .spawn()
@@ -58,7 +70,8 @@ impl Drop for Memcached {
 /// Waits for the next second: memcached 1.6 does not trust items from the second in which it
 /// starts, on any filesystem.
 fn wait_for_another_second() {
-    let second = || SystemTime::now().duration_since(UNIX_EPOCH).expect("it is after 1970").as_secs();
+    let second =
+        || SystemTime::now().duration_since(UNIX_EPOCH).expect("it is after 1970").as_secs();
     let then = second();
     while second() <= then + 1 {
         std::thread::sleep(Duration::from_millis(20)); // the wait is for time to pass
@@ -79,7 +92,10 @@ fn memcached_finds_its_items_after_a_restart() {
     let server = Memcached::start(&cache);
     let mut connection = server.connect();
     for item in 0..ITEMS {
-        assert_eq!(ask(&mut connection, &format!("set key{item} 0 0 8\r\n{item:08}\r\n")), "STORED");
+        assert_eq!(
+            ask(&mut connection, &format!("set key{item} 0 0 8\r\n{item:08}\r\n")),
+            "STORED"
+        );
     }
     let (mapped, huge) = huge_bytes(server.child.id(), &cache);
     println!("memcached  {} of {} MiB are mapped huge", huge >> 20, mapped >> 20);
@@ -90,12 +106,18 @@ fn memcached_finds_its_items_after_a_restart() {
     let server = Memcached::start(&cache);
     let mut connection = server.connect();
     for item in 0..ITEMS {
-        assert_eq!(ask(&mut connection, &format!("get key{item}\r\n")), format!("VALUE key{item} 0 8"));
+        assert_eq!(
+            ask(&mut connection, &format!("get key{item}\r\n")),
+            format!("VALUE key{item} 0 8")
+        );
         let mut lines = [String::new(), String::new()];
         for line in &mut lines {
             connection.read_line(line).unwrap();
         }
-        assert_eq!((lines[0].trim_end(), lines[1].trim_end()), (format!("{item:08}").as_str(), "END"));
+        assert_eq!(
+            (lines[0].trim_end(), lines[1].trim_end()),
+            (format!("{item:08}").as_str(), "END")
+        );
     }
     println!("memcached  {ITEMS} items are there after a restart");
     drop(connection);
@@ -133,7 +155,9 @@ fn sqlite_keeps_a_database_whole_that_it_maps() {
     });
     let check = sql(
         &database,
-        &format!("{MAPPED} pragma wal_checkpoint(truncate); pragma integrity_check; select count(*) from t;"),
+        &format!(
+            "{MAPPED} pragma wal_checkpoint(truncate); pragma integrity_check; select count(*) from t;"
+        ),
     );
     let lines: Vec<&str> = check.lines().rev().take(2).collect();
     assert_eq!(lines, [(rows - rows / 50).to_string().as_str(), "ok"], "{check}");

@@ -45,7 +45,10 @@ fn fsx(file: &Path, settings: &str, operations: u64, seed: u64) {
     command.arg("-f").arg(&configuration).arg("-P").arg(work.path());
     command.args(["-N", &operations.to_string(), "-S", &seed.to_string()]).arg(file);
     let text = said(&mut command);
-    println!("fsx  seed {seed}, {operations} operations: {}", text.lines().last().unwrap_or_default());
+    println!(
+        "fsx  seed {seed}, {operations} operations: {}",
+        text.lines().last().unwrap_or_default()
+    );
 }
 
 /// Sets the flag at its drop, also after a panic: another thread works until then.
@@ -102,7 +105,8 @@ fn fsx_does_not_notice_quarantines_and_repairs_beside_it() {
     let path = pool.join("file");
     // fsx changes neither the size nor any byte behind its length.
     std::fs::write(&path, vec![0; 2 * FOLIO as usize]).unwrap();
-    let settings = format!("flen = {LENGTH}\nblockmode = true\nnosizechecks = true\n{WEIGHTS}truncate = 0\n");
+    let settings =
+        format!("flen = {LENGTH}\nblockmode = true\nnosizechecks = true\n{WEIGHTS}truncate = 0\n");
     let stop = AtomicBool::new(false);
     let quarantines = std::thread::scope(|scope| {
         let other = scope.spawn(|| {

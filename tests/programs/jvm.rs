@@ -5,7 +5,10 @@ use crate::{outcome, said, tests};
 use std::path::Path;
 use std::process::Command;
 
-tests!(a_java_heap_is_mapped_huge_and_keeps_every_byte, a_java_heap_that_does_not_fit_is_refused_by_java);
+tests!(
+    a_java_heap_is_mapped_huge_and_keeps_every_byte,
+    a_java_heap_that_does_not_fit_is_refused_by_java
+);
 
 const HEAP_MEBIBYTES: u64 = 128;
 
@@ -60,7 +63,8 @@ fn a_java_heap_is_mapped_huge_and_keeps_every_byte() {
         let pool = Pool::small(80);
         let (_work, mut command) = java(&pool.path(), collector);
         let text = said(&mut command);
-        let huge = text.lines().find_map(|line| line.strip_prefix("huge ")).expect("what is mapped huge");
+        let huge =
+            text.lines().find_map(|line| line.strip_prefix("huge ")).expect("what is mapped huge");
         println!("java  {collector}: {huge} of {HEAP_MEBIBYTES} MiB are mapped huge");
         assert!(huge.parse::<u64>().unwrap() >= HEAP_MEBIBYTES * 9 / 10, "{huge}");
         pool.check();

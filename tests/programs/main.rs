@@ -96,7 +96,8 @@ impl Drop for Tmpfs {
 /// Runs a program to its end, and returns all that it printed.
 pub fn outcome(command: &mut Command) -> (Output, String) {
     let limit = Duration::from_secs(600 * at_length(6));
-    let output = limits::output(limit, command).unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let output =
+        limits::output(limit, command).unwrap_or_else(|error| panic!("{command:?}: {error}"));
     let text = support::text(&output.stdout) + &support::text(&output.stderr);
     (output, text)
 }

@@ -57,7 +57,8 @@ fn pjdfstest_passes_here_what_it_passes_on_tmpfs() {
             && ours.get(*name) != Some(*result)
             && EXCLUDED.iter().all(|(left_out, _)| left_out != name)
     };
-    let worse: Vec<_> = theirs.iter().filter(differs).map(|(name, _)| (name, ours.get(name))).collect();
+    let worse: Vec<_> =
+        theirs.iter().filter(differs).map(|(name, _)| (name, ours.get(name))).collect();
     assert!(worse.is_empty(), "these pass on tmpfs: {worse:?}");
     pool.check();
     pool.unmount();

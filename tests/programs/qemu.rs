@@ -23,14 +23,16 @@ const DOCUMENT: &str = include_str!("../../docs/OPERATIONS.md");
 
 /// The documented line, without size and id.
 fn documented() -> String {
-    let line = DOCUMENT.lines().find_map(|line| line.strip_prefix("-object ")).expect("the line for QEMU");
+    let line =
+        DOCUMENT.lines().find_map(|line| line.strip_prefix("-object ")).expect("the line for QEMU");
     line.replace("/mnt/h2/vm0", "FILE")
 }
 
 /// The arguments that the documented lines add to a domain of libvirt.
 fn documented_for_libvirt(file: &Path) -> Vec<String> {
-    let argument =
-        |line: &str| Some(line.trim().strip_prefix("<qemu:arg value='")?.strip_suffix("'/>")?.to_owned());
+    let argument = |line: &str| {
+        Some(line.trim().strip_prefix("<qemu:arg value='")?.strip_suffix("'/>")?.to_owned())
+    };
     let arguments = DOCUMENT.lines().filter_map(argument);
     let here = |argument: String| {
         argument
@@ -61,10 +63,18 @@ struct Paused(Child);
 
 impl Paused {
     fn start(command: &mut Command) -> Self {
-        let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("qemu-system-x86_64");
+        let child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("qemu-system-x86_64");
         let paused = Self(child);
         let monitor = paused.0.stdout.as_ref().expect("a pipe");
-        limits::readable(limits::ANSWER, "QEMU's monitor, which speaks when its memory is there", monitor);
+        limits::readable(
+            limits::ANSWER,
+            "QEMU's monitor, which speaks when its memory is there",
+            monitor,
+        );
         paused
     }
 
@@ -82,7 +92,8 @@ impl Drop for Paused {
 fn a_machine_by_the_documented_line_is_mapped_huge() {
     let pool = Pool::small(32);
     let file = pool.join("vm0");
-    let machine = Paused::start(machine_on(&documented(), &file).args(["-machine", "pc,memory-backend=h2"]));
+    let machine =
+        Paused::start(machine_on(&documented(), &file).args(["-machine", "pc,memory-backend=h2"]));
     assert_eq!(huge_bytes(machine.pid(), &file), (BYTES, BYTES), "mapped, and by huge entries");
     let status = run(hugetlb2().arg("status").arg(pool.path()));
     assert!(!status.contains("not huge"), "{status}");
@@ -103,7 +114,9 @@ fn a_machine_whose_backend_replaces_libvirts_is_mapped_huge() {
     command
         .arg("-object")
         .arg(format!(r#"{{"qom-type":"memory-backend-ram","id":"pc.ram","size":{BYTES}}}"#));
-    command.args(["-machine", "pc,usb=off,memory-backend=pc.ram"]).args(documented_for_libvirt(&file));
+    command
+        .args(["-machine", "pc,usb=off,memory-backend=pc.ram"])
+        .args(documented_for_libvirt(&file));
     let machine = Paused::start(&mut command);
     assert_eq!(huge_bytes(machine.pid(), &file), (BYTES, BYTES), "mapped, and by huge entries");
     drop(machine);
@@ -118,12 +131,15 @@ fn a_machine_without_align_is_named_with_what_helps() {
     let file = pool.join("vm0");
     let start = || {
         Paused::start(
-            machine_on(&format!("{PLAIN},prealloc=on"), &file).args(["-machine", "pc,memory-backend=h2"]),
+            machine_on(&format!("{PLAIN},prealloc=on"), &file)
+                .args(["-machine", "pc,memory-backend=h2"]),
         )
     };
-    let machine = (0..4).map(|_| start()).find(|machine| huge_bytes(machine.pid(), &file) == (BYTES, 0));
+    let machine =
+        (0..4).map(|_| start()).find(|machine| huge_bytes(machine.pid(), &file) == (BYTES, 0));
     let machine = machine.expect("QEMU without align does not have its memory aligned");
-    let said = format!("process {} (qemu-system-x86) maps 64 MiB of {}", machine.pid(), file.display());
+    let said =
+        format!("process {} (qemu-system-x86) maps 64 MiB of {}", machine.pid(), file.display());
     let status = run(hugetlb2().arg("status").arg(pool.path()));
     assert!(status.contains(&said) && status.contains("align=2M"), "{status}");
     let json = run(hugetlb2().args(["status", "--json"]).arg(pool.path()));

@@ -29,7 +29,9 @@ fn run(directory: &Path) -> String {
     command.arg("--temp-path").arg(directory).args(["--verify", "--timeout", "300"]);
     for (name, operations, more) in STRESSORS {
         let operations = (operations * at_length(8)).to_string();
-        command.args([&format!("--{name}"), "1", &format!("--{name}-ops"), &operations]).args(*more);
+        command
+            .args([&format!("--{name}"), "1", &format!("--{name}-ops"), &operations])
+            .args(*more);
     }
     let (output, text) = outcome(&mut command);
     assert!(output.status.success(), "{}\n{text}", output.status);

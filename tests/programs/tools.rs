@@ -25,8 +25,13 @@ fn ordinary_tools_do_what_they_do_elsewhere() {
     let here = pool.path();
     let shell = |script: &str| said(Command::new("sh").arg("-euc").arg(script).current_dir(&here));
     shell("mkdir -p a/b && dd if=/dev/urandom of=a/b/f bs=100k count=30 status=none");
-    shell("truncate -s 5000000 a/t && fallocate -l 3000000 a/g && cp a/b/f a/copy && cmp a/b/f a/copy");
-    assert_eq!(shell("stat -c '%s %F' a/t a/g").trim(), "5000000 regular file\n3000000 regular file");
+    shell(
+        "truncate -s 5000000 a/t && fallocate -l 3000000 a/g && cp a/b/f a/copy && cmp a/b/f a/copy",
+    );
+    assert_eq!(
+        shell("stat -c '%s %F' a/t a/g").trim(),
+        "5000000 regular file\n3000000 regular file"
+    );
     assert_eq!(shell("find . -type f | sort").trim(), "./a/b/f\n./a/copy\n./a/g\n./a/t");
     // du(1) counts whole pages, as the pool does.
     assert_eq!(shell("du -sk a/b/f | cut -f1").trim(), (2 * FOLIO / 1024).to_string());
@@ -37,7 +42,9 @@ fn ordinary_tools_do_what_they_do_elsewhere() {
     assert!(shell("ls -la a").contains("3072000"));
     shell("fallocate -p -o 4096 -l 8192 a/copy && ! cmp -s a/b/f a/copy");
     shell("dd if=a/b/f of=a/copy conv=notrunc status=none && cmp a/b/f a/copy");
-    shell("setfattr -n user.color -v green a/g && test $(getfattr --only-values -n user.color a/g) = green");
+    shell(
+        "setfattr -n user.color -v green a/g && test $(getfattr --only-values -n user.color a/g) = green",
+    );
     shell("mkdir there && tar cf - a | tar xf - -C there && diff -r a there/a && rm -r there");
     shell("mv a c && ln c/g c/h && ln -s g c/s && test $(stat -c %h c/h) = 2 && rm -r c");
     pool.check();
@@ -69,8 +76,9 @@ fn copies_carry_times_owners_and_attributes() {
         let words: Vec<String> = words.collect();
         said(Command::new(&words[0]).args(&words[1..]));
         let (was, is) = (fs::metadata(&file).unwrap(), fs::metadata(&target).unwrap());
-        let facts =
-            |of: &fs::Metadata| (of.len(), of.mode(), of.uid(), of.gid(), of.mtime(), of.mtime_nsec());
+        let facts = |of: &fs::Metadata| {
+            (of.len(), of.mode(), of.uid(), of.gid(), of.mtime(), of.mtime_nsec())
+        };
         assert_eq!(facts(&was), facts(&is), "{}", copy[0]);
         assert_eq!(get(&target, "user.color").unwrap(), "green", "{}", copy[0]);
         assert_eq!(fs::read(&target).unwrap(), fs::read(&file).unwrap());
@@ -88,7 +96,8 @@ fn assert_only_the_fourth_subpage_is_lost(copy: &Path) {
     let wrong = |(at, byte): (usize, u8)| byte != if at / 4096 == 3 { 0 } else { 7 };
     let copied = fs::read(copy).unwrap();
     assert!(copied.len() >= FOLIO as usize + 5000);
-    let found = copied.into_iter().take(FOLIO as usize + 5000).enumerate().find(|&pair| wrong(pair));
+    let found =
+        copied.into_iter().take(FOLIO as usize + 5000).enumerate().find(|&pair| wrong(pair));
     assert_eq!(found, None, "a wrong byte");
 }
 
@@ -105,11 +114,13 @@ fn sparse_copies_carry_quarantines_and_all_other_bytes() {
     let (file, copy) = (quarantined(&from), to.join("file"));
     // tar sets attributes twice: before it writes the contents, when the worker refuses them (tar
     // warns), and after.
-    let tar =
-        "tar -S --xattrs --xattrs-include='*' -cf - file | tar --xattrs --xattrs-include='*' -C \"$1\" -xf -";
+    let tar = "tar -S --xattrs --xattrs-include='*' -cf - file | tar --xattrs --xattrs-include='*' -C \"$1\" -xf -";
     for script in ["cp --sparse=always --preserve=all file \"$1\"", tar] {
         let mut shell = Command::new("bash");
-        shell.args(["-euo", "pipefail", "-c", script, "copy"]).arg(to.path()).current_dir(from.path());
+        shell
+            .args(["-euo", "pipefail", "-c", script, "copy"])
+            .arg(to.path())
+            .current_dir(from.path());
         said(&mut shell);
         assert!(get(&copy, POISON).unwrap().starts_with("0x3000 0x1000 soft "), "{script}");
         set(&copy, REPAIR, "zero all").unwrap();
@@ -164,7 +175,9 @@ fn tools_that_cannot_read_a_quarantined_subpage_say_so() {
     let (_, text) = outcome(dd.args(["bs=4k", "conv=noerror,sync"]));
     assert!(text.contains("Input/output error"), "{text}");
     assert_only_the_fourth_subpage_is_lost(&copy);
-    println!("rsync -aX and tar without -S refuse a quarantined file; dd conv=noerror,sync copies the rest");
+    println!(
+        "rsync -aX and tar without -S refuse a quarantined file; dd conv=noerror,sync copies the rest"
+    );
     to.check();
     from.unmount();
     to.unmount();
@@ -185,10 +198,15 @@ fn permissions_decide_about_programs_of_other_users() {
         fs::set_permissions(directory, fs::Permissions::from_mode(0o755)).unwrap();
     }
     let write = ["-n", POISON, "-v", "0 4096"];
-    assert!(!nobody("cat", &[]) && !nobody("truncate", &["-s", "0"]) && !nobody("setfattr", &write));
+    assert!(
+        !nobody("cat", &[]) && !nobody("truncate", &["-s", "0"]) && !nobody("setfattr", &write)
+    );
     std::os::unix::fs::chown(&file, Some(NOBODY), None).unwrap();
     assert!(nobody("cat", &[]) && nobody("setfattr", &write) && nobody("truncate", &["-s", "0"]));
-    assert!(!nobody("setfattr", &["-n", "trusted.hugetlb2.inject", "-v", "hw 0"]), "that is for root");
+    assert!(
+        !nobody("setfattr", &["-n", "trusted.hugetlb2.inject", "-v", "hw 0"]),
+        "that is for root"
+    );
     pool.check();
     pool.unmount();
 }

@@ -18,14 +18,15 @@ impl Cgroup {
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
         let mounted = |kind: &str, option: &str| {
             let mut fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
-            let found =
-                fields.find(|fields| fields[2] == kind && fields[3].split(',').any(|one| one == option));
+            let found = fields
+                .find(|fields| fields[2] == kind && fields[3].split(',').any(|one| one == option));
             found.map(|fields| PathBuf::from(fields[1]))
         };
         let (parent, limit) = match mounted("cgroup", controller) {
             Some(parent) => (parent, limits[0]),
             None => {
-                let parent = mounted("cgroup2", "rw").expect("cgroups of either version are mounted");
+                let parent =
+                    mounted("cgroup2", "rw").expect("cgroups of either version are mounted");
                 fs::write(parent.join("cgroup.subtree_control"), format!("+{controller}"))
                     .unwrap_or_else(|error| panic!("the {controller} controller: {error}"));
                 (parent, limits[1])
@@ -38,7 +39,8 @@ impl Cgroup {
 
     /// Bytes of memory of its processes, if its controller is that of memory.
     pub fn taken(&self) -> u64 {
-        let file = if self.limit == "memory.max" { "memory.current" } else { "memory.usage_in_bytes" };
+        let file =
+            if self.limit == "memory.max" { "memory.current" } else { "memory.usage_in_bytes" };
         let text = fs::read_to_string(self.directory.join(file)).unwrap();
         text.trim().parse().expect("a number")
     }

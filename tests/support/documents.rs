@@ -8,8 +8,11 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 /// The documents: their paths below the root, and their texts.
 pub fn documents() -> Vec<(String, String)> {
     let below_docs = fs::read_dir(Path::new(ROOT).join("docs")).expect("a directory");
-    let names = below_docs.map(|entry| entry.expect("an entry").file_name().into_string().expect("UTF-8"));
-    let paths = names.map(|name| format!("docs/{name}")).chain(["README.md", "CHANGELOG.md"].map(Into::into));
+    let names =
+        below_docs.map(|entry| entry.expect("an entry").file_name().into_string().expect("UTF-8"));
+    let paths = names
+        .map(|name| format!("docs/{name}"))
+        .chain(["README.md", "CHANGELOG.md"].map(Into::into));
     paths.map(|path| (path.clone(), document(&path))).collect()
 }
 
@@ -44,7 +47,10 @@ pub fn section<'a>(text: &'a str, heading: &str) -> &'a str {
 /// The blocks of code in this language.
 pub fn blocks<'a>(text: &'a str, language: &str) -> Vec<&'a str> {
     let fence = format!("\n```{language}\n");
-    text.split(fence.as_str()).skip(1).map(|rest| rest.split("```").next().expect("its end")).collect()
+    text.split(fence.as_str())
+        .skip(1)
+        .map(|rest| rest.split("```").next().expect("its end"))
+        .collect()
 }
 
 /// The parts of `text` in backquotes.

@@ -101,7 +101,8 @@ struct Table {
     notes: BTreeMap<i32, String>,
 }
 
-static TABLE: Mutex<Table> = Mutex::new(Table { waits: BTreeMap::new(), next: 0, notes: BTreeMap::new() });
+static TABLE: Mutex<Table> =
+    Mutex::new(Table { waits: BTreeMap::new(), next: 0, notes: BTreeMap::new() });
 static CHANGED: Condvar = Condvar::new();
 
 fn table() -> MutexGuard<'static, Table> {
@@ -119,7 +120,8 @@ pub fn begin(limit: Duration, what: impl Into<String>, remedy: Remedy) -> Waitin
     }
     let number = table.next;
     table.next += 1;
-    let wait = Wait { what: what.into(), limit, until: Instant::now() + limit, remedy, overdue: false };
+    let wait =
+        Wait { what: what.into(), limit, until: Instant::now() + limit, remedy, overdue: false };
     table.waits.insert(number, wait);
     CHANGED.notify_all();
     Waiting(number)
@@ -206,7 +208,8 @@ fn threads(notes: &BTreeMap<i32, String>) -> String {
         let id: Option<i32> = task.file_name().to_str().and_then(|id| id.parse().ok());
         let note = id.and_then(|id| notes.get(&id)).map(String::as_str).unwrap_or_default();
         let stack = read("stack"); // empty if this process may not look
-        let stack: Vec<&str> = stack.lines().filter_map(|line| line.split(' ').nth(1)).take(5).collect();
+        let stack: Vec<&str> =
+            stack.lines().filter_map(|line| line.split(' ').nth(1)).take(5).collect();
         format!("  thread {} {note} {}\n", read("comm").trim_end(), stack.join(" < "))
     };
     tasks.map(describe).collect()
@@ -250,7 +253,8 @@ pub fn is_readable(limit: Duration, file: impl AsFd) -> bool {
 /// Runs a program to its end, without input, and returns its output. A program that cannot be
 /// started is an error.
 pub fn output(limit: Duration, command: &mut Command) -> std::io::Result<Output> {
-    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let child =
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     collect(limit, &format!("{command:?}"), child)
 }
 

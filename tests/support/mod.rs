@@ -115,7 +115,11 @@ impl Pool {
         std::fs::create_dir(directory.path().join("mnt")).expect("a mount point");
         let log = directory.path().join("log");
         let mount_point = directory.path().join("mnt");
-        let log = if options.contains("log=") { String::new() } else { format!(",log={}", log.display()) };
+        let log = if options.contains("log=") {
+            String::new()
+        } else {
+            format!(",log={}", log.display())
+        };
         run(mount.arg("test-pool").arg(&mount_point).arg("-o").arg(format!("{options}{log}")));
         let mut pool = Self { directory, daemon: None, limit: limits::test(&mount_point, None) };
         pool.note_new_daemon();
@@ -173,16 +177,20 @@ impl Pool {
     /// Waits until `pages` pages are free: the kernel forgets a file some time after its last user
     /// has ended.
     pub fn wait_for_free_pages(&self, pages: u64) {
-        limits::until(limits::ANSWER, &format!("{pages} free pages"), || self.free_pages() == pages);
+        limits::until(limits::ANSWER, &format!("{pages} free pages"), || {
+            self.free_pages() == pages
+        });
     }
 
     /// Waits until no file without a name is left; the kernel forgets such a file late, too.
     pub fn wait_for_orphans(&self) {
-        limits::until(limits::ANSWER, "the last file without a name", || self.counter("orphans") == 0);
+        limits::until(limits::ANSWER, "the last file without a name", || {
+            self.counter("orphans") == 0
+        });
     }
 
-    /// A child that another test of this program is starting has a copy of each descriptor here until its
-    /// exec(2), and the kernel does not unmount before that.
+    /// A child that another test of this program is starting has a copy of each descriptor here
+    /// until its exec(2), and the kernel does not unmount before that.
     fn unmount_when_free(&self) {
         limits::until(limits::ANSWER, "the last descriptor on the mount", || {
             match unmount(self.path(), UnmountFlags::empty()) {
@@ -241,7 +249,8 @@ pub struct Daemon {
 impl Daemon {
     pub fn of(mount_point: &Path) -> Self {
         let pid = counters(mount_point)["daemon_pid"] as i32;
-        let fd = pidfd_open(Pid::from_raw(pid).expect("a process id"), PidfdFlags::empty()).expect("it runs");
+        let fd = pidfd_open(Pid::from_raw(pid).expect("a process id"), PidfdFlags::empty())
+            .expect("it runs");
         Self { pid, fd }
     }
 
@@ -433,7 +442,8 @@ pub fn huge_bytes(pid: u32, file: &Path) -> (u64, u64) {
 impl Daemon {
     /// A daemon whose mount does not serve yet.
     pub fn with_pid(pid: i32) -> Self {
-        let fd = pidfd_open(Pid::from_raw(pid).expect("a process id"), PidfdFlags::empty()).expect("it runs");
+        let fd = pidfd_open(Pid::from_raw(pid).expect("a process id"), PidfdFlags::empty())
+            .expect("it runs");
         Self { pid, fd }
     }
 }
@@ -451,8 +461,8 @@ impl Worker {
     /// The worker that serves now.
     pub fn of(pool: &Pool) -> Self {
         let pid = pool.counter("worker_pid") as i32;
-        let process =
-            pidfd_open(Pid::from_raw(pid).expect("a process id"), PidfdFlags::empty()).expect("it runs");
+        let process = pidfd_open(Pid::from_raw(pid).expect("a process id"), PidfdFlags::empty())
+            .expect("it runs");
         Self { pid, process }
     }
 
@@ -467,8 +477,11 @@ impl Worker {
             let stat = std::fs::read_to_string(task.path().join("stat")).expect("it is there");
             stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
         };
-        let tasks =
-            || std::fs::read_dir(format!("/proc/{}/task", self.pid)).expect("it runs").map(Result::unwrap);
+        let tasks = || {
+            std::fs::read_dir(format!("/proc/{}/task", self.pid))
+                .expect("it runs")
+                .map(Result::unwrap)
+        };
         let what = format!("the stop of worker {}", self.pid);
         // Only the parent could wait for that.
         limits::until(limits::ANSWER, &what, || tasks().all(is_stopped));

@@ -112,7 +112,12 @@ impl MountInfo {
         let fields = lines.rfind(|fields| Path::new(fields[4]) == mount_point)?;
         let end = fields.iter().position(|field| *field == "-").expect("a separator");
         let word = |index: usize| fields[index].replace("\\040", " ").replace("\\134", "\\");
-        Some(Self { flags: word(5), kind: word(end + 1), source: word(end + 2), options: word(end + 3) })
+        Some(Self {
+            flags: word(5),
+            kind: word(end + 1),
+            source: word(end + 2),
+            options: word(end + 3),
+        })
     }
 }
 
@@ -134,10 +139,15 @@ impl Namespace {
     /// A namespace that `script` has prepared. `$0` is the program under test. The namespace begins
     /// with copies of the mounts of other tests' pools, and unmounts these copies at once.
     pub fn prepared_by(script: &str) -> Self {
-        let script =
-            format!("umount -i -c -l -a -t fuse.hugetlb2\nset -e\n{script}\necho ready\nexec sleep infinity");
+        let script = format!(
+            "umount -i -c -l -a -t fuse.hugetlb2\nset -e\n{script}\necho ready\nexec sleep infinity"
+        );
         let mut shell = Command::new("unshare");
-        shell.args(["-m", "sh", "-c", &script]).arg(program()).stdin(Stdio::null()).stderr(Stdio::null());
+        shell
+            .args(["-m", "sh", "-c", &script])
+            .arg(program())
+            .stdin(Stdio::null())
+            .stderr(Stdio::null());
         Self { init: start_until("ready", &mut shell) }
     }
 

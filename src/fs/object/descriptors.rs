@@ -49,8 +49,12 @@ impl Object {
 
     /// Removes the note of a closed descriptor, if there is one.
     pub fn close_natively(&self, descriptor: u64) {
-        if let Err(error) = self.natives.remove(descriptor, |noted| self.notes.keep(NATIVES, noted)) {
-            log::warn!("file {}: the next worker may take a closed descriptor for open: {error}", self.node);
+        if let Err(error) = self.natives.remove(descriptor, |noted| self.notes.keep(NATIVES, noted))
+        {
+            log::warn!(
+                "file {}: the next worker may take a closed descriptor for open: {error}",
+                self.node
+            );
         }
         steps::reached(Step::NativeClosed);
     }

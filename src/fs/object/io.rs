@@ -35,12 +35,15 @@ impl Object {
     /// # Errors
     /// The errors of mmap(2) and fstatfs(2).
     pub fn view(&self, offset: u64, length: u64, pace: &Pace) -> Result<Option<Viewed<'_>>> {
-        const LEAST: u64 = 64 << 10; // for fewer bytes, a copy costs less than a walk of the page tables
+        // For fewer bytes, a copy costs less than a walk of the page tables.
+        const LEAST: u64 = 64 << 10;
         let holding = self.shut_share(pace)?;
         let sealed = holding.sealed();
-        let range = Range::new(offset, offset.saturating_add(length).min(holding.size()).max(offset));
-        let is_whole =
-            range.len() >= LEAST && holding.has_pages(range) && sealed.lost_in(range).next().is_none();
+        let range =
+            Range::new(offset, offset.saturating_add(length).min(holding.size()).max(offset));
+        let is_whole = range.len() >= LEAST
+            && holding.has_pages(range)
+            && sealed.lost_in(range).next().is_none();
         if !is_whole || sealed.has_free_blocks()? {
             return Ok(None);
         }
@@ -52,7 +55,8 @@ impl Object {
     /// views.
     fn view_up_to(&self, end: u64) -> Result<Option<Arc<View>>> {
         const GRAIN: u64 = 1 << 30; // so that a growing file is not mapped anew each time
-        const MOST: usize = 4096; // of the 65,530 mappings that a process may have (vm.max_map_count)
+        // Of the 65,530 mappings that a process may have (vm.max_map_count).
+        const MOST: usize = 4096;
         let mut view = self.view.lock().expect("no panic while a file is mapped");
         if view.as_ref().is_none_or(|view| view.length() < end) {
             *view = None;
@@ -78,7 +82,10 @@ impl Object {
         {
             let holding = self.share(context.pace)?;
             let sealed = holding.sealed();
-            if holding.has_pages(range) && sealed.lost_in(range).next().is_none() && !sealed.is_torn()? {
+            if holding.has_pages(range)
+                && sealed.lost_in(range).next().is_none()
+                && !sealed.is_torn()?
+            {
                 return tmpfs::write_at(&self.data, bytes, offset);
             }
         }
@@ -88,9 +95,9 @@ impl Object {
     fn write_alone(&self, bytes: &[u8], range: Range, context: Context<'_>) -> Result<usize> {
         let _one_at_a_time = self.begin(context.pace)?;
         let mut holding = self.lock(context.pace)?;
-        context
-            .pace
-            .refuse_if(|| takes_long(&holding, range, range.end.max(holding.size()), context.pool))?;
+        context.pace.refuse_if(|| {
+            takes_long(&holding, range, range.end.max(holding.size()), context.pool)
+        })?;
         if holding.has_pages(range) || holding.can_append(range) {
             mend_but_gaps(&mut holding, context.pace)?
         } else {
@@ -99,19 +106,23 @@ impl Object {
         let size = holding.size();
         if holding.can_append(range) {
             match holding.sealed_mut().append(bytes, range.start) {
-                Err(Error::Quarantined) | Ok(0) => mend(&mut holding, context.pace)?, // a new memory error: write around it, as below
+                // A new memory error: write around it, as below.
+                Err(Error::Quarantined) | Ok(0) => mend(&mut holding, context.pace)?,
                 result => return result,
             }
         }
         let end = writable_prefix(&holding, range, context.recovery_write)?;
         let range = Range::new(range.start, end);
         if range.end > size && holding.sealed().has_new_hw_errors(range)? {
-            return Err(Error::Quarantined); // before the file grows: cutting it again would split a folio
+            // Before the file grows: cutting it again would split a folio.
+            return Err(Error::Quarantined);
         }
         let growth = holding.begin_growth(context.pool, range, range.end)?;
         carry_out(&mut holding, growth, context.pace)?;
         let (written, ended) = match writable_prefix(&holding, range, context.recovery_write) {
-            Ok(end) if end == range.end => self.write_and_repair(&mut holding, bytes, range, context),
+            Ok(end) if end == range.end => {
+                self.write_and_repair(&mut holding, bytes, range, context)
+            }
             // The patrol found an error while the growth gave way.
             Ok(end) => {
                 let good = Range::new(range.start, end);

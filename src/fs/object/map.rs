@@ -63,7 +63,8 @@ impl Object {
         let mut at = 0;
         loop {
             pace.go_on()?;
-            let holding = self.shut_share(pace)?; // for one window: a change of the file goes on between two
+            // For one window: a change of the file goes on between two.
+            let holding = self.shut_share(pace)?;
             let sealed = holding.sealed();
             let file = Range::new(0, holding.size()).subpages_out();
             let window = Range::at(at, WINDOW).intersect(file);
@@ -155,7 +156,9 @@ struct Extents(Vec<Extent>);
 impl Extents {
     fn push(&mut self, range: Range, state: State, node: Option<NumaNode>) {
         match self.0.last_mut() {
-            Some(last) if last.range.end == range.start && last.state == state && last.node == node => {
+            Some(last)
+                if last.range.end == range.start && last.state == state && last.node == node =>
+            {
                 last.range.end = range.end;
             }
             _ => self.0.push(Extent { range, state, node }),

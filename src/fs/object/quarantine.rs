@@ -1,6 +1,8 @@
 //! Quarantine and repair, on request and after memory errors.
 
-use super::{Context, Locked, Object, Pace, is_torn_around_holes, lost_bytes, mend, mend_but_gaps, parts};
+use super::{
+    Context, Locked, Object, Pace, is_torn_around_holes, lost_bytes, mend, mend_but_gaps, parts,
+};
 use crate::error::{Error, Result};
 use crate::pool::{Holding, Pool};
 use crate::quarantine::{self, Kind, Quarantined, Repair};
@@ -227,7 +229,9 @@ fn quarantinable(holding: &Holding, value: &[u8]) -> Result<Vec<Range>> {
     let ranges = quarantine::parse_poison(value, holding.size())?;
     for range in &ranges {
         if holding.released_in(*range).next().is_some() {
-            return Err(Error::invalid(format!("{range} was released and has no memory to quarantine")));
+            return Err(Error::invalid(format!(
+                "{range} was released and has no memory to quarantine"
+            )));
         }
     }
     Ok(ranges)
@@ -240,7 +244,10 @@ fn injectable(holding: &Holding, value: &[u8]) -> Result<Subpage> {
         || !sealed.has_memory(subpage.folio())
         || sealed.present(subpage.range())?.is_empty()
     {
-        return Err(Error::invalid(format!("{:#x} has no memory, or is quarantined", subpage.offset())));
+        return Err(Error::invalid(format!(
+            "{:#x} has no memory, or is quarantined",
+            subpage.offset()
+        )));
     }
     Ok(subpage)
 }

@@ -40,7 +40,9 @@ impl Object {
         checked_range(0, size)?;
         let _one_at_a_time = self.begin(context.pace)?;
         let mut holding = self.lock(context.pace)?;
-        context.pace.refuse_if(|| takes_long(&holding, Range::new(size, size), size, context.pool))?;
+        context
+            .pace
+            .refuse_if(|| takes_long(&holding, Range::new(size, size), size, context.pool))?;
         mend(&mut holding, context.pace)?;
         let change = match holding.size() {
             now if size <= now => holding.begin_shrinking(context.pool, size)?,
@@ -53,7 +55,13 @@ impl Object {
     ///
     /// # Errors
     /// [`Error::Full`] with nothing changed; [`Error::Busy`] if soft holes forbid it.
-    pub fn allocate(&self, what: Allocation, offset: u64, length: u64, context: Context<'_>) -> Result<()> {
+    pub fn allocate(
+        &self,
+        what: Allocation,
+        offset: u64,
+        length: u64,
+        context: Context<'_>,
+    ) -> Result<()> {
         let range = match what {
             Allocation::Punch => possible_part(offset, length), // programs punch the largest range to say "to the end"
             _ => checked_range(offset, length)?,
@@ -73,7 +81,9 @@ impl Object {
             refuse_partial_holes(&holding, range)?;
         }
         let change = match what {
-            Allocation::Extend | Allocation::Zero => holding.begin_growth(context.pool, range, range.end)?,
+            Allocation::Extend | Allocation::Zero => {
+                holding.begin_growth(context.pool, range, range.end)?
+            }
             Allocation::KeepSize | Allocation::ZeroKeepSize => {
                 holding.begin_allocation(context.pool, range)?
             }
@@ -91,7 +101,12 @@ impl Object {
 
     /// Punches; the pages stay the file's, and a touch fills the gaps. A free block would open soft
     /// holes, so in a file with soft holes the range is zeroed in place.
-    fn punch_and_keep(&self, holding: &mut Locked<'_>, range: Range, context: Context<'_>) -> Result<()> {
+    fn punch_and_keep(
+        &self,
+        holding: &mut Locked<'_>,
+        range: Range,
+        context: Context<'_>,
+    ) -> Result<()> {
         mend_but_gaps(holding, context.pace)?;
         refuse_partial_holes(holding, range)?;
         self.repair_lost(holding, range, context)?;
@@ -107,7 +122,12 @@ impl Object {
     }
 
     /// Repairs the quarantined subpages in `range` with zeros.
-    fn repair_lost(&self, holding: &mut Locked<'_>, range: Range, context: Context<'_>) -> Result<()> {
+    fn repair_lost(
+        &self,
+        holding: &mut Locked<'_>,
+        range: Range,
+        context: Context<'_>,
+    ) -> Result<()> {
         let range = range.intersect(Range::new(0, holding.size()));
         parts(range).try_for_each(|part| {
             self.repair_part(holding, part, Content::Zero, context)?;
@@ -116,8 +136,8 @@ impl Object {
     }
 
     /// Zeroes the part of `range` that has memory. Quarantined subpages that it covers are
-    /// repaired: their bytes are discarded anyway. [`Error::Quarantined`] if one is covered in part;
-    /// nothing is zeroed then.
+    /// repaired: their bytes are discarded anyway. [`Error::Quarantined`] if one is covered in
+    /// part; nothing is zeroed then.
     fn zero(&self, holding: &mut Locked<'_>, range: Range, context: Context<'_>) -> Result<()> {
         const ZEROS: &[u8] = &[0; 256 << 10];
         refuse_partial_holes(holding, range)?;
@@ -125,7 +145,8 @@ impl Object {
         for part in holding.owned_in(range) {
             for step in part.steps(ZEROS.len() as u64) {
                 let zeros = &ZEROS[..step.len() as usize];
-                insist(|| tmpfs::write_all_at(&self.data, zeros, step.start))?; // the file has memory for them
+                // The file has memory for them.
+                insist(|| tmpfs::write_all_at(&self.data, zeros, step.start))?;
                 context.pace.give_way(holding)?;
             }
         }
@@ -149,7 +170,8 @@ impl Object {
         if !data {
             return Ok(holes.next().map_or(rest.end, |hole| hole.start));
         }
-        let behind_hole = |at: u64, hole: Range| if hole.start <= at { Ok(hole.end) } else { Err(at) };
+        let behind_hole =
+            |at: u64, hole: Range| if hole.start <= at { Ok(hole.end) } else { Err(at) };
         match holes.try_fold(rest.start, behind_hole) {
             Err(at) => Ok(at),
             Ok(at) if at < rest.end => Ok(at),
@@ -160,7 +182,9 @@ impl Object {
 
 /// A range, if a file can have it.
 pub(super) fn checked_range(offset: u64, length: u64) -> Result<Range> {
-    Range::checked_at(offset, length).filter(|range| range.end <= LARGEST_SIZE).ok_or(Error::TooLarge)
+    Range::checked_at(offset, length)
+        .filter(|range| range.end <= LARGEST_SIZE)
+        .ok_or(Error::TooLarge)
 }
 
 /// The part of a range that a file can have.
@@ -175,7 +199,8 @@ fn refuse_partial_holes(holding: &Holding, range: Range) -> Result<()> {
 
 /// The parts of `range` that are quarantined subpages or lie in released pages, ascending.
 fn holes_in(holding: &Holding, range: Range) -> impl Iterator<Item = Range> + '_ {
-    let mut lost = holding.sealed().lost_in(range).map(move |lost| lost.range().intersect(range)).peekable();
+    let mut lost =
+        holding.sealed().lost_in(range).map(move |lost| lost.range().intersect(range)).peekable();
     let mut released = holding.released_in(range).peekable();
     std::iter::from_fn(move || match (lost.peek(), released.peek()) {
         (Some(one), Some(other)) if one.start < other.start => lost.next(),

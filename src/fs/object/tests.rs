@@ -52,8 +52,14 @@ fn a_short_write_returns_its_true_prefix() {
     let written = object.write(&vec![2; 1 << 20], 0, context(&pool, &Pace::steady())).unwrap();
     assert_eq!(written as u64, UNWRITABLE.offset());
     let bytes = bytes_of(&object, UNWRITABLE.offset());
-    assert!(bytes.iter().all(|byte| *byte == 2), "bytes that were said to be written have their old value");
-    assert!(object.read_lock().sealed().is_lost(Subpage(128)), "what is behind the prefix is as before");
+    assert!(
+        bytes.iter().all(|byte| *byte == 2),
+        "bytes that were said to be written have their old value"
+    );
+    assert!(
+        object.read_lock().sealed().is_lost(Subpage(128)),
+        "what is behind the prefix is as before"
+    );
 }
 
 #[test]
@@ -62,7 +68,8 @@ fn a_write_that_ends_at_its_start_is_an_error() {
     let object = filled(&pool, FOLIO_SIZE, 1);
     object.quarantine(b"0x80000 4096", &pool, &Pace::steady()).unwrap();
     refuse_to_be_written(&object, UNWRITABLE);
-    let written = object.write(&vec![2; 1 << 20], UNWRITABLE.offset(), context(&pool, &Pace::steady()));
+    let written =
+        object.write(&vec![2; 1 << 20], UNWRITABLE.offset(), context(&pool, &Pace::steady()));
     assert!(matches!(written, Err(Error::Full)), "{written:?}");
 }
 
@@ -71,8 +78,9 @@ fn a_short_write_lengthens_the_file_by_what_it_wrote() {
     let pool = pool(4);
     let object = filled(&pool, FOLIO_SIZE, 1);
     refuse_to_be_written(&object, UNWRITABLE);
-    let written =
-        object.write(&vec![2; 2 * FOLIO_SIZE as usize], 0, context(&pool, &Pace::steady())).unwrap();
+    let written = object
+        .write(&vec![2; 2 * FOLIO_SIZE as usize], 0, context(&pool, &Pace::steady()))
+        .unwrap();
     assert_eq!(written as u64, UNWRITABLE.offset());
     assert_eq!(object.read_lock().sealed().size(), FOLIO_SIZE);
     assert_eq!(pool.balance().free, 3);

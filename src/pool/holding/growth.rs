@@ -39,7 +39,8 @@ impl<'pool> Growth<'pool> {
         let memory = Range::new(0, memory_end);
         let inside = missing.runs().map(|run| holding.page_size.bytes_of(run).intersect(memory));
         let behind = Range::new(memory_end, size).folios_out();
-        let mut wanting: Vec<Range> = inside.chain([behind]).filter(|range| !range.is_empty()).collect();
+        let mut wanting: Vec<Range> =
+            inside.chain([behind]).filter(|range| !range.is_empty()).collect();
         wanting.reverse();
         Self {
             token: Some(token),
@@ -81,7 +82,8 @@ impl<'pool> Growth<'pool> {
         let Some(range) = next else { return self.commit(holding) };
         let size = if is_behind { self.size } else { self.before };
         let moved = self.token().pool.move_piece_out(&mut holding.sealed, range, size)?;
-        let (done, left) = (Range::at(range.start, moved), Range::new(range.start + moved, range.end));
+        let (done, left) =
+            (Range::at(range.start, moved), Range::new(range.start + moved, range.end));
         self.filled.push(done);
         self.wanting.pop();
         self.wanting.extend((!left.is_empty()).then_some(left));

@@ -76,12 +76,14 @@ use settling::Settling;
 use shrinking::Shrinking;
 
 /// The reason for which soft holes forbid a resize (see S1).
-const HAS_SOFT_HOLES: Error =
-    Error::Busy("the file has quarantined subpages; repair them before it grows or gives pages back");
+const HAS_SOFT_HOLES: Error = Error::Busy(
+    "the file has quarantined subpages; repair them before it grows or gives pages back",
+);
 
 /// The refusal of a release, or of an allocation in the middle of a released run.
-const TOO_MANY_RUNS: Error =
-    Error::Busy("the file would have more separate holes than can be noted; allocate some of them first");
+const TOO_MANY_RUNS: Error = Error::Busy(
+    "the file would have more separate holes than can be noted; allocate some of them first",
+);
 
 /// The name under which the released pages are noted.
 const RELEASED: &str = "released";
@@ -169,7 +171,15 @@ impl Holding {
 
     fn of(sealed: Sealed, page_size: PageSize) -> Self {
         let (released, note_is_stale, under_way) = (PageSet::default(), false, false);
-        Self { sealed, page_size, released, note_is_stale, under_way, unsettled: None, orphaned: false }
+        Self {
+            sealed,
+            page_size,
+            released,
+            note_is_stale,
+            under_way,
+            unsettled: None,
+            orphaned: false,
+        }
     }
 
     /// The holding of `sealed`, which another process has left. [`Holding::begin_settling`] must
@@ -178,10 +188,12 @@ impl Holding {
     /// # Errors
     /// The errors of getxattr(2), and those of [`Sealed::resume`].
     pub fn open(page_size: PageSize, sealed: Sealed) -> Result<Self> {
-        let noted = sealed.notes().kept(RELEASED)?.map(|runs| PageSet::decode(&runs)).unwrap_or_default();
+        let noted =
+            sealed.notes().kept(RELEASED)?.map(|runs| PageSet::decode(&runs)).unwrap_or_default();
         let mut holding = Self::of(sealed, page_size);
         holding.released = noted.clone();
-        holding.released.remove(holding.reserved().end..Page(u64::MAX)); // the dead worker gave them up
+        // The dead worker gave them up.
+        holding.released.remove(holding.reserved().end..Page(u64::MAX));
         // Other pages of the file lack memory if a program took it out by MADV_REMOVE. The program
         // may touch them again.
         let meant = holding.owned_in(Range::new(0, holding.size()));
@@ -310,7 +322,11 @@ impl Holding {
             && range.end <= self.memory_end()
             && self.sealed.has_memory(folio)
             && self.sealed.holes().is_empty()
-            && self.sealed.lost_in(Range::new(range.start.min(size), folio.range().end)).next().is_none()
+            && self
+                .sealed
+                .lost_in(Range::new(range.start.min(size), folio.range().end))
+                .next()
+                .is_none()
             && self.has_pages(Range::new(range.start.min(size), size))
     }
 
@@ -346,22 +362,31 @@ impl Holding {
             wrong.push("a size to come back to is noted, and no change is under way".to_owned());
         }
         if header.owned_pages < self.page_size.pages_up(file.end) {
-            wrong.push(format!("{} pages are the file's, which has {} bytes", header.owned_pages, file.end));
+            wrong.push(format!(
+                "{} pages are the file's, which has {} bytes",
+                header.owned_pages, file.end
+            ));
         }
-        let noted =
-            self.sealed.notes().kept(RELEASED)?.map(|runs| PageSet::decode(&runs)).unwrap_or_default();
+        let noted = self
+            .sealed
+            .notes()
+            .kept(RELEASED)?
+            .map(|runs| PageSet::decode(&runs))
+            .unwrap_or_default();
         if noted != self.released && !self.note_is_stale {
             let counts = (noted.count(), self.released.count());
             wrong.push(format!("{} pages are noted as released, and {} are", counts.0, counts.1));
         }
         let memory = Range::new(0, self.memory_end());
-        for range in self.released.runs().map(|run| self.page_size.bytes_of(run).intersect(memory)) {
+        for range in self.released.runs().map(|run| self.page_size.bytes_of(run).intersect(memory))
+        {
             if let Some(folio) = range.folios().find(|folio| self.sealed.has_memory(*folio)) {
                 wrong.push(format!("folio {} is released and has memory", folio.0));
             }
         }
         for range in self.released.gaps_within(self.page_size.pages_touching(memory)) {
-            if let Some(range) = self.first_without_memory(self.page_size.bytes_of(&range).intersect(memory))
+            if let Some(range) =
+                self.first_without_memory(self.page_size.bytes_of(&range).intersect(memory))
             {
                 wrong.push(format!("{range} is the file's and has no memory"));
             }
@@ -419,7 +444,11 @@ impl Holding {
     ///
     /// # Errors
     /// Those of [`Holding::begin_growth`].
-    pub fn begin_allocation<'pool>(&mut self, pool: &'pool Pool, range: Range) -> Result<Change<'pool>> {
+    pub fn begin_allocation<'pool>(
+        &mut self,
+        pool: &'pool Pool,
+        range: Range,
+    ) -> Result<Change<'pool>> {
         self.ready(pool)?;
         let size = self.size();
         let missing = self.released_touching(range);
@@ -457,11 +486,16 @@ impl Holding {
     /// # Errors
     /// [`Error::Busy`] where soft holes before the new end forbid it. The change itself fails with
     /// [`Error::NoMemory`] where the machine has no memory for a piece.
-    pub fn begin_shrinking<'pool>(&mut self, pool: &'pool Pool, size: u64) -> Result<Change<'pool>> {
+    pub fn begin_shrinking<'pool>(
+        &mut self,
+        pool: &'pool Pool,
+        size: u64,
+    ) -> Result<Change<'pool>> {
         if size > 0 {
             self.ready(pool)?; // to size 0, stuck memory goes with the rest
         }
-        if size < self.size() && self.sealed.holes().in_range(Range::new(0, size)).next().is_some() {
+        if size < self.size() && self.sealed.holes().in_range(Range::new(0, size)).next().is_some()
+        {
             return Err(HAS_SOFT_HOLES);
         }
         Ok(self.begun(Kind::Shrinking(Shrinking::new(pool, size))))
@@ -474,7 +508,11 @@ impl Holding {
     /// [`Error::Busy`] where soft holes elsewhere forbid it or there would be too many separate
     /// holes; nothing has changed. The change itself may fail with [`Error::NoMemory`] after it has
     /// released some of the pages.
-    pub fn begin_release<'pool>(&mut self, pool: &'pool Pool, range: Range) -> Result<Change<'pool>> {
+    pub fn begin_release<'pool>(
+        &mut self,
+        pool: &'pool Pool,
+        range: Range,
+    ) -> Result<Change<'pool>> {
         self.ready(pool)?;
         let within = self.page_size.pages_within(range);
         let bytes = self.page_size.bytes_of(&within);

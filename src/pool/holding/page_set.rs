@@ -93,8 +93,9 @@ impl PageSet {
     /// # Panics
     /// If the number of a page has more than 32 bits. No page of a pool has such a number.
     pub fn encode(&self) -> Vec<u8> {
-        let number =
-            |value: u64| u32::try_from(value).expect("a file has fewer pages than 2^32").to_le_bytes();
+        let number = |value: u64| {
+            u32::try_from(value).expect("a file has fewer pages than 2^32").to_le_bytes()
+        };
         self.runs().flat_map(|run| [number(run.start.0), number(length(run))]).flatten().collect()
     }
 

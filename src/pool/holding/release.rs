@@ -60,7 +60,8 @@ impl<'pool> Release<'pool> {
         // A release that has to stop ends with the page that was begun.
         let first = if self.stop.is_some() { Page(run.end.0 - 1) } else { run.start };
         let start = holding.page_size.range(first).start;
-        let memory = holding.end_with_few_holes(Range::new(start, self.moved_from.min(holding.memory_end())));
+        let memory = holding
+            .end_with_few_holes(Range::new(start, self.moved_from.min(holding.memory_end())));
         match self.pool.move_piece_in(&mut holding.sealed, memory, Sealed::give) {
             Ok(moved) => {
                 self.moved_from = moved.map_or(memory.start, |piece| piece.start);

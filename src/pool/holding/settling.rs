@@ -35,7 +35,11 @@ impl<'pool> Settling<'pool> {
     fn shorten(&mut self, holding: &mut Holding) -> Result<Progress> {
         let (size, sealed) = (holding.size(), &mut holding.sealed);
         let behind = Range::new(size.next_multiple_of(FOLIO_SIZE), sealed.size());
-        if self.pool.move_piece_in(sealed, behind, |sealed, piece| sealed.cut(piece.start))?.is_some() {
+        if self
+            .pool
+            .move_piece_in(sealed, behind, |sealed, piece| sealed.cut(piece.start))?
+            .is_some()
+        {
             return Ok(Progress::More);
         }
         match sealed.size() {
@@ -60,7 +64,8 @@ impl<'pool> Settling<'pool> {
 
     fn fill(&mut self, holding: &mut Holding, from: u64) -> Result<Progress> {
         let file = Range::new(from, holding.size());
-        let lacking = holding.owned_in(file).into_iter().find_map(|part| holding.first_without_memory(part));
+        let lacking =
+            holding.owned_in(file).into_iter().find_map(|part| holding.first_without_memory(part));
         let Some(range) = lacking else { return self.finish(holding) };
         let size = holding.sealed.size();
         let moved = self.pool.move_piece_out(&mut holding.sealed, range, size)?;

@@ -32,7 +32,10 @@ impl<'pool> Shrinking<'pool> {
         }
         let gone = Range::new(self.size.next_multiple_of(FOLIO_SIZE), holding.sealed.size());
         let piece = holding.end_with_few_holes(gone);
-        match self.pool.move_piece_in(&mut holding.sealed, piece, |sealed, piece| sealed.cut(piece.start)) {
+        match self
+            .pool
+            .move_piece_in(&mut holding.sealed, piece, |sealed, piece| sealed.cut(piece.start))
+        {
             Ok(Some(_)) => {
                 self.has_moved = true;
                 Ok(Progress::More)

@@ -26,7 +26,10 @@ fn file(pool: &Pool, count: u64) -> Holding {
     grow(pool, &mut holding, count).unwrap();
     for page in 0..count {
         let bytes = [page as u8 + 1; 16];
-        assert_eq!(tmpfs::write_at(holding.sealed.data(), &bytes, page * FOLIO_SIZE).unwrap(), bytes.len());
+        assert_eq!(
+            tmpfs::write_at(holding.sealed.data(), &bytes, page * FOLIO_SIZE).unwrap(),
+            bytes.len()
+        );
     }
     holding
 }
@@ -112,7 +115,9 @@ fn give_up(mut change: Change<'_>, holding: &mut Holding) {
 fn a_release_that_cannot_be_noted_leaves_the_page() {
     let pool = pool();
     let mut holding = file(&pool, 10);
-    [1, 3, 5, 7].into_iter().for_each(|page| release(&pool, &mut holding, pages(page, page + 1)).unwrap());
+    [1, 3, 5, 7]
+        .into_iter()
+        .for_each(|page| release(&pool, &mut holding, pages(page, page + 1)).unwrap());
     assert!(matches!(release(&pool, &mut holding, pages(9, 10)), Err(Error::Busy(_))));
     assert_kept(&holding, pages(8, 10));
     assert_settled(&pool, &holding);
@@ -179,7 +184,9 @@ fn a_piece_gives_back_few_soft_holes() {
     let pool = pool();
     let mut holding = file(&pool, 4);
     for folio in 0..3 {
-        (0..150).for_each(|n| holding.sealed.quarantine(Subpage(folio * 512 + 2 * n).range(), 1).unwrap());
+        (0..150).for_each(|n| {
+            holding.sealed.quarantine(Subpage(folio * 512 + 2 * n).range(), 1).unwrap()
+        });
     }
     let mut change = holding.begin_release(&pool, pages(0, 4)).unwrap();
     let mut given = Vec::new();
@@ -425,8 +432,12 @@ fn page(number: u64) -> Run {
 
 #[test]
 fn the_check_names_each_broken_account() {
-    let account = |change: fn(&mut crate::pool::Account)| found_after(|pool, _| change(&mut pool.account()));
-    assert!(account(|account| account.total += 1).contains("P1: files have 3 pages, and the account says 4"));
+    let account =
+        |change: fn(&mut crate::pool::Account)| found_after(|pool, _| change(&mut pool.account()));
+    assert!(
+        account(|account| account.total += 1)
+            .contains("P1: files have 3 pages, and the account says 4")
+    );
     let handed_back = account(|account| account.free += 1 + PIECE_PAGES); // more than the float
     assert!(handed_back.contains("pages are free, and the reserves have"), "{handed_back}");
     let leaked = account(|account| {
@@ -457,7 +468,8 @@ fn the_check_names_each_page_that_is_not_as_noted() {
 fn the_check_names_memory_that_moved_without_its_page() {
     let moved = found_after(|pool, holding| {
         let size = holding.sealed.size();
-        pool.move_piece_out(&mut holding.sealed, Range::at(2 * FOLIO_SIZE, FOLIO_SIZE), size).unwrap();
+        pool.move_piece_out(&mut holding.sealed, Range::at(2 * FOLIO_SIZE, FOLIO_SIZE), size)
+            .unwrap();
     });
     assert!(moved.contains("folio 2 is released and has memory"), "{moved}");
 }

@@ -60,7 +60,9 @@ fn suffer(path: &Path) -> Lost {
     assert_eq!(injector.ask(&format!("advise {BAD} {SUBPAGE} {}", libc::MADV_HWPOISON)), "ok");
     Lost {
         to_mmap: count_lost(|offset| victim.load(offset).is_none()),
-        to_read: count_lost(|offset| file.read_exact_at(&mut [0; SUBPAGE as usize], offset).is_err()),
+        to_read: count_lost(|offset| {
+            file.read_exact_at(&mut [0; SUBPAGE as usize], offset).is_err()
+        }),
     }
 }
 

@@ -3,8 +3,8 @@
 use super::cases;
 use super::hw::{INJECT, inject, listed};
 use crate::support::{
-    COLLAPSE, FOLIO, MAP, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, Toucher, get, kill_worker,
-    limits, poison, set,
+    COLLAPSE, FOLIO, MAP, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, Toucher, get,
+    kill_worker, limits, poison, set,
 };
 use hugetlb2fs::sys::sigbus::{Mapping, Sharing};
 use hugetlb2fs::units::Range;
@@ -80,7 +80,9 @@ fn an_error_in_free_memory_is_replaced_and_never_handed_out() {
     for offset in [0, BAD, 4 * FOLIO - SUBPAGE] {
         strike(&reserve, offset);
     }
-    wait_until("the patrol replaces them", || pool.log().contains("free subpages of the pool replaced"));
+    wait_until("the patrol replaces them", || {
+        pool.log().contains("free subpages of the pool replaced")
+    });
     pool.check();
     let path = pool.join("file");
     fs::write(&path, vec![7; 4 * FOLIO as usize]).unwrap();
@@ -251,7 +253,10 @@ fn a_resize_keeps_or_discards_errors_with_their_place() {
             rounds += 1;
         }
     });
-    assert_eq!(listed(&path).iter().filter(|line| line.ends_with("hw")).count(), listed(&path).len());
+    assert_eq!(
+        listed(&path).iter().filter(|line| line.ends_with("hw")).count(),
+        listed(&path).len()
+    );
     let mut toucher = Toucher::mapping(&path, 12 * FOLIO);
     let lost = toucher.walk();
     assert_eq!(lost.len(), 12, "those of the first folio, which was never given back");
@@ -293,8 +298,12 @@ fn errors_that_arrive_during_a_repair_are_repaired_later() {
     let bytes = fs::read(&path).unwrap();
     for (at, subpage) in (0..).step_by(SUBPAGE as usize).zip(bytes.chunks(SUBPAGE as usize)) {
         let hit = (0..ERRORS).find(|n| place(*n) == at).map(|n| struck[n as usize]);
-        let (zeros, sevens) = (subpage.iter().all(|byte| *byte == 0), subpage.iter().all(|byte| *byte == 7));
-        assert!(if hit == Some(true) { zeros } else { sevens || hit.is_some() && zeros }, "{at:#x}: {hit:?}");
+        let (zeros, sevens) =
+            (subpage.iter().all(|byte| *byte == 0), subpage.iter().all(|byte| *byte == 7));
+        assert!(
+            if hit == Some(true) { zeros } else { sevens || hit.is_some() && zeros },
+            "{at:#x}: {hit:?}"
+        );
     }
     assert_eq!(pool.counter("worker_pid"), worker, "{}", pool.log());
     pool.check();
@@ -327,7 +336,13 @@ fn every_request_survives_memory_errors_under_it() {
         ("map", |path, _| tried(get(path, crate::support::MAP))),
         ("copy", |path, file| {
             let to = File::create(path.with_file_name("copy")).unwrap();
-            tried(rustix::fs::copy_file_range(file, Some(&mut 0), &to, Some(&mut 0), SIZE as usize));
+            tried(rustix::fs::copy_file_range(
+                file,
+                Some(&mut 0),
+                &to,
+                Some(&mut 0),
+                SIZE as usize,
+            ));
         }),
         ("seek", |_, file| tried(rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(0)))),
         ("unlink", |path, _| fs::remove_file(path).unwrap()),

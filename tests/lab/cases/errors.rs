@@ -48,10 +48,12 @@ struct Sufferer {
 
 impl Sufferer {
     fn new() -> Self {
-        let options = tmpfs::Options { blocks: Some(SIZE / SUBPAGE), huge: true, ..Default::default() };
+        let options =
+            tmpfs::Options { blocks: Some(SIZE / SUBPAGE), huge: true, ..Default::default() };
         let mount = tmpfs::create(&options).unwrap();
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL;
-        let file: File = rustix::fs::openat(&mount, "data", flags, Mode::RUSR | Mode::WUSR).unwrap().into();
+        let file: File =
+            rustix::fs::openat(&mount, "data", flags, Mode::RUSR | Mode::WUSR).unwrap().into();
         file.write_all_at(&vec![7; SIZE as usize], 0).unwrap();
         let mapping = Mapping::new(&file, Range::new(0, SIZE), Sharing::Shared, true).unwrap();
         assert_eq!(mapping.walk(), []);
@@ -74,7 +76,10 @@ impl Sufferer {
 
     fn assert_suffers(&self) {
         assert_eq!(self.blocks(), (0, 1024, 1024));
-        assert_eq!(self.mapping.walk(), [Hit { subpage: Subpage::containing(BAD), code: BUS_MCEERR_AR }]);
+        assert_eq!(
+            self.mapping.walk(),
+            [Hit { subpage: Subpage::containing(BAD), code: BUS_MCEERR_AR }]
+        );
         assert_eq!(self.read_bad(), Err(Errno::IO));
     }
 
@@ -161,17 +166,24 @@ fn a_real_error_costs_its_subpage_only() {
     let mut other = Toucher::mapping(&path, SIZE);
     for process in [&mut toucher, &mut other] {
         assert_eq!(process.ask("walk"), format!("hits {BAD}:{BUS_MCEERR_AR}"));
-        assert_eq!(process.ask(&format!("store {} 1", BAD + 4095)), format!("sigbus {BAD} {BUS_MCEERR_AR}"));
+        assert_eq!(
+            process.ask(&format!("store {} 1", BAD + 4095)),
+            format!("sigbus {BAD} {BUS_MCEERR_AR}")
+        );
         assert_eq!(process.huge(), 1, "the other folio stays in one piece");
         assert_eq!(process.ask(&format!("differ 0 {BAD} 7")), "count 0");
-        assert_eq!(process.ask(&format!("differ {} {} 7", BAD + SUBPAGE, SIZE - BAD - SUBPAGE)), "count 0");
+        assert_eq!(
+            process.ask(&format!("differ {} {} 7", BAD + SUBPAGE, SIZE - BAD - SUBPAGE)),
+            "count 0"
+        );
     }
     let file = File::open(&path).unwrap();
     let mut buffer = vec![0; SIZE as usize];
     assert_eq!(errno(file.read_at(&mut buffer, BAD)), Err(Errno::IO));
     file.read_exact_at(&mut buffer[..BAD as usize], 0).unwrap();
     assert_eq!(errno(file.read_at(&mut buffer, BAD - 100)), Ok(100), "up to the error");
-    file.read_exact_at(&mut buffer[BAD as usize..(SIZE - SUBPAGE) as usize], BAD + SUBPAGE).unwrap();
+    file.read_exact_at(&mut buffer[BAD as usize..(SIZE - SUBPAGE) as usize], BAD + SUBPAGE)
+        .unwrap();
     assert!(buffer[..(SIZE - SUBPAGE) as usize].iter().all(|byte| *byte == 7));
     pool.check();
     drop((toucher, other, file));
@@ -182,7 +194,11 @@ fn quarantine_and_repair_heal_a_real_error() {
     let (pool, path, mut toucher) = suffering_pool();
     poison(&path, BAD, SUBPAGE).unwrap();
     let walked = toucher.ask("walk");
-    assert_eq!(walked, format!("hits {BAD}:{BUS_MCEERR_AR}"), "it is the kernel's, and quarantined already");
+    assert_eq!(
+        walked,
+        format!("hits {BAD}:{BUS_MCEERR_AR}"),
+        "it is the kernel's, and quarantined already"
+    );
     pool.check();
     assert_eq!(set(&path, REPAIR, "salvage all"), Err(Errno::NODATA), "the bytes are lost");
     set(&path, REPAIR, "zero all").unwrap();
@@ -231,7 +247,10 @@ fn a_write_over_errors_returns_its_true_prefix() {
     let mut toucher = Toucher::mapping(&path, SIZE);
     assert_eq!(toucher.walk(), []);
     let poison_at = |toucher: &mut Toucher, offset: u64| {
-        assert_eq!(toucher.ask(&format!("advise {offset} {SUBPAGE} {}", libc::MADV_HWPOISON)), "ok");
+        assert_eq!(
+            toucher.ask(&format!("advise {offset} {SUBPAGE} {}", libc::MADV_HWPOISON)),
+            "ok"
+        );
     };
     poison_at(&mut toucher, known);
     assert_eq!(crate::support::get(&path, POISON).unwrap().lines().count(), 1, "it is known now");

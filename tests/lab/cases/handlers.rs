@@ -40,7 +40,10 @@ fn repairs_and_goes_on(program: &str) {
     assert_eq!(toucher.ask("walk"), format!("hits {HARD}:{BUS_MCEERR_AR} {SOFT}:{BUS_ADRERR}"));
 
     let output = run(Command::new(program).arg(&path));
-    assert_eq!(output, format!("lost 4096 bytes at offset {HARD}\nlost 4096 bytes at offset {SOFT}\n"));
+    assert_eq!(
+        output,
+        format!("lost 4096 bytes at offset {HARD}\nlost 4096 bytes at offset {SOFT}\n")
+    );
     assert_eq!(run(Command::new(program).arg(&path)), "", "nothing is left to be lost");
 
     assert_eq!(get(&path, POISON), Err(Errno::NODATA));

@@ -71,7 +71,9 @@ fn strike(toucher: &mut Toucher, offset: u64) {
 /// The poison attribute without the times.
 pub fn listed(path: &Path) -> Vec<String> {
     match get(path, POISON) {
-        Ok(text) => text.lines().map(|line| line.rsplit_once(' ').expect("columns").0.to_owned()).collect(),
+        Ok(text) => {
+            text.lines().map(|line| line.rsplit_once(' ').expect("columns").0.to_owned()).collect()
+        }
         Err(Errno::NODATA) => Vec::new(),
         Err(errno) => panic!("{errno}"),
     }
@@ -110,7 +112,10 @@ fn events(file: &File, timeout: &Timespec) -> PollFlags {
 /// The bytes that the kernel keeps out of use for good.
 fn corrupted() -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap();
-    let line = text.lines().find_map(|line| line.strip_prefix("HardwareCorrupted:")).expect("it is counted");
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("HardwareCorrupted:"))
+        .expect("it is counted");
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
 }
 
@@ -137,7 +142,11 @@ fn an_injected_error_is_listed_counted_and_logged_once() {
     assert_eq!(listed(&path), hw(&[BAD]));
     println!("from injection to record, when asked: {:?}", start.elapsed());
     assert_eq!((pool.counter("quarantined_hw"), pool.counter("quarantined_soft")), (1, 0));
-    assert!(get(&path, MAP).unwrap().contains("0x205000 0x1000 poisoned"), "{}", get(&path, MAP).unwrap());
+    assert!(
+        get(&path, MAP).unwrap().contains("0x205000 0x1000 poisoned"),
+        "{}",
+        get(&path, MAP).unwrap()
+    );
     assert_eq!(read(&file, BAD, 1), Err(Errno::IO));
     inject(&path, 0);
     assert_eq!(listed(&path), hw(&[0, BAD]));
@@ -173,7 +182,9 @@ fn injection_accepts_only_one_place_with_memory() {
     fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, SIZE, FOLIO).unwrap();
     let behind = format!("hw {}", 3 * FOLIO);
     let released = format!("hw {SIZE}");
-    for value in ["", "hw", "soft 0", "hw 0 1", "hw 0\nhw 4096", "hw -1", "hw x", &behind, &released] {
+    for value in
+        ["", "hw", "soft 0", "hw 0 1", "hw 0\nhw 4096", "hw -1", "hw x", &behind, &released]
+    {
         assert_eq!(set(&path, INJECT, value), Err(Errno::INVAL), "{value:?}");
     }
     assert_eq!(set(pool.path(), INJECT, "hw 0"), Err(Errno::OPNOTSUPP), "a directory");
@@ -183,9 +194,17 @@ fn injection_accepts_only_one_place_with_memory() {
     run(hugetlb2().arg("inject").arg(&path).arg("0x3000"));
     assert_eq!(listed(&path), hw(&[0x1000, 0x3000]));
     for offset in ["x", "0x3000", "999999999999"] {
-        assert_ne!(status_and_error(hugetlb2().arg("inject").arg(&path).arg(offset)).0, 0, "{offset}");
+        assert_ne!(
+            status_and_error(hugetlb2().arg("inject").arg(&path).arg(offset)).0,
+            0,
+            "{offset}"
+        );
     }
-    assert_ne!(status_and_error(hugetlb2().arg("inject").arg(&path).arg("0").uid(65534)).0, 0, "not root");
+    assert_ne!(
+        status_and_error(hugetlb2().arg("inject").arg(&path).arg("0").uid(65534)).0,
+        0,
+        "not root"
+    );
     assert_eq!(listed(&path), hw(&[0x1000, 0x3000]));
     pool.check();
     drop(file);
@@ -203,9 +222,15 @@ fn an_error_costs_readers_and_mappers_its_subpage_only() {
     let mut late = Toucher::mapping(&path, SIZE);
     for process in [&mut toucher, &mut late] {
         assert_eq!(process.ask("walk"), format!("hits {BAD}:{BUS_MCEERR_AR}"));
-        assert_eq!(process.ask(&format!("store {} 1", BAD + 4095)), format!("sigbus {BAD} {BUS_MCEERR_AR}"));
+        assert_eq!(
+            process.ask(&format!("store {} 1", BAD + 4095)),
+            format!("sigbus {BAD} {BUS_MCEERR_AR}")
+        );
         assert_eq!(process.ask(&format!("differ 0 {BAD} 7")), "count 0");
-        assert_eq!(process.ask(&format!("differ {} {} 7", BAD + SUBPAGE, SIZE - BAD - SUBPAGE)), "count 0");
+        assert_eq!(
+            process.ask(&format!("differ {} {} 7", BAD + SUBPAGE, SIZE - BAD - SUBPAGE)),
+            "count 0"
+        );
         assert_eq!(process.huge(), 1);
     }
     assert_eq!(read(&file, BAD - 100, SUBPAGE), Ok(vec![7; 100]), "up to it");
@@ -308,8 +333,15 @@ fn a_file_with_an_error_grows_and_shrinks() {
     let pool = pool();
     let (path, file) = sevens(&pool, SIZE);
     inject(&path, BAD);
-    for size in [SIZE + 5000, 4 * FOLIO, 3 * FOLIO - 1, SIZE - SUBPAGE, SIZE, BAD + SUBPAGE, BAD + 2 * FOLIO]
-    {
+    for size in [
+        SIZE + 5000,
+        4 * FOLIO,
+        3 * FOLIO - 1,
+        SIZE - SUBPAGE,
+        SIZE,
+        BAD + SUBPAGE,
+        BAD + 2 * FOLIO,
+    ] {
         file.set_len(size).unwrap();
         assert_eq!(listed(&path), hw(&[BAD]), "{size:#x}");
         pool.check();
@@ -392,7 +424,9 @@ fn errors_are_told_apart_wherever_they_are() {
         set(&path, REPAIR, "zero all").unwrap();
         assert_eq!(toucher.walk(), []);
         assert_holds(&file, *first, first + SUBPAGE, 9);
-        others.iter().for_each(|place| assert_holds(&file, *place, (place + SUBPAGE).min(last + 10), 0));
+        others
+            .iter()
+            .for_each(|place| assert_holds(&file, *place, (place + SUBPAGE).min(last + 10), 0));
         assert_eq!(std::fs::metadata(&path).unwrap().len(), last + 10);
         pool.check();
         drop((toucher, file));
@@ -414,7 +448,10 @@ fn soft_and_hardware_errors_are_repaired_in_either_order() {
             }
             assert_eq!(listed(&path), ["0x205000 0x1000 soft", "0x206000 0x1000 hw"]);
             let mut toucher = Toucher::mapping(&path, SIZE);
-            assert_eq!(toucher.ask("walk"), format!("hits {BAD}:2 {}:{BUS_MCEERR_AR}", BAD + SUBPAGE));
+            assert_eq!(
+                toucher.ask("walk"),
+                format!("hits {BAD}:2 {}:{BUS_MCEERR_AR}", BAD + SUBPAGE)
+            );
             pool.check();
             set(&path, REPAIR, format!("zero {first} 1")).unwrap();
             assert_eq!(toucher.walk(), [second]);
@@ -520,7 +557,11 @@ fn a_request_that_meets_an_unknown_error_knows_of_it() {
     strike(&mut toucher, BAD);
     assert_eq!(seek(&file, SeekFrom::Hole(0)), Ok(BAD));
     strike(&mut toucher, 0);
-    assert!(get(&path, MAP).unwrap().starts_with("0x0 0x1000 poisoned"), "{}", get(&path, MAP).unwrap());
+    assert!(
+        get(&path, MAP).unwrap().starts_with("0x0 0x1000 poisoned"),
+        "{}",
+        get(&path, MAP).unwrap()
+    );
     pool.check();
     drop((toucher, file));
     pool.unmount();

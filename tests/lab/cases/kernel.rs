@@ -39,7 +39,11 @@ fn a_machine_with_two_nodes_tells_how_far_and_how_fast_they_are() {
         text.trim().parse::<u64>().expect("a number")
     };
     for node in 0..2 {
-        println!("node {node}: {} ns, {} MB/s", of(node, "read_latency"), of(node, "read_bandwidth"));
+        println!(
+            "node {node}: {} ns, {} MB/s",
+            of(node, "read_latency"),
+            of(node, "read_bandwidth")
+        );
         assert_eq!(of(node, "read_latency"), 100, "of the processors that are nearest");
     }
 }
@@ -70,8 +74,13 @@ fn memory_holds_what_was_left_in_it() {
         fs::write(LEFT, &bytes).expect("room");
     }
     let found = fs::read(LEFT).expect("it is there");
-    let wrong = found.chunks(4096).zip(bytes.chunks(4096)).filter(|(found, left)| found != left).count();
-    assert_eq!((found.len(), wrong), (bytes.len(), 0), "bytes, and pages that are not as they were left");
+    let wrong =
+        found.chunks(4096).zip(bytes.chunks(4096)).filter(|(found, left)| found != left).count();
+    assert_eq!(
+        (found.len(), wrong),
+        (bytes.len(), 0),
+        "bytes, and pages that are not as they were left"
+    );
 }
 
 fn a_kernel_that_ends_is_noticed_with_its_last_words() {

@@ -93,7 +93,8 @@ impl World {
         // The write ends before the first error that it covers only in part. A write to the end
         // of the file covers the last subpage whole.
         let covered = |lost: &u64| start <= *lost && (lost + SUBPAGE).min(self.size()) <= end;
-        let obstacle = self.lost.range(start / SUBPAGE * SUBPAGE..end).find(|lost| !covered(lost)).copied();
+        let obstacle =
+            self.lost.range(start / SUBPAGE * SUBPAGE..end).find(|lost| !covered(lost)).copied();
         let end = obstacle.unwrap_or(end);
         if end <= start {
             assert_eq!(answer, format!("errno {}", Errno::IO.raw_os_error()));
@@ -212,7 +213,8 @@ impl World {
         let mut found = BTreeSet::new();
         for line in listed.lines() {
             let words: Vec<&str> = line.split(' ').collect();
-            let number = |word: &str| u64::from_str_radix(word.trim_start_matches("0x"), 16).unwrap();
+            let number =
+                |word: &str| u64::from_str_radix(word.trim_start_matches("0x"), 16).unwrap();
             assert_eq!(words[2], "hw");
             found.extend((0..number(words[1]) / SUBPAGE).map(|n| number(words[0]) + n * SUBPAGE));
         }

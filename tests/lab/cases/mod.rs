@@ -29,7 +29,8 @@ impl Machine {
     /// Its cases run in the initramfs: process 1 stays there.
     pub const INITRAMFS: Self = Self { memory: 640, nodes: 1, command_line: IN_THE_INITRAMFS };
     /// With a page of 1 GiB for hugetlbfs, and memory for one of ours.
-    pub const GIGANTIC: Self = Self { memory: 3072, nodes: 1, command_line: "hugepagesz=1G hugepages=1" };
+    pub const GIGANTIC: Self =
+        Self { memory: 3072, nodes: 1, command_line: "hugepagesz=1G hugepages=1" };
 }
 
 /// The kernel puts a word `name=value` of its command line that it does not know into the
@@ -39,7 +40,9 @@ const IN_THE_INITRAMFS: &str = "lab_root=initramfs";
 /// True if process 1 was told to stay in the initramfs.
 #[allow(dead_code)] // the host asks for it, the guest does it
 pub fn stays_in_the_initramfs() -> bool {
-    IN_THE_INITRAMFS.split_once('=').is_some_and(|(name, value)| std::env::var(name).as_deref() == Ok(value))
+    IN_THE_INITRAMFS
+        .split_once('=')
+        .is_some_and(|(name, value)| std::env::var(name).as_deref() == Ok(value))
 }
 
 /// A case.

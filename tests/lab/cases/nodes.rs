@@ -23,8 +23,12 @@ cases! {
 /// The number in the line `... NAME NUMBER` or `... NAME: NUMBER kB` of a file.
 fn number_in(path: &str, name: &str) -> u64 {
     let text = fs::read_to_string(path).unwrap_or_else(|error| panic!("{path}: {error}"));
-    let mut words = text.split_ascii_whitespace().skip_while(|word| word.trim_end_matches(':') != name);
-    words.nth(1).and_then(|word| word.parse().ok()).unwrap_or_else(|| panic!("{path} has no {name}"))
+    let mut words =
+        text.split_ascii_whitespace().skip_while(|word| word.trim_end_matches(':') != name);
+    words
+        .nth(1)
+        .and_then(|word| word.parse().ok())
+        .unwrap_or_else(|| panic!("{path} has no {name}"))
 }
 
 fn free_on(node: u32) -> u64 {
@@ -201,7 +205,8 @@ fn flags_of_threads(process: u64) -> Vec<(String, u64)> {
     let tasks = fs::read_dir(format!("/proc/{process}/task")).expect("it runs");
     let flags = |task: std::io::Result<fs::DirEntry>| {
         let stat = fs::read_to_string(task.unwrap().path().join("stat")).expect("it runs");
-        let (name, rest) = stat.split_once(" (").and_then(|(_, rest)| rest.rsplit_once(") ")).unwrap();
+        let (name, rest) =
+            stat.split_once(" (").and_then(|(_, rest)| rest.rsplit_once(") ")).unwrap();
         (name.to_owned(), rest.split(' ').nth(6).unwrap().parse().unwrap())
     };
     tasks.map(flags).collect()
@@ -219,7 +224,11 @@ fn no_thread_of_the_daemon_asks_for_the_oom_killer() {
     for process in ["daemon_pid", "worker_pid"] {
         let threads = flags_of_threads(pool.counter(process));
         let asks: Vec<_> = threads.iter().filter(|(_, flags)| flags & NOIO == 0).collect();
-        assert!(asks.is_empty() && !threads.is_empty(), "{process}: {asks:x?} of {}", threads.len());
+        assert!(
+            asks.is_empty() && !threads.is_empty(),
+            "{process}: {asks:x?} of {}",
+            threads.len()
+        );
     }
     pool.unmount();
 }

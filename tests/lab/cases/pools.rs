@@ -2,7 +2,9 @@
 
 use super::cases;
 use crate::support::place::Place;
-use crate::support::{COLLAPSE, FOLIO, GIB, MAP, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, poison, set};
+use crate::support::{
+    COLLAPSE, FOLIO, GIB, MAP, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, poison, set,
+};
 use std::os::unix::fs::FileExt;
 
 cases! {
