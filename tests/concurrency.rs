@@ -17,8 +17,8 @@ use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use support::{
-    CHECK, COLLAPSE, Dice, FOLIO, POISON, POOL, Pool, REPAIR, SIZE, SUBPAGE, Toucher, get, limits,
-    poison, set,
+    CHECK, COLLAPSE, Dice, FOLIO, MAP, POISON, POOL, Pool, REPAIR, SIZE, SUBPAGE, Toucher, get,
+    limits, poison, set,
 };
 
 const PAGE: u64 = FOLIO;
@@ -557,4 +557,30 @@ fn resize_at_random(pool: &Pool, count: u64) -> (u64, u64) {
         }
     }
     (grown, shrunk)
+}
+
+/// A reader of the map shares the lock of a file, so an unlink cannot count the pages of the file
+/// at once. They come back all the same, and the next file waits for them.
+#[test]
+fn pages_come_back_while_a_map_is_read() {
+    const PAGES: u64 = 3;
+    let pool = Pool::small(PAGES);
+    let path = pool.join("file");
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) {
+                let _ = get(&path, MAP); // there may be no file just now
+            }
+        });
+        let rounds = (0..300).try_for_each(|_| {
+            let file = File::create(&path)?;
+            file.set_len(PAGES * FOLIO)?;
+            drop(file);
+            std::fs::remove_file(&path)
+        });
+        is_over.store(true, Ordering::Relaxed);
+        rounds.expect("the pages of the last file");
+    });
+    pool.unmount();
 }

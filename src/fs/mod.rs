@@ -65,6 +65,10 @@ pub const OBJECTS: &str = "/objects";
 /// machine may be busy.
 const CLOSING_PATIENCE: Duration = Duration::from_millis(300);
 
+/// The time to wait for the pages of files that the kernel has given up. The memory of a large file
+/// moves at some GiB per second, and a busy machine is slower.
+const DISMANTLING_PATIENCE: Duration = Duration::from_secs(5);
+
 /// The names under which the index keeps the kernel's counts of memory errors that have been seen.
 const FAILURES: &str = "failures";
 const FAILURES_IN_POOL: &str = "failures in pool";
@@ -312,10 +316,28 @@ impl Fs {
 
     /// Counts the orphans that could not be counted at once. It waits for the locks of the files.
     pub fn count_orphans(&self) {
-        let uncounted = std::mem::take(&mut *self.uncounted());
+        let uncounted = self.uncounted().clone();
         for object in uncounted {
             let counted = object.note_orphaned(&self.pool, &Pace::steady());
             counted.expect("a steady pace waits for the lock");
+            self.uncounted().retain(|other| !Arc::ptr_eq(other, &object));
+        }
+    }
+
+    /// Runs `change`. A pool is not known to be full while orphans are uncounted, because their
+    /// pages come back: then this counts them and runs `change` once more.
+    fn counting_orphans<T>(
+        &self,
+        request: RequestContext,
+        mut change: impl FnMut() -> Result<T>,
+    ) -> Result<T> {
+        match change() {
+            Err(Error::Full) if self.has_uncounted_orphans() => {
+                Pace::of(request).refuse_if(|| Ok(true))?;
+                self.count_orphans();
+                change()
+            }
+            result => result,
         }
     }
 
@@ -585,18 +607,18 @@ impl Fs {
         }
     }
 
-    /// Runs `access`. If it meets a memory error that was not known, notes the error and runs
-    /// `access` once more: now `access` may go on around the error.
+    /// Runs `access`, a read or a change. If it meets a memory error that was not known, notes the
+    /// error and runs `access` once more: now `access` may go on around the error.
     fn heeding_hw_errors<T>(
         &self,
         object: &Object,
         request: RequestContext,
         mut access: impl FnMut() -> Result<T>,
     ) -> Result<T> {
-        match access() {
+        match self.counting_orphans(request, &mut access) {
             Err(Error::Quarantined) => {
                 self.look_for_hw_errors_in(object, &Pace::of(request))?;
-                access()
+                self.counting_orphans(request, &mut access)
             }
             result => result,
         }
@@ -612,10 +634,14 @@ impl Fs {
     /// # Errors
     /// The error of the last run of `request`.
     pub fn patiently<T>(&self, mut request: impl FnMut() -> Result<T>) -> Result<T> {
-        let deadline = Instant::now() + CLOSING_PATIENCE;
+        let started = Instant::now();
+        let deadline = started + CLOSING_PATIENCE;
         loop {
             let seen = self.closings.count();
             match self.pool.patiently(&mut request) {
+                // The kernel has given the files up. So their pages come back for certain.
+                Err(Error::Returning)
+                    if started.elapsed() < DISMANTLING_PATIENCE && !self.stranded().is_empty() => {}
                 Err(Error::OpenNatively)
                     if Instant::now() < deadline && self.closings.wait(seen, deadline) => {}
                 result => return result,

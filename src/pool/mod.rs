@@ -180,6 +180,38 @@ impl Account {
     pub fn held(&self) -> u64 {
         self.total - self.free - self.reserved
     }
+
+    fn assert_sound(&self) {
+        let owned = self.free.checked_add(self.reserved).expect("pages are counted");
+        assert!(owned <= self.total, "more pages than the pool has: {self:?}");
+        assert!(self.in_tokens <= self.reserved, "a token without pages: {self:?}");
+        assert!(self.missing == 0 || self.short > 0, "pages are missing, and no memory: {self:?}");
+    }
+}
+
+/// The account, open for a change. The pages add up when the change begins and when it ends.
+struct Books<'a>(MutexGuard<'a, Account>);
+
+impl Deref for Books<'_> {
+    type Target = Account;
+
+    fn deref(&self) -> &Account {
+        &self.0
+    }
+}
+
+impl DerefMut for Books<'_> {
+    fn deref_mut(&mut self) -> &mut Account {
+        &mut self.0
+    }
+}
+
+impl Drop for Books<'_> {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.0.assert_sound();
+        }
+    }
 }
 
 /// Pages that are promised to the token's owner. Dropping the token gives them back.
@@ -298,8 +330,10 @@ impl Pool {
         self.reserves.iter().map(row).collect()
     }
 
-    fn account(&self) -> MutexGuard<'_, Account> {
-        self.account.lock().expect("no panic while the account is open")
+    fn account(&self) -> Books<'_> {
+        let account = self.account.lock().expect("no panic while the account is open");
+        account.assert_sound();
+        Books(account)
     }
 
     /// Reserves `pages` pages: all or none.
@@ -344,7 +378,7 @@ impl Pool {
     /// Waits for free pages. True if some became free after the caller had `seen` this count of
     /// returns.
     fn wait_for_return(&self, seen: u64) -> bool {
-        let mut account = self.account();
+        let mut account = self.account.lock().expect("no panic while the account is open");
         for _ in 0..RECLAIM_NAPS {
             let silent = |account: &mut Account| account.returns == seen;
             let napped = self.freed.wait_timeout_while(account, RECLAIM_NAP, silent);

@@ -99,6 +99,18 @@ impl Sealed {
             folio.range().covers(part) && self.has_memory(folio),
             "{part} is not memory of one folio"
         );
+        assert!(!self.punched, "a gap would open the hole");
+        let before = self.lost_count();
+        let result = self.quarantine_around_errors(part, folio, time);
+        self.assert_sound();
+        debug_assert!(
+            result.is_err() || self.lost_runs_in(part).map(Range::len).sum::<u64>() == part.len()
+        );
+        debug_assert!(self.lost_count() >= before, "a quarantine repairs nothing");
+        result
+    }
+
+    fn quarantine_around_errors(&mut self, part: Range, folio: Folio, time: u64) -> Result<()> {
         match self.quarantine_readable(part, time) {
             // The memory error was not noted before. The kernel keeps that subpage out of use by
             // itself.
@@ -200,7 +212,10 @@ impl Sealed {
         }
         let errors: Vec<Subpage> =
             self.hw_errors().range(part.subpages()).map(|(subpage, _)| *subpage).collect();
-        errors.into_iter().try_for_each(|subpage| self.replace_bad(subpage, content))
+        errors.into_iter().try_for_each(|subpage| self.replace_bad(subpage, content))?;
+        self.assert_sound();
+        debug_assert!(self.lost_runs_in(part).next().is_none(), "{part} is repaired");
+        Ok(())
     }
 
     fn repair_runs(&mut self, runs: &[Range], content: Content<'_>) -> Result<()> {

@@ -432,8 +432,9 @@ fn page(number: u64) -> Run {
 
 #[test]
 fn the_check_names_each_broken_account() {
-    let account =
-        |change: fn(&mut crate::pool::Account)| found_after(|pool, _| change(&mut pool.account()));
+    let account = |change: fn(&mut crate::pool::Account)| {
+        found_after(|pool, _| change(&mut pool.account.lock().unwrap()))
+    };
     assert!(
         account(|account| account.total += 1)
             .contains("P1: files have 3 pages, and the account says 4")
