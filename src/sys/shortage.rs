@@ -15,8 +15,10 @@
 //! `out_of_memory` kills no process. The kernel lets the thread try again, unless the thread itself
 //! is being killed (mm/oom_kill.c, Linux 6.12 and 6.18). So a call on memory waits until there is
 //! some, and [`patiently`] ends the wait: the worker dies. The next worker finishes or undoes the
-//! change that was under way. A request that workers die of again and again is refused. The OOM
-//! killer of a memory *cgroup* is not held off: it ends processes of the daemon's own cgroup.
+//! change that was under way. A request that workers die of again and again is refused alone
+//! ([`crate::fuse`]). A next worker that waits as long for the same memory dies as well, before it
+//! serves; after ten such workers the supervisor refuses all requests for a while. The OOM killer
+//! of a memory *cgroup* is not held off: it ends processes of the daemon's own cgroup.
 //!
 //! For the lack of __GFP_FS the kernel does not compact memory to make 2 MiB in one piece either
 //! (mm/compaction.c, `try_to_compact_pages`). A call that asks for 2 MiB or nothing never leads to
