@@ -103,9 +103,9 @@ impl Sealed {
         let before = self.lost_count();
         let result = self.quarantine_around_errors(part, folio, time);
         self.assert_sound();
-        debug_assert!(
-            result.is_err() || self.lost_runs_in(part).map(Range::len).sum::<u64>() == part.len()
-        );
+        let meant = part.intersect(Range::new(0, self.size())).subpages_out();
+        let is_lost = |bytes: Range| self.is_lost(Subpage::containing(bytes.start));
+        debug_assert!(result.is_err() || meant.steps(SUBPAGE_SIZE).all(is_lost), "{part}");
         debug_assert!(self.lost_count() >= before, "a quarantine repairs nothing");
         result
     }
