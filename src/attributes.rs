@@ -6,6 +6,7 @@
 //! finds an attribute that was forgotten there. [`crate::quarantine`] has the grammar of ranges.
 
 use crate::units::NumaNode;
+use Attribute::{File, Root};
 use std::borrow::Cow;
 
 /// Quarantined ranges.
@@ -113,22 +114,13 @@ pub struct Row {
     pub only_for_tests: bool,
 }
 
-const fn of_file(
+const fn row(
     name: &'static str,
-    attribute: OfFile,
+    attribute: Attribute,
     get: Option<&'static str>,
     set: Option<&'static str>,
 ) -> Row {
-    Row { name, attribute: Attribute::File(attribute), get, set, only_for_tests: false }
-}
-
-const fn of_root(
-    name: &'static str,
-    attribute: OfRoot,
-    get: Option<&'static str>,
-    set: Option<&'static str>,
-) -> Row {
-    Row { name, attribute: Attribute::Root(attribute), get, set, only_for_tests: false }
+    Row { name, attribute, get, set, only_for_tests: false }
 }
 
 #[cfg(debug_assertions)]
@@ -138,32 +130,37 @@ const fn only_for_tests(
     get: &'static str,
     set: Option<&'static str>,
 ) -> Row {
-    Row { only_for_tests: true, ..of_root(name, attribute, Some(get), set) }
+    Row { only_for_tests: true, ..row(name, Root(attribute), Some(get), set) }
 }
 
 /// All attributes, in the order of the documentation.
 pub const TABLE: &[Row] = &[
-    of_file(
+    row(
         POISON,
-        OfFile::Poison,
+        File(OfFile::Poison),
         Some("quarantined ranges"),
         Some("quarantine these ranges too"),
     ),
-    of_file(REPAIR, OfFile::Repair, None, Some("repair ranges with zeros, or salvage their bytes")),
-    of_file(COLLAPSE, OfFile::Collapse, None, Some("put huge mappings back now")),
-    of_file(MAP, OfFile::Map, Some("ranges, with state and NUMA node"), None),
-    of_file(
+    row(
+        REPAIR,
+        File(OfFile::Repair),
+        None,
+        Some("repair ranges with zeros, or salvage their bytes"),
+    ),
+    row(COLLAPSE, File(OfFile::Collapse), None, Some("put huge mappings back now")),
+    row(MAP, File(OfFile::Map), Some("ranges, with state and NUMA node"), None),
+    row(
         REFUSAL,
-        OfFile::Refusal,
+        File(OfFile::Refusal),
         Some("the reason for the last refusal of this thread here"),
         None,
     ),
-    of_file(INJECT, OfFile::Inject, None, Some("a real memory error, for tests")),
-    of_root(POOL, OfRoot::Pool, Some("the counters of the pool"), None),
-    of_root(OPTIONS, OfRoot::Options, Some("the options of the mount, but for the size"), None),
-    of_root(SIZE, OfRoot::Size, Some("the size of the pool in bytes"), Some("resize the pool")),
-    of_root(CHECK, OfRoot::Check, Some("the invariants that do not hold"), None),
-    of_root(UNAVAILABLE, OfRoot::Unavailable, Some("the files that cannot be opened"), None),
+    row(INJECT, File(OfFile::Inject), None, Some("a real memory error, for tests")),
+    row(POOL, Root(OfRoot::Pool), Some("the counters of the pool"), None),
+    row(OPTIONS, Root(OfRoot::Options), Some("the options of the mount, but for the size"), None),
+    row(SIZE, Root(OfRoot::Size), Some("the size of the pool in bytes"), Some("resize the pool")),
+    row(CHECK, Root(OfRoot::Check), Some("the invariants that do not hold"), None),
+    row(UNAVAILABLE, Root(OfRoot::Unavailable), Some("the files that cannot be opened"), None),
     #[cfg(debug_assertions)]
     only_for_tests(
         DIE,

@@ -14,8 +14,8 @@ use std::process::Stdio;
 use support::cgroup::Cgroup;
 use support::place::Place;
 use support::{
-    FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, Worker, get, limits, mount_hugetlb2_in, poison,
-    set, status_and_error, text,
+    FAIL, FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, Worker, get, limits, mount_hugetlb2_in,
+    poison, set, status_and_error, text,
 };
 
 const SMALL: &str = "size=16M,pagesize=2M";
@@ -197,7 +197,6 @@ fn a_dead_worker_is_replaced_once_a_process_can_be_had() {
 /// refusal. Afterwards the worker tries for a second, and leaves the rest to the next worker.
 #[test]
 fn the_next_worker_ends_a_change_that_lacks_memory() {
-    const FAIL: &str = "trusted.hugetlb2.fail";
     const DEATHS: u32 = 2;
     let pool = Pool::small(8);
     let path = pool.join("file");

@@ -12,8 +12,8 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use support::{
-    Dice, FOLIO, GIB, MAP, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, Toucher, get,
-    limits, poison, set,
+    DIE, Dice, FOLIO, GIB, MAP, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, STEPS, SUBPAGE,
+    Toucher, get, limits, poison, set,
 };
 
 // ---- at random ---------------------------------------------------------------------------------
@@ -257,8 +257,6 @@ fn three_hundred_random_deaths_fail_no_call_and_lose_no_byte() {
 
 // ---- at every step -----------------------------------------------------------------------------
 
-const DIE: &str = "trusted.hugetlb2.die";
-const STEPS: &str = "trusted.hugetlb2.steps";
 /// The number of steps when this test was written. More may be added.
 const FEWEST_STEPS: usize = 58;
 /// The most deaths at one step of one situation: further ones would repeat these.

@@ -16,7 +16,9 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use support::documents::{blocks, document, quoted, rows, section};
-use support::{FOLIO, Held, Pool, SUBPAGE, get, hugetlb2, kill_worker, limits, poison, run, set};
+use support::{
+    FOLIO, Held, INJECT, Pool, SUBPAGE, get, hugetlb2, kill_worker, limits, poison, run, set,
+};
 
 const FORMAT: &str = "docs/FORMAT.md";
 const WITNESSED: &str = "exchange: what it found is noted";
@@ -208,7 +210,7 @@ fn each_name_that_outlives_a_process_is_documented() {
     file(&pool, "quarantined", 1);
     poison(pool.join("quarantined"), 0, SUBPAGE).unwrap();
     if memory_failures().is_some() {
-        set(pool.join("quarantined"), "trusted.hugetlb2.inject", format!("hw {SUBPAGE}")).unwrap();
+        set(pool.join("quarantined"), INJECT, format!("hw {SUBPAGE}")).unwrap();
         get(pool.join("quarantined"), support::POISON).unwrap();
     }
     punch(&file(&pool, "punched", 3), 1);

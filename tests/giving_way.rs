@@ -16,7 +16,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
-use support::{FOLIO, Held, Pool, get, hugetlb2, limits, set};
+use support::{FOLIO, Held, POISON, Pool, REPAIR, get, hugetlb2, limits, set};
 
 /// The file's own lock is held, and its pages are reserved.
 const ANNOUNCED: &str = "allocate: the size to come back to is noted";
@@ -141,9 +141,9 @@ fn a_quarantine_whose_caller_is_killed_ends_early() {
     let path = pool.join("file");
     File::create(&path).unwrap().set_len(8 * FOLIO).unwrap();
     kill_at(&pool, QUARANTINED, hugetlb2().arg("poison").arg(&path).args(["0", "16777216"]));
-    let quarantined = get(&path, "user.hugetlb2.poison").unwrap();
+    let quarantined = get(&path, POISON).unwrap();
     assert!(quarantined.starts_with("0x0 0x200000 soft "), "{quarantined}");
-    set(&path, "user.hugetlb2.repair", "zero all").unwrap();
+    set(&path, REPAIR, "zero all").unwrap();
     pool.check();
     pool.unmount();
 }

@@ -7,8 +7,8 @@ use std::fs::{self, File};
 use std::process::Stdio;
 use support::cgroup::Cgroup;
 use support::{
-    FOLIO, Pool, REPAIR, Toucher, kill_worker, limits, mount_hugetlb2, mount_hugetlb2_in, poison,
-    set, status_and_error, text,
+    DIE, FOLIO, Pool, REPAIR, Toucher, kill_worker, limits, mount_hugetlb2, mount_hugetlb2_in,
+    poison, set, status_and_error, text,
 };
 
 const MIB: u64 = 1 << 20;
@@ -191,7 +191,7 @@ fn what_a_death_has_cost_the_float_comes_back_by_itself() {
         let path = pool.join("file");
         fs::write(&path, vec![7; 10 * FOLIO as usize]).unwrap();
         let shortage = Shortage::of(&pool);
-        set(pool.path(), "trusted.hugetlb2.die", format!("3 {step}")).unwrap();
+        set(pool.path(), DIE, format!("3 {step}")).unwrap();
         let size = if name == "growth" { 20 * FOLIO } else { 2 * FOLIO };
         File::options().write(true).open(&path).unwrap().set_len(size).unwrap();
         assert_eq!(

@@ -16,10 +16,10 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use support::{
-    COLLAPSE, FOLIO, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, get, limits, poison, set,
+    COLLAPSE, FAIL, FOLIO, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, get, limits,
+    poison, set,
 };
 
-const FAIL: &str = "trusted.hugetlb2.fail";
 const ERRORS: &[&str] = &["ENOMEM", "EMFILE", "ENOSPC"];
 const PAGES: u64 = 8;
 

@@ -11,7 +11,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 use support::{
-    FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, Worker, get, hugetlb2, kill_worker, limits,
+    DIE, FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, Worker, get, hugetlb2, kill_worker, limits,
     poison, run, set, status_and_error,
 };
 
@@ -302,7 +302,7 @@ fn a_removed_file_that_cannot_be_opened_returns_its_pages() {
 
 /// Sends a request that the worker dies of: by a panic, or by SIGKILL as from the OOM killer.
 fn ask_for_death(pool: &Pool, how: &str) -> rustix::io::Result<()> {
-    set(pool.path(), "trusted.hugetlb2.die", how)
+    set(pool.path(), DIE, how)
 }
 
 #[test]

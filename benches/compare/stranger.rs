@@ -8,6 +8,7 @@
 use super::sides::{Kind, Side};
 use super::table::Samples;
 use super::{Plan, Table, milliseconds};
+use hugetlb2fs::attributes::{self, CHECK, COLLAPSE, MAP, POISON, REPAIR};
 use rustix::fs::{
     AtFlags, FallocateFlags, Gid, Mode, OFlags, StatxFlags, Uid, XattrFlags, fallocate, fchown,
     fgetxattr, fsetxattr, ftruncate, mkdirat, openat, statx, unlinkat,
@@ -62,12 +63,12 @@ const LOADS: &[Load] = &[
         name: "quarantine and repair",
         by: By::Users,
         run: |on| {
-            on.set("user.hugetlb2.poison", &format!("0 {FILE}"));
-            on.set("user.hugetlb2.repair", "zero all");
+            on.set(POISON, &format!("0 {FILE}"));
+            on.set(REPAIR, "zero all");
         },
     },
-    Load { name: "map", by: By::Users, run: |on| get(on.file, "user.hugetlb2.map") },
-    Load { name: "collapse", by: By::Users, run: |on| on.set("user.hugetlb2.collapse", "all") },
+    Load { name: "map", by: By::Users, run: |on| get(on.file, MAP) },
+    Load { name: "collapse", by: By::Users, run: |on| on.set(COLLAPSE, "all") },
     Load {
         name: "punch",
         by: By::UsersOfBoth,
@@ -85,8 +86,8 @@ const LOADS: &[Load] = &[
             ftruncate(on.file, FILE).expect("ftruncate");
         },
     },
-    Load { name: "check", by: By::Root, run: |on| get(on.root, "trusted.hugetlb2.check") },
-    Load { name: "status", by: By::Root, run: |on| get(on.root, "user.hugetlb2.pool") },
+    Load { name: "check", by: By::Root, run: |on| get(on.root, CHECK) },
+    Load { name: "status", by: By::Root, run: |on| get(on.root, attributes::POOL) },
 ];
 
 /// The name of a call of the stranger, and the call in a directory.

@@ -25,7 +25,7 @@ pub const FOLIO: u64 = 2 << 20;
 pub const GIB: u64 = 1 << 30;
 
 pub use hugetlb2fs::attributes::{
-    CHECK, COLLAPSE, DIE, FAIL, INJECT, MAP, POISON, POOL, REPAIR, SIZE, STEPS,
+    CHECK, COLLAPSE, DIE, FAIL, INJECT, MAP, POISON, POOL, REPAIR, SIZE, STEPS, STOPPED,
 };
 
 /// The program under test. It acts by the name under which it is called (argv[0]).
@@ -522,7 +522,7 @@ impl<'a> Held<'a> {
     /// Waits until a thread has stopped there.
     pub fn await_stop(&self) {
         limits::until(limits::ANSWER, "a thread that stops at a step", || {
-            get(self.0.path(), "trusted.hugetlb2.stopped").expect("a debug build") != "0"
+            get(self.0.path(), STOPPED).expect("a debug build") != "0"
         });
     }
 }

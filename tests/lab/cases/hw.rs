@@ -38,7 +38,8 @@ cases! {
         a_write_past_the_end_repairs_known_and_unknown_errors;
 }
 
-pub const INJECT: &str = "trusted.hugetlb2.inject";
+pub use crate::support::INJECT;
+
 /// The place of the error, in the second of two folios.
 const BAD: u64 = FOLIO + 5 * SUBPAGE;
 const SIZE: u64 = 2 * FOLIO;

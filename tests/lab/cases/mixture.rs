@@ -2,7 +2,7 @@
 //! says.
 
 use super::cases;
-use crate::support::{Dice, FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, set};
+use crate::support::{Dice, FOLIO, INJECT, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, set};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 use std::collections::BTreeSet;
@@ -147,7 +147,7 @@ impl World {
         }
         if self.random.below(2) == 0 {
             self.note(format!("inject {at}"));
-            set(&self.path, "trusted.hugetlb2.inject", format!("hw {at}")).unwrap();
+            set(&self.path, INJECT, format!("hw {at}")).unwrap();
         } else {
             let which = self.map();
             self.note(format!("process {which}: strike {at}"));
