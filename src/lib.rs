@@ -108,6 +108,7 @@
 //! | [`options`] | the one table of mount options | [`options::TABLE`] |
 //! | [`attributes`] | the one table of extended attributes; counters | [`attributes::TABLE`] |
 //! | [`sys`] | system calls, and the project's `unsafe` | [`sys::tmpfs`] |
+//! | [`placement`] | the NUMA nodes that a file's pages come from; pure | [`placement::choose`] |
 //! | [`logging`] | a log that never makes a call wait | [`logging::start`] |
 //! | [`sealed`] | a sealed file: S1, Q1, quarantine, repair, the ledger | [`sealed::Sealed`] |
 //! | [`pool`] | pages, moves of memory, a file's pages: P1 | [`pool::Holding`] |
@@ -233,6 +234,8 @@ pub mod options;
 pub mod attributes;
 
 pub mod sys;
+
+pub mod placement;
 
 pub mod logging;
 

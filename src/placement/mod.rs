@@ -1,0 +1,53 @@
+//! The NUMA nodes from which a file's pages come; pure.
+//!
+//! A [`Resolved`] placement says which nodes the pages of one growth want. [`choose`] gives each
+//! page a node that has a free one.
+
+mod choice;
+
+pub use choice::{Full, choose};
+
+use crate::units::{NumaNode, Page};
+
+/// The nodes that a page wants.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Order {
+    /// The allowed node with the most free pages.
+    #[default]
+    Even,
+    /// The first of these nodes that has a free page.
+    Prefer(Vec<NumaNode>),
+    /// Nodes take turns by the index of the page in the file, each for as many pages as its weight.
+    /// So a file that grows in pieces has the same layout as one that grows at once. There is at
+    /// least one node, and no weight is 0.
+    Interleave(Vec<(NumaNode, u32)>),
+}
+
+/// A placement for one growth of one file: the input of [`choose`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Resolved {
+    /// The nodes that are asked for.
+    pub order: Order,
+    /// The nodes that give where those of the order are full, in this order. Other nodes follow.
+    pub next: Vec<NumaNode>,
+    /// No other nodes than those of the order.
+    pub strict: bool,
+    /// The nodes that the caller's cpuset allows; all where there is none. Other nodes give last.
+    pub allowed: Option<Vec<NumaNode>>,
+}
+
+impl Resolved {
+    /// True if the caller may use `node`.
+    pub fn allows(&self, node: NumaNode) -> bool {
+        self.allowed.as_ref().is_none_or(|allowed| allowed.contains(&node))
+    }
+
+    /// True if `page` is as asked for on `node`.
+    pub fn wishes(&self, page: Page, node: NumaNode) -> bool {
+        match &self.order {
+            Order::Even => self.allows(node),
+            Order::Prefer(nodes) => nodes.contains(&node),
+            Order::Interleave(turns) => choice::turn_of(page.0, turns).0 == node,
+        }
+    }
+}
