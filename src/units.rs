@@ -252,9 +252,29 @@ impl fmt::Display for InodeId {
 pub struct NumaNode(pub u32);
 
 impl NumaNode {
+    /// The last number that a kernel can have (CONFIG_NODES_SHIFT is 10 at most).
+    pub const LAST: Self = Self(1023);
+
     /// Parses the text that [`fmt::Display`] writes.
     pub fn parse(text: &str) -> Option<Self> {
-        text.parse().ok().map(Self)
+        let is_number = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+        is_number.then(|| text.parse().ok().map(Self))?
+    }
+
+    /// Parses the kernel's list format, `0-2,5`. `None` for an empty list, and for one that does
+    /// not ascend or goes beyond [`NumaNode::LAST`].
+    pub fn parse_list(text: &str) -> Option<Vec<Self>> {
+        let mut nodes = Vec::new();
+        for part in text.split(',') {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            let (first, last) = (Self::parse(first)?, Self::parse(last)?);
+            let ascends = nodes.last().is_none_or(|before| *before < first) && first <= last;
+            if !ascends || last > Self::LAST {
+                return None;
+            }
+            nodes.extend((first.0..=last.0).map(Self));
+        }
+        Some(nodes)
     }
 
     /// The numbers of nodes, in the kernel's list format (`0,2`).
@@ -313,6 +333,15 @@ mod tests {
         assert_eq!(id.parts(), (0xdead_beef, 42));
         assert_eq!(InodeId::parse(&id.to_string()), Some(id));
         assert_eq!(InodeId::parse("+eadbeef0000002a"), None);
+    }
+
+    #[test]
+    fn node_lists_are_read_as_the_kernel_writes_them() {
+        assert_eq!(NumaNode::parse_list("0"), Some(vec![NumaNode(0)]));
+        assert_eq!(NumaNode::parse_list("0-2,5"), Some([0, 1, 2, 5].map(NumaNode).to_vec()));
+        for text in ["", ",", "0,", "x", "+1", "2-1", "1,1", "0-2,1", "0-1024", "0-4294967295"] {
+            assert_eq!(NumaNode::parse_list(text), None, "{text:?}");
+        }
     }
 
     #[test]

@@ -1,11 +1,23 @@
-//! The NUMA nodes from which a file's pages come; pure.
+//! The NUMA nodes from which a file's pages come: the words of a placement, and the choice of a
+//! node for each page; pure.
 //!
-//! A [`Resolved`] placement says which nodes the pages of one growth want. [`choose`] gives each
-//! page a node that has a free one.
+//! ```text
+//!   "bind:0-1" --parse()--> Placement --resolve()--> Resolved --choose()--> a node for each page
+//!                                        ^ the calling thread, the machine    ^ free pages
+//! ```
+//!
+//! `words` has the grammar, `caller` reads the policy of a thread, `resolve` turns words into an
+//! order of nodes, `choice` chooses.
 
+mod caller;
 mod choice;
+mod resolve;
+mod words;
 
+pub use caller::{Caller, POLICY_BYTES, parse_allowed, parse_policy, parse_processor};
 pub use choice::{Full, choose};
+pub use resolve::Machine;
+pub use words::{Nodes, Placement, Quality, Weights, Wish};
 
 use crate::units::{NumaNode, Page};
 

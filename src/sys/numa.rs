@@ -22,7 +22,7 @@ fn all_memory_nodes() -> Result<Vec<NumaNode>, Error> {
     let Ok(text) = std::fs::read_to_string("/sys/devices/system/node/has_memory") else {
         return Ok(vec![NumaNode(0)]); // a kernel without CONFIG_NUMA
     };
-    parse_node_list(text.trim()).ok_or_else(|| Error::Corrupt(format!("node list {text:?}")))
+    NumaNode::parse_list(text.trim()).ok_or_else(|| Error::Corrupt(format!("node list {text:?}")))
 }
 
 /// The nodes that this process's cpuset allows, and the bytes that they can give. `None` where the
@@ -44,7 +44,7 @@ pub fn available_in_cpuset() -> Result<Option<(Vec<NumaNode>, u64)>, Error> {
 /// CONFIG_CPUSETS). `None` where no node is left, or where the list does not parse.
 fn allowed_of(nodes: &[NumaNode], allowed: Option<&str>) -> Option<Vec<NumaNode>> {
     let Some(allowed) = allowed else { return Some(nodes.to_vec()) };
-    let allowed = parse_node_list(allowed.trim())?;
+    let allowed = NumaNode::parse_list(allowed.trim())?;
     let nodes: Vec<_> = nodes.iter().copied().filter(|node| allowed.contains(node)).collect();
     (!nodes.is_empty()).then_some(nodes)
 }
@@ -75,27 +75,9 @@ fn available_on(meminfo: &str) -> Option<u64> {
     Some((kib("MemFree:")? + cache / 2) << 10)
 }
 
-/// Parses the kernel's list format, `0-2,5`.
-fn parse_node_list(text: &str) -> Option<Vec<NumaNode>> {
-    let mut nodes = Vec::new();
-    for part in text.split(',') {
-        let (first, last) = part.split_once('-').unwrap_or((part, part));
-        let (first, last): (u32, u32) = (first.parse().ok()?, last.parse().ok()?);
-        nodes.extend((first..=last).map(NumaNode));
-    }
-    (!nodes.is_empty()).then_some(nodes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::NumaNode;
-
-    #[test]
-    fn node_lists_are_read_as_the_kernel_writes_them() {
-        assert_eq!(super::parse_node_list("0"), Some(vec![NumaNode(0)]));
-        assert_eq!(super::parse_node_list("0-2,5"), Some([0, 1, 2, 5].map(NumaNode).to_vec()));
-        assert_eq!(super::parse_node_list(""), None);
-    }
 
     #[test]
     fn nodes_outside_of_the_cpuset_are_left_alone() {
