@@ -1,7 +1,6 @@
 //! The contents of files, and the memory that they take.
 
-mod support;
-
+use crate::support::{FOLIO, GIB, Pool, SUBPAGE, Toucher};
 use hugetlb2fs::sys::sigbus::{Mapping, Sharing};
 use hugetlb2fs::units::Range;
 use rustix::fs::{FallocateFlags, FlockOperation, OFlags, SeekFrom};
@@ -11,7 +10,6 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use support::{FOLIO, GIB, Pool, SUBPAGE, Toucher};
 
 const PUNCH: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
 const ZERO_KEEP: FallocateFlags = FallocateFlags::ZERO_RANGE.union(FallocateFlags::KEEP_SIZE);

@@ -1,8 +1,9 @@
 //! Descriptors by which the kernel itself reads a file's memory (`io=native`). No program ever
 //! reads zeros from a hole by such a descriptor.
 
-mod support;
-
+use crate::support::{
+    FOLIO, GIB, POISON, Pool, REPAIR, SUBPAGE, Toucher, Worker, get, kill_worker, poison, set,
+};
 use rustix::io::Errno;
 use rustix::process::Signal;
 use std::fs::{self, File};
@@ -10,9 +11,6 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use support::{
-    FOLIO, GIB, POISON, Pool, REPAIR, SUBPAGE, Toucher, Worker, get, kill_worker, poison, set,
-};
 
 /// The subpage that the tests quarantine and repair.
 const PLACE: u64 = FOLIO + 3 * SUBPAGE;

@@ -1,8 +1,7 @@
 //! The numbers by which the kernel knows the memory of files (FUSE passthrough). Each file has one
 //! number. The worker closes it once and loses none.
 
-mod support;
-
+use crate::support::{DIE, FOLIO, Pool, SUBPAGE, get, kill_worker, limits, set};
 use fuser::BackingId;
 use hugetlb2fs::sys;
 use hugetlb2fs::sys::process::descriptor_of;
@@ -16,7 +15,6 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
-use support::{DIE, FOLIO, Pool, SUBPAGE, get, kill_worker, limits, set};
 
 const THREADS: u64 = 8;
 

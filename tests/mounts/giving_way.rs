@@ -4,8 +4,7 @@
 //! the test wants. The daemon answers other requests before the test lets the long one go on. If it
 //! does not, the limit of the mount ends the test.
 
-mod support;
-
+use crate::support::{FOLIO, Held, POISON, Pool, REPAIR, get, hugetlb2, limits, set};
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use rustix::process::Pid;
 use rustix::thread::sched_getaffinity;
@@ -16,7 +15,6 @@ use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
-use support::{FOLIO, Held, POISON, Pool, REPAIR, get, hugetlb2, limits, set};
 
 /// The file's own lock is held, and its pages are reserved.
 const ANNOUNCED: &str = "allocate: the size to come back to is noted";

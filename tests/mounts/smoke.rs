@@ -1,8 +1,6 @@
 //! The shortest test of all parts together.
 
-mod support;
-
-use support::{FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, poison, set};
+use crate::support::{FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, poison, set};
 
 #[test]
 fn a_subpage_goes_bad_and_everything_else_stays() {

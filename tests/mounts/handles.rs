@@ -1,7 +1,6 @@
 //! File handles (name_to_handle_at(2), open_by_handle_at(2)) of files on a mount.
 
-mod support;
-
+use crate::support::{Pool, kill_worker};
 use hugetlb2fs::error::{Error, Result};
 use hugetlb2fs::sys::handle::Handle;
 use rustix::fs::{CWD, Mode, OFlags, open, symlinkat};
@@ -12,7 +11,6 @@ use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use support::{Pool, kill_worker};
 
 fn handle_of(path: &Path) -> Handle {
     let path = CString::new(path.as_os_str().as_bytes()).unwrap();

@@ -1,7 +1,11 @@
 //! The daemon's log. Calls do not wait for it, users cannot fill it, and the daemon finds it again.
 
-mod support;
-
+use crate::support;
+use crate::support::place::Namespace;
+use crate::support::{
+    Daemon, POISON, Pool, await_text, counters, get, hugetlb2, kill_worker, limits, mount_hugetlb2,
+    poison, run, set, status_and_error,
+};
 use rustix::fs::{CWD, FileType, Gid, Mode, Uid, chownat, fsetxattr, mknodat};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
@@ -13,11 +17,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::mpsc;
 use std::time::Duration;
-use support::place::Namespace;
-use support::{
-    Daemon, POISON, Pool, await_text, counters, get, hugetlb2, kill_worker, limits, mount_hugetlb2,
-    poison, run, set, status_and_error,
-};
 
 const SMALL: &str = "size=16M,pagesize=2M,mode=1777";
 const NOBODY: u32 = 65534;

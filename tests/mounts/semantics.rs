@@ -1,15 +1,13 @@
 //! Rules that the test suites of others (xfstests, LTP) ask for, and that this filesystem meets in
 //! its own way. Each rule that is a limit stands in docs/SEMANTICS.md.
 
-mod support;
-
+use crate::support::{FOLIO, Pool, SUBPAGE, Toucher, limits};
 use rustix::fs::{FallocateFlags, IFlags, Mode, OFlags, SeekFrom, ioctl_setflags};
 use rustix::io::Errno;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::sync::Barrier;
-use support::{FOLIO, Pool, SUBPAGE, Toucher, limits};
 
 fn open(pool: &Pool, name: &str, flags: OFlags) -> File {
     let mut how = OpenOptions::new();

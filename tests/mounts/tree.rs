@@ -1,7 +1,7 @@
 //! The directory tree: the promises of POSIX for names, owners, modes, times, links and attributes.
 
-mod support;
-
+use crate::support;
+use crate::support::{FOLIO, Pool, get, run, set};
 use rustix::fs::{
     AtFlags, CWD, Dev, FileType, Gid, Mode, OFlags, RawDir, RenameFlags, SeekFrom, Stat, StatFs,
     Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid, XattrFlags, makedev, mkdirat, mknodat,
@@ -23,7 +23,6 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
-use support::{FOLIO, Pool, get, run, set};
 
 const NOBODY: u32 = 65534;
 const SOMEBODY: u32 = 60001;

@@ -1,8 +1,12 @@
 //! A daemon on a machine that refuses what the daemon needs: system calls (seccomp(2)), threads and
 //! processes (pids.max of cgroups(7)).
 
-mod support;
-
+use crate::support::cgroup::Cgroup;
+use crate::support::place::Place;
+use crate::support::{
+    FAIL, FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, Worker, get, limits, mount_hugetlb2_in,
+    poison, set, status_and_error, text,
+};
 use hugetlb2fs::sys::seccomp::NEEDED;
 use rustix::io::Errno;
 use seccompiler::{
@@ -11,12 +15,6 @@ use seccompiler::{
 };
 use std::fs;
 use std::process::Stdio;
-use support::cgroup::Cgroup;
-use support::place::Place;
-use support::{
-    FAIL, FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, Worker, get, limits, mount_hugetlb2_in,
-    poison, set, status_and_error, text,
-};
 
 const SMALL: &str = "size=16M,pagesize=2M";
 const SYSTEM: i32 = 2;

@@ -1,8 +1,10 @@
 //! The largest number of files: the refusals at that number, the calls that go on, and the numbers
 //! of statfs(2) before.
 
-mod support;
-
+use crate::support::{
+    FOLIO, POISON, Pool, REPAIR, SUBPAGE, get, hugetlb2, kill_worker, limits, mount_hugetlb2,
+    poison, run, set, status_and_error,
+};
 use rustix::fs::{AtFlags, CWD, linkat, statvfs, symlinkat};
 use rustix::io::Errno;
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
@@ -13,10 +15,6 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
-use support::{
-    FOLIO, POISON, Pool, REPAIR, SUBPAGE, get, hugetlb2, kill_worker, limits, mount_hugetlb2,
-    poison, run, set, status_and_error,
-};
 
 fn is_full<T>(result: io::Result<T>) -> bool {
     result.is_err_and(|error| Errno::from_io_error(&error) == Some(Errno::NOSPC))

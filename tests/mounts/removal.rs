@@ -1,7 +1,6 @@
 //! Programs that punch a file without a request to the daemon, by madvise(2) with MADV_REMOVE.
 
-mod support;
-
+use crate::support::{FOLIO, Pool, REPAIR, SUBPAGE, Worker, poison, set};
 use hugetlb2fs::sys::sigbus::{Mapping, Sharing};
 use hugetlb2fs::units::Range;
 use rustix::io::Errno;
@@ -10,7 +9,6 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-use support::{FOLIO, Pool, REPAIR, SUBPAGE, Worker, poison, set};
 
 const MADV_REMOVE: i32 = 9;
 

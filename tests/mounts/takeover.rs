@@ -1,8 +1,10 @@
 //! The worker may die at any instruction. No call fails, no byte is lost, and programs that map a
 //! file notice nothing.
 
-mod support;
-
+use crate::support::{
+    DIE, FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, Worker, get, hugetlb2, kill_worker, limits,
+    poison, run, set, status_and_error,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, XattrFlags, flock};
 use rustix::process::{Pid, Signal, kill_process};
@@ -10,10 +12,6 @@ use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
-use support::{
-    DIE, FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, Worker, get, hugetlb2, kill_worker, limits,
-    poison, run, set, status_and_error,
-};
 
 const SIZE: u64 = 2 * FOLIO;
 

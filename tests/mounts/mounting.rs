@@ -1,8 +1,12 @@
 //! The protocol of the mount helper (mount(8), "external helpers"), and a pool's life from mount to
 //! unmount.
 
-mod support;
-
+use crate::support::limits;
+use crate::support::place::{Namespace, Place};
+use crate::support::{
+    CHECK, Daemon, FOLIO, Pool, SIZE, Toucher, await_text, counters, end, get, hugetlb2,
+    mount_hugetlb2, run, set, start_until, status_and_error, text, umount_hugetlb2,
+};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::File;
@@ -11,12 +15,6 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use support::limits;
-use support::place::{Namespace, Place};
-use support::{
-    CHECK, Daemon, FOLIO, Pool, SIZE, Toucher, await_text, counters, end, get, hugetlb2,
-    mount_hugetlb2, run, set, start_until, status_and_error, text, umount_hugetlb2,
-};
 
 /// Eight pages of 2 MiB.
 const SMALL: &str = "size=16M,pagesize=2M";

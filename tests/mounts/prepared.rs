@@ -1,8 +1,9 @@
 //! Things that another user prepares, or changes meanwhile, in places where root's programs act.
 //! These programs follow none of these things.
 
-mod support;
-
+use crate::support;
+use crate::support::place::{MountInfo, Namespace, Place};
+use crate::support::{Daemon, end, run, start_until, status_and_error};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
@@ -10,8 +11,6 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
-use support::place::{MountInfo, Namespace, Place};
-use support::{Daemon, end, run, start_until, status_and_error};
 
 const SMALL: &str = "size=16M,pagesize=2M";
 

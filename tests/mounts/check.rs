@@ -1,11 +1,9 @@
 //! The check of a pool in use.
 
-mod support;
-
+use crate::support::{Dice, FOLIO, Pool};
 use rustix::fs::{FallocateFlags, fallocate};
 use std::fs::{self, File};
 use std::sync::atomic::{AtomicBool, Ordering};
-use support::{Dice, FOLIO, Pool};
 
 const LOOKS: usize = 300;
 const MOST_FOLIOS: u64 = 5;

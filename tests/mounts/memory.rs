@@ -1,15 +1,13 @@
 //! Memory is short: in the daemon's cgroup, or in the machine.
 
-mod support;
-
-use rustix::process::{Pid, Signal, kill_process};
-use std::fs::{self, File};
-use std::process::Stdio;
-use support::cgroup::Cgroup;
-use support::{
+use crate::support::cgroup::Cgroup;
+use crate::support::{
     DIE, FOLIO, Pool, REPAIR, Toucher, kill_worker, limits, mount_hugetlb2, mount_hugetlb2_in,
     poison, set, status_and_error, text,
 };
+use rustix::process::{Pid, Signal, kill_process};
+use std::fs::{self, File};
+use std::process::Stdio;
 
 const MIB: u64 = 1 << 20;
 /// mount(8): the mount failed.
