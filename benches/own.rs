@@ -8,6 +8,7 @@
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput};
 use hugetlb2fs::index::{DirEntry, Index, New};
 use hugetlb2fs::options::Options;
+use hugetlb2fs::placement::Resolved;
 use hugetlb2fs::pool::{Holding, Pool};
 use hugetlb2fs::quarantine::{Kind, coalesce, format, parse_poison};
 use hugetlb2fs::sealed::{Reach, Sealed};
@@ -135,7 +136,9 @@ fn moves(criterion: &mut Criterion) {
     for mebibytes in [2, 64] {
         let bytes = mebibytes << 20;
         let grow = |holding: &mut Holding| {
-            let growth = holding.begin_growth(&pool, Range::new(0, bytes), bytes).expect("pages");
+            let growth = holding
+                .begin_growth(&pool, Range::new(0, bytes), bytes, &Resolved::default())
+                .expect("pages");
             holding.complete(growth).expect("to grow");
         };
         let shrink = |holding: &mut Holding| {

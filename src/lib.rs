@@ -77,8 +77,8 @@
 //! - **S1** ([`sealed`]) A sealed file has no free block, with these exceptions: inside a resize;
 //!   for the microseconds of a quarantine or repair; for gaps that a touch may fill, in a file
 //!   without soft holes; and after MADV_REMOVE until the daemon has taken that memory back.
-//! - **P1** ([`pool`]) Pages of files + reserved pages + free pages = the pool's size. The same
-//!   holds in bytes of memory, with the float.
+//! - **P1** ([`pool`]) For each NUMA node's part of the pool: pages of files + promised pages +
+//!   free pages = the part's size. The same holds in bytes of memory, with the float.
 //! - **P2** ([`fs`]) Every object belongs to a regular file of the index. A file without an object
 //!   is empty.
 //! - **Q1** ([`sealed`]) A subpage is a soft hole if and only if the ledger's record of its folio
@@ -154,10 +154,12 @@
 //!   node is gone, and whose memory has yet to move back.
 //!
 //! Memory and pages:
-//! - **pool**: all pages, and the account of them. **reserve**: the free memory of one NUMA node.
-//! - **reserved**: promised. Of the pool: pages in a **token**, which nothing else can have. Of a
-//!   file: pages from its start on that are its own or released.
-//! - **float**: memory that the pool holds beyond its pages, at stake while a **piece** moves.
+//! - **pool**: all pages, and the account of them. **part**: the pages of the pool on one NUMA
+//!   node. **home**: the node whose part has a page. **reserve**: the free memory of a part.
+//! - **promised**: pages in a **token**, which no other change can have. **span**: of a file, the
+//!   pages from its start on that are its own or released.
+//! - **plan**, **transfer**: the parts of a file that get memory, each from one reserve.
+//! - **float**: memory that each part holds beyond its pages, at stake while a **piece** moves.
 //!   **short**: bytes that the pool lacks of both. **missing**: free pages that are not handed
 //!   out, as more is short than the float.
 //! - **take**, **give**: a sealed file gets memory, or loses it. **move**: one gives, another

@@ -299,7 +299,7 @@ fn a_header_reads_as_documented() {
         header.number(&bytes, name)
     };
     assert_eq!(read("version@8"), version("trusted.superblock"));
-    assert_eq!((read("reserved@16"), read("alarm@12"), read("undo@13")), (3, 0, 0));
+    assert_eq!((read("span@16"), read("alarm@12"), read("undo@13")), (3, 0, 0));
     thread::scope(|scope| {
         let held = Held::at(&pool, ANNOUNCED);
         let growing = scope.spawn(|| file.set_len(5 * FOLIO).unwrap());
@@ -308,7 +308,7 @@ fn a_header_reads_as_documented() {
         drop(held);
         limits::within(limits::ANSWER, "the end of a growth", || growing.join().unwrap());
     });
-    assert_eq!((read("reserved@16"), read("undo@13")), (5, 0));
+    assert_eq!((read("span@16"), read("undo@13")), (5, 0));
     poison(pool.join("file"), FOLIO, SUBPAGE).unwrap();
     assert_eq!(read("alarm@12"), 1);
     for ledger in ledgers(&pool) {

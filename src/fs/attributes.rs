@@ -11,7 +11,6 @@ use crate::faults;
 use crate::index::Kind;
 use crate::logging::{self, Excerpt};
 use crate::options::Size;
-use crate::pool::float_of;
 use crate::sealed::STRAYS_SHUT;
 #[cfg(debug_assertions)]
 use crate::steps::{self, Step};
@@ -200,10 +199,10 @@ impl Fs {
         line(Counter::PagesTotal, account.total);
         line(Counter::PagesFree, account.available());
         line(Counter::PagesUsed, account.held());
-        line(Counter::PagesReserved, account.reserved);
-        line(Counter::PagesOrphaned, account.orphaned);
+        line(Counter::PagesReserved, account.promised);
+        line(Counter::PagesOrphaned, self.pool.orphaned().load(Ordering::Relaxed));
         line(Counter::PagesMissing, account.missing);
-        line(Counter::FloatBytes, float_of(account.total * self.pool.page_size().bytes()));
+        line(Counter::FloatBytes, account.float);
         line(Counter::ShortBytes, account.short);
         line(Counter::HugeBytesAtMount, self.huge_at_mount());
         for (node, bytes) in self.pool.reserves() {

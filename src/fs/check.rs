@@ -49,7 +49,8 @@ impl Fs {
                 && has_all(&objects, table.values().chain(&**stranded))
             {
                 let held = locked.iter().map(|holding| holding.held());
-                return Ok(self.pool.check(held.chain([self.held_by_unavailable()]).sum()));
+                let held = held.chain([self.held_by_unavailable()]).sum();
+                return Ok(self.pool.check(&held));
             }
             drop((tables, locked));
             std::thread::yield_now();

@@ -85,10 +85,10 @@ impl Fs {
         request: RequestContext,
         mut access: impl FnMut() -> Result<T>,
     ) -> Result<T> {
-        match self.counting_orphans(request, &mut access) {
+        match access() {
             Err(Error::Quarantined) => {
                 self.look_for_hw_errors_in(object, &Pace::of(request))?;
-                self.counting_orphans(request, &mut access)
+                access()
             }
             result => result,
         }

@@ -13,7 +13,7 @@
 //! - `making`, while an object is made or served again.
 //! - `stranded` and `objects`, for one look-up, or while the daemon asks the kernel if it still
 //!   knows a node and removes the inode of that node.
-//! - `unavailable` and `uncounted`, for one look-up.
+//! - `unavailable`, for one look-up.
 //! - the lock of a file.
 //!
 //! The check shares the locks of all files for an addition, so that no page moves. Only then it
@@ -79,9 +79,6 @@ pub struct Fs {
     stranded: Mutex<Vec<Arc<Object>>>,
     /// Held while pages of stranded objects move.
     dismantling: Mutex<()>,
-    /// Objects whose nodes have lost their last name, and whose pages are not counted as orphaned
-    /// yet.
-    uncounted: Mutex<Vec<Arc<Object>>>,
     /// Files that cannot be opened ([`unavailable`]).
     unavailable: Mutex<BTreeMap<InodeId, Unavailable>>,
     /// Held while the daemon tries to open an unavailable file again.
@@ -172,7 +169,6 @@ impl Fs {
             making: [const { Mutex::new(()) }; 64],
             stranded: Mutex::default(),
             dismantling: Mutex::default(),
-            uncounted: Mutex::default(),
             unavailable: Mutex::default(),
             retrying: Mutex::default(),
             refusals: Refusals::default(),
@@ -363,7 +359,7 @@ impl Fs {
             _ => return Err(Error::invalid("only regular files have contents")),
         }
         let holding = self.places.make(node, || Holding::create(self.pool.page_size()))?;
-        let object = Arc::new(Object::new(node, holding));
+        let object = Arc::new(Object::new(node, holding, self.pool.orphaned().clone()));
         self.objects().insert(node, object.clone());
         Ok(object)
     }

@@ -8,56 +8,17 @@
 //! A growth that finds the pool full waits for the pages of orphans and of stranded objects
 //! ([`Fs::patiently`]).
 
-use super::{Fs, Object, Pace, RequestContext};
-use crate::error::{Error, Result};
+use super::{Fs, Object};
+use crate::error::Result;
 use crate::steps::{self, Step};
 use crate::units::InodeId;
 use std::sync::{Arc, MutexGuard};
 
 impl Fs {
-    /// Counts the pages of a node that has lost its last name as orphaned. If the lock of the file
-    /// is not free now, [`Fs::count_orphans`] does it later.
-    pub(super) fn note_orphan(&self, orphan: Option<InodeId>, pace: &Pace) {
-        if let Some(object) = orphan.and_then(|node| self.known_object(node))
-            && object.note_orphaned(&self.pool, pace).is_err()
-        {
-            self.uncounted().push(object);
-        }
-    }
-
-    pub(super) fn uncounted(&self) -> MutexGuard<'_, Vec<Arc<Object>>> {
-        self.uncounted.lock().expect("no panic while the list is open")
-    }
-
-    /// True if [`Fs::count_orphans`] has something to do.
-    pub fn has_uncounted_orphans(&self) -> bool {
-        !self.uncounted().is_empty()
-    }
-
-    /// Counts the orphans that could not be counted at once. It waits for the locks of the files.
-    pub fn count_orphans(&self) {
-        let uncounted = self.uncounted().clone();
-        for object in uncounted {
-            let counted = object.note_orphaned(&self.pool, &Pace::steady());
-            counted.expect("a steady pace waits for the lock");
-            self.uncounted().retain(|other| !Arc::ptr_eq(other, &object));
-        }
-    }
-
-    /// Runs `change`. A pool is not known to be full while orphans are uncounted, because their
-    /// pages come back: then this counts them and runs `change` once more.
-    pub(super) fn counting_orphans<T>(
-        &self,
-        request: RequestContext,
-        mut change: impl FnMut() -> Result<T>,
-    ) -> Result<T> {
-        match change() {
-            Err(Error::Full) if self.has_uncounted_orphans() => {
-                Pace::of(request).refuse_if(|| Ok(true))?;
-                self.count_orphans();
-                change()
-            }
-            result => result,
+    /// Counts the pages of a node that has lost its last name as orphaned.
+    pub(super) fn note_orphan(&self, orphan: Option<InodeId>) {
+        if let Some(object) = orphan.and_then(|node| self.known_object(node)) {
+            object.note_orphaned();
         }
     }
 

@@ -144,7 +144,7 @@ fn attach(node: InodeId, holding: &mut Holding) -> Result<()> {
     let path = path(node);
     calls::mkdir(&*path, Mode::from_raw_mode(0o700))?;
     steps::reached(Step::CreatePlace);
-    holding.sealed_mut().attach(text(&path)).inspect_err(|_| {
+    holding.attach(text(&path)).inspect_err(|_| {
         let _ = calls::rmdir(&*path);
     })
 }

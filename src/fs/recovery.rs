@@ -14,8 +14,7 @@
 //! The patrol dismantles stranded objects when the worker serves ([`Fs::retry_what_waits`]): the
 //! memory of a large file takes a while, and no program waits for that.
 
-use super::unavailable::Extent;
-use super::{Fs, OBJECTS, Pace, Repaired};
+use super::{Fs, OBJECTS, Repaired};
 use crate::error::{Error, Result};
 use crate::index::Index;
 use crate::options::Options;
@@ -42,12 +41,8 @@ impl Fs {
             }
         }
         fs.balance()?;
-        for node in fs.index.orphans() {
-            fs.note_orphan(Some(node), &Pace::steady());
-        }
-        let stranded = fs.stranded().clone();
-        fs.uncounted().extend(stranded);
-        fs.count_orphans();
+        fs.index.orphans().into_iter().for_each(|node| fs.note_orphan(Some(node)));
+        fs.stranded().iter().for_each(|object| object.note_orphaned());
         // The agent has died with its worker, and its list of folios with it. So all folios are
         // reported.
         for object in fs.all_objects() {
@@ -71,13 +66,11 @@ impl Fs {
     /// Completes the pool's account with the pages and bytes of all files, and then settles the
     /// files. A file that cannot be settled is set aside.
     fn balance(&self) -> Result<()> {
-        let (mut pages, mut bytes) = self.extent_of_unavailable();
+        let mut adoption = self.pool.begin_adoption();
         let objects = self.objects_and_stranded();
-        for object in &objects {
-            let has = Extent::of(&object.read_lock());
-            (pages, bytes) = (pages + has.pages, bytes + has.bytes);
-        }
-        self.pool.adopt(pages, bytes)?;
+        objects.iter().for_each(|object| object.join(&mut adoption));
+        self.charge_unavailable(&mut adoption);
+        self.pool.adopt(adoption)?;
         for object in objects {
             if let Err(error) = object.settle(&self.pool) {
                 self.set_object_aside(&object, &error);

@@ -13,7 +13,7 @@
 //!   they find before they change anything ([`crate::index::Index::witness`]). On the re-sent
 //!   request, the answer follows the note.
 
-use super::{Fs, Pace};
+use super::Fs;
 use crate::error::{Error, Result};
 use crate::index::{Attributes, New};
 use crate::steps::{self, Step};
@@ -87,8 +87,7 @@ impl Fs {
     /// # Errors
     /// ENOENT, EISDIR.
     pub fn unlink(&self, parent: InodeId, name: &OsStr, request: RequestContext) -> Result<()> {
-        removed(self.index.unlink(parent, name), request)
-            .map(|orphan| self.note_orphan(orphan, &Pace::of(request)))
+        removed(self.index.unlink(parent, name), request).map(|orphan| self.note_orphan(orphan))
     }
 
     /// rmdir(2).
@@ -125,7 +124,7 @@ impl Fs {
         if flags.contains(RenameFlags::EXCHANGE) {
             steps::reached(Step::ExchangeDone);
         }
-        removed(renamed, request).map(|orphan| self.note_orphan(orphan, &Pace::of(request)))
+        removed(renamed, request).map(|orphan| self.note_orphan(orphan))
     }
 
     fn has_exchanged(

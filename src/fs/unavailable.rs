@@ -10,10 +10,10 @@
 //!
 //! **The account.** An unavailable file still has pages and memory. The daemon can see two numbers
 //! without opening the file: the limit of blocks of its superblock, and the number of its pages if
-//! that can be read ([`Extent`]). The pool counts these pages and this memory as held, so it hands
-//! out neither. When the file can be opened, the daemon corrects the account by the true numbers.
-//! If the file has more pages than were counted, the additional ones must be free at that moment.
-//! The file stays unavailable until they are.
+//! that can be read ([`extent_at`]). The pool counts these pages and this memory as held, so it
+//! hands out neither. When the file can be opened, the daemon corrects the account by the true
+//! numbers. If the file has more pages than were counted, the additional ones must be free at that
+//! moment. The file stays unavailable until they are.
 //!
 //! **stat(2)** tells the size of the file's memory until then. The kernel does not keep that size,
 //! because a change that was under way may still be undone.
@@ -21,9 +21,9 @@
 //! **Requests** hold the lock of the list for a look-up only, and never wait for the opening of a
 //! file.
 
-use super::{Fs, OBJECTS, Object, Pace};
+use super::{Fs, OBJECTS, Object};
 use crate::error::{Error, Result};
-use crate::pool::{Held, Holding};
+use crate::pool::{Adoption, Held, Holding, PerNode};
 use crate::sealed::{self, Reach, Sealed};
 use crate::sys::calls;
 use crate::units::{FOLIO_SIZE, InodeId, Range, SUBPAGE_SIZE};
@@ -35,40 +35,26 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, MutexGuard};
 
-/// The pages and the memory of a file, as the pool counts them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Extent {
-    pub(super) pages: u64,
-    /// Bytes of memory, in whole folios.
-    pub(super) bytes: u64,
-}
-
-impl Extent {
-    /// The extent of an open file.
-    pub(super) fn of(holding: &Holding) -> Self {
-        Self { pages: holding.pages(), bytes: holding.sealed().folio_count() * FOLIO_SIZE }
-    }
-
-    /// The extent of the file at `place`, from what the daemon sees without opening it. Memory that
-    /// is moving counts as the file's.
-    fn at(place: &Path, page_size: u64) -> Result<Self> {
-        if !place.join("ledger").try_exists()? {
-            return Ok(Self { pages: 0, bytes: 0 }); // the place has no file yet
-        }
-        let limit = rustix::fs::statfs(place)?.f_blocks.saturating_sub(1); // one is the ledger's
-        let bytes = limit * SUBPAGE_SIZE / FOLIO_SIZE * FOLIO_SIZE;
-        let size = size_at(place)?;
-        let reserved = sealed::header_at(place).map_or(0, |header| header.owned_pages);
-        let behind_end = reserved.saturating_sub(size.div_ceil(page_size));
-        Ok(Self { pages: bytes.div_ceil(page_size) + behind_end, bytes })
-    }
-}
-
 /// A file that cannot be opened.
 #[derive(Clone, Debug)]
 pub(super) struct Unavailable {
-    pub(super) extent: Extent,
+    /// The pages and the memory of the file, as the pool counts them.
+    held: Held,
     why: String,
+}
+
+/// The pages and the bytes of memory (whole folios) of the file at `place`, from what the daemon
+/// sees without opening it. Memory that is moving counts as the file's.
+fn extent_at(place: &Path, page_size: u64) -> Result<(u64, u64)> {
+    if !place.join("ledger").try_exists()? {
+        return Ok((0, 0)); // the place has no file yet
+    }
+    let limit = rustix::fs::statfs(place)?.f_blocks.saturating_sub(1); // one is the ledger's
+    let bytes = limit * SUBPAGE_SIZE / FOLIO_SIZE * FOLIO_SIZE;
+    let size = size_at(place)?;
+    let owned = sealed::header_at(place).map_or(0, |header| header.owned_pages);
+    let behind_end = owned.saturating_sub(size.div_ceil(page_size));
+    Ok((bytes.div_ceil(page_size) + behind_end, bytes))
 }
 
 impl Fs {
@@ -81,18 +67,17 @@ impl Fs {
         self.unavailable().len()
     }
 
-    /// The pages and bytes that the account counts for these files.
-    pub(super) fn extent_of_unavailable(&self) -> (u64, u64) {
-        let unavailable = self.unavailable();
-        unavailable
-            .values()
-            .fold((0, 0), |sum, file| (sum.0 + file.extent.pages, sum.1 + file.extent.bytes))
+    /// Counts the files that were set aside so far in `adoption`.
+    pub(super) fn charge_unavailable(&self, adoption: &mut Adoption) {
+        for file in self.unavailable().values_mut() {
+            let Held { pages, bytes, .. } = &file.held;
+            file.held = adoption.charge(pages.total(), bytes.total());
+        }
     }
 
-    /// As [`Fs::extent_of_unavailable`], for the check.
+    /// The pages and bytes that the account counts for these files.
     pub(super) fn held_by_unavailable(&self) -> Held {
-        let (pages, bytes) = self.extent_of_unavailable();
-        Held { pages, bytes, stuck: 0 }
+        self.unavailable().values().map(|file| file.held.clone()).sum()
     }
 
     /// These files, one a line: `<path> <pages> <why>`. Spaces and unprintable characters of the
@@ -102,7 +87,7 @@ impl Fs {
         files.iter().fold(String::new(), |mut text, (node, file)| {
             let path = self.index.path_of(*node).unwrap_or_else(|_| format!("file {node}"));
             let path = path.escape_debug().to_string().replace(' ', "\\u{20}");
-            let _ = writeln!(text, "{path} {} {}", file.extent.pages, file.why);
+            let _ = writeln!(text, "{path} {} {}", file.held.pages.total(), file.why);
             text
         })
     }
@@ -120,7 +105,7 @@ impl Fs {
     /// The size in bytes and the pages of `node`, if it cannot be opened.
     pub(super) fn size_of_unavailable(&self, node: InodeId) -> Result<Option<(u64, u64)>> {
         let Some(file) = self.unavailable().get(&node).cloned() else { return Ok(None) };
-        Ok(Some((size_at(&place_of(node))?, file.extent.pages)))
+        Ok(Some((size_at(&place_of(node))?, file.held.pages.total())))
     }
 
     /// Opens the file at its place in [`OBJECTS`], as another worker has left it. None if the place
@@ -139,8 +124,9 @@ impl Fs {
             calls::rmdir(&place)?;
             return Ok(None);
         }
-        let holding = Holding::open(self.pool.page_size(), Sealed::open(Reach::Programs, mount)?)?;
-        let object = Arc::new(Object::new(node, holding));
+        let sealed = Sealed::open(Reach::Programs, mount)?;
+        let holding = Holding::open(self.pool.page_size(), sealed, &self.pool.nodes())?;
+        let object = Arc::new(Object::new(node, holding, self.pool.orphaned().clone()));
         object.recall_natives()?;
         Ok(Some(object))
     }
@@ -150,8 +136,10 @@ impl Fs {
     /// # Errors
     /// The errors of statfs(2): the account needs to know the file's memory.
     pub(super) fn set_aside(&self, node: InodeId, why: &Error) -> Result<()> {
-        let extent = Extent::at(&place_of(node), self.pool.page_size().bytes())?;
-        self.note_unavailable(node, extent, why);
+        let (pages, bytes) = extent_at(&place_of(node), self.pool.page_size().bytes())?;
+        let somewhere = |amount| PerNode::on(self.pool.nodes()[0], amount); // until the adoption
+        let (pages, bytes) = (somewhere(pages), somewhere(bytes));
+        self.note_unavailable(node, Held { pages, bytes, ..Held::default() }, why);
         Ok(())
     }
 
@@ -159,11 +147,11 @@ impl Fs {
     pub(super) fn set_object_aside(&self, object: &Object, why: &Error) {
         self.stranded().retain(|other| other.node() != object.node());
         self.objects().remove(&object.node());
-        self.note_unavailable(object.node(), Extent::of(&object.read_lock()), why);
+        self.note_unavailable(object.node(), object.read_lock().held(), why);
     }
 
-    fn note_unavailable(&self, node: InodeId, extent: Extent, why: &Error) {
-        let file = Unavailable { extent, why: why.to_string() };
+    fn note_unavailable(&self, node: InodeId, held: Held, why: &Error) {
+        let file = Unavailable { held, why: why.to_string() };
         if self.unavailable().insert(node, file).is_none() {
             log::error!(
                 "file {node} cannot be opened and answers EIO; it is tried again each second: {why}"
@@ -187,31 +175,32 @@ impl Fs {
             self.unavailable().remove(&node);
             return Ok(());
         };
-        self.correct_account(node, Extent::of(&object.read_lock()))?;
+        object.find_homes(|pages| self.pool.homes_for(pages));
+        self.correct_account(node, object.read_lock().held())?;
         let settled = object.settle(&self.pool);
-        self.count_as(node, Extent::of(&object.read_lock()));
+        self.count_as(node, object.read_lock().held());
         settled?;
         let size = object.read_lock().size();
         self.take_in(object.clone())?;
         self.report_repaired(object, Range::new(0, size));
         if self.index.is_orphan(node) {
-            self.note_orphan(Some(node), &Pace::steady());
+            self.note_orphan(Some(node));
         }
         Ok(())
     }
 
     /// Corrects the account by the true extent of a file. This can give memory to the machine, so
     /// the thread holds no lock for which requests wait.
-    fn correct_account(&self, node: InodeId, has: Extent) -> Result<()> {
-        let counted =
-            self.unavailable().get(&node).expect("only one thread takes files out").extent;
-        self.pool.correct((counted.pages, counted.bytes), (has.pages, has.bytes))?;
+    fn correct_account(&self, node: InodeId, has: Held) -> Result<()> {
+        let file = self.unavailable().get(&node).cloned();
+        let counted = file.expect("only one thread takes files out").held;
+        self.pool.correct(&counted, &has)?;
         self.count_as(node, has);
         Ok(())
     }
 
-    fn count_as(&self, node: InodeId, has: Extent) {
-        self.unavailable().entry(node).and_modify(|file| file.extent = has);
+    fn count_as(&self, node: InodeId, has: Held) {
+        self.unavailable().entry(node).and_modify(|file| file.held = has);
     }
 
     /// Serves a settled file from now on. A file without a name and a user is dismantled the next

@@ -139,14 +139,6 @@ impl Adapter {
         }
     }
 
-    /// Counts new orphans, after a request that may have removed the last name of a file.
-    pub(super) fn count_orphans(&self) {
-        if self.fs.has_uncounted_orphans() {
-            let fs = self.fs.clone();
-            self.jobs.submit(DAEMON, move || fs.count_orphans());
-        }
-    }
-
     /// Undoes a creation that the kernel is not told of.
     pub(super) fn uncreate(
         &self,

@@ -125,7 +125,6 @@ impl Filesystem for Adapter {
     fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let _turn = self.begin(request);
         reply_empty(reply, self.fs.unlink(node_id(parent), name, context(request)));
-        self.count_orphans();
     }
 
     fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
@@ -172,7 +171,6 @@ impl Filesystem for Adapter {
             ((node_id(parent), name), (node_id(newparent), newname), context(request));
         reply_empty(reply, self.fs.rename(from, to, flags, context));
         self.fs.dismiss(context);
-        self.count_orphans();
     }
 
     fn link(

@@ -1,57 +1,75 @@
 //! The pool: the memory that was taken at the mount, and the owners of its pages.
 //!
-//! ```text
-//!   free pages --reserve()--> Token --hand_over()--> pages of a Holding --release()--> free pages
-//!       ^                       | drop                                                  |
-//!       +-----------------------+                                                       |
-//!       +-------------------------------------------------------------------------------+
-//! ```
+//! Each NUMA node has a part of the pool: pages, a *reserve* with its free memory, and a float. A
+//! page belongs to one part, its *home*, for as long as it is in the pool. The following holds for
+//! each part.
 //!
-//! > **P1.** Pages of holdings + pages of tokens + free pages = the pool's size. And: memory of the
-//! > reserves + memory of the `data` of all files + short bytes = the pool's size in bytes + the
+//! > **P1.** Pages of holdings + pages of tokens + free pages = the part's size. And: memory of the
+//! > reserve + memory of the `data` of all files + short bytes = the part's size in bytes + the
 //! > float. The second sum does not count the one piece that is moving ([`moves`]).
 //!
-//! The account counts pages. It is a mutex that a thread holds for an addition only; memory
-//! (folios) moves outside of it. A [`Token`] stands for pages that are promised to its owner alone,
-//! so taking from a token cannot fail for want of space. A file owns its pages whole. But the
-//! memory behind the 2 MiB folio with the end of file stays in the reserve: no program can reach
-//! memory there, and no program may reach memory that the kernel has not cleared (see
+//! The account counts pages ([`account`]). It is a mutex that a thread holds for an addition only;
+//! memory (folios) moves outside of it. A [`Token`] stands for pages that are promised to its owner
+//! alone, so taking from a token cannot fail for want of space. A file owns its pages whole. But
+//! the memory behind the 2 MiB folio with the end of file stays in the reserve: no program can
+//! reach memory there, and no program may reach memory that the kernel has not cleared (see
 //! [`crate::sealed`]).
+//!
+//! **A growth.** The pool promises the pages and chooses their homes in one step
+//! ([`Pool::promise_pages`], [`plan`]). Then the holding moves memory, transfer by transfer
+//! ([`Holding`]), and at the end the pages become the file's.
 //!
 //! **Moves.** Memory goes from one sealed file to another in pieces: the source gives a piece, then
 //! the target takes as much. If another process takes the memory between the two, the *float* has
 //! lost it. The float belongs to no page ([`moves`]).
 //!
-//! **A death in between.** The reserves are mounted at [`RESERVES`], and the intended size of the
-//! pool is noted there. A growth notes the new size once the memory is there; a shrinking notes it
-//! before any memory goes. So the worker that opens the pool next ([`Pool::open`]) finds one of
-//! three states:
-//! - the memory that the size demands;
+//! **A death in between.** The reserves are mounted at [`RESERVES`], and the intended size of each
+//! part is noted there. A growth notes the new sizes once the memory is there; a shrinking notes
+//! them before any memory goes. So the worker that opens the pool next ([`Pool::open`]) finds one
+//! of three states:
+//! - the memory that the sizes demand;
 //! - more, which the worker gives back to the machine;
 //! - a piece less, which the worker takes from the machine when that has some.
 //!
 //! **Locks**, in this order: the pool's size, a file's own lock (the caller takes it), the piece
-//! that moves, the reserves in the order of their NUMA nodes, the account. A thread waits for pages
-//! ([`Pool::patiently`]) with no lock but the first.
+//! that moves, one reserve, the account. A thread waits for pages ([`Pool::patiently`]) with no
+//! lock but the first.
 
+mod account;
+mod adoption;
 mod holding;
+mod homes;
 mod moves;
+mod page_set;
+mod per_node;
+mod plan;
 mod recovery;
 mod shares;
+#[cfg(test)]
+mod tests;
 
+pub use account::{Account, Accounts, Held, Token};
+pub use adoption::Adoption;
 pub use holding::{Change, Holding, Progress};
-pub use moves::{PIECE, float_of};
+pub use moves::PIECE;
+pub use page_set::Run;
+pub use per_node::PerNode;
 pub use recovery::RESERVES;
 
 use crate::error::{Error, Result};
+use crate::placement::{Full, Resolved, choose};
 use crate::sealed::{Reach, Sealed};
 use crate::steps::{self, Step};
 use crate::sys::{self, refuse_more_than_available};
-use crate::units::{FOLIO_SIZE, NumaNode, PageSize, Range};
+use crate::units::{FOLIO_SIZE, NumaNode, Page, PageSize, Range};
+use account::Books;
+use moves::bytes_of;
+use page_set::{PageSet, length};
 use shares::Node;
+use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// The most memory that the pool takes from the machine, or gives back to it, in one step of a
@@ -73,10 +91,13 @@ const RECLAIM_LIMIT: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Pool {
     page_size: PageSize,
+    /// One for each NUMA node, ascending. Never empty.
     reserves: Vec<Reserve>,
-    account: Mutex<Account>,
+    accounts: Mutex<Accounts>,
     /// Signalled when the number of free pages grows.
     freed: Condvar,
+    /// Pages of unlinked files, which come back when their last users are gone.
+    orphaned: Arc<AtomicU64>,
     /// Held during a resize of the pool.
     resizing: Mutex<()>,
     /// Held during the move of a piece.
@@ -86,7 +107,7 @@ pub struct Pool {
     huge_at_mount: u64,
 }
 
-/// Free memory, taken from one NUMA node. Where that node was full, the kernel took memory of
+/// The free memory of one NUMA node's part. Where that node was full, the kernel took memory of
 /// another one: see [`moves`].
 #[derive(Debug)]
 struct Reserve {
@@ -100,6 +121,12 @@ struct Reserve {
 struct Opened<'a> {
     reserve: &'a Reserve,
     sealed: MutexGuard<'a, Sealed>,
+}
+
+impl Opened<'_> {
+    fn node(&self) -> NumaNode {
+        self.reserve.node
+    }
 }
 
 impl Deref for Opened<'_> {
@@ -122,145 +149,6 @@ impl Drop for Opened<'_> {
     }
 }
 
-/// The account: pages, and the bytes that the pool lacks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Account {
-    /// The pool's size.
-    pub total: u64,
-    /// Pages without an owner.
-    pub free: u64,
-    /// Pages that are promised.
-    pub reserved: u64,
-    /// Pages of unlinked files. Holdings have them.
-    pub orphaned: u64,
-    /// Pages of live tokens. With the pages that holdings keep reserved ([`Token::keep`]), they
-    /// make up `reserved`.
-    in_tokens: u64,
-    /// The number of times that pages have become free.
-    returns: u64,
-    /// Bytes that the pool lacks of its pages and its float.
-    pub short: u64,
-    /// Free pages that the pool does not hand out, because more is short than the float.
-    pub missing: u64,
-}
-
-/// The sum over all holdings.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Held {
-    /// Pages of the files.
-    pub pages: u64,
-    /// Bytes of memory.
-    pub bytes: u64,
-    /// Pages that stay reserved because their memory is stuck in a holding.
-    pub stuck: u64,
-}
-
-impl std::iter::Sum for Held {
-    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
-        all.fold(Self::default(), |sum, held| Self {
-            pages: sum.pages + held.pages,
-            bytes: sum.bytes + held.bytes,
-            stuck: sum.stuck + held.stuck,
-        })
-    }
-}
-
-impl Account {
-    fn give_back(&mut self, pages: u64) {
-        self.free += pages;
-        self.returns += u64::from(pages > 0);
-    }
-
-    /// Free pages that the pool can hand out.
-    pub fn available(&self) -> u64 {
-        self.free.saturating_sub(self.missing)
-    }
-
-    /// Pages that holdings have.
-    pub fn held(&self) -> u64 {
-        self.total - self.free - self.reserved
-    }
-
-    fn assert_sound(&self) {
-        let owned = self.free.checked_add(self.reserved).expect("pages are counted");
-        assert!(owned <= self.total, "more pages than the pool has: {self:?}");
-        assert!(self.in_tokens <= self.reserved, "a token without pages: {self:?}");
-        assert!(self.missing == 0 || self.short > 0, "pages are missing, and no memory: {self:?}");
-    }
-}
-
-/// The account, open for a change. The pages add up when the change begins and when it ends.
-struct Books<'a>(MutexGuard<'a, Account>);
-
-impl Deref for Books<'_> {
-    type Target = Account;
-
-    fn deref(&self) -> &Account {
-        &self.0
-    }
-}
-
-impl DerefMut for Books<'_> {
-    fn deref_mut(&mut self) -> &mut Account {
-        &mut self.0
-    }
-}
-
-impl Drop for Books<'_> {
-    fn drop(&mut self) {
-        if !std::thread::panicking() {
-            self.0.assert_sound();
-        }
-    }
-}
-
-/// Pages that are promised to the token's owner. Dropping the token gives them back.
-#[derive(Debug)]
-pub struct Token<'pool> {
-    pool: &'pool Pool,
-    pages: u64,
-}
-
-impl Token<'_> {
-    /// `pages` of the token's pages become a holding's. A negative number goes the other way.
-    fn hand_over(&mut self, pages: i64) {
-        let mut account = self.pool.account();
-        account.reserved =
-            account.reserved.checked_add_signed(-pages).expect("no more than there are");
-        account.in_tokens =
-            account.in_tokens.checked_add_signed(-pages).expect("no more than there are");
-        self.pages = self.pages.checked_add_signed(-pages).expect("no more than there are");
-    }
-
-    /// Keeps the pages reserved without a token. [`Pool::token_of_kept`] makes a token for them
-    /// again.
-    fn keep(mut self) -> u64 {
-        let pages = std::mem::take(&mut self.pages);
-        self.pool.account().in_tokens -= pages;
-        pages
-    }
-
-    /// Removes the pages from the pool.
-    fn destroy(mut self) {
-        let pages = std::mem::take(&mut self.pages);
-        let mut account = self.pool.account();
-        account.reserved -= pages;
-        account.in_tokens -= pages;
-        let left = account.total - pages;
-        account.set_total(left, self.pool.page_size.bytes());
-    }
-}
-
-impl Drop for Token<'_> {
-    fn drop(&mut self) {
-        let mut account = self.pool.account();
-        account.reserved -= self.pages;
-        account.in_tokens -= self.pages;
-        account.give_back(self.pages);
-        self.pool.freed.notify_all();
-    }
-}
-
 impl Pool {
     /// Takes `pages` pages from the machine, evenly from its NUMA nodes as far as these have room
     /// ([`shares`]). Tells `progress` the number of bytes that are taken so far.
@@ -273,42 +161,44 @@ impl Pool {
         pages: u64,
         mut progress: impl FnMut(u64) -> Result<()>,
     ) -> Result<Self> {
-        let total = pages * page_size.bytes();
-        let all = total + float_of(total);
-        refuse_more_than_available(all)?;
+        refuse_more_than_available(pages.saturating_mul(page_size.bytes()))?;
         let nodes = sys::numa::memory_nodes()?;
         let mut reserves = Vec::new();
         for node in &nodes {
             let preferred = (nodes.len() > 1).then_some(*node);
-            let sealed = Sealed::create(Reach::Private, preferred)?;
-            reserves.push(Reserve::new(*node, sealed));
+            reserves.push(Reserve::new(*node, Sealed::create(Reach::Private, preferred)?));
         }
-        let mut taken = 0;
-        for (reserve, bytes) in shares_of(&reserves, all, page_size)? {
-            reserve.grow(bytes, |step| {
+        let parts = shares_of(&reserves, &PerNode::default(), pages, page_size)?;
+        let (mut taken, total) = (0, pages * page_size.bytes());
+        refuse_more_than_available(
+            parts.iter().map(|(_, pages)| bytes_of(pages, page_size)).sum(),
+        )?;
+        let account = |node| Account::of_free_pages(parts.of(node), page_size.bytes());
+        let accounts = nodes.iter().map(|node| (*node, account(*node))).collect();
+        for reserve in &reserves {
+            reserve.grow(bytes_of(parts.of(reserve.node), page_size), |step| {
                 taken += step;
                 log::debug!("{taken} bytes taken");
                 progress(taken.min(total))
             })?;
         }
-        Ok(Self::on(
-            page_size,
-            reserves,
-            Account { total: pages, free: pages, ..Account::default() },
-        ))
+        Ok(Self::on(page_size, reserves, accounts))
     }
 
-    /// A pool with these reserves and this account. It ends with the process.
-    fn on(page_size: PageSize, reserves: Vec<Reserve>, account: Account) -> Self {
-        let (account, freed) = (Mutex::new(account), Condvar::new());
-        let (resizing, moving) = (Mutex::default(), Mutex::default());
+    /// A pool with these reserves and accounts. It ends with the process.
+    fn on(
+        page_size: PageSize,
+        reserves: Vec<Reserve>,
+        accounts: BTreeMap<NumaNode, Account>,
+    ) -> Self {
         Self {
             page_size,
             reserves,
-            account,
-            freed,
-            resizing,
-            moving,
+            accounts: Mutex::new(Accounts::new(accounts)),
+            freed: Condvar::new(),
+            orphaned: Arc::default(),
+            resizing: Mutex::default(),
+            moving: Mutex::default(),
             outlives_us: false,
             huge_at_mount: 0,
         }
@@ -319,9 +209,24 @@ impl Pool {
         self.page_size
     }
 
-    /// The state of the account.
+    /// The NUMA nodes that the pool has memory of, ascending.
+    pub fn nodes(&self) -> Vec<NumaNode> {
+        self.reserves.iter().map(|reserve| reserve.node).collect()
+    }
+
+    /// The state of the account, summed over all nodes.
     pub fn balance(&self) -> Account {
-        *self.account()
+        self.accounts().sum()
+    }
+
+    /// The state of the account of each node.
+    pub fn balances(&self) -> Accounts {
+        self.accounts().clone()
+    }
+
+    /// The number of pages of unlinked files. The owner of the files keeps it up to date.
+    pub fn orphaned(&self) -> &Arc<AtomicU64> {
+        &self.orphaned
     }
 
     /// NUMA node and bytes of each reserve, as of the end of the last move.
@@ -330,32 +235,68 @@ impl Pool {
         self.reserves.iter().map(row).collect()
     }
 
-    fn account(&self) -> Books<'_> {
-        let account = self.account.lock().expect("no panic while the account is open");
-        account.assert_sound();
-        Books(account)
+    fn reserve_of(&self, node: NumaNode) -> &Reserve {
+        let found = self.reserves.iter().find(|reserve| reserve.node == node);
+        found.expect("the pool has memory of this node")
     }
 
-    /// Reserves `pages` pages: all or none.
+    fn accounts(&self) -> Books<'_> {
+        Books::open(self.accounts.lock().expect("no panic while the account is open"))
+    }
+
+    /// Promises the pages of `wanted`, all or none, and chooses the home of each.
     ///
     /// # Errors
     /// [`Error::Full`]; or [`Error::Returning`] where the pages of unlinked files would suffice.
-    pub fn reserve(&self, pages: u64) -> Result<Token<'_>> {
-        let mut account = self.account();
-        if account.available() < pages {
-            let hopeful = account.available() + account.orphaned >= pages;
-            return Err(if hopeful { Error::Returning } else { Error::Full });
-        }
-        account.free -= pages;
-        account.reserved += pages;
-        account.in_tokens += pages;
-        Ok(Token { pool: self, pages })
+    pub fn promise_pages(
+        &self,
+        wanted: &PageSet,
+        placement: &Resolved,
+    ) -> Result<(Token<'_>, Vec<(Run, NumaNode)>)> {
+        let mut accounts = self.accounts();
+        let homes = choose(wanted.runs().cloned(), &accounts.available(), placement);
+        let homes = homes.map_err(|Full| self.full(accounts.sum(), wanted.count()))?;
+        let pages_of = |(run, node): &(Run, NumaNode)| (*node, length(run));
+        let pages: PerNode = homes.iter().map(pages_of).collect();
+        pages.iter().for_each(|(node, pages)| accounts.of_mut(node).promise(pages));
+        Ok((Token::of(self, pages), homes))
     }
 
-    /// A token for pages that [`Token::keep`] left reserved.
-    fn token_of_kept(&self, pages: u64) -> Token<'_> {
-        self.account().in_tokens += pages;
-        Token { pool: self, pages }
+    /// Promises `pages` pages that no file gets: all or none.
+    ///
+    /// # Errors
+    /// Those of [`Pool::promise_pages`].
+    fn promise(&self, pages: u64) -> Result<Token<'_>> {
+        let wanted = PageSet::from_iter([Page(0)..Page(pages)]);
+        Ok(self.promise_pages(&wanted, &Resolved::default())?.0)
+    }
+
+    /// Promises `pages` pages of one node that no file gets: all or none.
+    ///
+    /// # Errors
+    /// [`Error::Full`].
+    fn promise_on(&self, node: NumaNode, pages: u64) -> Result<Token<'_>> {
+        let mut accounts = self.accounts();
+        let account = accounts.of_mut(node);
+        if account.available() < pages {
+            return Err(Error::Full);
+        }
+        account.promise(pages);
+        Ok(Token::of(self, PerNode::on(node, pages)))
+    }
+
+    fn full(&self, account: Account, wanted: u64) -> Error {
+        let orphaned = self.orphaned.load(Ordering::Relaxed);
+        let hopeful = orphaned > 0 && account.available() + orphaned >= wanted;
+        if hopeful { Error::Returning } else { Error::Full }
+    }
+
+    /// A token for pages that [`Token::keep`] left promised.
+    fn token_of_kept(&self, pages: PerNode) -> Token<'_> {
+        let mut accounts = self.accounts();
+        pages.iter().for_each(|(node, pages)| accounts.of_mut(node).in_tokens += pages);
+        drop(accounts);
+        Token::of(self, pages)
     }
 
     /// Repeats `request` as long as its error is [`Error::Returning`] and pages do come back.
@@ -367,7 +308,7 @@ impl Pool {
     pub fn patiently<T>(&self, mut request: impl FnMut() -> Result<T>) -> Result<T> {
         let limit = Instant::now() + RECLAIM_LIMIT;
         loop {
-            let seen = self.account().returns;
+            let seen = self.accounts().returns;
             match request() {
                 Err(Error::Returning) if Instant::now() < limit && self.wait_for_return(seen) => {}
                 result => return result,
@@ -378,28 +319,27 @@ impl Pool {
     /// Waits for free pages. True if some became free after the caller had `seen` this count of
     /// returns.
     fn wait_for_return(&self, seen: u64) -> bool {
-        let mut account = self.account.lock().expect("no panic while the account is open");
+        let mut accounts = self.accounts.lock().expect("no panic while the account is open");
         for _ in 0..RECLAIM_NAPS {
-            let silent = |account: &mut Account| account.returns == seen;
-            let napped = self.freed.wait_timeout_while(account, RECLAIM_NAP, silent);
-            account = napped.expect("no panic while the account is open").0;
-            if account.returns != seen {
+            let silent = |accounts: &mut Accounts| accounts.returns == seen;
+            let napped = self.freed.wait_timeout_while(accounts, RECLAIM_NAP, silent);
+            accounts = napped.expect("no panic while the account is open").0;
+            if accounts.returns != seen {
                 return true;
             }
         }
         false
     }
 
-    /// A holding has given up `pages` pages. Their memory is back in the reserves.
-    fn release(&self, pages: u64) {
-        self.account().give_back(pages);
+    /// Wakes the threads that wait for free pages.
+    fn announce_free_pages(&self) {
         self.freed.notify_all();
     }
 
-    /// `pages` more pages belong to unlinked files. A negative number means fewer.
-    fn note_orphaned(&self, pages: i64) {
-        let mut account = self.account();
-        account.orphaned = account.orphaned.saturating_add_signed(pages);
+    /// A holding has given up `pages` pages. Their memory is back in the reserves.
+    fn release(&self, pages: &PerNode) {
+        self.accounts().give_back(pages);
+        self.announce_free_pages();
     }
 
     /// Changes the pool's size while it is in use.
@@ -409,20 +349,26 @@ impl Pool {
     /// machine can give. The size is as before.
     pub fn resize(&self, pages: u64) -> Result<()> {
         let _one_at_a_time = self.keep_size();
-        let before = self.balance().total;
-        if pages >= before {
-            return self.enlarge(pages - before);
+        let before = self.accounts().totals();
+        match pages.checked_sub(before.total()) {
+            Some(more) => self.enlarge(&before, more),
+            None => self.reduce(&before, before.total() - pages),
         }
-        let token = self.patiently(|| self.reserve(before - pages)).map_err(|_| {
+    }
+
+    fn reduce(&self, before: &PerNode, pages: u64) -> Result<()> {
+        let token = self.patiently(|| self.promise(pages)).map_err(|_| {
             Error::Busy("more pages are in use than the pool would have; remove files first")
         })?;
-        self.note_size(pages)?;
+        let after = before.clone().less(token.pages());
+        self.note_sizes(&after)?;
         steps::reached(Step::ReduceNoted);
-        let surplus = self.bytes_of(before) - self.bytes_of(pages);
-        let lacked = self.lack_less(surplus);
-        if let (cut, Err(error)) = self.cut_reserves(surplus - lacked) {
-            self.note_short(lacked + cut);
-            self.note_size(before)?;
+        let surplus = self.growth_of_parts(&after, before);
+        let lacked: PerNode =
+            surplus.iter().map(|(node, bytes)| (node, self.lack_less(node, bytes))).collect();
+        if let (given, Err(error)) = self.cut_reserves(&surplus.less(&lacked)) {
+            lacked.and(&given).iter().for_each(|(node, bytes)| self.note_short(node, bytes));
+            self.note_sizes(before)?;
             return Err(error);
         }
         steps::reached(Step::ReduceCut);
@@ -430,76 +376,76 @@ impl Pool {
         Ok(())
     }
 
-    /// Gives `bytes` of the reserves back to the machine. They are promised to no file. Returns the
-    /// number of bytes that were given.
-    fn cut_reserves(&self, bytes: u64) -> (u64, Result<()>) {
-        let mut left = bytes;
-        while left > 0 {
-            let (_, mut richest) = self.lock_richest();
-            let step = left.min(STEP).min(richest.size());
-            let size = richest.size() - step;
-            let cut =
-                if step > 0 { moves::shorten(&mut richest, size) } else { Err(Error::NoMemory) };
-            if cut.is_err() {
-                return (bytes - left, cut);
-            }
-            left -= step;
-        }
-        (bytes, Ok(()))
+    /// Bytes by which the parts of the sizes `after` are larger than those of `before`.
+    fn growth_of_parts(&self, before: &PerNode, after: &PerNode) -> PerNode {
+        let bytes = |parts: &PerNode, node| bytes_of(parts.of(node), self.page_size);
+        let more = |node| (node, bytes(after, node) - bytes(before, node));
+        self.nodes().into_iter().map(more).collect()
     }
 
-    /// Gives `bytes`, which the pool has too many, back to the machine. The next worker gives back
-    /// what remains.
-    fn give_surplus(&self, bytes: u64) {
-        if let (given, Err(error)) = self.cut_reserves(bytes) {
+    /// The reserves give `bytes`, which are promised to no file, back to the machine. Returns the
+    /// bytes that were given.
+    fn cut_reserves(&self, bytes: &PerNode) -> (PerNode, Result<()>) {
+        let mut given = PerNode::default();
+        for (node, bytes) in bytes.iter() {
+            let (cut, result) = self.reserve_of(node).cut(bytes);
+            given.add(node, cut);
+            if result.is_err() {
+                return (given, result);
+            }
+        }
+        (given, Ok(()))
+    }
+
+    /// Gives `bytes`, which the part of `node` has too many, back to the machine. The next worker
+    /// gives back what remains.
+    fn give_surplus(&self, node: NumaNode, bytes: u64) {
+        if let (given, Err(error)) = self.reserve_of(node).cut(bytes) {
             log::warn!("the pool has {} bytes too many: {error}", bytes - given);
         }
     }
 
-    /// Takes `bytes` from the machine for the reserves.
-    fn grow_reserves(&self, bytes: u64) -> Result<()> {
-        refuse_more_than_available(bytes)?;
-        let mut added = 0;
-        let grown = shares_of(&self.reserves, bytes, self.page_size)?.into_iter().try_for_each(
-            |(reserve, share)| {
-                reserve.grow(share, |step| {
-                    added += step;
-                    Ok(())
-                })
-            },
-        );
-        if grown.is_err() {
-            log::warn!(
-                "the machine has no memory for {bytes} bytes more; {added} bytes are given back"
-            );
-            self.cut_reserves(added).1?;
-        }
-        grown
-    }
-
-    fn enlarge(&self, pages: u64) -> Result<()> {
-        let (before, after) = (self.balance().total, self.balance().total + pages);
-        let more = self.bytes_of(after) - self.bytes_of(before);
-        self.grow_reserves(more)?;
+    fn enlarge(&self, before: &PerNode, pages: u64) -> Result<()> {
+        refuse_more_than_available(pages.saturating_mul(self.page_size.bytes()))?;
+        let more = shares_of(&self.reserves, before, pages, self.page_size)?;
+        let after = before.clone().and(&more);
+        let bytes = self.growth_of_parts(before, &after);
+        self.grow_reserves(&bytes)?;
         steps::reached(Step::EnlargeGrown);
-        if let Err(error) = self.note_size(after) {
-            self.cut_reserves(more).1?;
+        if let Err(error) = self.note_sizes(&after) {
+            self.cut_reserves(&bytes).1?;
             return Err(error);
         }
         steps::reached(Step::EnlargeNoted);
-        let mut account = self.account();
-        account.set_total(after, self.page_size.bytes());
-        account.give_back(pages);
-        self.freed.notify_all();
+        let mut accounts = self.accounts();
+        for (node, total) in after.iter() {
+            accounts.of_mut(node).set_total(total, self.page_size.bytes());
+        }
+        accounts.give_back(&more);
+        drop(accounts);
+        self.announce_free_pages();
         Ok(())
     }
 
-    /// True if the next move has to wait: for another move, for a reserve, or for memory that the
-    /// pool lacks.
-    pub fn move_must_wait(&self) -> bool {
-        self.moving.try_lock().is_err()
-            || self.reserves.iter().any(|reserve| reserve.sealed.try_lock().is_err())
-            || self.is_float_used_up()
+    /// The reserves take `bytes` from the machine: all or none.
+    fn grow_reserves(&self, bytes: &PerNode) -> Result<()> {
+        refuse_more_than_available(bytes.total())?;
+        let mut added = PerNode::default();
+        let grown = bytes.iter().try_for_each(|(node, bytes)| {
+            self.reserve_of(node).grow(bytes, |step| {
+                added.add(node, step);
+                Ok(())
+            })
+        });
+        if grown.is_err() {
+            log::warn!(
+                "the machine has no memory for {} bytes more; {} bytes are given back",
+                bytes.total(),
+                added.total()
+            );
+            self.cut_reserves(&added).1?;
+        }
+        grown
     }
 
     /// Looks for memory errors in the free memory and replaces each bad subpage, so that no file
@@ -567,55 +513,65 @@ impl Pool {
         Ok(wrong)
     }
 
-    /// Checks P1, and that each reserved page has a token or a holding, given the sum of all
-    /// holdings. Returns a line for each violation. The caller keeps pages from moving meanwhile,
-    /// and the size unchanged with [`Pool::keep_size`].
-    pub fn check(&self, held: Held) -> Vec<String> {
+    /// Checks P1 of each node's part, and that each promised page has a token or a holding, given
+    /// the sum of all holdings. Returns a line for each violation. The caller keeps pages from
+    /// moving meanwhile, and the size unchanged with [`Pool::keep_size`].
+    pub fn check(&self, held: &Held) -> Vec<String> {
         let _all_moved = self.moving();
-        let reserves: u64 =
-            self.reserves.iter().map(|reserve| reserve.lock().folio_count() * FOLIO_SIZE).sum();
-        let (account, bytes) = (self.balance(), reserves + held.bytes);
+        let check = |reserve: &Reserve| {
+            let node = reserve.node;
+            let wrong = self.check_part(reserve, held);
+            wrong.into_iter().map(move |what| format!("P1, node {node}: {what}"))
+        };
+        self.reserves.iter().flat_map(check).collect()
+    }
+
+    fn check_part(&self, reserve: &Reserve, held: &Held) -> Vec<String> {
+        let node = reserve.node;
+        let has = reserve.lock().folio_count() * FOLIO_SIZE;
+        let account = *self.accounts().of(node);
+        let (pages, bytes) = (held.pages.of(node), has + held.bytes.of(node));
+        let (short, meant) = (account.short, bytes_of(account.total, self.page_size));
         let mut wrong = Vec::new();
-        if account.held() != held.pages {
-            wrong.push(format!(
-                "P1: files have {} pages, and the account says {}",
-                held.pages,
-                account.held()
-            ));
-        }
-        if bytes + account.short != self.bytes_of(account.total) {
-            let (short, meant) = (account.short, self.bytes_of(account.total));
-            wrong.push(format!("P1: {bytes} bytes are there, and {short} are short, of {meant}"));
-        }
-        if reserves < account.available() * self.page_size.bytes() {
-            let free = account.available();
+        if account.held() != pages {
             wrong
-                .push(format!("P1: {free} pages are free, and the reserves have {reserves} bytes"));
+                .push(format!("files have {pages} pages, and the account says {}", account.held()));
         }
-        if account.reserved != account.in_tokens + held.stuck {
-            let (reserved, tokens, stuck) = (account.reserved, account.in_tokens, held.stuck);
-            wrong.push(format!("P1: {reserved} pages are reserved, {tokens} for changes under way and {stuck} for stuck memory"));
+        if bytes + short != meant {
+            wrong.push(format!("{bytes} bytes are there, and {short} are short, of {meant}"));
+        }
+        let available = account.available();
+        if has < available * self.page_size.bytes() {
+            wrong.push(format!("{available} pages are free, and the reserve has {has} bytes"));
+        }
+        let (promised, tokens, stuck) = (account.promised, account.in_tokens, held.stuck.of(node));
+        if promised != tokens + stuck {
+            wrong.push(format!(
+                "{promised} pages are promised, {tokens} for changes under way and {stuck} for stuck memory"
+            ));
         }
         wrong
     }
 }
 
-/// The part of `bytes` that each reserve takes from the machine.
+/// The pages of `pages` that each reserve takes from the machine. The pool has the parts `has`.
 fn shares_of(
     reserves: &[Reserve],
-    bytes: u64,
+    has: &PerNode,
+    pages: u64,
     page_size: PageSize,
-) -> Result<Vec<(&Reserve, u64)>> {
+) -> Result<PerNode> {
     let mut nodes = Vec::new();
     for reserve in reserves {
         let room = match reserves.len() {
-            1 => bytes,
+            1 => u64::MAX,
             _ => sys::numa::memory_available_on(reserve.node)?
                 .saturating_sub(sys::MARGIN / reserves.len() as u64),
         };
-        nodes.push(Node { has: reserve.lock().size(), room });
+        nodes.push(Node { has: has.of(reserve.node), room: page_size.pages_down(room) });
     }
-    Ok(reserves.iter().zip(shares::shares(bytes, page_size.bytes(), &nodes)).collect())
+    let shares = shares::shares(pages, &nodes);
+    Ok(reserves.iter().map(|reserve| reserve.node).zip(shares).collect())
 }
 
 impl Reserve {
@@ -626,6 +582,23 @@ impl Reserve {
     fn lock(&self) -> Opened<'_> {
         let sealed = self.sealed.lock().expect("no panic while a reserve is resized");
         Opened { reserve: self, sealed }
+    }
+
+    fn is_locked(&self) -> bool {
+        self.sealed.try_lock().is_err()
+    }
+
+    /// Gives `bytes`, which are promised to no file, back to the machine, in steps. Returns the
+    /// number of bytes that were given.
+    fn cut(&self, bytes: u64) -> (u64, Result<()>) {
+        for step in Range::new(0, bytes).steps(STEP) {
+            let mut sealed = self.lock();
+            let left = sealed.size().checked_sub(step.len()).ok_or(Error::NoMemory);
+            if let Err(error) = left.and_then(|left| moves::shorten(&mut sealed, left)) {
+                return (step.start, Err(error));
+            }
+        }
+        (bytes, Ok(()))
     }
 
     /// Takes `bytes` more from the machine. Memory that was taken before an error stays.

@@ -16,9 +16,13 @@
 //! holds more memory than its pages have: the *float* ([`float_of`]). A piece is never larger than
 //! the rest of the float, and one piece moves at a time, so a loss is the float's loss. Where
 //! nothing of the float is left, a free page is put at stake in its place, and the piece is one
-//! folio. Pages of files and reserved pages are never at stake.
+//! folio. Pages of files and promised pages are never at stake.
 //!
-//! **Short.** The bytes that the pool lacks of its pages and its float are noted in the account
+//! **Nodes.** Each NUMA node's part of the pool has a reserve and a float of its own. A piece moves
+//! between a file and the reserve of the pages' home. The kernel is asked for memory of that node.
+//! Where the node has none, the kernel takes memory of another node.
+//!
+//! **Short.** The bytes that a part lacks of its pages and its float are noted in its account
 //! ([`Account::short`]). The patrol takes them from the machine again each second, if the machine
 //! has some ([`Pool::refill`]). A move that finds the float used up does so, too; if it then finds
 //! neither float nor free page, it is refused. The daemon stores no note of this for the next
@@ -38,13 +42,14 @@
 //! memory that a processor has just freed on that processor's own list (mm/page_alloc.c,
 //! `free_frozen_page_commit`), and serves the very next allocation from that list.
 
+use super::plan::Transfer;
 use super::{Account, Opened, Pool, Reserve, Token};
 use crate::error::{Error, Result};
 use crate::sealed::Sealed;
 use crate::steps::{self, Step};
 use crate::sys::policy::{self, Policy};
 use crate::sys::{self, MARGIN, refuse_more_than_available};
-use crate::units::{FOLIO_SIZE, NumaNode, Range};
+use crate::units::{FOLIO_SIZE, NumaNode, PageSize, Range};
 use std::sync::MutexGuard;
 
 /// The most memory that moves between a file and the reserves at once. A piece of this size takes
@@ -58,9 +63,15 @@ const LITTLE: u64 = 64 << 10;
 /// The float of a small pool.
 const LEAST_FLOAT: u64 = 2 * FOLIO_SIZE;
 
-/// Bytes of the float of a pool whose pages have `bytes` bytes.
+/// Bytes of the float of a NUMA node's part of the pool whose pages have `bytes` bytes.
 pub fn float_of(bytes: u64) -> u64 {
     (bytes / 64).next_multiple_of(FOLIO_SIZE).clamp(LEAST_FLOAT, PIECE)
+}
+
+/// Bytes of all the memory of a node's part of `pages` pages, with the float.
+pub fn bytes_of(pages: u64, page_size: PageSize) -> u64 {
+    let bytes = pages * page_size.bytes();
+    bytes + float_of(bytes)
 }
 
 /// Bytes that may move at once, if the machine has `available` bytes and `float` bytes of the float
@@ -68,20 +79,6 @@ pub fn float_of(bytes: u64) -> u64 {
 fn longest_piece(available: u64, float: u64) -> u64 {
     let most = if available < PIECE + MARGIN { FOLIO_SIZE } else { PIECE };
     most.min(float)
-}
-
-impl Account {
-    /// Sets the bytes that the pool lacks of its pages, of `page_size` bytes each, and their float.
-    pub(super) fn set_short(&mut self, short: u64, page_size: u64) {
-        self.short = short;
-        self.missing = short.saturating_sub(float_of(self.total * page_size)).div_ceil(page_size);
-    }
-
-    /// Sets the number of the pool's pages, of `page_size` bytes each.
-    pub(super) fn set_total(&mut self, total: u64, page_size: u64) {
-        self.total = total;
-        self.set_short(self.short, page_size);
-    }
 }
 
 /// Held during the move of a piece.
@@ -98,70 +95,73 @@ struct Piece<'pool> {
 }
 
 impl Pool {
-    /// Bytes of all the memory of a pool of `pages` pages, with the float.
-    pub(super) fn bytes_of(&self, pages: u64) -> u64 {
-        let bytes = pages * self.page_size.bytes();
-        bytes + float_of(bytes)
-    }
-
     /// Waits until no piece moves, and keeps other threads from moving one. This lock comes before
     /// those of the reserves.
     pub(super) fn moving(&self) -> Moving<'_> {
         self.moving.lock().expect("no panic while memory moves")
     }
 
-    /// The pool lacks `bytes` more.
-    pub(super) fn note_short(&self, bytes: u64) {
-        let mut account = self.account();
-        let short = account.short + bytes;
-        account.set_short(short, self.page_size.bytes());
+    /// The part of `node` lacks `bytes` more.
+    pub(super) fn note_short(&self, node: NumaNode, bytes: u64) {
+        let mut accounts = self.accounts();
+        let account = accounts.of_mut(node);
+        account.set_short(account.short + bytes, self.page_size.bytes());
     }
 
-    /// The pool lacks up to `bytes` less, because it has taken them or needs them no more. Returns
-    /// the part of `bytes` that the pool did lack.
-    pub(super) fn lack_less(&self, bytes: u64) -> u64 {
-        let mut account = self.account();
+    /// The part of `node` lacks up to `bytes` less, because the pool has taken them or needs them
+    /// no more. Returns the part of `bytes` that it did lack.
+    pub(super) fn lack_less(&self, node: NumaNode, bytes: u64) -> u64 {
+        let mut accounts = self.accounts();
+        let account = accounts.of_mut(node);
         let lacked = account.short.min(bytes);
-        let short = account.short - lacked;
-        account.set_short(short, self.page_size.bytes());
+        account.set_short(account.short - lacked, self.page_size.bytes());
         lacked
     }
 
-    /// Bytes of the float that are there.
-    fn float_at_hand(&self) -> u64 {
-        let account = self.account();
-        float_of(account.total * self.page_size.bytes()).saturating_sub(account.short)
+    fn account_of(&self, node: NumaNode) -> Account {
+        *self.accounts().of(node)
     }
 
-    /// True if no piece can move before the pool takes some memory from the machine, or puts a free
-    /// page at stake.
-    pub(super) fn is_float_used_up(&self) -> bool {
-        self.float_at_hand() < FOLIO_SIZE
+    /// True if no piece can move on `node` before the pool takes some memory from the machine, or
+    /// puts a free page at stake.
+    fn is_float_used_up(&self, node: NumaNode) -> bool {
+        self.account_of(node).float_at_hand() < FOLIO_SIZE
+    }
+
+    /// True if the next move may have to wait: for another move, for a reserve, or for memory that
+    /// the pool lacks.
+    pub fn move_must_wait(&self) -> bool {
+        let waits = |reserve: &Reserve| reserve.is_locked() || self.is_float_used_up(reserve.node);
+        self.moving.try_lock().is_err() || self.reserves.iter().any(waits)
     }
 
     /// Takes the lacking bytes from the machine, as far as the machine can give them. Other moves
     /// go on between two steps.
     pub fn refill(&self) {
-        while self.balance().short > 0 && self.refill_step(&self.moving()) {}
+        for reserve in &self.reserves {
+            while self.refill_step(reserve, &self.moving()) {}
+        }
     }
 
-    /// Takes a piece of the lacking bytes. Returns true if the machine had one.
-    fn refill_step(&self, _moving: &Moving<'_>) -> bool {
-        let short = self.account().short;
+    /// Takes a piece of the bytes that the part of a node lacks. Returns true if it lacked some and
+    /// the machine had them.
+    fn refill_step(&self, reserve: &Reserve, _moving: &Moving<'_>) -> bool {
+        let short = self.account_of(reserve.node).short;
         let affordable = |step: &u64| *step > 0 && refuse_more_than_available(*step).is_ok();
         let step = [short.min(PIECE), short.min(FOLIO_SIZE)].into_iter().find(affordable);
-        step.is_some_and(|step| self.take_lacking(step))
+        step.is_some_and(|step| self.take_lacking(reserve, step))
     }
 
     /// Takes `bytes` of the lacking bytes. Returns true if the machine had them. No piece moves
     /// meanwhile.
-    fn take_lacking(&self, bytes: u64) -> bool {
-        if let Err(error) = self.lengthen(&mut self.lock_poorest().1, bytes) {
+    fn take_lacking(&self, reserve: &Reserve, bytes: u64) -> bool {
+        if let Err(error) = lengthen(&mut reserve.lock(), bytes) {
             log::warn!("the pool lacks {bytes} bytes still: {error}");
             return false;
         }
-        self.give_surplus(bytes - self.lack_less(bytes)); // the pool may have shrunk meanwhile
-        self.freed.notify_all(); // pages that were missing are free now
+        let surplus = bytes - self.lack_less(reserve.node, bytes); // it may have shrunk meanwhile
+        self.give_surplus(reserve.node, surplus);
+        self.announce_free_pages(); // pages that were missing
         true
     }
 
@@ -172,52 +172,67 @@ impl Pool {
     /// [`Error::NoMemory`] where nothing is left to lend; `work` has not run. The errors of `work`.
     pub fn with_loan<T>(&self, bytes: u64, work: impl FnOnce() -> Result<T>) -> Result<T> {
         assert!(bytes <= FOLIO_SIZE, "a loan is a folio");
-        let at_stake = if bytes > LITTLE { Some(self.lend()?) } else { None };
-        let result = work();
-        if at_stake.is_some() {
-            self.take_loan_back();
-            steps::reached(Step::LendTaken);
+        if bytes <= LITTLE {
+            return work();
         }
+        let lender = self.richest_in_float();
+        let _at_stake = self.lend(lender)?;
+        let result = work();
+        self.take_loan_back(lender);
+        steps::reached(Step::LendTaken);
         result
     }
 
+    fn richest_in_float(&self) -> &Reserve {
+        let accounts = self.accounts();
+        let float = |reserve: &&Reserve| accounts.of(reserve.node).float_at_hand();
+        self.reserves.iter().max_by_key(float).expect("a pool has memory of some node")
+    }
+
     /// A reserve gives a folio to the machine. Returns the page at stake, if there is one.
-    fn lend(&self) -> Result<Option<Token<'_>>> {
-        let Piece { _moving, _at_stake, .. } = self.begin_piece()?;
-        let (_, mut source) = self.lock_richest();
-        // Pages are missing.
-        let left = source.size().checked_sub(FOLIO_SIZE).ok_or(Error::NoMemory)?;
-        shorten(&mut source, left)?;
+    fn lend(&self, reserve: &Reserve) -> Result<Option<Token<'_>>> {
+        let Piece { _moving, _at_stake, .. } = self.begin_piece(reserve)?;
+        give_piece(&mut reserve.lock(), FOLIO_SIZE)?;
         steps::reached(Step::LendGiven);
-        self.note_short(FOLIO_SIZE);
+        self.note_short(reserve.node, FOLIO_SIZE);
         Ok(_at_stake)
     }
 
     /// Takes a folio back. If another process has taken the memory, the patrol takes a folio later.
     /// If the patrol has done so already, nothing is lacking.
-    fn take_loan_back(&self) {
+    fn take_loan_back(&self, reserve: &Reserve) {
         let _moving = self.moving();
-        let bytes = FOLIO_SIZE.min(self.account().short);
+        let bytes = FOLIO_SIZE.min(self.account_of(reserve.node).short);
         if bytes > 0 {
-            self.take_lacking(bytes);
+            self.take_lacking(reserve, bytes);
         }
     }
 
-    /// Begins to move a piece. If the machine is short of memory, the piece is a folio.
-    fn begin_piece(&self) -> Result<Piece<'_>> {
+    /// Begins to move a piece. If the node is short of memory, the piece is a folio.
+    fn begin_piece(&self, reserve: &Reserve) -> Result<Piece<'_>> {
         let moving = self.moving();
-        while self.is_float_used_up() && self.refill_step(&moving) {}
-        match longest_piece(sys::memory_available()?, self.float_at_hand()) {
+        while self.is_float_used_up(reserve.node) && self.refill_step(reserve, &moving) {}
+        let float = self.account_of(reserve.node).float_at_hand();
+        match longest_piece(self.machine_has(reserve.node)?, float) {
             0 => {
-                let at_stake = self.reserve(1).map_err(|_| Error::NoMemory)?;
-                Ok(Piece { _moving: moving, most: FOLIO_SIZE, _at_stake: Some(at_stake) })
+                let page = self.promise_on(reserve.node, 1).map_err(|_| Error::NoMemory)?;
+                Ok(Piece { _moving: moving, most: FOLIO_SIZE, _at_stake: Some(page) })
             }
             most => Ok(Piece { _moving: moving, most, _at_stake: None }),
         }
     }
 
-    /// Moves a piece of memory into `target`, for the start of `range`, which has no memory. Makes
-    /// `target` longer for that, up to `size` bytes. Returns the length of the piece.
+    /// Bytes that the machine can give, and can give of `node` where the pool has several. A node
+    /// that does not tell has as much as the machine.
+    fn machine_has(&self, node: NumaNode) -> Result<u64> {
+        let available = sys::memory_available()?;
+        let of_node = || sys::numa::memory_available_on(node).unwrap_or(available);
+        Ok(if self.reserves.len() == 1 { available } else { available.min(of_node()) })
+    }
+
+    /// Moves a piece of memory from the reserve of a node into `target`, for the start of the
+    /// transfer. Makes `target` longer for that, up to `size` bytes. Returns the length of the
+    /// piece.
     ///
     /// # Errors
     /// [`Error::NoMemory`] where nothing is left to put at stake, or where other processes have
@@ -225,15 +240,17 @@ impl Pool {
     pub(super) fn move_piece_out(
         &self,
         target: &mut Sealed,
-        range: Range,
+        transfer: Transfer,
         size: u64,
     ) -> Result<u64> {
-        let begun = self.begin_piece()?;
-        let (reserve, mut source) = self.lock_richest();
-        let _preferred = self.prefer(reserve.node);
+        let Transfer { range, node } = transfer;
+        let reserve = self.reserve_of(node);
+        let begun = self.begin_piece(reserve)?;
+        let mut source = reserve.lock();
+        let _preferred = self.prefer(node);
         let piece = range.len().min(begun.most).min(source.size());
         match self.exchange(&mut source, target, Range::at(range.start, piece), size) {
-            Err(Error::NoMemory) if piece > FOLIO_SIZE && self.float_at_hand() >= FOLIO_SIZE => {
+            Err(Error::NoMemory) if piece > FOLIO_SIZE && !self.is_float_used_up(node) => {
                 self.exchange(&mut source, target, Range::at(range.start, FOLIO_SIZE), size)
             }
             result => result,
@@ -244,14 +261,12 @@ impl Pool {
     /// number of bytes.
     fn exchange(
         &self,
-        source: &mut Sealed,
+        source: &mut Opened<'_>,
         target: &mut Sealed,
         piece: Range,
         size: u64,
     ) -> Result<u64> {
-        let left = source.size().checked_sub(piece.len()).filter(|_| !piece.is_empty());
-        let left = left.ok_or(Error::NoMemory)?; // pages are missing
-        shorten(source, left)?;
+        give_piece(source, piece.len())?;
         steps::reached(Step::MoveOutGiven);
         if let Err(error) = target.take(piece, size) {
             self.take_back(source, piece.len());
@@ -261,9 +276,9 @@ impl Pool {
         Ok(piece.len())
     }
 
-    /// Moves a piece of memory back into the reserves: the last part of `range` that has memory.
-    /// `give` takes the memory out of `source`. Returns the part that moved, or `None` where
-    /// `range` has no memory.
+    /// Moves a piece of memory back into the reserve of `node`: the last part of `range` that has
+    /// memory. `give` takes the memory out of `source`. Returns the part that moved, or `None`
+    /// where `range` has no memory.
     ///
     /// # Errors
     /// [`Error::NoMemory`] where nothing is left to put at stake; nothing has moved. The errors of
@@ -271,17 +286,18 @@ impl Pool {
     pub(super) fn move_piece_in(
         &self,
         source: &mut Sealed,
-        range: Range,
+        Transfer { range, node }: Transfer,
         give: impl FnOnce(&mut Sealed, Range) -> Result<()>,
     ) -> Result<Option<Range>> {
         if !range.folios().any(|folio| source.has_memory(folio)) {
             return Ok(None);
         }
-        let begun = self.begin_piece()?;
-        let Some(piece) = self.last_piece_within(source, range, begun.most) else {
+        let reserve = self.reserve_of(node);
+        let begun = self.begin_piece(reserve)?;
+        let Some(piece) = last_piece_within(source, range, begun.most) else {
             return Ok(None);
         };
-        let mut target = self.reserve_for(source, piece).lock();
+        let mut target = reserve.lock();
         let given = give(source, piece);
         if given.is_err() && piece.folios().any(|folio| source.has_memory(folio)) {
             return given.map(|()| None);
@@ -294,40 +310,13 @@ impl Pool {
 
     /// A reserve takes the memory that was given just now. If another process has taken it first,
     /// the pool is short of it.
-    fn take_back(&self, reserve: &mut Sealed, bytes: u64) {
-        if let Err(error) = self.lengthen(reserve, bytes) {
+    fn take_back(&self, reserve: &mut Opened<'_>, bytes: u64) {
+        if let Err(error) = lengthen(reserve, bytes) {
             log::warn!(
                 "another process has caught {bytes} bytes of the pool, which takes them again later: {error}"
             );
-            self.note_short(bytes);
+            self.note_short(reserve.node(), bytes);
         }
-    }
-
-    fn lengthen(&self, reserve: &mut Sealed, bytes: u64) -> Result<()> {
-        let size = reserve.size();
-        reserve.take(Range::at(size, bytes), size + bytes)
-    }
-
-    /// The last run of folios with memory in `range`: of one NUMA node, at most `most` bytes long.
-    fn last_piece_within(&self, source: &Sealed, range: Range, most: u64) -> Option<Range> {
-        let mut folios = range.folios().rev().skip_while(|folio| !source.has_memory(*folio));
-        let last = folios.next()?;
-        let node = self.node_of(source, last);
-        let before = folios
-            .take((most / FOLIO_SIZE) as usize - 1)
-            .take_while(|folio| source.has_memory(*folio) && self.node_of(source, *folio) == node)
-            .count() as u64;
-        let end = last.range().end;
-        Some(Range::new(end - (before + 1) * FOLIO_SIZE, end))
-    }
-
-    fn node_of(&self, source: &Sealed, folio: crate::units::Folio) -> Option<NumaNode> {
-        if self.reserves.len() == 1 { None } else { source.node_of(folio) }
-    }
-
-    fn reserve_for(&self, source: &Sealed, piece: Range) -> &Reserve {
-        let node = piece.folios().next().and_then(|folio| self.node_of(source, folio));
-        self.reserves.iter().find(|reserve| Some(reserve.node) == node).unwrap_or(&self.reserves[0])
     }
 
     /// Until the guard is dropped, the kernel takes new memory of this thread from NUMA node
@@ -344,25 +333,31 @@ impl Pool {
             }
         }
     }
+}
 
-    /// The reserve with the most memory. All reserves are locked for the choice, so the result has
-    /// memory if any reserve has.
-    pub(super) fn lock_richest(&self) -> (&Reserve, Opened<'_>) {
-        let richest = self.lock_all().max_by_key(|(_, sealed)| sealed.size());
-        richest.expect("there is a node with memory")
-    }
+/// The last run of folios with memory in `range`, at most `most` bytes long.
+fn last_piece_within(source: &Sealed, range: Range, most: u64) -> Option<Range> {
+    let mut folios = range.folios().rev().skip_while(|folio| !source.has_memory(*folio));
+    let end = folios.next()?.range().end;
+    let before = folios
+        .take((most / FOLIO_SIZE) as usize - 1)
+        .take_while(|folio| source.has_memory(*folio))
+        .count() as u64;
+    Some(Range::new(end - (before + 1) * FOLIO_SIZE, end))
+}
 
-    /// The reserve with the least memory.
-    fn lock_poorest(&self) -> (&Reserve, Opened<'_>) {
-        let poorest = self.lock_all().min_by_key(|(_, sealed)| sealed.size());
-        poorest.expect("there is a node with memory")
-    }
+/// A reserve gives `bytes` to the machine.
+///
+/// # Errors
+/// [`Error::NoMemory`] if the reserve has less than that, as pages are missing, or for no bytes.
+fn give_piece(reserve: &mut Sealed, bytes: u64) -> Result<()> {
+    let left = reserve.size().checked_sub(bytes).filter(|_| bytes > 0).ok_or(Error::NoMemory)?;
+    shorten(reserve, left)
+}
 
-    fn lock_all(&self) -> impl Iterator<Item = (&Reserve, Opened<'_>)> {
-        let locked: Vec<_> =
-            self.reserves.iter().map(|reserve| (reserve, reserve.lock())).collect();
-        locked.into_iter()
-    }
+fn lengthen(reserve: &mut Sealed, bytes: u64) -> Result<()> {
+    let size = reserve.size();
+    reserve.take(Range::at(size, bytes), size + bytes)
 }
 
 /// Makes a reserve `left` bytes long. If only the lowering of its limit of blocks failed, the next
@@ -414,18 +409,6 @@ mod tests {
                 piece,
                 "{available} available, float of {float}"
             );
-        }
-    }
-
-    #[test]
-    fn what_is_short_beyond_the_float_makes_pages_missing() {
-        let page = FOLIO_SIZE;
-        let mut account = Account { total: 8, free: 8, ..Account::default() };
-        for (short, missing) in
-            [(0, 0), (LEAST_FLOAT, 0), (LEAST_FLOAT + 1, 1), (LEAST_FLOAT + 2 * page, 2)]
-        {
-            account.set_short(short, page);
-            assert_eq!((account.short, account.missing), (short, missing));
         }
     }
 }

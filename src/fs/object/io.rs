@@ -3,6 +3,7 @@
 use super::sizes::checked_range;
 use super::{Context, Object, Pace, carry_out, mend, mend_but_gaps, takes_long};
 use crate::error::{Error, Result};
+use crate::placement::Resolved;
 use crate::pool::Holding;
 use crate::sealed::Content;
 use crate::steps::insist;
@@ -105,7 +106,7 @@ impl Object {
         }
         let size = holding.size();
         if holding.can_append(range) {
-            match holding.sealed_mut().append(bytes, range.start) {
+            match holding.append(bytes, range.start) {
                 // A new memory error: write around it, as below.
                 Err(Error::Quarantined) | Ok(0) => mend(&mut holding, context.pace)?,
                 result => return result,
@@ -117,7 +118,7 @@ impl Object {
             // Before the file grows: cutting it again would split a folio.
             return Err(Error::Quarantined);
         }
-        let growth = holding.begin_growth(context.pool, range, range.end)?;
+        let growth = holding.begin_growth(context.pool, range, range.end, &Resolved::default())?;
         carry_out(&mut holding, growth, context.pace)?;
         let (written, ended) = match writable_prefix(&holding, range, context.recovery_write) {
             Ok(end) if end == range.end => {

@@ -38,14 +38,15 @@ use super::native::NativeReaders;
 use super::pace::Pace;
 use super::pollers::Pollers;
 use crate::error::Result;
-use crate::pool::{Change, Holding, PIECE, Pool, Progress};
+use crate::pool::{Adoption, Change, Holding, PIECE, Pool, Progress, Run};
 use crate::sealed::{Notes, Sealed};
 use crate::sys::mapping::View;
-use crate::units::{Folio, InodeId, Range, STAT_BLOCK};
+use crate::units::{Folio, InodeId, NumaNode, Range, STAT_BLOCK};
 use parking_lot::{Mutex as FairMutex, MutexGuard as FairGuard, RwLock, RwLockReadGuard};
 use std::fs::File;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use summary::Published;
 
 /// The contents of a regular file.
 pub struct Object {
@@ -59,7 +60,7 @@ pub struct Object {
     /// pieces.
     changing: FairMutex<()>,
     holding: RwLock<Holding>,
-    summary: Mutex<Summary>,
+    summary: Mutex<Published>,
     /// Held while a folio is collapsed. Two threads would hold its pages against each other, and
     /// both would fail.
     collapsing: Mutex<()>,
@@ -87,14 +88,16 @@ pub struct Context<'a> {
 }
 
 impl Object {
-    /// The contents of `node`, which are in `holding`.
-    pub fn new(node: InodeId, holding: Holding) -> Self {
+    /// The contents of `node`, which are in `holding`. When the file has lost its last name,
+    /// `orphaned` counts its pages.
+    pub fn new(node: InodeId, holding: Holding, orphaned: Arc<AtomicU64>) -> Self {
         let (data, notes) = (holding.sealed().data().clone(), holding.sealed().notes().clone());
         let (natives, mtime, view) = (NativeReaders::default(), Mtime::default(), Mutex::default());
         if !holding.sealed().holes().is_empty() {
             natives.exclude();
         }
-        let (summary, holding) = (Mutex::new(Summary::of(&holding)), RwLock::new(holding));
+        let summary = Mutex::new(Published::new(Summary::of(&holding), orphaned));
+        let holding = RwLock::new(holding);
         let (collapsing, pollers) = (Mutex::default(), Pollers::default());
         let (backing, changing) = (OnceLock::new(), FairMutex::default());
         let is_stuck_open = AtomicBool::new(false);
@@ -132,7 +135,11 @@ impl Object {
 
     /// The state of the file as far as it is known without the lock.
     pub fn summary(&self) -> Summary {
-        *self.summary.lock().expect("no panic with a summary")
+        self.published().summary()
+    }
+
+    fn published(&self) -> MutexGuard<'_, Published> {
+        self.summary.lock().expect("no panic with a summary")
     }
 
     /// Size in bytes, and memory in units of 512 bytes.
@@ -243,12 +250,19 @@ impl Object {
     }
 
     /// Notes that the file has lost its last name: its pages come back when its last user is gone.
-    ///
-    /// # Errors
-    /// [`Error::TakesLong`](crate::error::Error::TakesLong).
-    pub fn note_orphaned(&self, pool: &Pool, pace: &Pace) -> Result<()> {
-        self.lock(pace)?.note_orphaned(pool);
-        Ok(())
+    pub fn note_orphaned(&self) {
+        self.published().note_orphaned();
+    }
+
+    /// Gives each page of a file that another process has left a home, and counts the file.
+    pub fn join(&self, adoption: &mut Adoption) {
+        self.find_homes(|pages| adoption.homes_for(pages));
+        adoption.add(&self.read_lock().held());
+    }
+
+    /// Gives each page that has no home yet one, as `choose` says.
+    pub fn find_homes(&self, choose: impl FnOnce(&[Run]) -> Vec<(Run, NumaNode)>) {
+        self.write_lock().find_homes(choose);
     }
 
     /// Gives all pages back to the pool.
@@ -300,10 +314,10 @@ fn mend(holding: &mut Locked<'_>, pace: &Pace) -> Result<()> {
 }
 
 fn reclaim(holding: &mut Locked<'_>, from_strays: bool, pace: &Pace) -> Result<()> {
-    let mut next = holding.sealed_mut().begin_reclaiming(from_strays)?;
+    let mut next = holding.begin_reclaiming(from_strays)?;
     while let Some(from) = next {
         pace.give_way(holding)?;
-        next = holding.sealed_mut().reclaim_piece(from)?;
+        next = holding.reclaim_piece(from)?;
     }
     Ok(())
 }

@@ -34,7 +34,7 @@ impl Object {
         }
         let text = quarantine::format(&quarantined(holding.sealed()));
         if room.is_some_and(|room| text.len() <= room) {
-            holding.sealed_mut().update(|header| header.alarm = false)?;
+            holding.end_alarm()?;
         }
         Ok(text)
     }
@@ -66,7 +66,7 @@ impl Object {
         let mut holding = self.write_lock();
         let file = Range::new(0, holding.sealed().size()).subpages_out();
         file.steps(LOOKED_AT_ONCE).try_for_each(|piece| {
-            found.extend(holding.sealed_mut().note_hw_errors_in(piece, time)?);
+            found.extend(holding.note_hw_errors_in(piece, time)?);
             pace.give_way(&mut holding)
         })
     }
@@ -140,7 +140,7 @@ impl Object {
             if !self.natives.exclude() {
                 return Err(Error::OpenNatively);
             }
-            pool.with_loan(part.len(), || holding.sealed_mut().quarantine(part, time))?;
+            pool.with_loan(part.len(), || holding.quarantine(part, time))?;
             pace.give_way(holding)
         });
         if holding.sealed().holes().count() > before {
@@ -206,7 +206,7 @@ impl Object {
             return Ok(());
         }
         let lost = lost_bytes(holding.sealed(), part);
-        context.pool.with_loan(lost, || holding.sealed_mut().repair(part, content))?;
+        context.pool.with_loan(lost, || holding.repair(part, content))?;
         let folio = Subpage::containing(part.start).folio();
         if holding.sealed().lost_runs_in(folio.range()).next().is_none() {
             (context.repaired)(folio);

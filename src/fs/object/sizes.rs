@@ -3,6 +3,7 @@
 use super::io::covered_in_part;
 use super::{Context, Locked, Object, Pace, carry_out, mend, mend_but_gaps, parts, takes_long};
 use crate::error::{Error, Result};
+use crate::placement::Resolved;
 use crate::pool::Holding;
 use crate::sealed::Content;
 use crate::steps::insist;
@@ -46,7 +47,12 @@ impl Object {
         mend(&mut holding, context.pace)?;
         let change = match holding.size() {
             now if size <= now => holding.begin_shrinking(context.pool, size)?,
-            now => holding.begin_growth(context.pool, Range::new(now, now), size)?,
+            now => holding.begin_growth(
+                context.pool,
+                Range::new(now, now),
+                size,
+                &Resolved::default(),
+            )?,
         };
         carry_out(&mut holding, change, context.pace)
     }
@@ -82,10 +88,10 @@ impl Object {
         }
         let change = match what {
             Allocation::Extend | Allocation::Zero => {
-                holding.begin_growth(context.pool, range, range.end)?
+                holding.begin_growth(context.pool, range, range.end, &Resolved::default())?
             }
             Allocation::KeepSize | Allocation::ZeroKeepSize => {
-                holding.begin_allocation(context.pool, range)?
+                holding.begin_allocation(context.pool, range, &Resolved::default())?
             }
             Allocation::Punch => holding.begin_release(context.pool, range)?,
         };
@@ -113,7 +119,7 @@ impl Object {
         if holding.sealed().holes().is_empty() && !holding.has_released() {
             let range = range.intersect(Range::new(0, holding.size()));
             range.cut_at_multiples(PUNCHED_AT_ONCE).try_for_each(|piece| {
-                holding.sealed_mut().punch(piece)?;
+                holding.punch(piece)?;
                 context.pace.give_way(holding)
             })
         } else {

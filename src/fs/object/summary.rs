@@ -6,6 +6,8 @@ use crate::pool::Holding;
 use crate::units::{Range, SUBPAGE_SIZE};
 use parking_lot::RwLockWriteGuard;
 use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The state of a file that is known without its lock: as the last change has left it that ended or
 /// gave way.
@@ -24,6 +26,8 @@ pub struct Summary {
     pub alarm: bool,
     /// The file may have gaps that a program asked for.
     pub punched: bool,
+    /// Pages of the pool that are the file's.
+    pub pages: u64,
 }
 
 impl Summary {
@@ -38,7 +42,48 @@ impl Summary {
             }
         };
         let (alarm, punched) = (sealed.header().alarm, sealed.is_punched());
-        Self { size, memory, soft, hw, alarm, punched }
+        Self { size, memory, soft, hw, alarm, punched, pages: holding.pages() }
+    }
+}
+
+/// The summary of a file. While the file has no name, its pages are part of the number of orphaned
+/// pages.
+pub(super) struct Published {
+    summary: Summary,
+    is_orphan: bool,
+    /// The pages of all files without a name.
+    orphaned: Arc<AtomicU64>,
+}
+
+impl Published {
+    pub(super) fn new(summary: Summary, orphaned: Arc<AtomicU64>) -> Self {
+        Self { summary, is_orphan: false, orphaned }
+    }
+
+    pub(super) fn summary(&self) -> Summary {
+        self.summary
+    }
+
+    fn set(&mut self, summary: Summary) {
+        let before = std::mem::replace(&mut self.summary, summary);
+        if self.is_orphan {
+            self.orphaned.fetch_add(summary.pages, Ordering::Relaxed);
+            self.orphaned.fetch_sub(before.pages, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn note_orphaned(&mut self) {
+        if !std::mem::replace(&mut self.is_orphan, true) {
+            self.orphaned.fetch_add(self.summary.pages, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for Published {
+    fn drop(&mut self) {
+        if self.is_orphan {
+            self.orphaned.fetch_sub(self.summary.pages, Ordering::Relaxed);
+        }
     }
 }
 
@@ -56,7 +101,7 @@ impl Locked<'_> {
     }
 
     fn publish(&self) {
-        *self.object.summary.lock().expect("no panic with a summary") = Summary::of(&self.holding);
+        self.object.published().set(Summary::of(&self.holding));
         if self.holding.sealed().holes().is_empty() {
             self.object.natives.admit();
         }

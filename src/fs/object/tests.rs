@@ -15,7 +15,7 @@ fn pool(pages: u64) -> Pool {
 
 /// An object of `size` bytes, each of which is `byte`.
 fn filled(pool: &Pool, size: u64, byte: u8) -> Object {
-    let object = Object::new(NODE, Holding::create(PageSize::Huge).unwrap());
+    let object = Object::new(NODE, Holding::create(PageSize::Huge).unwrap(), Arc::default());
     assert_eq!(
         object.write(&vec![byte; size as usize], 0, context(pool, &Pace::steady())).unwrap() as u64,
         size

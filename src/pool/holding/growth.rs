@@ -1,11 +1,13 @@
 //! Growth and allocation: memory moves first, then the account changes.
 
-use super::{Holding, PageSet, Progress};
+use super::{Holding, Progress};
 use crate::error::{Error, Result};
-use crate::pool::Token;
+use crate::pool::page_set::PageSet;
+use crate::pool::plan::Plan;
+use crate::pool::{PerNode, Token};
 use crate::sealed::Sealed;
 use crate::steps::{self, Step};
-use crate::units::{FOLIO_SIZE, Range};
+use crate::units::{FOLIO_SIZE, Page, Range};
 
 /// A growth or an allocation that is under way.
 #[derive(Debug)]
@@ -14,12 +16,12 @@ pub struct Growth<'pool> {
     token: Option<Token<'pool>>,
     /// The released pages that become the file's again.
     missing: PageSet,
-    owned_pages: u64,
+    /// The end of the pages that the file will own.
+    end: Page,
     before: u64,
     size: u64,
-    /// The ranges that still need memory, the first one last. The part behind the old memory comes
-    /// after the released pages.
-    wanting: Vec<Range>,
+    /// The parts that still need memory: released pages first, then the part behind the old memory.
+    plan: Plan,
     /// The ranges that have got memory, in this order.
     filled: Vec<Range>,
     /// The released pages are the file's again, and not the token's any more.
@@ -32,23 +34,21 @@ impl<'pool> Growth<'pool> {
         holding: &Holding,
         token: Token<'pool>,
         missing: PageSet,
-        owned_pages: u64,
+        end: Page,
         size: u64,
     ) -> Self {
         let memory_end = holding.memory_end();
         let memory = Range::new(0, memory_end);
         let inside = missing.runs().map(|run| holding.page_size.bytes_of(run).intersect(memory));
         let behind = Range::new(memory_end, size).folios_out();
-        let mut wanting: Vec<Range> =
-            inside.chain([behind]).filter(|range| !range.is_empty()).collect();
-        wanting.reverse();
+        let plan = Plan::new(inside.chain([behind]));
         Self {
             token: Some(token),
             missing,
-            owned_pages,
+            end,
             before: holding.size(),
             size,
-            wanting,
+            plan,
             filled: Vec::new(),
             are_taken: false,
             failure: None,
@@ -74,19 +74,15 @@ impl<'pool> Growth<'pool> {
 
     fn fill(&mut self, holding: &mut Holding) -> Result<Progress> {
         let memory_end = self.before.next_multiple_of(FOLIO_SIZE);
-        let next = self.wanting.last().copied();
-        let is_behind = next.is_none_or(|range| range.start >= memory_end);
+        let next = self.plan.next(&holding.homes);
+        let is_behind = next.is_none_or(|transfer| transfer.range.start >= memory_end);
         if is_behind {
             holding.sealed.grow_size(self.size.min(memory_end))?;
         }
-        let Some(range) = next else { return self.commit(holding) };
+        let Some(transfer) = next else { return self.commit(holding) };
         let size = if is_behind { self.size } else { self.before };
-        let moved = self.token().pool.move_piece_out(&mut holding.sealed, range, size)?;
-        let (done, left) =
-            (Range::at(range.start, moved), Range::new(range.start + moved, range.end));
-        self.filled.push(done);
-        self.wanting.pop();
-        self.wanting.extend((!left.is_empty()).then_some(left));
+        let moved = holding.take_piece(self.token().pool, transfer, size)?;
+        self.filled.push(self.plan.advance(moved));
         Ok(Progress::More)
     }
 
@@ -94,13 +90,13 @@ impl<'pool> Growth<'pool> {
         self.token.as_ref().expect("it is kept to the end")
     }
 
-    /// `pages` of the token's pages become the file's. A negative number goes the other way.
-    fn hand_over(&mut self, holding: &Holding, pages: i64) {
-        let token = self.token.as_mut().expect("it is kept to the end");
-        token.hand_over(pages);
-        if holding.orphaned {
-            token.pool.note_orphaned(pages);
-        }
+    fn token_mut(&mut self) -> &mut Token<'pool> {
+        self.token.as_mut().expect("it is kept to the end")
+    }
+
+    /// The released pages that become the file's again, by home.
+    fn missing_by_home(&self, holding: &Holding) -> PerNode {
+        holding.homes.count(self.missing.runs().cloned())
     }
 
     /// All memory is there: the pages become the file's.
@@ -108,14 +104,18 @@ impl<'pool> Growth<'pool> {
         steps::reached(Step::AllocateMoved);
         holding.set_released(holding.released.clone().without(&self.missing))?;
         self.are_taken = true;
-        self.hand_over(holding, self.missing.count() as i64);
+        let missing = self.missing_by_home(holding);
+        self.token_mut().hand_over(&missing);
+        holding.own(&missing);
         steps::reached(Step::AllocateTaken);
         holding.sealed.update(|header| {
-            header.owned_pages = self.owned_pages;
+            header.owned_pages = self.end.0;
             header.undo_size = None;
         })?;
         steps::reached(Step::AllocateDone);
-        self.hand_over(holding, self.token().pages as i64);
+        let rest = self.token().pages().clone();
+        self.token_mut().hand_over(&rest);
+        holding.own(&rest);
         Ok(Progress::Done)
     }
 
@@ -137,11 +137,13 @@ impl<'pool> Growth<'pool> {
         if self.are_taken {
             holding.set_released(holding.released.clone().union(&self.missing))?;
             self.are_taken = false;
-            self.hand_over(holding, -(self.missing.count() as i64));
+            let missing = self.missing_by_home(holding);
+            self.token_mut().take_over(&missing);
+            holding.disown(&missing);
         }
         while let Some(range) = self.filled.pop() {
             let pool = self.token().pool;
-            if let Some(moved) = pool.move_piece_in(&mut holding.sealed, range, Sealed::give)? {
+            if let Some(moved) = holding.give_piece(pool, range, Sealed::give)? {
                 self.filled.push(Range::new(range.start, moved.start));
                 return Ok(Progress::More);
             }
@@ -150,6 +152,7 @@ impl<'pool> Growth<'pool> {
             holding.sealed.cut(self.before)?;
         }
         holding.sealed.update(|header| header.undo_size = None)?;
+        holding.forget_other_homes();
         Ok(Progress::Done)
     }
 }

@@ -10,7 +10,11 @@
 //!
 //! The file owns the pages up to `owned_pages`, except those that it has released (punched). Its
 //! memory reaches up to the folio with the end of file. Behind that folio the account gives the
-//! pages to the file, but their memory is in the reserve.
+//! pages to the file, but their memory is in the reserve of their home.
+//!
+//! Memory moves by transfers only: [`Holding::take_piece`] and [`Holding::give_piece`] move a piece
+//! and count it by its home. No code outside of the pool has the sealed file to change it: changes
+//! that move no folio are functions of the holding (`subpages`).
 //!
 //! **Changes.** A change that moves memory is made in pieces ([`Change`]), each some milliseconds
 //! long. Between two pieces the caller may let others look at the file, but may begin no second
@@ -36,7 +40,7 @@
 //! `begin_*` decides everything that can be refused, before anything changes: the pool's pages,
 //! soft holes, and the number of runs of released pages that can be noted. A change holds the token
 //! for its pages while it moves memory. If memory is stuck half-way, the token can be neither spent
-//! nor given back: its pages stay reserved for the holding until that is settled.
+//! nor given back: its pages stay promised to the holding until that is settled.
 //!
 //! **A death in between.** The released pages are noted with the file ([`RELEASED`]). A release
 //! notes its pages before it moves any memory. A growth strikes pages out of the note after it has
@@ -57,20 +61,23 @@
 //! them.
 
 mod growth;
-mod page_set;
 mod release;
 mod settling;
 mod shrinking;
+mod subpages;
 #[cfg(test)]
 mod tests;
 
-use super::{Held, Pool, Token};
+use super::homes::Homes;
+use super::page_set::{MOST_RUNS, PageSet, Run};
+use super::plan::Transfer;
+use super::{Held, PerNode, Pool, Token};
 use crate::error::{Error, Result};
+use crate::placement::Resolved;
 use crate::sealed::{Header, Hole, Reach, Sealed};
 use crate::steps::{self, Step, insist};
-use crate::units::{FOLIO_SIZE, Folio, Page, PageSize, Range, Subpage};
+use crate::units::{FOLIO_SIZE, Folio, NumaNode, Page, PageSize, Range, Subpage};
 use growth::Growth;
-use page_set::{MOST_RUNS, PageSet, Run};
 use release::Release;
 use settling::Settling;
 use shrinking::Shrinking;
@@ -98,11 +105,15 @@ pub struct Holding {
     note_is_stale: bool,
     /// A change has begun and has not ended.
     under_way: bool,
-    /// A change could be neither finished nor undone. This number of pages stays reserved in the
-    /// account, as their memory may be in this file.
-    unsettled: Option<u64>,
-    /// The file has no name, and the pool counts its pages as orphaned.
-    orphaned: bool,
+    /// A change could be neither finished nor undone. These pages stay promised in the account, as
+    /// their memory may be in this file.
+    unsettled: Option<PerNode>,
+    /// The homes of the file's pages, and of those that a change under way gives it.
+    homes: Homes,
+    /// The file's pages by home.
+    owned: PerNode,
+    /// Bytes of memory by home.
+    memory: PerNode,
 }
 
 /// The state of a [`Change`] after a piece.
@@ -170,52 +181,92 @@ impl Holding {
     }
 
     fn of(sealed: Sealed, page_size: PageSize) -> Self {
-        let (released, note_is_stale, under_way) = (PageSet::default(), false, false);
         Self {
             sealed,
             page_size,
-            released,
-            note_is_stale,
-            under_way,
+            released: PageSet::default(),
+            note_is_stale: false,
+            under_way: false,
             unsettled: None,
-            orphaned: false,
+            homes: Homes::new(page_size),
+            owned: PerNode::default(),
+            memory: PerNode::default(),
         }
     }
 
-    /// The holding of `sealed`, which another process has left. [`Holding::begin_settling`] must
-    /// follow.
+    /// The holding of `sealed`, which another process has left. The pool has memory of `nodes`; the
+    /// pages that have memory get their homes by it. [`Holding::find_homes`] and
+    /// [`Holding::begin_settling`] must follow.
     ///
     /// # Errors
     /// The errors of getxattr(2), and those of [`Sealed::resume`].
-    pub fn open(page_size: PageSize, sealed: Sealed) -> Result<Self> {
+    pub fn open(page_size: PageSize, sealed: Sealed, nodes: &[NumaNode]) -> Result<Self> {
         let noted =
             sealed.notes().kept(RELEASED)?.map(|runs| PageSet::decode(&runs)).unwrap_or_default();
         let mut holding = Self::of(sealed, page_size);
         holding.released = noted.clone();
         // The dead worker gave them up.
-        holding.released.remove(holding.reserved().end..Page(u64::MAX));
+        holding.released.remove(holding.span().end..Page(u64::MAX));
         // Other pages of the file lack memory if a program took it out by MADV_REMOVE. The program
         // may touch them again.
         let meant = holding.owned_in(Range::new(0, holding.size()));
         holding.sealed.resume(meant.into_iter().flat_map(Range::folios))?;
-        holding.own_what_has_memory();
+        holding.find_homes_by_memory(nodes);
+        holding.release_nothing_with_memory();
         holding.note_is_stale = holding.released != noted;
         holding.try_to_note_released();
         Ok(holding)
     }
 
-    /// Makes each released page that has memory the file's. Returns the number of such pages.
-    fn own_what_has_memory(&mut self) -> u64 {
+    /// Each page that has memory gets the home of that memory.
+    fn find_homes_by_memory(&mut self, nodes: &[NumaNode]) {
+        let with_memory: PageSet = self.sealed.folios().map(|folio| self.pages_of(folio)).collect();
+        if let [node] = nodes {
+            with_memory.runs().for_each(|run| self.homes.insert(run.clone(), *node));
+            return;
+        }
+        let pages = with_memory.runs().flat_map(|run| (run.start.0..run.end.0).map(Page));
+        for page in pages.collect::<Vec<_>>() {
+            let mut folios = self.page_size.range(page).folios();
+            let node = folios.find_map(|folio| self.sealed.node_of(folio));
+            if let Some(node) = node.filter(|node| nodes.contains(node)) {
+                self.homes.insert(page..Page(page.0 + 1), node);
+            }
+        }
+    }
+
+    /// Gives each page that has no home yet one, as `choose` says.
+    pub fn find_homes(&mut self, choose: impl FnOnce(&[Run]) -> Vec<(Run, NumaNode)>) {
+        let end = self.span().end.max(self.page_size.pages_touching(self.memory_range()).end);
+        let homeless: Vec<Run> = (self.released.gaps_within(Page(0)..end).into_iter())
+            .flat_map(|run| self.homes.gaps_within(run))
+            .collect();
+        choose(&homeless).into_iter().for_each(|(run, node)| self.homes.insert(run, node));
+        self.owned = self.homes.count(self.released.gaps_within(self.span()));
+        let home_of = |folio: Folio| self.homes.around(folio.range().start).0;
+        self.memory = self.sealed.folios().map(|folio| (home_of(folio), FOLIO_SIZE)).collect();
+    }
+
+    /// The bytes from the start to the end of the last folio with memory.
+    fn memory_range(&self) -> Range {
+        Range::new(0, self.sealed.memory_span())
+    }
+
+    fn pages_of(&self, folio: Folio) -> Run {
+        self.page_size.pages_touching(folio.range())
+    }
+
+    /// The released pages that have memory are released no more. Returns these pages.
+    fn release_nothing_with_memory(&mut self) -> PageSet {
         let memory = self.memory_end();
         let with_memory = self.released.runs().flat_map(|run| {
             let folios = self.page_size.bytes_of(run).intersect(Range::new(0, memory)).folios();
             folios.filter(|folio| self.sealed.has_memory(*folio))
         });
-        let page_of = |folio: Folio| self.page_size.pages_touching(folio.range());
-        let owned: PageSet = with_memory.map(page_of).collect();
+        let owned: PageSet = with_memory.map(|folio| self.pages_of(folio)).collect();
         self.released = std::mem::take(&mut self.released).without(&owned);
         self.note_is_stale |= !owned.is_empty();
-        owned.count()
+        owned
     }
 
     /// Notes the released pages, unless the note is true already.
@@ -258,9 +309,8 @@ impl Holding {
         &self.sealed
     }
 
-    /// The sealed file, for quarantine and repair. Only this module changes its folios and its
-    /// size.
-    pub fn sealed_mut(&mut self) -> &mut Sealed {
+    #[cfg(test)]
+    pub(super) fn sealed_for_tests(&mut self) -> &mut Sealed {
         &mut self.sealed
     }
 
@@ -276,11 +326,11 @@ impl Holding {
 
     /// Pages that are the file's.
     pub fn pages(&self) -> u64 {
-        self.sealed.header().owned_pages - self.released.count()
+        self.owned.total()
     }
 
     /// The pages that the file owns or has released.
-    fn reserved(&self) -> Run {
+    fn span(&self) -> Run {
         Page(0)..Page(self.sealed.header().owned_pages)
     }
 
@@ -337,8 +387,11 @@ impl Holding {
 
     /// This holding's part of [`Held`].
     pub fn held(&self) -> Held {
-        let bytes = self.sealed.folio_count() * FOLIO_SIZE;
-        Held { pages: self.pages(), bytes, stuck: self.unsettled.unwrap_or(0) }
+        Held {
+            pages: self.owned.clone(),
+            bytes: self.memory.clone(),
+            stuck: self.unsettled.clone().unwrap_or_default(),
+        }
     }
 
     /// Checks the holding as a whole; [`Sealed::check_part`] checks the rest. Returns a line for
@@ -360,6 +413,10 @@ impl Holding {
         let header = self.sealed.header();
         if header.undo_size.is_some() {
             wrong.push("a size to come back to is noted, and no change is under way".to_owned());
+        }
+        let owned = header.owned_pages - self.released.count();
+        if owned != self.pages() {
+            wrong.push(format!("{owned} pages are the file's, and {} are counted", self.pages()));
         }
         if header.owned_pages < self.page_size.pages_up(file.end) {
             wrong.push(format!(
@@ -415,7 +472,7 @@ impl Holding {
     // ---- changes -------------------------------------------------------------------------------
 
     /// Begins to make the file at least `size` bytes long. Every byte from the old end on and in
-    /// `range` gets memory.
+    /// `range` gets memory, of the nodes that `placement` wants.
     ///
     /// # Errors
     /// [`Error::Full`] and [`Error::Returning`]; [`Error::Busy`] where soft holes forbid the growth
@@ -426,6 +483,7 @@ impl Holding {
         pool: &'pool Pool,
         range: Range,
         size: u64,
+        placement: &Resolved,
     ) -> Result<Change<'pool>> {
         self.ready(pool)?;
         let before = self.size();
@@ -436,7 +494,7 @@ impl Holding {
             return Ok(Change(Kind::Nothing));
         }
         self.refuse_with_holes()?;
-        self.begin_acquiring(pool, missing, size, size)
+        self.begin_acquiring(pool, missing, size, size, placement)
     }
 
     /// Begins to make the pages up to the end of `range` the file's. The part of `range` before the
@@ -448,6 +506,7 @@ impl Holding {
         &mut self,
         pool: &'pool Pool,
         range: Range,
+        placement: &Resolved,
     ) -> Result<Change<'pool>> {
         self.ready(pool)?;
         let size = self.size();
@@ -455,7 +514,7 @@ impl Holding {
         if !self.released_touching(range.intersect(Range::new(0, size))).is_empty() {
             self.refuse_with_holes()?; // behind the end of file no memory moves
         }
-        self.begin_acquiring(pool, missing, size, range.end)
+        self.begin_acquiring(pool, missing, size, range.end, placement)
     }
 
     /// Begins to make the file own the pages up to `end` and the released pages in `missing`, with
@@ -466,17 +525,21 @@ impl Holding {
         missing: PageSet,
         size: u64,
         end: u64,
+        placement: &Resolved,
     ) -> Result<Change<'pool>> {
         refuse_too_many_runs(&self.released.clone().without(&missing))?;
-        let reserved = self.reserved().end.0;
-        let wanted = reserved.max(self.page_size.pages_up(end));
-        let token = pool.reserve(wanted - reserved + missing.count())?;
+        let span = self.span().end;
+        let wanted = span.max(Page(self.page_size.pages_up(end)));
+        let pages: PageSet = missing.runs().cloned().chain([span..wanted]).collect();
+        let (token, homes) = pool.promise_pages(&pages, placement)?;
         if size > self.size() {
             let before = self.size();
             self.sealed.update(|header| header.undo_size = Some(before))?;
             steps::reached(Step::AllocateAnnounced);
         }
-        Ok(self.begun(Kind::Growth(Growth::new(self, token, missing, wanted, size))))
+        homes.into_iter().for_each(|(run, node)| self.homes.insert(run, node));
+        let growth = Growth::new(self, token, missing, wanted, size);
+        Ok(self.begun(Kind::Growth(growth)))
     }
 
     /// Begins to shorten the file to `size` bytes and to give back the pages behind. Quarantines
@@ -516,7 +579,7 @@ impl Holding {
         self.ready(pool)?;
         let within = self.page_size.pages_within(range);
         let bytes = self.page_size.bytes_of(&within);
-        let runs = self.released.gaps_within(within.start..within.end.min(self.reserved().end));
+        let runs = self.released.gaps_within(within.start..within.end.min(self.span().end));
         if runs.is_empty() {
             return Ok(Change(Kind::Nothing));
         }
@@ -565,14 +628,80 @@ impl Holding {
         Ok(())
     }
 
-    /// A change could not be undone. Its memory stays here, and its pages stay reserved for that
+    /// A change could not be undone. Its memory stays here, and its pages stay promised for that
     /// memory.
     fn leave_unsettled(&mut self, token: Option<Token<'_>>, why: &Error) {
-        let kept = token.map_or(0, Token::keep);
+        let kept = token.map(Token::keep).unwrap_or_default();
         log::error!(
-            "a change of a file's pages could not be undone, {kept} pages stay with the file for now: {why}"
+            "a change of a file's pages could not be undone, {} pages stay with the file for now: {why}",
+            kept.total()
         );
-        self.unsettled = Some(self.unsettled.unwrap_or(0) + kept);
+        self.unsettled = Some(self.unsettled.take().unwrap_or_default().and(&kept));
+    }
+
+    /// No memory is stuck any more: the pages that were kept for it are free.
+    fn end_unsettled(&mut self, pool: &Pool) {
+        drop(pool.token_of_kept(self.unsettled.take().unwrap_or_default()));
+    }
+
+    /// Only the file's pages have homes.
+    fn forget_other_homes(&mut self) {
+        let owned = self.released.gaps_within(self.span()).into_iter().collect();
+        self.homes.retain(&owned);
+    }
+
+    // ---- transfers -----------------------------------------------------------------------------
+
+    /// Moves a piece of memory here for the start of `transfer`, and makes the sealed file longer
+    /// for that, up to `size` bytes. Returns the length of the piece.
+    ///
+    /// # Errors
+    /// Those of [`Pool::move_piece_out`].
+    fn take_piece(&mut self, pool: &Pool, transfer: Transfer, size: u64) -> Result<u64> {
+        let before = self.sealed.folio_count();
+        let moved = pool.move_piece_out(&mut self.sealed, transfer, size);
+        self.count_memory(transfer.node, before);
+        moved
+    }
+
+    /// Moves a piece of memory back to the pool: the last part of `range` that has memory, of pages
+    /// with one home. `give` takes it out of the sealed file. Returns the part that moved, or
+    /// `None` where `range` has no memory.
+    ///
+    /// # Errors
+    /// Those of [`Pool::move_piece_in`].
+    fn give_piece(
+        &mut self,
+        pool: &Pool,
+        range: Range,
+        give: impl FnOnce(&mut Sealed, Range) -> Result<()>,
+    ) -> Result<Option<Range>> {
+        let has_memory = |folio: &Folio| self.sealed.has_memory(*folio);
+        let Some(last) = range.folios().rev().find(has_memory) else { return Ok(None) };
+        let (node, start) = self.homes.around(last.range().start);
+        let range = Range::new(range.start.max(start), last.range().end);
+        let before = self.sealed.folio_count();
+        let moved = pool.move_piece_in(&mut self.sealed, Transfer { range, node }, give);
+        self.count_memory(node, before);
+        moved
+    }
+
+    /// The sealed file had `before` folios. The others came from `node`, or went there.
+    fn count_memory(&mut self, node: NumaNode, before: u64) {
+        let after = self.sealed.folio_count();
+        self.memory.add(node, after.saturating_sub(before) * FOLIO_SIZE);
+        self.memory.take(node, before.saturating_sub(after) * FOLIO_SIZE);
+        assert_eq!(self.memory.total(), after * FOLIO_SIZE, "memory is counted by its homes");
+    }
+
+    /// `pages` have become the file's.
+    fn own(&mut self, pages: &PerNode) {
+        self.owned = std::mem::take(&mut self.owned).and(pages);
+    }
+
+    /// `pages` are the file's no more.
+    fn disown(&mut self, pages: &PerNode) {
+        self.owned = std::mem::take(&mut self.owned).less(pages);
     }
 
     /// The released pages that hold any byte of `range`. `range` may reach up to the largest file
@@ -584,7 +713,8 @@ impl Holding {
     /// Gives back the pages behind the page with the end of file. No memory moves for that.
     fn give_up_pages_behind_end(&mut self, pool: &Pool) -> Result<()> {
         let end = Page(self.page_size.pages_up(self.sealed.size()));
-        let before = self.pages();
+        let behind = end..self.span().end.max(end);
+        let given_up = self.homes.count(self.released.gaps_within(behind));
         let update = |header: &mut Header| {
             header.owned_pages = header.owned_pages.min(end.0);
             header.undo_size = None;
@@ -597,25 +727,19 @@ impl Holding {
             self.try_to_note_released();
         }
         steps::reached(Step::ShrinkDone);
-        self.release_to(pool, before - self.pages());
+        self.homes.remove(end..Page(u64::MAX));
+        self.disown(&given_up);
+        pool.release(&given_up);
         Ok(())
     }
 
-    /// Tells the account that the file gave up `pages` pages, whose memory is in the reserves.
-    fn release_to(&self, pool: &Pool, pages: u64) {
-        pool.release(pages);
-        if self.orphaned {
-            pool.note_orphaned(-(pages as i64));
-        }
-    }
-
-    /// The file has lost its last name. The pool counts its pages as orphaned: they come back when
-    /// the last user is gone.
-    pub fn note_orphaned(&mut self, pool: &Pool) {
-        if !self.orphaned {
-            self.orphaned = true;
-            pool.note_orphaned(self.pages() as i64);
-        }
+    /// The pages of `run`, which have no memory any more, go back to the pool.
+    fn release_pages(&mut self, pool: &Pool, run: Run) {
+        let released = self.homes.count([run.clone()]);
+        self.homes.remove(run.clone());
+        self.released.insert(run);
+        self.disown(&released);
+        pool.release(&released);
     }
 
     fn refuse_with_holes(&self) -> Result<()> {

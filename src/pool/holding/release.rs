@@ -1,9 +1,10 @@
 //! Release: pages in the middle of a file go back, from the last to the first.
 
-use super::page_set::{MOST_RUNS, Run, length};
 use super::{Holding, Progress};
 use crate::error::{Error, Result};
 use crate::pool::Pool;
+use crate::pool::page_set::{MOST_RUNS, Run};
+use crate::pool::plan::Plan;
 use crate::sealed::Sealed;
 use crate::steps::{self, Step};
 use crate::units::{Page, Range};
@@ -62,7 +63,7 @@ impl<'pool> Release<'pool> {
         let start = holding.page_size.range(first).start;
         let memory = holding
             .end_with_few_holes(Range::new(start, self.moved_from.min(holding.memory_end())));
-        match self.pool.move_piece_in(&mut holding.sealed, memory, Sealed::give) {
+        match holding.give_piece(self.pool, memory, Sealed::give) {
             Ok(moved) => {
                 self.moved_from = moved.map_or(memory.start, |piece| piece.start);
                 steps::reached(Step::ReleaseMoved);
@@ -79,9 +80,7 @@ impl<'pool> Release<'pool> {
     /// The pages of `run` without memory do not belong to the file any more.
     fn note_released(&mut self, holding: &mut Holding, run: Run) {
         let from = Page(holding.page_size.pages_up(self.moved_from));
-        let released = from..run.end;
-        holding.release_to(self.pool, length(&released));
-        holding.released.insert(released);
+        holding.release_pages(self.pool, from..run.end);
         if from == run.start {
             self.runs.pop();
             self.begin_run(holding);
@@ -103,11 +102,12 @@ impl<'pool> Release<'pool> {
         let why = self.stop.clone().expect("there is a reason to stop");
         let memory = Range::new(0, holding.memory_end());
         let run = self.runs.last().map(|run| holding.page_size.bytes_of(run).intersect(memory));
-        let Some(range) = run.and_then(|run| holding.first_without_memory(run)) else {
+        let lacking = run.and_then(|run| holding.first_without_memory(run));
+        let Some(transfer) = Plan::new(lacking).next(&holding.homes) else {
             return self.end(holding, why);
         };
         let size = holding.sealed.size();
-        match self.pool.move_piece_out(&mut holding.sealed, range, size) {
+        match holding.take_piece(self.pool, transfer, size) {
             Ok(_) => Ok(Progress::More),
             Err(error) => {
                 holding.leave_unsettled(None, &error);

@@ -3,6 +3,8 @@
 use super::{Holding, Progress};
 use crate::error::Result;
 use crate::pool::Pool;
+use crate::pool::plan::Plan;
+use crate::sealed::Sealed;
 use crate::units::{FOLIO_SIZE, Range};
 
 /// A settling that is under way.
@@ -33,15 +35,13 @@ impl<'pool> Settling<'pool> {
     }
 
     fn shorten(&mut self, holding: &mut Holding) -> Result<Progress> {
-        let (size, sealed) = (holding.size(), &mut holding.sealed);
-        let behind = Range::new(size.next_multiple_of(FOLIO_SIZE), sealed.size());
-        if self
-            .pool
-            .move_piece_in(sealed, behind, |sealed, piece| sealed.cut(piece.start))?
-            .is_some()
-        {
+        let size = holding.size();
+        let behind = Range::new(size.next_multiple_of(FOLIO_SIZE), holding.sealed.size());
+        let cut = |sealed: &mut Sealed, piece: Range| sealed.cut(piece.start);
+        if holding.give_piece(self.pool, behind, cut)?.is_some() {
             return Ok(Progress::More);
         }
+        let sealed = &mut holding.sealed;
         match sealed.size() {
             longer if longer > size => sealed.cut(size)?,
             _ => sealed.grow_size(size)?,
@@ -53,12 +53,14 @@ impl<'pool> Settling<'pool> {
     }
 
     /// Released pages that have memory become the file's. They are taken out of the pages that
-    /// stayed reserved for stuck memory.
+    /// stayed promised for stuck memory.
     fn own_what_has_memory(&self, holding: &mut Holding) {
-        let owned = holding.own_what_has_memory();
-        if let Some(kept) = &mut holding.unsettled {
-            *kept = kept.checked_sub(owned).expect("pages are kept for all memory that is stuck");
-            self.pool.token_of_kept(owned).hand_over(owned as i64);
+        let owned = holding.release_nothing_with_memory();
+        if let Some(kept) = holding.unsettled.take() {
+            let owned = holding.homes.count(owned.runs().cloned());
+            holding.unsettled = Some(kept.less(&owned));
+            self.pool.token_of_kept(owned.clone()).hand_over(&owned);
+            holding.own(&owned);
         }
     }
 
@@ -66,17 +68,19 @@ impl<'pool> Settling<'pool> {
         let file = Range::new(from, holding.size());
         let lacking =
             holding.owned_in(file).into_iter().find_map(|part| holding.first_without_memory(part));
-        let Some(range) = lacking else { return self.finish(holding) };
+        let Some(transfer) = Plan::new(lacking).next(&holding.homes) else {
+            return self.finish(holding);
+        };
         let size = holding.sealed.size();
-        let moved = self.pool.move_piece_out(&mut holding.sealed, range, size)?;
-        self.stage = Stage::Fill(range.start + moved);
+        let moved = holding.take_piece(self.pool, transfer, size)?;
+        self.stage = Stage::Fill(transfer.range.start + moved);
         Ok(Progress::More)
     }
 
     fn finish(&self, holding: &mut Holding) -> Result<Progress> {
         holding.sealed.update(|header| header.undo_size = None)?;
-        let left = holding.unsettled.take().unwrap_or(0);
-        drop(self.pool.token_of_kept(left)); // the memory of these pages has gone back
+        holding.end_unsettled(self.pool); // the memory of these pages has gone back
+        holding.forget_other_homes();
         Ok(Progress::Done)
     }
 }

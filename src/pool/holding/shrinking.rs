@@ -32,10 +32,7 @@ impl<'pool> Shrinking<'pool> {
         }
         let gone = Range::new(self.size.next_multiple_of(FOLIO_SIZE), holding.sealed.size());
         let piece = holding.end_with_few_holes(gone);
-        match self
-            .pool
-            .move_piece_in(&mut holding.sealed, piece, |sealed, piece| sealed.cut(piece.start))
-        {
+        match holding.give_piece(self.pool, piece, |sealed, piece| sealed.cut(piece.start)) {
             Ok(Some(_)) => {
                 self.has_moved = true;
                 Ok(Progress::More)
@@ -60,8 +57,7 @@ impl<'pool> Shrinking<'pool> {
         steps::reached(Step::ShrinkCut);
         holding.give_up_pages_behind_end(self.pool)?;
         if holding.sealed.size() == 0 {
-            let stuck = holding.unsettled.take().unwrap_or(0);
-            drop(self.pool.token_of_kept(stuck)); // stuck memory has gone back with the rest
+            holding.end_unsettled(self.pool); // stuck memory has gone back with the rest
         }
         self.failure.take().map_or(Ok(Progress::Done), Err)
     }

@@ -1,7 +1,8 @@
 //! Changes that are refused, given up, or cut off by a death after any piece, on real superblocks.
 
 use super::*;
-use crate::pool::float_of;
+use crate::pool::moves::float_of;
+use crate::pool::tests::adopt_one;
 use crate::sys::tmpfs;
 
 const SIZE: PageSize = PageSize::Huge;
@@ -35,7 +36,8 @@ fn file(pool: &Pool, count: u64) -> Holding {
 }
 
 fn grow(pool: &Pool, holding: &mut Holding, count: u64) -> Result<()> {
-    let growth = holding.begin_growth(pool, Range::new(0, 0), count * FOLIO_SIZE)?;
+    let growth =
+        holding.begin_growth(pool, Range::new(0, 0), count * FOLIO_SIZE, &Resolved::default())?;
     holding.complete(growth)
 }
 
@@ -47,7 +49,7 @@ fn release(pool: &Pool, holding: &mut Holding, range: Range) -> Result<()> {
 /// Every invariant of the pool holds. Each page of the pool is this holding's or free.
 #[track_caller]
 fn assert_sound(pool: &Pool, holding: &Holding) {
-    assert_eq!(pool.check(holding.held()), Vec::<String>::new());
+    assert_eq!(pool.check(&holding.held()), Vec::<String>::new());
     assert_eq!(pool.check_reserves().unwrap(), Vec::<String>::new());
     assert_eq!(holding.check().unwrap(), Vec::<String>::new());
     assert_eq!(holding.sealed.check().unwrap(), Vec::<String>::new());
@@ -58,7 +60,7 @@ fn assert_settled(pool: &Pool, holding: &Holding) {
     assert_sound(pool, holding);
     assert!(holding.is_settled() && holding.size() == holding.sealed.size());
     let account = pool.balance();
-    assert_eq!((account.reserved, account.free), (0, POOL - holding.pages()));
+    assert_eq!((account.promised, account.free), (0, POOL - holding.pages()));
     for part in holding.owned_in(Range::new(0, holding.size())) {
         assert_eq!(holding.first_without_memory(part), None);
     }
@@ -88,9 +90,9 @@ fn after_death(pool: &Pool, holding: Holding) -> Holding {
     let reserves = pool.reserves();
     let mount = holding.sealed.mount().unwrap();
     drop(holding);
-    let mut again = Holding::open(SIZE, Sealed::open(Reach::Programs, mount).unwrap()).unwrap();
-    pool.forget_account();
-    pool.adopt(again.pages(), again.sealed.folio_count() * FOLIO_SIZE).unwrap();
+    let sealed = Sealed::open(Reach::Programs, mount).unwrap();
+    let mut again = Holding::open(SIZE, sealed, &pool.nodes()).unwrap();
+    adopt_one(pool, &mut again);
     assert_eq!(pool.reserves(), reserves, "memory went to the machine, or came from there");
     let settling = again.begin_settling(pool);
     again.complete(settling).unwrap();
@@ -133,7 +135,7 @@ fn a_growth_that_cannot_be_noted_takes_no_page() {
     for released in [pages(1, 2), pages(3, 4), pages(5, 6), pages(7, 10)] {
         release(&pool, &mut holding, released).unwrap();
     }
-    let refused = holding.begin_growth(&pool, pages(8, 9), 0).map(drop);
+    let refused = holding.begin_growth(&pool, pages(8, 9), 0, &Resolved::default()).map(drop);
     assert!(matches!(refused, Err(Error::Busy(_))), "{refused:?}");
     assert_settled(&pool, &holding);
     let mut other = Holding::create(SIZE).unwrap();
@@ -155,13 +157,17 @@ fn soft_holes_refuse_what_would_move_memory_around_them() {
     let mut holding = file(&pool, 4);
     release(&pool, &mut holding, pages(3, 4)).unwrap();
     holding.sealed.quarantine(Subpage(0).range(), 1).unwrap();
-    assert!(holding.begin_growth(&pool, Range::new(0, 0), 6 * FOLIO_SIZE).is_err());
-    assert!(holding.begin_allocation(&pool, pages(3, 4)).is_err());
+    assert!(
+        holding
+            .begin_growth(&pool, Range::new(0, 0), 6 * FOLIO_SIZE, &Resolved::default())
+            .is_err()
+    );
+    assert!(holding.begin_allocation(&pool, pages(3, 4), &Resolved::default()).is_err());
     assert!(holding.begin_release(&pool, pages(1, 3)).is_err());
     assert!(holding.begin_shrinking(&pool, FOLIO_SIZE).is_err());
     assert_settled(&pool, &holding);
     assert_kept(&holding, pages(1, 3));
-    let allocation = holding.begin_allocation(&pool, pages(4, 6)).unwrap();
+    let allocation = holding.begin_allocation(&pool, pages(4, 6), &Resolved::default()).unwrap();
     holding.complete(allocation).unwrap(); // behind the end of file no memory moves
     release(&pool, &mut holding, pages(0, 3)).unwrap(); // the hole goes with its page
     assert_settled(&pool, &holding);
@@ -171,7 +177,7 @@ fn soft_holes_refuse_what_would_move_memory_around_them() {
 fn a_shrinking_without_a_piece_leaves_pages_behind_the_end() {
     let pool = pool();
     let mut holding = file(&pool, 4);
-    let allocation = holding.begin_allocation(&pool, pages(4, 6)).unwrap();
+    let allocation = holding.begin_allocation(&pool, pages(4, 6), &Resolved::default()).unwrap();
     holding.complete(allocation).unwrap();
     let shrinking = holding.begin_shrinking(&pool, FOLIO_SIZE).unwrap();
     give_up(shrinking, &mut holding);
@@ -207,7 +213,8 @@ fn a_growth_given_up_after_any_piece_leaves_all_as_before() {
         let mut holding = file(&pool, 4);
         release(&pool, &mut holding, pages(1, 3)).unwrap();
         let range = pages(1, PAGES);
-        let mut growth = holding.begin_growth(&pool, range, range.end - 5000).unwrap();
+        let mut growth =
+            holding.begin_growth(&pool, range, range.end - 5000, &Resolved::default()).unwrap();
         let more = advance(&mut growth, &mut holding, pieces);
         if !more {
             assert_eq!(pieces, 4, "the released pages, two pieces behind the end, the account");
@@ -280,7 +287,9 @@ fn a_death_after_any_piece_of_a_growth_undoes_it() {
         let pool = pool();
         let mut holding = file(&pool, 4);
         release(&pool, &mut holding, pages(3, 4)).unwrap();
-        let mut growth = holding.begin_growth(&pool, pages(3, 4), PAGES * FOLIO_SIZE).unwrap();
+        let mut growth = holding
+            .begin_growth(&pool, pages(3, 4), PAGES * FOLIO_SIZE, &Resolved::default())
+            .unwrap();
         assert!(advance(&mut growth, &mut holding, done));
         let holding = after_death_in(&pool, holding, growth);
         assert_eq!(holding.size(), 4 * FOLIO_SIZE);
@@ -294,7 +303,9 @@ fn a_death_while_a_growth_is_undone_undoes_it() {
     for undone in 0..3 {
         let pool = pool();
         let mut holding = file(&pool, 4);
-        let mut growth = holding.begin_growth(&pool, Range::new(0, 0), PAGES * FOLIO_SIZE).unwrap();
+        let mut growth = holding
+            .begin_growth(&pool, Range::new(0, 0), PAGES * FOLIO_SIZE, &Resolved::default())
+            .unwrap();
         assert!(advance(&mut growth, &mut holding, 2));
         growth.give_up(Error::Interrupted);
         assert!(advance(&mut growth, &mut holding, undone));
@@ -340,7 +351,8 @@ fn a_page_of_which_a_part_was_moved_is_whole_after_a_death() {
     const GIB: u64 = PageSize::Gigantic.bytes();
     let pool = Pool::fill(PageSize::Gigantic, 1, |_| Ok(())).expect("root takes 1 GiB");
     let mut holding = Holding::create(PageSize::Gigantic).unwrap();
-    let growth = holding.begin_growth(&pool, Range::new(0, 0), GIB - 5000).unwrap();
+    let growth =
+        holding.begin_growth(&pool, Range::new(0, 0), GIB - 5000, &Resolved::default()).unwrap();
     holding.complete(growth).unwrap();
     let mut change = holding.begin_release(&pool, Range::new(0, GIB)).unwrap();
     assert!(advance(&mut change, &mut holding, 3));
@@ -349,9 +361,8 @@ fn a_page_of_which_a_part_was_moved_is_whole_after_a_death() {
     let mount = holding.sealed.mount().unwrap();
     drop(holding);
     let sealed = Sealed::open(Reach::Programs, mount).unwrap();
-    let mut holding = Holding::open(PageSize::Gigantic, sealed).unwrap();
-    pool.forget_account();
-    pool.adopt(holding.pages(), holding.sealed.folio_count() * FOLIO_SIZE).unwrap();
+    let mut holding = Holding::open(PageSize::Gigantic, sealed, &pool.nodes()).unwrap();
+    adopt_one(&pool, &mut holding);
     let settling = holding.begin_settling(&pool);
     holding.complete(settling).unwrap();
     assert_eq!((holding.pages(), holding.sealed.folio_count()), (1, GIB / FOLIO_SIZE));
@@ -370,7 +381,8 @@ fn a_page_of_which_a_part_was_moved_is_whole_after_a_death() {
 fn stuck_growth(pool: &Pool) -> Holding {
     let mut holding = file(pool, 4);
     release(pool, &mut holding, pages(1, 2)).unwrap();
-    let mut growth = holding.begin_growth(pool, pages(1, 2), PAGES * FOLIO_SIZE).unwrap();
+    let mut growth =
+        holding.begin_growth(pool, pages(1, 2), PAGES * FOLIO_SIZE, &Resolved::default()).unwrap();
     assert!(advance(&mut growth, &mut holding, 2));
     let Change(Kind::Growth(mut growth)) = growth else { panic!("it grows") };
     growth.leave_unsettled(&mut holding, &Error::NoMemory);
@@ -422,7 +434,7 @@ fn found_after(damage: impl FnOnce(&Pool, &mut Holding)) -> String {
     assert_sound(&pool, &holding);
     damage(&pool, &mut holding);
     let mut found = holding.check().unwrap();
-    found.extend(pool.check(holding.held()));
+    found.extend(pool.check(&holding.held()));
     found.join("; ")
 }
 
@@ -433,19 +445,21 @@ fn page(number: u64) -> Run {
 #[test]
 fn the_check_names_each_broken_account() {
     let account = |change: fn(&mut crate::pool::Account)| {
-        found_after(|pool, _| change(&mut pool.account.lock().unwrap()))
+        found_after(|pool, _| {
+            let node = pool.nodes()[0];
+            change(pool.accounts.lock().unwrap().of_mut(node));
+        })
     };
-    assert!(
-        account(|account| account.total += 1)
-            .contains("P1: files have 3 pages, and the account says 4")
-    );
+    let grown = account(|account| account.total += 1);
+    assert!(grown.contains("files have 3 pages, and the account says 4"), "{grown}");
     let handed_back = account(|account| account.free += 1 + PIECE_PAGES); // more than the float
-    assert!(handed_back.contains("pages are free, and the reserves have"), "{handed_back}");
+    assert!(handed_back.contains("pages are free, and the reserve has"), "{handed_back}");
     let leaked = account(|account| {
         account.free -= 1;
-        account.reserved += 1;
+        account.promised += 1;
     });
-    assert_eq!(leaked, "P1: 1 pages are reserved, 0 for changes under way and 0 for stuck memory");
+    let meant = "1 pages are promised, 0 for changes under way and 0 for stuck memory";
+    assert!(leaked.ends_with(meant), "{leaked}");
 }
 
 #[test]
@@ -469,8 +483,9 @@ fn the_check_names_each_page_that_is_not_as_noted() {
 fn the_check_names_memory_that_moved_without_its_page() {
     let moved = found_after(|pool, holding| {
         let size = holding.sealed.size();
-        pool.move_piece_out(&mut holding.sealed, Range::at(2 * FOLIO_SIZE, FOLIO_SIZE), size)
-            .unwrap();
+        let transfer =
+            Transfer { range: Range::at(2 * FOLIO_SIZE, FOLIO_SIZE), node: pool.nodes()[0] };
+        pool.move_piece_out(&mut holding.sealed, transfer, size).unwrap();
     });
     assert!(moved.contains("folio 2 is released and has memory"), "{moved}");
 }

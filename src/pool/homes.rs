@@ -1,0 +1,88 @@
+//! The homes of a file's pages.
+
+use super::PerNode;
+use super::page_set::{PageSet, Run, length};
+use crate::units::{NumaNode, Page, PageSize};
+use rangemap::RangeMap;
+
+/// For each page of a file its home: the NUMA node whose part of the pool has given the page. Pages
+/// that follow one another on one node take one entry.
+#[derive(Clone, Debug)]
+pub struct Homes {
+    page_size: PageSize,
+    nodes: RangeMap<Page, NumaNode>,
+}
+
+impl Homes {
+    /// No page has a home.
+    pub fn new(page_size: PageSize) -> Self {
+        Self { page_size, nodes: RangeMap::new() }
+    }
+
+    /// The home of the page with the byte at `offset`, and the end of the last page of that run of
+    /// pages, in bytes. `None` if the page has no home.
+    pub fn at(&self, offset: u64) -> Option<(NumaNode, u64)> {
+        let page = Page(self.page_size.pages_down(offset));
+        let (run, node) = self.nodes.get_key_value(&page)?;
+        Some((*node, self.page_size.bytes_of(run).end))
+    }
+
+    /// The home of the page with the byte at `offset`, which has one, and the start of the first
+    /// page of that run of pages, in bytes.
+    pub fn around(&self, offset: u64) -> (NumaNode, u64) {
+        let page = Page(self.page_size.pages_down(offset));
+        let (run, node) = self.nodes.get_key_value(&page).expect("the page has a home");
+        (*node, self.page_size.bytes_of(run).start)
+    }
+
+    /// The pages of `run` get the home `node`.
+    pub fn insert(&mut self, run: Run, node: NumaNode) {
+        if !run.is_empty() {
+            self.nodes.insert(run, node);
+        }
+    }
+
+    /// The pages of `run` have no home any more.
+    pub fn remove(&mut self, run: Run) {
+        if !run.is_empty() {
+            self.nodes.remove(run);
+        }
+    }
+
+    /// The homes of the pages of `run` that have one, ascending.
+    pub fn within(&self, run: Run) -> Vec<(Run, NumaNode)> {
+        if run.is_empty() {
+            return Vec::new();
+        }
+        let cut = |(part, node): (&Run, &NumaNode)| {
+            (part.start.max(run.start)..part.end.min(run.end), *node)
+        };
+        self.nodes.overlapping(run.clone()).map(cut).collect()
+    }
+
+    /// The pages of `run` without a home, ascending.
+    pub fn gaps_within(&self, run: Run) -> Vec<Run> {
+        if run.is_empty() { Vec::new() } else { self.nodes.gaps(&run).collect() }
+    }
+
+    /// The number of pages of `runs` on each node. Each page has a home.
+    pub fn count(&self, runs: impl IntoIterator<Item = Run>) -> PerNode {
+        let mut counts = PerNode::default();
+        for run in runs {
+            let homes = self.within(run.clone());
+            let counted: u64 = homes.iter().map(|(part, _)| length(part)).sum();
+            assert_eq!(counted, length(&run), "a page of {run:?} has no home");
+            homes.into_iter().for_each(|(part, node)| counts.add(node, length(&part)));
+        }
+        counts
+    }
+
+    /// Only the pages of `kept` keep their homes.
+    pub fn retain(&mut self, kept: &PageSet) {
+        let mut nodes = RangeMap::new();
+        for run in kept.runs() {
+            self.within(run.clone()).into_iter().for_each(|(part, node)| nodes.insert(part, node));
+        }
+        self.nodes = nodes;
+    }
+}
