@@ -109,6 +109,7 @@
 //! | [`attributes`] | the one table of extended attributes; counters | [`attributes::TABLE`] |
 //! | [`sys`] | system calls, and the project's `unsafe` | [`sys::tmpfs`] |
 //! | [`placement`] | the NUMA nodes that a file's pages come from; pure | [`placement::choose`] |
+//! | [`targets`] | the kinds of memory by NUMA node, and their order; pure | [`targets::best`] |
 //! | [`logging`] | a log that never makes a call wait | [`logging::start`] |
 //! | [`sealed`] | a sealed file: S1, Q1, quarantine, repair, the ledger | [`sealed::Sealed`] |
 //! | [`pool`] | pages, moves of memory, a file's pages: P1 | [`pool::Holding`] |
@@ -154,6 +155,8 @@
 //!   node is gone, and whose memory has yet to move back.
 //!
 //! Memory and pages:
+//! - **target**: the memory of a NUMA node, as a program may choose it; **initiator**: a node from
+//!   which programs reach it ([`targets`]).
 //! - **pool**: all pages, and the account of them. **part**: the pages of the pool on one NUMA
 //!   node. **home**: the node whose part has a page. **reserve**: the free memory of a part.
 //! - **promised**: pages in a **token**, which no other change can have. **span**: of a file, the
@@ -238,6 +241,8 @@ pub mod attributes;
 pub mod sys;
 
 pub mod placement;
+
+pub mod targets;
 
 pub mod logging;
 

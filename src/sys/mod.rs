@@ -10,6 +10,7 @@ pub mod cgroup;
 pub mod handle;
 pub mod identity;
 pub mod mapping;
+pub mod memory_texts;
 pub mod mounts;
 pub mod namespace;
 pub mod numa;
