@@ -86,11 +86,7 @@ fn first_word(text: &str) -> String {
     text.trim_start().chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect()
 }
 
-/// The module of `lib.rs` that a source file belongs to.
-fn layer_of(path: &Path) -> Option<String> {
-    layer_below(path, "src")
-}
-
+/// The module that a source file in `directory` belongs to.
 fn layer_below(path: &Path, directory: &str) -> Option<String> {
     let relative = path.strip_prefix(Path::new(ROOT).join(directory)).expect("below it");
     let first = relative.components().next()?.as_os_str().to_str()?;
@@ -131,20 +127,13 @@ fn the_map_of_the_code_has_each_module() {
 }
 
 #[test]
-fn unsafe_code_is_only_in_sys() {
-    // fuser's call that takes the number of a backing file is unsafe, and its types are not for
-    // `sys`.
-    const ELSEWHERE: &[&str] = &["src/fuse/backing.rs"];
-    for path in sources("src").into_iter().chain(sources("mount-helper")).chain(sources("tests")) {
-        let inside_sys = layer_of_any(&path) == Some("sys".to_owned());
-        let inside_sys = inside_sys || ELSEWHERE.iter().any(|known| path.ends_with(known));
-        let allows = read(&path).contains(concat!("allow(", "unsafe_code)"));
-        assert!(!allows || inside_sys, "{} allows unsafe code", path.display());
+fn unsafe_is_only_in_sys() {
+    const PLACES: [&str; 2] = ["src/sys", "tests/support/sys"]; // of the programs, and of the tests
+    for path in ["src", "mount-helper", "tests", "benches"].into_iter().flat_map(sources) {
+        let is_inside = PLACES.iter().any(|place| path.starts_with(Path::new(ROOT).join(place)));
+        let allows = read(&path).contains(concat!("unsafe", "_code"));
+        assert!(!allows || is_inside, "{} allows unsafe code", path.display());
     }
-}
-
-fn layer_of_any(path: &Path) -> Option<String> {
-    path.starts_with(Path::new(ROOT).join("src")).then(|| layer_of(path)).flatten()
 }
 
 #[test]
@@ -216,12 +205,14 @@ fn no_test_waits_without_a_limit() {
     }
 }
 
+/// `src/sys/backing.rs` wraps the one call of fuser that is unsafe.
 #[test]
-fn fuser_is_named_only_in_the_fuse_module() {
-    for path in sources("src").into_iter().chain(sources("mount-helper")) {
+fn fuser_is_named_only_in_fuse_and_for_its_unsafe_call() {
+    for path in ["src", "mount-helper", "tests", "benches"].into_iter().flat_map(sources) {
         let named = read(&path).lines().any(|line| line.contains(concat!("fuser", "::")));
+        let is_inside = path.starts_with(Path::new(ROOT).join("src/fuse"));
         assert!(
-            !named || layer_of_any(&path) == Some("fuse".to_owned()),
+            !named || is_inside || path.ends_with("src/sys/backing.rs"),
             "{} names fuser",
             path.display()
         );

@@ -2,13 +2,14 @@
 //! a job's thread.
 
 use super::attempts::{Attempts, Turn};
-use super::backing::{self, Borrower, Lent};
+use super::backing;
 use super::decode::{context, is_read_only};
 use super::device;
 use super::jobs::{DAEMON, Holds, Jobs, Waiting};
 use crate::error::{Error, Result};
 use crate::fs::{Fs, Object, RequestContext};
 use crate::index::{Attributes, New};
+use crate::sys::backing::{Borrower, Lent};
 use crate::sys::identity::Caller;
 use crate::sys::process;
 use crate::units::InodeId;

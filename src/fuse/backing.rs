@@ -11,8 +11,8 @@
 //!   closed   the worker removes the inode of the file next, so no reply can have the number again
 //! ```
 //!
-//! - **One owner.** The note with the file owns the number. A reply borrows the number ([`Lent`]),
-//!   and fuser never closes it.
+//! - **One owner.** The note with the file owns the number. A reply borrows the number
+//!   ([`backing::Lent`]), and fuser never closes it.
 //! - **One closer.** Only [`super::adapter::forget`] calls [`close`], when no request for the node
 //!   can be under way: the kernel holds an inode for each node that a request names, and the kernel
 //!   has just said that it holds none.
@@ -31,11 +31,9 @@ use crate::error::{Error, Result};
 use crate::faults::{Want, attempt};
 use crate::fs::{Fs, Object};
 use crate::steps::{self, Step};
-use crate::sys;
-use fuser::{BackingId, ReplyCreate, ReplyOpen};
+use crate::sys::backing;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
-use std::ops::Deref;
 use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 
@@ -61,10 +59,10 @@ impl Issuer {
             return Ok(number);
         }
         attempt(Want::Memory)?;
-        let number = BackingId::create_raw(device, object.data())?;
+        let number = backing::open(device, object.data())?;
         steps::reached(Step::BackingIssued);
         if let Err(error) = object.keep_backing(number) {
-            sys::close_backing(device, number)?;
+            backing::close(device, number)?;
             return Err(error);
         }
         steps::reached(Step::BackingKept);
@@ -80,7 +78,7 @@ impl Issuer {
 /// FUSE_DEV_IOC_BACKING_CLOSE.
 pub fn close(object: &Object, device: &OwnedFd) -> Result<()> {
     if let Some(number) = object.backing()? {
-        sys::close_backing(device, number)?;
+        backing::close(device, number)?;
         steps::reached(Step::BackingClosed);
     }
     Ok(())
@@ -94,50 +92,11 @@ pub fn close(object: &Object, device: &OwnedFd) -> Result<()> {
 /// is closed.
 pub fn close_lost(fs: &Fs, device: &OwnedFd) -> Result<()> {
     let kept = fs.backings()?;
-    let last = BackingId::create_raw(device, memfd_create("nothing", MemfdFlags::CLOEXEC)?)?;
+    let last = backing::open(device, memfd_create("nothing", MemfdFlags::CLOEXEC)?)?;
     let lost =
         (last.saturating_sub(MOST_LOST).max(1)..=last).filter(|number| !kept.contains(number));
-    lost.map(|number| sys::close_backing(device, number)).try_for_each(|closed| match closed {
+    lost.map(|number| backing::close(device, number)).try_for_each(|closed| match closed {
         Err(Error::Os(Errno::NOENT)) => Ok(()),
         closed => closed,
     })
 }
-
-/// A number in a reply to the kernel. fuser closes the number when its [`BackingId`] is dropped, so
-/// this type takes the number out of it first.
-pub struct Lent(Option<BackingId>);
-
-impl Deref for Lent {
-    type Target = BackingId;
-
-    fn deref(&self) -> &BackingId {
-        self.0.as_ref().expect("the number is there until it is taken back")
-    }
-}
-
-impl Drop for Lent {
-    fn drop(&mut self) {
-        self.0.take().map(BackingId::into_raw);
-    }
-}
-
-/// A reply that can contain a number.
-pub trait Borrower {
-    /// The number, in the form that this reply needs.
-    fn lend(&self, number: u32) -> Lent;
-}
-
-macro_rules! borrower {
-    ($reply:ty) => {
-        impl Borrower for $reply {
-            fn lend(&self, number: u32) -> Lent {
-                // SAFETY: fuser takes the number as its own, and would close it. `Lent` takes the
-                // number out again, so fuser never does.
-                #[allow(unsafe_code)]
-                Lent(Some(unsafe { self.wrap_backing(number) }))
-            }
-        }
-    };
-}
-borrower!(ReplyOpen);
-borrower!(ReplyCreate);

@@ -1,5 +1,5 @@
 //! From FUSE to [`crate::fs`] and back: decode, call, encode. This is the only module that uses
-//! fuser's types.
+//! fuser's types, but for the one call of fuser that is unsafe ([`crate::sys::backing`]).
 //!
 //! Every regular file is opened `PASSTHROUGH`: mmap(2) reaches the object's `data` without the
 //! daemon (Linux 6.9). All opens of a file name the same number of a backing file, which lives as

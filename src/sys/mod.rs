@@ -1,10 +1,12 @@
-//! The system calls. One function makes one call. This module has the only `unsafe` of the project.
+//! The system calls. One function makes one call. This module has the only `unsafe` of the
+//! programs.
 //!
 //! Descriptors are owned types. An errno becomes its meaning ([`Error::Full`], [`Error::Busy`])
 //! where the call is made. Calls that rustix offers are wrapped only where an errno has such a
 //! meaning.
 
 pub mod allocator;
+pub mod backing;
 pub mod calls;
 pub mod cgroup;
 pub mod handle;
@@ -27,7 +29,7 @@ use crate::error::Error;
 use crate::faults::{Want, attempt};
 use crate::units::NumaNode;
 use rustix::io::Errno;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The meaning of an errno of tmpfs, from a call that takes memory.
@@ -100,20 +102,6 @@ pub fn close_all_but(kept: &mut [RawFd]) -> Result<(), Error> {
         first = first.max(end + 1);
     }
     Ok(())
-}
-
-/// Makes the kernel drop a file that a FUSE server gave it for passthrough
-/// (FUSE_DEV_IOC_BACKING_CLOSE, Linux 6.9).
-///
-/// # Errors
-/// ENOENT where `number` is no backing number.
-pub fn close_backing(device: impl AsFd, number: u32) -> Result<(), Error> {
-    const BACKING_CLOSE: libc::Ioctl = 0x4004_e502u32 as libc::Ioctl; // _IOW(229, 2, uint32_t)
-    // SAFETY: the kernel reads four bytes from `number`.
-    #[allow(unsafe_code)]
-    let result =
-        unsafe { libc::ioctl(device.as_fd().as_raw_fd(), BACKING_CLOSE, &raw const number) };
-    if result < 0 { Err(std::io::Error::last_os_error().into()) } else { Ok(()) }
 }
 
 /// Seconds since the epoch.

@@ -2,8 +2,7 @@
 //! number. The worker closes it once and loses none.
 
 use crate::support::{DIE, FOLIO, Pool, SUBPAGE, get, kill_worker, limits, set};
-use fuser::BackingId;
-use hugetlb2fs::sys;
+use hugetlb2fs::sys::backing;
 use hugetlb2fs::sys::process::descriptor_of;
 use hugetlb2fs::sys::sigbus::{Mapping, Sharing};
 use hugetlb2fs::units::Range;
@@ -34,14 +33,14 @@ fn device(pool: &Pool) -> OwnedFd {
 /// Returns the number that the kernel gives out next.
 fn next_number(device: &OwnedFd) -> u32 {
     let file = memfd_create("a file", MemfdFlags::CLOEXEC).unwrap();
-    let number = BackingId::create_raw(device, file).unwrap();
-    sys::close_backing(device, number).unwrap();
+    let number = backing::open(device, file).unwrap();
+    backing::close(device, number).unwrap();
     number
 }
 
 /// Returns the numbers that the kernel still knows. The call closes them.
 fn open_numbers(device: &OwnedFd) -> Vec<u32> {
-    (1..next_number(device)).filter(|number| sys::close_backing(device, *number).is_ok()).collect()
+    (1..next_number(device)).filter(|number| backing::close(device, *number).is_ok()).collect()
 }
 
 /// Waits until the kernel has forgotten all removed files.
