@@ -40,6 +40,8 @@ mod sides;
 mod stranger;
 #[path = "compare/svg.rs"]
 mod svg;
+#[path = "../tests/support/sys/mod.rs"]
+mod sys;
 #[path = "compare/table.rs"]
 mod table;
 #[path = "compare/takeover.rs"]

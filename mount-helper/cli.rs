@@ -2,7 +2,7 @@
 
 use crate::mappers::{self, Misaligned};
 use crate::terminal::say;
-use crate::{attributes, daemons, demo, mount, mounts, session, touch};
+use crate::{attributes, daemons, demo, mount, mounts, session};
 use clap::{Parser, Subcommand, ValueEnum};
 use hugetlb2fs::attributes::Counter;
 use hugetlb2fs::quarantine;
@@ -108,9 +108,6 @@ enum Action {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
-    /// Map a file and touch it as standard input says (for demonstrations and tests)
-    #[command(hide = true)]
-    Touch,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -137,7 +134,6 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
                 std::iter::once("mount.hugetlb2".into()).chain(arguments).collect(),
             );
         }
-        Action::Touch => return touch::main(),
     };
     done.unwrap_or_else(|why| {
         if cli.json {

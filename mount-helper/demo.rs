@@ -5,6 +5,7 @@
 //! demonstration fails.
 
 use crate::attributes::{self, COLLAPSE, POISON, REPAIR};
+use crate::demo_mapper::Mapper;
 use hugetlb2fs::attributes::Counter;
 use hugetlb2fs::units::{PageSize, SUBPAGE_SIZE};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -15,12 +16,11 @@ use rustix::process::{Pid, PidfdFlags, geteuid, pidfd_open};
 use serde_json::{Map, Value, json};
 use std::env::temp_dir;
 use std::fs::{File, Permissions};
-use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 const PAGE: u64 = PageSize::Gigantic.bytes();
@@ -66,7 +66,7 @@ fn show(report: &mut Report) -> Step {
     report.time("create the file", clock);
 
     report.heading("Another process maps a file of one page");
-    let mut other = Other::mapping(&pool.file)?;
+    let mut other = Mapper::start(&pool.file)?;
     report.expect(
         "sigbus_before",
         "SIGBUS in a walk over all 262144 subpages",
@@ -76,21 +76,20 @@ fn show(report: &mut Report) -> Step {
     report.expect(
         "huge_before",
         "2 MiB entries that map it (smaps)",
-        other.count("huge")?,
+        other.huge_entries()?,
         HUGE_ENTRIES,
     )?;
     write_pattern(&file)?;
-    other.ask_ok(&format!("hammer {BUSY}"))?;
+    other.work(BUSY)?;
 
     report.heading("4 KiB go bad while it is being used");
     let clock = Instant::now();
     set(&pool.file, POISON, &format!("{BAD:#x} {SUBPAGE_SIZE}"))?;
     report.time("quarantine", clock);
-    let stopped = other.ask("stop")?;
     report.expect(
         "sigbus_neighbour",
         "SIGBUS at the neighbouring subpage, which was in use",
-        second_number(&stopped)?,
+        other.rest()?,
         0,
     )?;
     let hits = other.walk()?;
@@ -99,7 +98,7 @@ fn show(report: &mut Report) -> Step {
     report.expect(
         "huge_poisoned",
         "2 MiB entries that still map the rest",
-        other.count("huge")?,
+        other.huge_entries()?,
         HUGE_ENTRIES - 1,
     )?;
     let clock = Instant::now();
@@ -124,7 +123,7 @@ fn show(report: &mut Report) -> Step {
     report.expect(
         "huge_repaired",
         "2 MiB entries that map it",
-        other.count("huge")?,
+        other.huge_entries()?,
         HUGE_ENTRIES,
     )?;
     let (good, wrong) = read_pattern(&file)?;
@@ -323,73 +322,4 @@ fn read_pattern(file: &File) -> Step<(u64, u64)> {
         }
     }
     Ok((good, wrong))
-}
-
-// ---- the other process --------------------------------------------------------------------------
-
-/// `hugetlb2 touch` in a process of its own.
-struct Other {
-    child: Child,
-    input: ChildStdin,
-    output: BufReader<ChildStdout>,
-}
-
-impl Other {
-    fn mapping(file: &Path) -> Step<Self> {
-        let started = Command::new(own_program()?)
-            .arg("touch")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn();
-        let mut child = started.map_err(|error| format!("another process: {error}"))?;
-        let (input, output) = (child.stdin.take(), child.stdout.take());
-        let (input, output) = input.zip(output).ok_or("it has no pipes")?;
-        let mut other = Self { child, input, output: BufReader::new(output) };
-        other.ask_ok(&format!("map {} 0 {PAGE} shared rw", file.display()))?;
-        Ok(other)
-    }
-
-    fn ask(&mut self, line: &str) -> Step<String> {
-        let mut answer = String::new();
-        writeln!(self.input, "{line}")
-            .and_then(|()| self.output.read_line(&mut answer))
-            .map_err(|error| format!("the other process: {error}"))?;
-        match answer.trim_end() {
-            error if error.starts_with("error") => Err(format!("{line}: {error}")),
-            answer => Ok(answer.to_owned()),
-        }
-    }
-
-    fn ask_ok(&mut self, line: &str) -> Step {
-        match self.ask(line)?.as_str() {
-            "ok" => Ok(()),
-            other => Err(format!("{line}: {other}")),
-        }
-    }
-
-    fn count(&mut self, line: &str) -> Step<u64> {
-        let answer = self.ask(line)?;
-        let number = answer.strip_prefix("count ").and_then(|rest| rest.parse().ok());
-        number.ok_or_else(|| format!("{line}: {answer}"))
-    }
-
-    /// The offsets of the subpages that answer a touch with SIGBUS.
-    fn walk(&mut self) -> Step<Vec<u64>> {
-        let answer = self.ask("walk")?;
-        let offset = |hit: &str| hit.split(':').next().and_then(|offset| offset.parse().ok());
-        let hits: Option<Vec<u64>> = answer.split(' ').skip(1).map(offset).collect();
-        hits.ok_or_else(|| format!("walk: {answer}"))
-    }
-}
-
-impl Drop for Other {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// Of `count TOUCHES SIGBUS`, the latter.
-fn second_number(answer: &str) -> Step<u64> {
-    answer.split(' ').nth(2).and_then(|word| word.parse().ok()).ok_or_else(|| answer.to_owned())
 }

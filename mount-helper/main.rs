@@ -25,7 +25,7 @@ mod mount;
 
 mod umount;
 
-mod touch;
+mod demo_mapper;
 
 mod demo;
 
@@ -45,6 +45,7 @@ fn main() -> ExitCode {
     match name.to_str() {
         Some("mount.hugetlb2" | "mount.fuse.hugetlb2") => guarded(|| mount::main(arguments)),
         Some("umount.hugetlb2" | "umount.fuse.hugetlb2") => guarded(|| umount::main(arguments)),
+        Some(demo_mapper::NAME) => guarded(|| demo_mapper::main(&arguments)),
         _ => guarded(|| cli::main(arguments)),
     }
 }

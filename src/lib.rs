@@ -107,7 +107,7 @@
 //! | [`faults`] | system calls that a test has fail | [`faults::Want`] |
 //! | [`options`] | the one table of mount options | [`options::TABLE`] |
 //! | [`attributes`] | the one table of extended attributes; counters | [`attributes::TABLE`] |
-//! | [`sys`] | system calls, and the project's `unsafe` | [`sys::tmpfs`] |
+//! | [`sys`] | system calls, and the programs' `unsafe` | [`sys::tmpfs`] |
 //! | [`placement`] | the NUMA nodes that a file's pages come from; pure | [`placement::choose`] |
 //! | [`targets`] | the kinds of memory by NUMA node, and their order; pure | [`targets::best`] |
 //! | [`logging`] | a log that never makes a call wait | [`logging::start`] |
@@ -128,6 +128,8 @@
 //! umount.fuse.hugetlb2 and the command hugetlb2, which speak to a pool by its attributes alone.
 //! `tests/` has the tests on real mounts, `tests/lab/` those on a kernel with real memory errors,
 //! `tests/programs/` programs of others, `benches/` the figures. `tests/run` runs them all.
+//! `tests/support/` is their base, with the system calls that only tests make; `tests/toucher/` is
+//! the process beside a test that maps a file.
 //!
 //! # Glossary
 //!

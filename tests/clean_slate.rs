@@ -6,8 +6,6 @@
 
 mod support;
 
-use hugetlb2fs::sys::sigbus::{Mapping, Sharing};
-use hugetlb2fs::sys::userfault::Userfault;
 use hugetlb2fs::units::{Range, Subpage};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
@@ -16,6 +14,8 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use support::sys::userfault::Userfault;
+use support::sys::{Mapping, Sharing};
 use support::{
     COLLAPSE, FOLIO, MAP, POISON, Pool, REPAIR, SUBPAGE, get, hugetlb2, poison, run, set,
 };

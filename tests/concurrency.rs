@@ -6,7 +6,6 @@
 
 mod support;
 
-use hugetlb2fs::sys::sigbus::{Mapping, Sharing};
 use hugetlb2fs::units::Range;
 use rustix::fs::{AtFlags, CWD, FallocateFlags, OFlags, RenameFlags, SeekFrom, XattrFlags};
 use rustix::io::Errno;
@@ -16,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
+use support::sys::{Mapping, Sharing};
 use support::{
     CHECK, COLLAPSE, Dice, FOLIO, MAP, POISON, POOL, Pool, REPAIR, SIZE, SUBPAGE, Toucher, get,
     limits, poison, set,

@@ -1,8 +1,8 @@
 //! The cost of a touch of memory through mmap(2): at random, and from one end to the other.
 
 use super::sides::{GIB, Kind};
+use super::sys::Mapping;
 use super::{Plan, Random, Table, in_turn, milliseconds};
-use hugetlb2fs::sys::sigbus::Mapping;
 use std::hint::black_box;
 
 const LINE: u64 = 64;

@@ -9,9 +9,9 @@
 //! again takes many times as long as the operation that is measured here.
 
 use super::sides::{GIB, Kind, map};
+use super::sys::Mapping;
 use super::table::Samples;
 use super::{Plan, Table, milliseconds};
-use hugetlb2fs::sys::sigbus::Mapping;
 use rustix::fs::{FallocateFlags, fallocate};
 use std::fs::File;
 

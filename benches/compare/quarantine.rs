@@ -3,10 +3,10 @@
 
 use super::access::{chase, cycle, lay_out, nanoseconds_each};
 use super::sides::{GIB, Kind, Side};
+use super::sys::Mapping;
 use super::table::Samples;
 use super::{Plan, Random, Table, microseconds, set_attribute};
 use hugetlb2fs::attributes::{COLLAPSE, POISON, REPAIR};
-use hugetlb2fs::sys::sigbus::Mapping;
 use std::collections::BTreeSet;
 use std::path::Path;
 

@@ -7,9 +7,9 @@
 
 use super::Plan;
 use super::limits::{self, Remedy, Waiting};
+use super::sys::{Mapping, Sharing};
 use hugetlb2fs::attributes::{Counter, POOL};
 use hugetlb2fs::sys::memory_available;
-use hugetlb2fs::sys::sigbus::{Mapping, Sharing};
 use hugetlb2fs::units::Range;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};

@@ -159,9 +159,9 @@ impl Sealed {
 /// States between two system calls. The tests make them by hand on real superblocks.
 #[cfg(test)]
 mod tests {
+    use super::super::tests::{mapped, pinned};
     use super::super::{Bytes, Content};
     use super::*;
-    use crate::sys::sigbus::{Mapping, Sharing};
     use crate::units::{SUBPAGE_SIZE, SUBPAGES_PER_FOLIO};
 
     const TIME: u64 = 1_800_000_000;
@@ -267,9 +267,7 @@ mod tests {
     #[test]
     fn a_quarantine_of_a_folio_that_is_pinned_is_undone() {
         let mut sealed = sevens();
-        let mapping =
-            Mapping::new(sealed.data(), Range::new(0, SIZE), Sharing::Shared, true).unwrap();
-        let pin = mapping.pin(9 * SUBPAGE_SIZE).unwrap();
+        let pin = pinned(&sealed, 9 * SUBPAGE_SIZE);
         sealed.set_limit(1).unwrap();
         sealed.keep(&[LOST.range()], TIME).unwrap();
         tmpfs::punch(&sealed.data, LOST.range()).unwrap();
@@ -297,8 +295,7 @@ mod tests {
     #[test]
     fn a_gap_that_a_program_has_made_can_be_touched_all_the_time() {
         let sealed = sevens();
-        let mapping =
-            Mapping::new(sealed.data(), Range::new(0, SIZE), Sharing::Shared, true).unwrap();
+        let mapping = mapped(&sealed, Range::new(0, SIZE));
         tmpfs::punch(&sealed.data, Folio(1).range()).unwrap();
         let mut again = Sealed::open(Reach::Programs, sealed.mount().unwrap()).unwrap();
         assert_eq!(mapping.load(FOLIO_SIZE), Ok(0));

@@ -2,8 +2,11 @@
 //! programs.
 
 use super::*;
-use crate::sys::policy::Policy;
-use crate::sys::sigbus::{Mapping, Sharing};
+use crate::sys::policy::{self, Policy};
+use crate::sys::sigbus::Touchable;
+use memmap2::{MmapOptions, MmapRaw};
+use rustix::pipe::{SpliceFlags, splice};
+use std::io::{PipeReader, PipeWriter};
 use std::sync::atomic::Ordering;
 
 const TIME: u64 = 1_800_000_000;
@@ -30,6 +33,29 @@ fn sealed(size: u64) -> Sealed {
     let bytes: Vec<u8> = (0..size).map(|offset| (offset % 251) as u8).collect();
     assert_eq!(tmpfs::write_at(&sealed.data, &bytes, 0).unwrap() as u64, size);
     sealed
+}
+
+fn map(sealed: &Sealed, range: Range) -> MmapRaw {
+    MmapOptions::new().offset(range.start).len(range.len() as usize).map_raw(&sealed.data).unwrap()
+}
+
+/// The file as a program maps it.
+pub(super) fn mapped(sealed: &Sealed, range: Range) -> Touchable {
+    Touchable::new(map(sealed, range), range.start).unwrap()
+}
+
+/// Keeps the page at `offset` in a pipe, so that its folio has a user more than the kernel can
+/// account for (mm/shmem.c, shmem_file_splice_read).
+pub(super) fn pinned(sealed: &Sealed, mut offset: u64) -> (PipeReader, PipeWriter) {
+    let (reader, writer) = std::io::pipe().unwrap();
+    let count = splice(&sealed.data, Some(&mut offset), &writer, None, 1, SpliceFlags::empty());
+    assert_eq!(count, Ok(1));
+    (reader, writer)
+}
+
+/// Does to the file what MADV_REMOVE of a program does (mm/madvise.c, madvise_remove).
+fn remove(sealed: &Sealed, range: Range) {
+    tmpfs::punch(&sealed.data, range).unwrap();
 }
 
 fn assert_sealed(sealed: &Sealed) {
@@ -73,9 +99,9 @@ fn what_came_in_small_pages_is_gathered() {
 }
 
 /// The policy of a mapping, from its line `ADDRESS POLICY ...` in numa_maps.
-fn policy_of(mapping: &Mapping) -> String {
+fn policy_of(map: &MmapRaw) -> String {
     let maps = std::fs::read_to_string("/proc/self/numa_maps").expect("a kernel with CONFIG_NUMA");
-    let address = format!("{:x} ", mapping.address());
+    let address = format!("{:x} ", map.as_ptr() as usize);
     let line = maps.lines().find_map(|line| line.trim_start_matches('0').strip_prefix(&address));
     line.and_then(|line| line.split(' ').next()).expect("it is mapped").to_owned()
 }
@@ -84,16 +110,18 @@ fn policy_of(mapping: &Mapping) -> String {
 fn a_policy_of_a_program_is_void_where_memory_is_taken() {
     let mut sealed = sealed(FOLIO_SIZE);
     let behind = Range::at(FOLIO_SIZE, FOLIO_SIZE);
-    let mapping = Mapping::new(&sealed.data, behind, Sharing::Shared, true).unwrap();
-    mapping.set_policy(behind, Policy::Bind(NumaNode(0))).unwrap();
-    assert_eq!(policy_of(&mapping), "bind:0");
+    let map = map(&sealed, behind);
+    let bind =
+        || policy::set_for_range(map.as_ptr() as usize, map.len(), Policy::Bind(NumaNode(0)));
+    bind().unwrap();
+    assert_eq!(policy_of(&map), "bind:0");
     sealed.take(behind, 2 * FOLIO_SIZE).unwrap();
-    assert_eq!(policy_of(&mapping), "default");
+    assert_eq!(policy_of(&map), "default");
     let place = Subpage::containing(behind.start);
     sealed.quarantine(place.range(), TIME).unwrap();
-    mapping.set_policy(behind, Policy::Bind(NumaNode(0))).unwrap();
+    bind().unwrap();
     sealed.repair(place.range(), Content::Zero).unwrap();
-    assert_eq!(policy_of(&mapping), "default");
+    assert_eq!(policy_of(&map), "default");
 }
 
 #[test]
@@ -138,7 +166,7 @@ fn no_block_is_free_whatever_is_done() {
 #[test]
 fn a_hole_cannot_be_filled_by_a_touch_a_write_or_an_allocation() {
     let mut sealed = sealed(FOLIO_SIZE);
-    let mapping = Mapping::new(sealed.data(), folios(1), Sharing::Shared, true).unwrap();
+    let mapping = mapped(&sealed, folios(1));
     sealed.quarantine(Subpage(5).range(), TIME).unwrap();
     assert!(
         mapping.load(5 * SUBPAGE_SIZE).is_err() && mapping.store(5 * SUBPAGE_SIZE + 7, 1).is_err()
@@ -198,7 +226,7 @@ fn a_hole_that_took_a_free_block_is_found_and_shut() {
     let mut sealed = sealed(2 * FOLIO_SIZE);
     sealed.quarantine(Subpage(5).range(), TIME).unwrap();
     sealed.quarantine(Subpage(900).range(), TIME).unwrap();
-    let mapping = Mapping::new(sealed.data(), folios(2), Sharing::Shared, true).unwrap();
+    let mapping = mapped(&sealed, folios(2));
     assert_eq!(sealed.shut_strays().unwrap(), 0);
     // As if a program touched one hole in the middle of the repair of the other.
     sealed.set_limit(1).unwrap();
@@ -217,7 +245,7 @@ fn a_hole_that_took_a_free_block_is_found_and_shut() {
 fn a_hole_with_a_block_is_shut_before_the_limit_falls() {
     let mut sealed = sealed(FOLIO_SIZE);
     sealed.quarantine(Subpage(5).range(), TIME).unwrap();
-    let mapping = Mapping::new(sealed.data(), folios(1), Sharing::Shared, true).unwrap();
+    let mapping = mapped(&sealed, folios(1));
     sealed.set_limit(1).unwrap();
     assert_eq!(mapping.load(Subpage(5).offset()), Ok(0));
     sealed.seal(&[]).unwrap();
@@ -252,8 +280,7 @@ fn a_run_is_quarantined_and_repaired_at_once() {
 #[test]
 fn a_pinned_folio_is_left_as_it_was() {
     let mut sealed = sealed(FOLIO_SIZE);
-    let mapping = Mapping::new(sealed.data(), folios(1), Sharing::Shared, true).unwrap();
-    let pin = mapping.pin(9 * SUBPAGE_SIZE).unwrap();
+    let pin = pinned(&sealed, 9 * SUBPAGE_SIZE);
     assert!(matches!(sealed.quarantine(Subpage(5).range(), TIME), Err(Error::Busy(PINNED))));
     assert!(sealed.holes().is_empty());
     assert_unchanged(&sealed, folios(1));
@@ -279,7 +306,7 @@ fn only_a_touch_or_a_need_of_blocks_fills_gaps() {
         assert_eq!((sealed.check().unwrap(), sealed.folio_count()), (vec![], 3));
     }
     drop(sealed);
-    let mapping = Mapping::new(again.data(), folios(3), Sharing::Shared, true).unwrap();
+    let mapping = mapped(&again, folios(3));
     assert_eq!(mapping.load(3 * SUBPAGE_SIZE), Ok(0));
     assert_eq!(again.punched_bytes().unwrap(), missing - SUBPAGE_SIZE);
     again.reclaim_removed().unwrap();
@@ -292,12 +319,11 @@ fn only_a_touch_or_a_need_of_blocks_fills_gaps() {
 
 #[test]
 fn memory_that_a_program_removed_is_taken_back() {
-    const MADV_REMOVE: i32 = 9;
     let mut sealed = sealed(2 * FOLIO_SIZE);
     sealed.quarantine(Subpage(5).range(), TIME).unwrap();
-    let mapping = Mapping::new(sealed.data(), folios(2), Sharing::Shared, true).unwrap();
-    mapping.advise_range(Range::at(4 * SUBPAGE_SIZE, 3 * SUBPAGE_SIZE), MADV_REMOVE).unwrap();
-    mapping.advise_range(Folio(1).range(), MADV_REMOVE).unwrap();
+    let mapping = mapped(&sealed, folios(2));
+    remove(&sealed, Range::at(4 * SUBPAGE_SIZE, 3 * SUBPAGE_SIZE));
+    remove(&sealed, Folio(1).range());
     assert!(sealed.is_torn().unwrap());
     sealed.reclaim_removed().unwrap();
     assert_sealed(&sealed);
@@ -307,13 +333,9 @@ fn memory_that_a_program_removed_is_taken_back() {
 
 #[test]
 fn what_was_removed_is_taken_back_in_pieces() {
-    const MADV_REMOVE: i32 = 9;
     const SIZE: u64 = 34 << 20; // a piece, and a folio
     let mut sealed = sealed(SIZE);
-    let mapping = Mapping::new(sealed.data(), Range::new(0, SIZE), Sharing::Shared, true).unwrap();
-    [0, 16]
-        .into_iter()
-        .for_each(|folio| mapping.advise_range(Folio(folio).range(), MADV_REMOVE).unwrap());
+    [0, 16].into_iter().for_each(|folio| remove(&sealed, Folio(folio).range()));
     let free = |sealed: &Sealed| tmpfs::blocks(sealed.data()).unwrap().free;
     assert_eq!(sealed.begin_reclaiming(false).unwrap(), Some(0));
     assert_eq!(sealed.reclaim_piece(0).unwrap(), Some(32 << 20));

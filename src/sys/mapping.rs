@@ -102,7 +102,8 @@ impl Window {
     /// This takes two calls. The kernel passes over a policy that the mapping itself already has,
     /// and a new mapping has the default (mm/mempolicy.c, mbind_range, Linux 6.18).
     pub fn void_policy(&self) {
-        let set = |policy| policy::set_for_range(self.map.as_mut_ptr(), self.map.len(), policy);
+        let set =
+            |policy| policy::set_for_range(self.map.as_ptr() as usize, self.map.len(), policy);
         if let Err(error) = set(Policy::Local).and_then(|()| set(Policy::Default)) {
             log::debug!("a policy of a program may be in force: {error}"); // a kernel without CONFIG_NUMA
         }

@@ -23,7 +23,6 @@ pub mod seccomp;
 pub mod shortage;
 pub mod sigbus;
 pub mod tmpfs;
-pub mod userfault;
 
 use crate::error::Error;
 use crate::faults::{Want, attempt};

@@ -6,9 +6,8 @@
 //! memory. The policy of the range comes before the policy of the thread (mm/shmem.c,
 //! shmem_get_pgoff_policy, Linux 6.18).
 
-use super::sigbus::Mapping;
 use crate::error::{Error, Result};
-use crate::units::{NumaNode, Range};
+use crate::units::NumaNode;
 use rustix::io::Errno;
 
 /// The source of new memory.
@@ -68,7 +67,7 @@ pub fn set_for_thread(policy: Policy) -> Result<()> {
 ///
 /// # Errors
 /// Those of [`set_for_thread`], and ENOMEM.
-pub(super) fn set_for_range(address: *mut u8, length: usize, policy: Policy) -> Result<()> {
+pub fn set_for_range(address: usize, length: usize, policy: Policy) -> Result<()> {
     let mask = policy.nodes()?;
     // SAFETY: the mask is as above. The call changes no byte and no mapping: the kernel refuses a
     // range that is not mapped.
@@ -85,14 +84,4 @@ pub(super) fn set_for_range(address: *mut u8, length: usize, policy: Policy) -> 
         )
     };
     if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
-}
-
-impl Mapping {
-    /// Sets the policy for new memory of the mapped file in `range`.
-    ///
-    /// # Errors
-    /// The errors of mbind(2).
-    pub fn set_policy(&self, range: Range, policy: Policy) -> Result<()> {
-        set_for_range(self.pointer(range.start), range.len() as usize, policy)
-    }
 }

@@ -1,15 +1,14 @@
-//! Touching mapped memory as a program does, and recording each SIGBUS (sigaction(2), mmap(2)).
+//! SIGBUS in this process: touches of mapped memory that outlive it, and reports of memory errors
+//! that end nothing (sigaction(2)).
 //!
-//! This is for programs that prove the content of a mapping: the demonstration, the benches and the
-//! tests. The two instructions that touch memory have known addresses. If one of them gets the
-//! signal, the handler records address and code, and the program continues behind the instruction.
-//! The mapping stays as it was. Any other SIGBUS ends the program.
+//! The two instructions that touch memory have known addresses. If one of them gets the signal, the
+//! handler records address and code, and the program continues behind the instruction. The mapping
+//! stays as it was. The handler ignores reports. Any other SIGBUS ends the program.
 
 use crate::error::Result;
-use crate::units::{Range, SUBPAGE_SIZE, Subpage};
+use crate::units::{SUBPAGE_SIZE, Subpage};
+use memmap2::MmapRaw;
 use std::cell::Cell;
-use std::fs::File;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 
 use probe::{hugetlb2_fault, hugetlb2_load, hugetlb2_store};
@@ -70,20 +69,12 @@ thread_local! {
     static EXPECTING: Cell<bool> = const { Cell::new(false) };
 }
 
-/// A mapping (MAP_SHARED or MAP_PRIVATE) that the program reads and writes like memory.
+/// A mapping of a file that the program touches as it touches other memory, at any place in it.
 #[derive(Debug)]
-pub struct Mapping {
-    base: *mut u8,
-    length: usize,
-    offset: u64,
+pub struct Touchable {
+    map: MmapRaw,
+    start: u64,
 }
-
-// SAFETY: the mapping belongs to the process, and no reference to its bytes ever exists.
-#[allow(unsafe_code)]
-unsafe impl Send for Mapping {}
-// SAFETY: as above.
-#[allow(unsafe_code)]
-unsafe impl Sync for Mapping {}
 
 /// A SIGBUS of a touch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,61 +85,14 @@ pub struct Hit {
     pub code: i32,
 }
 
-/// The way in which a [`Mapping`] is shared.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sharing {
-    /// MAP_SHARED.
-    Shared,
-    /// MAP_PRIVATE.
-    Private,
-}
-
-impl Mapping {
-    /// Maps `range` of `file` readable. If `writable` is true, maps it writable, too.
+impl Touchable {
+    /// Takes a mapping of which the first byte is the file's byte at `start`.
     ///
     /// # Errors
-    /// The errors of mmap(2).
-    pub fn new(file: &File, range: Range, sharing: Sharing, writable: bool) -> Result<Self> {
+    /// The errors of sigaction(2).
+    pub fn new(map: MmapRaw, start: u64) -> Result<Self> {
         install_handler()?;
-        let protection =
-            if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
-        let flags = match sharing {
-            Sharing::Shared => libc::MAP_SHARED,
-            Sharing::Private => libc::MAP_PRIVATE,
-        };
-        let length = range.len() as usize;
-        // SAFETY: the kernel chooses the address of the new mapping.
-        #[allow(unsafe_code)]
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                length,
-                protection,
-                flags,
-                file.as_raw_fd(),
-                range.start as libc::off_t,
-            )
-        };
-        if base == libc::MAP_FAILED {
-            return Err(std::io::Error::last_os_error().into());
-        }
-        Ok(Self { base: base.cast(), length, offset: range.start })
-    }
-
-    /// The address of the mapping's first byte.
-    pub fn address(&self) -> usize {
-        self.base as usize
-    }
-
-    /// The offset in the file of the byte at `address`.
-    pub(super) fn offset_of(&self, address: u64) -> u64 {
-        address - self.base as u64 + self.offset
-    }
-
-    pub(super) fn pointer(&self, offset: u64) -> *mut u8 {
-        let at = (offset - self.offset) as usize;
-        assert!(at < self.length, "offset {offset:#x} is not mapped");
-        self.base.wrapping_add(at)
+        Ok(Self { map, start })
     }
 
     /// Reads the byte at `offset` of the file.
@@ -169,188 +113,32 @@ impl Mapping {
     /// The SIGBUS, if the touch got one.
     pub fn store(&self, offset: u64, byte: u8) -> std::result::Result<(), Hit> {
         let pointer = self.pointer(offset);
-        // SAFETY: the byte is inside the mapping, and the handler resolves a fault there.
+        // SAFETY: the byte is inside the mapping, no reference to it exists, and the handler
+        // resolves a fault there.
         #[allow(unsafe_code)]
         let value = unsafe { hugetlb2_store(pointer, byte) };
         if value == FAULTED { Err(self.latest_hit()) } else { Ok(()) }
     }
 
-    /// Reads `buffer.len()` bytes from `offset`.
-    ///
-    /// # Errors
-    /// The first SIGBUS, if a byte is in a quarantined subpage.
-    pub fn read(&self, offset: u64, buffer: &mut [u8]) -> std::result::Result<(), Hit> {
-        for (n, byte) in buffer.iter_mut().enumerate() {
-            *byte = self.load(offset + n as u64)?;
-        }
-        Ok(())
-    }
-
-    /// Reads eight bytes at `offset` in one access, at the speed of memory. A SIGBUS there ends the
-    /// program.
-    pub fn load_word(&self, offset: u64) -> u64 {
-        assert!(offset.is_multiple_of(8));
-        let pointer: *const u64 = self.pointer(offset).cast();
-        // SAFETY: the address is aligned and inside the mapping, and every bit pattern is a number.
-        #[allow(unsafe_code)]
-        unsafe {
-            pointer.read_volatile()
-        }
-    }
-
-    /// Writes eight bytes at `offset`. A SIGBUS there ends the program.
-    pub fn store_word(&self, offset: u64, word: u64) {
-        assert!(offset.is_multiple_of(8));
-        let pointer: *mut u64 = self.pointer(offset).cast();
-        // SAFETY: the address is aligned and inside the mapping.
-        #[allow(unsafe_code)]
-        unsafe {
-            pointer.write_volatile(word);
-        }
-    }
-
-    /// Fills the whole mapping with `byte`, as memset(3) does. A SIGBUS there ends the program.
-    pub fn set_all(&self, byte: u8) {
-        // SAFETY: the range is our own mapping, and no reference to its bytes exists.
-        #[allow(unsafe_code)]
-        unsafe {
-            self.base.write_bytes(byte, self.length);
-        }
-    }
-
     /// Touches the first byte of every subpage. Returns the touches that got a SIGBUS, in ascending
     /// order.
     pub fn walk(&self) -> Vec<Hit> {
-        (0..self.length as u64)
+        (0..self.map.len() as u64)
             .step_by(SUBPAGE_SIZE as usize)
-            .filter_map(|at| self.load(self.offset + at).err())
+            .filter_map(|at| self.load(self.start + at).err())
             .collect()
     }
 
-    /// Calls madvise(2) for the whole mapping.
-    ///
-    /// # Errors
-    /// The errors of madvise(2).
-    pub fn advise(&self, advice: i32) -> Result<()> {
-        self.advise_range(Range::at(self.offset, self.length as u64), advice)
-    }
-
-    /// Calls madvise(2) for a part of the mapping.
-    ///
-    /// # Errors
-    /// The errors of madvise(2).
-    pub fn advise_range(&self, range: Range, advice: i32) -> Result<()> {
-        let start = self.pointer(range.start);
-        assert!(range.end - self.offset <= self.length as u64);
-        // SAFETY: the range is inside our own mapping, which the program only accesses byte by
-        // byte.
-        #[allow(unsafe_code)]
-        let result = expecting_news(|| unsafe {
-            libc::madvise(start.cast(), range.len() as usize, advice)
-        })?;
-        if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
-    }
-
-    /// Keeps the page at `offset` of the file in a pipe (vmsplice(2)). Until the pin is dropped,
-    /// the folio has one user more than the kernel can account for, so the kernel cannot split the
-    /// folio.
-    ///
-    /// # Errors
-    /// The errors of pipe(2) and vmsplice(2). EFAULT if the page cannot be touched.
-    pub fn pin(&self, offset: u64) -> Result<Pin> {
-        let (reader, writer) = std::io::pipe()?;
-        let bytes = libc::iovec { iov_base: self.pointer(offset).cast(), iov_len: 1 };
-        // SAFETY: the one byte is inside the mapping. The kernel takes a reference to its page and
-        // writes nothing.
-        #[allow(unsafe_code)]
-        let taken = unsafe { libc::vmsplice(writer.as_raw_fd(), &raw const bytes, 1, 0) };
-        match taken {
-            1 => Ok(Pin::Pipe(reader, writer)),
-            _ => Err(std::io::Error::last_os_error().into()),
-        }
-    }
-
-    /// Makes the page at `offset` of the file a fixed buffer of an io_uring (io_uring_register(2),
-    /// IORING_REGISTER_BUFFERS). This is a long-term pin, like the pins of devices that read or
-    /// write memory.
-    ///
-    /// # Errors
-    /// The errors of io_uring_setup(2) and io_uring_register(2).
-    pub fn pin_for_io(&self, offset: u64) -> Result<Pin> {
-        const REGISTER_BUFFERS: libc::c_uint = 0;
-        let mut parameters = [0u8; 120]; // struct io_uring_params
-        // SAFETY: the structure has the kernel's size, and zeros are its default values.
-        #[allow(unsafe_code)]
-        let ring = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, parameters.as_mut_ptr()) };
-        if ring < 0 {
-            return Err(std::io::Error::last_os_error().into());
-        }
-        // SAFETY: the call returned a new descriptor that no other code owns.
-        #[allow(unsafe_code)]
-        let ring = unsafe { OwnedFd::from_raw_fd(ring as RawFd) };
-        let buffer =
-            libc::iovec { iov_base: self.pointer(offset).cast(), iov_len: SUBPAGE_SIZE as usize };
-        // SAFETY: the buffer is inside the mapping, and the ring never reads into it.
-        #[allow(unsafe_code)]
-        let registered = unsafe {
-            libc::syscall(
-                libc::SYS_io_uring_register,
-                ring.as_raw_fd(),
-                REGISTER_BUFFERS,
-                &raw const buffer,
-                1,
-            )
-        };
-        if registered == 0 {
-            Ok(Pin::Ring(ring))
-        } else {
-            Err(std::io::Error::last_os_error().into())
-        }
+    fn pointer(&self, offset: u64) -> *mut u8 {
+        let at = (offset - self.start) as usize;
+        assert!(at < self.map.len(), "offset {offset:#x} is not mapped");
+        self.map.as_mut_ptr().wrapping_add(at)
     }
 
     fn latest_hit(&self) -> Hit {
         let (address, code) = LATEST.get();
-        Hit { subpage: Subpage::containing(self.offset_of(address as u64)), code }
-    }
-}
-
-/// A pinned page; see [`Mapping::pin`] and [`Mapping::pin_for_io`].
-#[derive(Debug)]
-pub enum Pin {
-    /// The page is in a pipe.
-    Pipe(std::io::PipeReader, std::io::PipeWriter),
-    /// The page is a buffer of an io_uring.
-    Ring(OwnedFd),
-}
-
-impl Drop for Pin {
-    /// Unregisters the buffer of a ring, so the page is free on return. If a ring is only closed,
-    /// the kernel gives the buffers up some time later.
-    fn drop(&mut self) {
-        const UNREGISTER_BUFFERS: libc::c_uint = 1;
-        let Self::Ring(ring) = self else { return };
-        let nothing = std::ptr::null::<libc::c_void>();
-        // SAFETY: the request takes no argument.
-        #[allow(unsafe_code)]
-        unsafe {
-            libc::syscall(
-                libc::SYS_io_uring_register,
-                ring.as_raw_fd(),
-                UNREGISTER_BUFFERS,
-                nothing,
-                0,
-            )
-        };
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: `new` mapped this range, and only this value owns it.
-        #[allow(unsafe_code)]
-        unsafe {
-            libc::munmap(self.base.cast(), self.length)
-        };
+        let at = (address - self.map.as_ptr() as usize) as u64;
+        Hit { subpage: Subpage::containing(self.start + at), code }
     }
 }
 

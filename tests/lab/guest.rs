@@ -20,6 +20,7 @@ use std::process::{Command, ExitCode, ExitStatus};
 /// The second serial port, with the host at its other end.
 const HOST: &str = "/dev/ttyS1";
 const PROGRAM: &str = "/bin/hugetlb2";
+const TOUCHER: &str = "/bin/toucher";
 const SELF: &str = "/bin/lab-guest";
 /// A suite prints this line when it has run the one test.
 const RAN_ONE: &str = "test result: ok. 1 passed";
@@ -121,7 +122,8 @@ fn run_in_process(name: &str, host: &mut File) -> io::Result<String> {
         None => command.arg(name),
         Some((_, test)) => command.args(["--exact", test, "--nocapture"]),
     };
-    command.env("HUGETLB2_PROGRAM", PROGRAM).env("RUST_BACKTRACE", "0");
+    command.env("HUGETLB2_PROGRAM", PROGRAM).env("HUGETLB2_TOUCHER", TOUCHER);
+    command.env("RUST_BACKTRACE", "0");
     command.stdout(writer.try_clone()?).stderr(writer);
     let mut child = command.spawn()?;
     drop(command); // closes our copies of the pipe's end

@@ -54,6 +54,7 @@ impl Image {
             ("init".to_owned(), programs.join("examples/lab-guest")),
             ("hugetlb2".to_owned(), programs.join("hugetlb2")),
             ("hugetlb2fsd".to_owned(), programs.join("hugetlb2fsd")),
+            ("toucher".to_owned(), programs.join("toucher")),
             ("handler-c".to_owned(), handlers::build_c()?),
             ("handler-rust".to_owned(), handlers::build_rust()?),
         ];
@@ -109,7 +110,9 @@ fn cargo(package: &Path, arguments: &[&str]) -> Command {
         // A machine copies the programs into its memory.
         .env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo")
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
-        .env_remove("CARGO_BIN_EXE_hugetlb2"); // that is the host's program; the guest has its own
+        // These are the host's programs; the guest has its own.
+        .env_remove("CARGO_BIN_EXE_hugetlb2")
+        .env_remove("CARGO_BIN_EXE_toucher");
     cargo
 }
 

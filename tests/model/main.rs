@@ -16,7 +16,6 @@ use model::*;
 use operations::*;
 use world::*;
 
-use hugetlb2fs::sys::sigbus::{Mapping, Sharing};
 use hugetlb2fs::units::Range;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
@@ -30,6 +29,7 @@ use std::ops::ControlFlow;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
+use support::sys::{Mapping, Sharing};
 use support::{COLLAPSE, FOLIO, MAP, POISON, Pool, REPAIR, SUBPAGE, Toucher};
 
 /// The pages of the pool, and the bytes in a page.

@@ -1,10 +1,10 @@
 //! The numbers by which the kernel knows the memory of files (FUSE passthrough). Each file has one
 //! number. The worker closes it once and loses none.
 
+use crate::support::sys::{Mapping, Sharing};
 use crate::support::{DIE, FOLIO, Pool, SUBPAGE, get, kill_worker, limits, set};
 use hugetlb2fs::sys::backing;
 use hugetlb2fs::sys::process::descriptor_of;
-use hugetlb2fs::sys::sigbus::{Mapping, Sharing};
 use hugetlb2fs::units::Range;
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::fs::{self, File};

@@ -1,7 +1,7 @@
 //! The contents of files, and the memory that they take.
 
+use crate::support::sys::{Mapping, Sharing};
 use crate::support::{FOLIO, GIB, Pool, SUBPAGE, Toucher};
-use hugetlb2fs::sys::sigbus::{Mapping, Sharing};
 use hugetlb2fs::units::Range;
 use rustix::fs::{FallocateFlags, FlockOperation, OFlags, SeekFrom};
 use rustix::io::Errno;

@@ -1,7 +1,7 @@
 //! Programs that punch a file without a request to the daemon, by madvise(2) with MADV_REMOVE.
 
+use crate::support::sys::{Mapping, Sharing};
 use crate::support::{FOLIO, Pool, REPAIR, SUBPAGE, Worker, poison, set};
-use hugetlb2fs::sys::sigbus::{Mapping, Sharing};
 use hugetlb2fs::units::Range;
 use rustix::io::Errno;
 use std::fs::{self, File};

@@ -6,6 +6,8 @@ pub mod cgroup;
 pub mod documents;
 pub mod limits;
 pub mod place;
+pub mod sys;
+pub mod toucher;
 
 use limits::{Remedy, Waiting};
 use rustix::fs::inotify;
@@ -13,16 +15,18 @@ use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 pub const SUBPAGE: u64 = 4096;
 pub const FOLIO: u64 = 2 << 20;
 pub const GIB: u64 = 1 << 30;
+
+pub use toucher::Toucher;
 
 pub use hugetlb2fs::attributes::{
     CHECK, COLLAPSE, DIE, FAIL, INJECT, MAP, POISON, POOL, REPAIR, SIZE, STEPS, STOPPED,
@@ -33,12 +37,15 @@ pub fn hugetlb2() -> Command {
     Command::new(program())
 }
 
-/// The program that cargo has built for these tests, unless the environment names another. The
-/// lab's machine needs that: its program lies elsewhere, and cargo does not run the tests there.
 fn program() -> PathBuf {
-    const BUILT: Option<&str> = option_env!("CARGO_BIN_EXE_hugetlb2");
-    let named = std::env::var_os("HUGETLB2_PROGRAM").map(PathBuf::from);
-    named.or(BUILT.map(PathBuf::from)).expect("HUGETLB2_PROGRAM is set")
+    built("HUGETLB2_PROGRAM", option_env!("CARGO_BIN_EXE_hugetlb2"))
+}
+
+/// A program that cargo has built for these tests, unless the environment names another. The lab's
+/// machine needs that: its programs lie elsewhere, and cargo does not run the tests there.
+fn built(variable: &str, path: Option<&str>) -> PathBuf {
+    let named = std::env::var_os(variable).map(PathBuf::from);
+    named.or(path.map(PathBuf::from)).unwrap_or_else(|| panic!("{variable} is not set"))
 }
 
 pub fn mount_hugetlb2() -> Command {
@@ -296,107 +303,7 @@ pub fn poison(path: impl AsRef<Path>, offset: u64, length: u64) -> rustix::io::R
     set(path, POISON, format!("{offset} {length}"))
 }
 
-// ---- another process ----------------------------------------------------------------------------
-
-/// Another process that maps a file and touches it. `mount-helper/touch.rs` defines the language of
-/// its commands.
-pub struct Toucher {
-    child: Child,
-    process: OwnedFd,
-    input: ChildStdin,
-    output: BufReader<ChildStdout>,
-}
-
-impl Toucher {
-    pub fn start() -> Self {
-        let mut child = hugetlb2()
-            .arg("touch")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("the program can be started");
-        let input = child.stdin.take().expect("a pipe");
-        let output = BufReader::new(child.stdout.take().expect("a pipe"));
-        Self { process: limits::process(&child), child, input, output }
-    }
-
-    /// Starts a process that maps all of `file`, which has `length` bytes, shared and writable.
-    pub fn mapping(file: &Path, length: u64) -> Self {
-        let mut toucher = Self::start();
-        toucher.map(file, 0, length, "shared rw");
-        toucher
-    }
-
-    pub fn map(&mut self, file: &Path, offset: u64, length: u64, how: &str) {
-        assert_eq!(self.ask(&format!("map {} {offset} {length} {how}", file.display())), "ok");
-    }
-
-    pub fn ask(&mut self, line: &str) -> String {
-        self.ask_within(limits::ANSWER, line)
-    }
-
-    /// Asks and returns the answer, which is empty if the process has ended.
-    pub fn ask_within(&mut self, limit: Duration, line: &str) -> String {
-        let what = format!("the answer of process {} to {line:?}", self.child.id());
-        let process = self.process.try_clone().expect("a descriptor");
-        let waiting = limits::begin(limit, what, Remedy::Kill(process));
-        let mut answer = String::new();
-        let asked = writeln!(self.input, "{line}");
-        let answered = asked.and_then(|()| self.output.read_line(&mut answer));
-        drop(waiting);
-        answered.expect("it answers");
-        answer.trim_end().to_owned()
-    }
-
-    /// Stops the process where it is.
-    pub fn freeze(&self) {
-        pidfd_send_signal(&self.process, Signal::STOP).expect("it runs");
-    }
-
-    /// The byte at `offset`, or `None` for SIGBUS.
-    pub fn load(&mut self, offset: u64) -> Option<u8> {
-        let answer = self.ask(&format!("load {offset}"));
-        match answer.split_once(' ') {
-            Some(("byte", byte)) => Some(byte.parse().expect("a byte")),
-            Some(("sigbus", _)) => None,
-            _ => panic!("load {offset}: {answer}"),
-        }
-    }
-
-    /// Stores a byte. Returns false if the store met SIGBUS.
-    pub fn store(&mut self, offset: u64, byte: u8) -> bool {
-        let answer = self.ask(&format!("store {offset} {byte}"));
-        assert!(answer == "ok" || answer.starts_with("sigbus"), "store {offset}: {answer}");
-        answer == "ok"
-    }
-
-    /// Offsets of the subpages whose first byte is SIGBUS.
-    pub fn walk(&mut self) -> Vec<u64> {
-        let answer = self.ask("walk");
-        let hits = answer.strip_prefix("hits").unwrap_or_else(|| panic!("walk: {answer}"));
-        hits.split_ascii_whitespace()
-            .map(|hit| hit.split_once(':').expect("offset and code").0.parse().expect("an offset"))
-            .collect()
-    }
-
-    /// Asks and returns the number behind `count`.
-    pub fn count(&mut self, line: &str) -> u64 {
-        let answer = self.ask(line);
-        let count = answer.strip_prefix("count ").unwrap_or_else(|| panic!("{line}: {answer}"));
-        count.split(' ').next().expect("a word").parse().expect("a number")
-    }
-
-    /// The number of 2 MiB entries that map the file.
-    pub fn huge(&mut self) -> u64 {
-        self.count("huge")
-    }
-}
-
-impl Drop for Toucher {
-    fn drop(&mut self) {
-        end(&mut self.child, "a process that maps a file");
-    }
-}
+// ---- other programs -----------------------------------------------------------------------------
 
 /// Starts a process, and returns when it has printed `word` as its first line.
 pub fn start_until(word: &str, command: &mut Command) -> Child {

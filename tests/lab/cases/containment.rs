@@ -2,11 +2,11 @@
 
 use super::cases;
 use super::hw::{INJECT, inject, listed};
+use crate::support::sys::{Mapping, Sharing};
 use crate::support::{
     COLLAPSE, FOLIO, MAP, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, Toucher, get,
     kill_worker, limits, poison, set,
 };
-use hugetlb2fs::sys::sigbus::{Mapping, Sharing};
 use hugetlb2fs::units::Range;
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;

@@ -3,9 +3,10 @@
 
 use super::cases;
 use super::kernel::memory_failures;
+use crate::support::sys::{Mapping, Sharing};
 use crate::support::{FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, poison, set};
 use hugetlb2fs::error::Error;
-use hugetlb2fs::sys::sigbus::{Hit, Mapping, Sharing};
+use hugetlb2fs::sys::sigbus::Hit;
 use hugetlb2fs::sys::tmpfs;
 use hugetlb2fs::units::{Range, Subpage};
 use rustix::fs::{Mode, OFlags};

@@ -1,10 +1,9 @@
 //! Filling memory at its first touch (userfaultfd(2), ioctl_userfaultfd(2)), as the destination of
-//! a live migration does while the memory of the virtual machine is still elsewhere. Only the tests
-//! use this.
+//! a live migration does while the memory of the virtual machine is still elsewhere.
 
-use super::sigbus::Mapping;
-use crate::error::Result;
-use crate::units::{Range, SUBPAGE_SIZE, Subpage};
+use super::Mapping;
+use hugetlb2fs::error::Result;
+use hugetlb2fs::units::{Range, SUBPAGE_SIZE, Subpage};
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -70,7 +69,7 @@ impl<'a> Userfault<'a> {
         #[allow(unsafe_code)]
         let file = File::from(unsafe { OwnedFd::from_raw_fd(fd as RawFd) });
         control(&file, UFFDIO_API, &mut Api { api: UFFD_API, ..Api::default() })?;
-        let start = mapping.pointer(range.start) as u64;
+        let start = mapping.pointer(range.start, range.len()) as u64;
         let mut register = Register { start, length: range.len(), mode: MISSING, ioctls: 0 };
         control(&file, UFFDIO_REGISTER, &mut register)?;
         Ok(Self { file, mapping })
@@ -96,7 +95,7 @@ impl<'a> Userfault<'a> {
     pub fn fill(&self, subpage: Subpage, bytes: &[u8; SUBPAGE_SIZE as usize]) -> Result<()> {
         const UFFDIO_COPY: libc::Ioctl = 0xc028_aa03u32 as libc::Ioctl;
         let (target, source) =
-            (self.mapping.pointer(subpage.offset()) as u64, bytes.as_ptr() as u64);
+            (self.mapping.pointer(subpage.offset(), SUBPAGE_SIZE) as u64, bytes.as_ptr() as u64);
         control(
             &self.file,
             UFFDIO_COPY,
