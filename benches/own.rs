@@ -27,6 +27,7 @@ const MANY: u64 = 100_000;
 /// The number of quarantines, in place of [`MANY`], in a run that measures nothing.
 const SOME: u64 = 1_000;
 const GIB: u64 = 1 << 30;
+const ROOT: Caller = Caller { uid: 0, gid: 0, umask: 0 };
 
 fn main() {
     let results = results();
@@ -206,7 +207,7 @@ fn index(criterion: &mut Criterion) {
 
 fn make(index: &Index, name: &OsStr) {
     const REGULAR: u32 = 0o100_644;
-    index.make(InodeId::ROOT, name, New::Node(REGULAR, 0), Caller::ROOT).expect("a file");
+    index.make(InodeId::ROOT, name, New::Node(REGULAR, 0), ROOT).expect("a file");
 }
 
 fn rename(index: &Index, from: &str, to: &str) {

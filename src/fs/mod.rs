@@ -184,11 +184,6 @@ impl Fs {
         })
     }
 
-    /// The pool.
-    pub fn pool(&self) -> &Pool {
-        &self.pool
-    }
-
     /// Bytes of the pool that were in 2 MiB folios when it was mounted.
     pub fn huge_at_mount(&self) -> u64 {
         self.pool.huge_at_mount()

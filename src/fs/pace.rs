@@ -43,11 +43,6 @@ impl Pace {
         Self { brief: false, caller: 0, looked: Cell::new(Instant::now()) }
     }
 
-    /// True if other requests wait for the thread.
-    pub fn is_brief(&self) -> bool {
-        self.brief
-    }
-
     /// Refuses long work on a thread for which other requests wait. The caller must not have
     /// changed anything yet.
     ///

@@ -12,6 +12,7 @@ impl Sealed {
     ///
     /// # Errors
     /// The errors of fstat(2), fstatfs(2), cachestat(2) and open_by_handle_at(2).
+    #[cfg(test)]
     pub fn check(&self) -> Result<Vec<String>> {
         let mut wrong = self.check_totals()?;
         wrong.extend(self.check_part(Range::new(0, self.memory_span()))?);

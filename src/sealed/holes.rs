@@ -4,7 +4,7 @@
 //! one run, so a long quarantine needs little memory of the daemon. No run crosses the end of a
 //! folio, because one record of the ledger holds the runs of one folio ([`super::ledger`]).
 
-use crate::units::{FOLIO_SIZE, Folio, Range, SUBPAGE_SIZE, Subpage};
+use crate::units::{FOLIO_SIZE, Range, SUBPAGE_SIZE, Subpage};
 use std::collections::BTreeMap;
 
 /// A run of subpages that were quarantined at the same time.
@@ -54,14 +54,6 @@ impl Holes {
         self.runs
             .iter()
             .map(|(start, (end, time))| Hole { range: Range::new(*start, *end), time: *time })
-    }
-
-    /// The folios that have holes, ascending.
-    pub fn folios(&self) -> impl Iterator<Item = Folio> + '_ {
-        let mut last = None;
-        self.all()
-            .map(|hole| Subpage::containing(hole.range.start).folio())
-            .filter(move |folio| last.replace(*folio) != Some(*folio))
     }
 
     /// True if `subpage` is a hole.
@@ -152,7 +144,6 @@ mod tests {
         assert_eq!(one.count(), 4);
         let two = holes(&[run(3, 1, 9), run(4, 1, 8), run(511, 1, 7), run(512, 1, 7)]);
         assert_eq!(two.all().count(), 4);
-        assert_eq!(two.folios().collect::<Vec<_>>(), [Folio(0), Folio(1)]);
     }
 
     #[test]

@@ -22,11 +22,6 @@ pub struct Caller {
     pub umask: u32,
 }
 
-impl Caller {
-    /// The daemon itself.
-    pub const ROOT: Self = Self { uid: 0, gid: 0, umask: 0 };
-}
-
 /// The user of a request whose result depends on all groups of the calling process.
 #[derive(Clone, Copy, Debug)]
 pub struct Member {
