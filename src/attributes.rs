@@ -2,11 +2,12 @@
 //! meaning of a read and of a write; and the names of the pool's counters.
 //!
 //! The daemon, the command, the tests and the benches take the names from here. The daemon serves
-//! each attribute by a `match` over [`OfFile`] or [`OfRoot`] without a wildcard, so the compiler
-//! finds an attribute that was forgotten there. [`crate::quarantine`] has the grammar of ranges.
+//! each attribute by a `match` over [`OfFile`], [`OfEntry`] or [`OfRoot`] without a wildcard, so
+//! the compiler finds an attribute that was forgotten there. [`crate::quarantine`] has the grammar
+//! of ranges.
 
 use crate::units::NumaNode;
-use Attribute::{File, Root};
+use Attribute::{Entry, File, Root};
 use std::borrow::Cow;
 
 /// Quarantined ranges.
@@ -17,6 +18,8 @@ pub const REPAIR: &str = "user.hugetlb2.repair";
 pub const COLLAPSE: &str = "user.hugetlb2.collapse";
 /// The way in which a file is mapped.
 pub const MAP: &str = "user.hugetlb2.map";
+/// The NUMA nodes from which a file's memory comes.
+pub const PLACEMENT: &str = "user.hugetlb2.placement";
 /// The reason for the last refusal.
 pub const REFUSAL: &str = "user.hugetlb2.refusal";
 /// Requests for real memory errors.
@@ -57,10 +60,17 @@ pub enum OfFile {
     Collapse,
     /// [`MAP`].
     Map,
-    /// [`REFUSAL`].
-    Refusal,
     /// [`INJECT`].
     Inject,
+}
+
+/// An attribute of a regular file or a directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OfEntry {
+    /// [`PLACEMENT`].
+    Placement,
+    /// [`REFUSAL`].
+    Refusal,
 }
 
 /// An attribute of the root directory.
@@ -95,6 +105,8 @@ pub enum OfRoot {
 pub enum Attribute {
     /// Of a regular file.
     File(OfFile),
+    /// Of a regular file or a directory.
+    Entry(OfEntry),
     /// Of the root directory.
     Root(OfRoot),
 }
@@ -149,13 +161,19 @@ pub const TABLE: &[Row] = &[
     ),
     row(COLLAPSE, File(OfFile::Collapse), None, Some("put huge mappings back now")),
     row(MAP, File(OfFile::Map), Some("ranges, with state and NUMA node"), None),
+    row(INJECT, File(OfFile::Inject), None, Some("a real memory error, for tests")),
+    row(
+        PLACEMENT,
+        Entry(OfEntry::Placement),
+        Some("the NUMA nodes that are asked for, and those of the memory"),
+        Some("ask for NUMA nodes"),
+    ),
     row(
         REFUSAL,
-        File(OfFile::Refusal),
+        Entry(OfEntry::Refusal),
         Some("the reason for the last refusal of this thread here"),
         None,
     ),
-    row(INJECT, File(OfFile::Inject), None, Some("a real memory error, for tests")),
     row(POOL, Root(OfRoot::Pool), Some("the counters of the pool"), None),
     row(OPTIONS, Root(OfRoot::Options), Some("the options of the mount, but for the size"), None),
     row(SIZE, Root(OfRoot::Size), Some("the size of the pool in bytes"), Some("resize the pool")),
@@ -292,7 +310,11 @@ mod tests {
             "{documented:?}"
         );
         for (row, cells) in offered.iter().zip(&documented) {
-            let place = if let Attribute::File(_) = row.attribute { "file" } else { "root" };
+            let place = match row.attribute {
+                File(_) => "file",
+                Entry(_) => "file, directory",
+                Root(_) => "root",
+            };
             assert_eq!(cells[1], place, "{}", row.name);
             assert_eq!(cells[2] != "-", row.get.is_some(), "{}: {}", row.name, cells[2]);
             assert_eq!(cells[cells.len() - 1] != "-", row.set.is_some(), "{}: {cells:?}", row.name);

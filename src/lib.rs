@@ -157,6 +157,8 @@
 //!   node is gone, and whose memory has yet to move back.
 //!
 //! Memory and pages:
+//! - **placement**: the NUMA nodes that a file's pages want: in words, or **resolved** for one
+//!   growth ([`placement`]). **wish**: the nodes that the words mean, without `strict:`.
 //! - **target**: the memory of a NUMA node, as a program may choose it; **initiator**: a node from
 //!   which programs reach it ([`targets`]).
 //! - **pool**: all pages, and the account of them. **part**: the pages of the pool on one NUMA
@@ -210,10 +212,11 @@
 //! daemon, help, remount and session record read that table. Use the field where [`fs::Fs`] is
 //! made. Add a row to "Options" in docs/OPERATIONS.md (`tests/documents.rs` compares).
 //!
-//! **An attribute.** A variant of [`attributes::OfFile`] or [`attributes::OfRoot`] and a row of
-//! [`attributes::TABLE`]. The compiler then asks for the value and for the request in
-//! `fs::attributes`. A grammar goes to [`quarantine`], the command to `mount-helper/cli.rs`. Add a
-//! row to "Attributes" in README.md (a test of [`attributes`] compares).
+//! **An attribute.** A variant of [`attributes::OfFile`], [`attributes::OfEntry`] or
+//! [`attributes::OfRoot`] and a row of [`attributes::TABLE`]. The compiler then asks for the value
+//! and for the request in `fs::attributes`. A grammar goes to [`quarantine`] or a module like
+//! [`placement`], the command to `mount-helper/cli.rs`. Add a row to "Attributes" in README.md (a
+//! test of [`attributes`] compares).
 //!
 //! **A counter.** A variant of [`attributes::Counter`], a line in `pool_text` of `fs::attributes`,
 //! and a row of "Counters" in docs/OPERATIONS.md.

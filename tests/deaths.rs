@@ -12,8 +12,8 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use support::{
-    DIE, Dice, FOLIO, GIB, MAP, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, STEPS, SUBPAGE,
-    Toucher, get, limits, poison, set,
+    DIE, Dice, FOLIO, GIB, MAP, PLACEMENT, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, STEPS,
+    SUBPAGE, Toucher, get, limits, poison, set,
 };
 
 // ---- at random ---------------------------------------------------------------------------------
@@ -337,6 +337,21 @@ const SITUATIONS: &[Situation] = &[
             assert_eq!(size_of(pool), 0);
             sevens(pool);
             assert_sevens(pool, 3 * FOLIO);
+        },
+    },
+    Situation {
+        name: "create and mkdir below a directory with a placement",
+        options: "",
+        prepare: |pool| set(pool.path(), PLACEMENT, "strict:bind:0").unwrap(),
+        change: |pool| {
+            drop(File::create_new(file(pool)).unwrap());
+            fs::create_dir(pool.join("directory")).unwrap();
+        },
+        verify: |pool| {
+            for name in ["file", "directory"] {
+                let text = get(pool.join(name), PLACEMENT).unwrap();
+                assert_eq!(text, "strict:bind:0\n", "{name}");
+            }
         },
     },
     Situation {

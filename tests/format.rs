@@ -17,7 +17,8 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use support::documents::{blocks, document, quoted, rows, section};
 use support::{
-    FOLIO, Held, INJECT, Pool, SUBPAGE, get, hugetlb2, kill_worker, limits, poison, run, set,
+    FOLIO, Held, INJECT, PLACEMENT, Pool, SUBPAGE, get, hugetlb2, kill_worker, limits, poison, run,
+    set,
 };
 
 const FORMAT: &str = "docs/FORMAT.md";
@@ -207,6 +208,7 @@ fn each_name_that_outlives_a_process_is_documented() {
     let mut pool = Pool::mount(&format!("pagesize=2M,size={},io=native", 20 * FOLIO));
     run(hugetlb2().arg("upgrade").arg(pool.path()));
     pool.note_new_daemon();
+    set(pool.path(), PLACEMENT, "local").unwrap();
     file(&pool, "quarantined", 1);
     poison(pool.join("quarantined"), 0, SUBPAGE).unwrap();
     if memory_failures().is_some() {
@@ -381,6 +383,16 @@ fn notes_of_a_file_read_as_documented() {
         pool.counter("huge_bytes_at_mount").to_string()
     );
     drop((file, reader, pollers, pool));
+}
+
+#[test]
+fn a_placement_reads_as_documented() {
+    let pool = Pool::small(2);
+    file(&pool, "file", 1);
+    set(pool.join("file"), PLACEMENT, " strict:weighted-interleave:00*2 \n\0").unwrap();
+    let kept = bytes(&root(&pool).join("index/tree/file"), PLACEMENT);
+    assert_eq!(String::from_utf8(kept).unwrap(), "strict:weighted-interleave:0*2");
+    drop(pool);
 }
 
 #[test]

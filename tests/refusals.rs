@@ -16,8 +16,8 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use support::{
-    COLLAPSE, FAIL, FOLIO, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, get, limits,
-    poison, set,
+    COLLAPSE, FAIL, FOLIO, PLACEMENT, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE, get,
+    limits, poison, set,
 };
 
 const ERRORS: &[&str] = &["ENOMEM", "EMFILE", "ENOSPC"];
@@ -313,6 +313,36 @@ const OPERATIONS: &[Operation] = &[
             fs::write(file(pool), [7; 5000]).unwrap();
             assert_runs(pool, &[(5000, 7)]);
         },
+    },
+    Operation {
+        name: "create below a directory with a placement",
+        options: MEDIATED,
+        prepare: |pool| {
+            fs::create_dir(other(pool)).unwrap();
+            set(other(pool), PLACEMENT, "strict:bind:0").unwrap();
+        },
+        change: |stage| File::create_new(stage.other().join("file")).map(drop).map_err(errno),
+        verify: |pool| {
+            let inherited = get(other(pool).join("file"), PLACEMENT);
+            assert_eq!(inherited.unwrap(), "strict:bind:0\n");
+        },
+    },
+    Operation {
+        name: "ask for NUMA nodes",
+        options: MEDIATED,
+        prepare: sevens,
+        change: |stage| set(stage.path(), PLACEMENT, "local"),
+        verify: |pool| assert!(get(file(pool), PLACEMENT).unwrap().starts_with("local\n")),
+    },
+    Operation {
+        name: "ask for no NUMA nodes any more",
+        options: MEDIATED,
+        prepare: |pool| {
+            sevens(pool);
+            set(file(pool), PLACEMENT, "local").unwrap();
+        },
+        change: |stage| rustix::fs::removexattr(stage.path(), PLACEMENT),
+        verify: |pool| assert!(get(file(pool), PLACEMENT).unwrap().starts_with("caller\n")),
     },
     Operation {
         name: "make a node and open it",
@@ -719,7 +749,11 @@ fn mount(options: &str) -> Pool {
 fn set_stage<'a>(pool: &'a Pool, operation: &Operation) -> Stage<'a> {
     for entry in fs::read_dir(pool.path()).unwrap() {
         let path = entry.unwrap().path();
-        if path.is_dir() { fs::remove_dir(path).unwrap() } else { fs::remove_file(path).unwrap() }
+        if path.is_dir() {
+            fs::remove_dir_all(path).unwrap()
+        } else {
+            fs::remove_file(path).unwrap()
+        }
     }
     wait_for_oblivion(pool);
     (operation.prepare)(pool);

@@ -3,7 +3,8 @@
 
 use super::{Fs, Object, Pace, RequestContext};
 use crate::attributes::{
-    Attribute, Counter, LONGEST_VALUE, OfFile, OfRoot, POISON, find, is_of_interface,
+    Attribute, Counter, LONGEST_VALUE, OfEntry, OfFile, OfRoot, PLACEMENT, POISON, find,
+    is_of_interface,
 };
 use crate::error::{Error, Result};
 #[cfg(debug_assertions)]
@@ -108,13 +109,15 @@ impl Fs {
             Attribute::Root(attribute) if node == InodeId::ROOT => {
                 self.root_attribute(attribute, &Pace::of(request))?
             }
-            Attribute::File(OfFile::Refusal) => {
-                self.refusals.of(node, request.thread).ok_or(Error::NoData)?
+            Attribute::Entry(attribute) if self.is_entry(node)? => {
+                self.entry_attribute(node, attribute, request)?
             }
             Attribute::File(attribute) if self.is_file(node)? => {
                 self.file_attribute(&*self.object(node)?, attribute, reading, &Pace::of(request))?
             }
-            Attribute::Root(_) | Attribute::File(_) => return Err(Error::NoData),
+            Attribute::Root(_) | Attribute::Entry(_) | Attribute::File(_) => {
+                return Err(Error::NoData);
+            }
         };
         if text.len() > LONGEST_VALUE { Err(Error::TooLong) } else { Ok(text.into_bytes()) }
     }
@@ -147,6 +150,18 @@ impl Fs {
         }
     }
 
+    fn entry_attribute(
+        &self,
+        node: InodeId,
+        attribute: OfEntry,
+        request: RequestContext,
+    ) -> Result<String> {
+        match attribute {
+            OfEntry::Placement => self.placement_text(node, &Pace::of(request)),
+            OfEntry::Refusal => self.refusals.of(node, request.thread).ok_or(Error::NoData),
+        }
+    }
+
     fn file_attribute(
         &self,
         object: &Object,
@@ -176,9 +191,7 @@ impl Fs {
                 }
                 Ok(text)
             }
-            OfFile::Repair | OfFile::Collapse | OfFile::Inject | OfFile::Refusal => {
-                Err(Error::NoData)
-            }
+            OfFile::Repair | OfFile::Collapse | OfFile::Inject => Err(Error::NoData),
         }
     }
 
@@ -245,10 +258,15 @@ impl Fs {
             Some(Attribute::File(attribute)) if self.is_file(node)? => {
                 self.set_file_attribute(node, attribute, value, request)
             }
+            Some(Attribute::Entry(attribute)) if self.is_entry(node)? => {
+                self.set_entry_attribute(node, attribute, (value, flags), by, request)
+            }
             Some(Attribute::Root(attribute)) if node == InodeId::ROOT => {
                 self.set_root_attribute(attribute, value, &Pace::of(request))
             }
-            Some(Attribute::File(_) | Attribute::Root(_)) | None => Err(Error::Unsupported),
+            Some(Attribute::File(_) | Attribute::Entry(_) | Attribute::Root(_)) | None => {
+                Err(Error::Unsupported)
+            }
         };
         if matches!(result, Err(Error::TakesLong)) {
             return result; // another thread carries the request out
@@ -272,6 +290,24 @@ impl Fs {
             OfRoot::Fail => arm_failure(value),
             #[cfg(debug_assertions)]
             OfRoot::Steps | OfRoot::Stopped => Err(Error::Unsupported),
+        }
+    }
+
+    fn set_entry_attribute(
+        &self,
+        node: InodeId,
+        attribute: OfEntry,
+        (value, flags): (&[u8], i32),
+        by: Member,
+        request: RequestContext,
+    ) -> Result<()> {
+        match attribute {
+            OfEntry::Placement => {
+                let text = self.checked_placement(value)?;
+                let name = OsStr::new(PLACEMENT);
+                self.set_user_attribute(node, name, (text.as_bytes(), flags), by, request)
+            }
+            OfEntry::Refusal => Err(Error::Unsupported),
         }
     }
 
@@ -305,7 +341,7 @@ impl Fs {
                     result => result,
                 }
             }
-            OfFile::Map | OfFile::Refusal => Err(Error::Unsupported),
+            OfFile::Map => Err(Error::Unsupported),
         }
     }
 
@@ -342,15 +378,15 @@ impl Fs {
     /// removexattr(2).
     ///
     /// # Errors
-    /// [`Error::NotPermitted`] for an attribute of the protocol: a repair ends a quarantine, not
-    /// the removal of its description.
+    /// [`Error::NotPermitted`] for an attribute of the protocol but the placement: a repair ends a
+    /// quarantine, not the removal of its description.
     pub fn remove_attribute(
         &self,
         node: InodeId,
         name: &OsStr,
         request: RequestContext,
     ) -> Result<()> {
-        if is_of_interface(name.as_bytes()) {
+        if is_of_interface(name.as_bytes()) && name != PLACEMENT {
             Err(Error::NotPermitted)
         } else {
             self.remove_user_attribute(node, name, request)
@@ -383,5 +419,9 @@ impl Fs {
 
     fn is_file(&self, node: InodeId) -> Result<bool> {
         Ok(self.index.attributes(node)?.kind == Kind::File)
+    }
+
+    fn is_entry(&self, node: InodeId) -> Result<bool> {
+        Ok(matches!(self.index.attributes(node)?.kind, Kind::File | Kind::Directory))
     }
 }

@@ -22,6 +22,7 @@
 mod attributes;
 mod check;
 mod contents;
+mod gate;
 mod hw_errors;
 mod mtime;
 mod native;
@@ -29,6 +30,7 @@ mod object;
 mod orphans;
 mod pace;
 mod places;
+mod placing;
 mod pollers;
 mod recovery;
 mod refusals;
@@ -52,6 +54,7 @@ use crossbeam::channel::Sender;
 use hw_errors::{FAILURES, FAILURES_IN_POOL};
 use native::Closings;
 use places::Places;
+use placing::Placer;
 use refusals::Refusals;
 use rustix::io::Errno;
 use std::collections::{BTreeMap, HashMap};
@@ -98,6 +101,7 @@ pub struct Fs {
     /// The same count for free memory.
     failures_in_pool: Mutex<Option<u64>>,
     nodes: Vec<NumaNode>,
+    placer: Placer,
 }
 
 /// The changes that setattr asks for.
@@ -161,6 +165,7 @@ impl Fs {
     ) -> Result<Self> {
         let failures = Mutex::new(index.kept(FAILURES)?);
         let failures_in_pool = Mutex::new(index.kept(FAILURES_IN_POOL)?);
+        let placer = Placer::new(pool.nodes());
         Ok(Self {
             index,
             pool,
@@ -181,6 +186,7 @@ impl Fs {
             failures,
             failures_in_pool,
             nodes: memory_nodes()?,
+            placer,
         })
     }
 
@@ -379,8 +385,16 @@ impl Fs {
     ) -> T {
         let repaired = |folio: Folio| self.report_repaired(object.clone(), folio.range());
         let (recovery_write, keep_punched) = (self.recovery_write, self.keep_punched);
-        let pace = &Pace::of(request);
-        run(Context { pool: &self.pool, recovery_write, keep_punched, repaired: &repaired, pace })
+        let placement = || self.placement_of_growth(object.node(), request);
+        let (pool, pace) = (&self.pool, &Pace::of(request));
+        run(Context {
+            pool,
+            recovery_write,
+            keep_punched,
+            placement: self.placer.has_choice().then_some(&placement),
+            repaired: &repaired,
+            pace,
+        })
     }
 
     /// Shuts the soft holes that programs have opened by madvise(2) with MADV_REMOVE. Costs one

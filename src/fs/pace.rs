@@ -94,7 +94,8 @@ mod tests {
     use super::*;
 
     fn of(thread: u32, brief: bool) -> Pace {
-        Pace::of(RequestContext { unique: 1, resent: false, thread, unprivileged: false, brief })
+        let (unique, user, resent, unprivileged) = (1, 0, false, false);
+        Pace::of(RequestContext { unique, resent, user, thread, unprivileged, brief })
     }
 
     /// Acts as if the last look at the caller was long ago.

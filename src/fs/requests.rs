@@ -30,6 +30,8 @@ pub struct RequestContext {
     pub unique: u64,
     /// The kernel sent this request before, to a worker that died without an answer.
     pub resent: bool,
+    /// The user who asks.
+    pub user: u32,
     /// The thread that waits for the answer. 0 if the daemon cannot see the thread, because it is
     /// in another pid namespace.
     pub thread: u32,
@@ -57,10 +59,11 @@ impl Fs {
         caller: Caller,
         request: RequestContext,
     ) -> Result<Attributes> {
-        let made = self.index.make(parent, name, new, caller);
-        steps::reached(Step::CreateNamed);
-        match made {
-            Err(Error::Os(Errno::EXIST)) if request.resent => self.lookup(parent, name),
+        match self.index.make(parent, name, new, caller) {
+            Err(Error::Os(Errno::EXIST)) if request.resent => {
+                let made = self.index.finish_making(parent, name, new)?;
+                self.with_contents(made)
+            }
             result => result,
         }
     }

@@ -30,6 +30,7 @@ pub(super) fn context(request: &Request) -> RequestContext {
     RequestContext {
         unique,
         resent,
+        user: request.uid(),
         thread: request.pid(),
         unprivileged: request.uid() != 0,
         brief: true,

@@ -34,7 +34,8 @@ struct Place<'a> {
 }
 
 impl Index {
-    /// Makes an entry and looks it up. The entry belongs to `caller` from the first moment on.
+    /// Makes an entry and looks it up. The entry belongs to `caller` from the first moment on. A
+    /// file or directory inherits the placement of its directory.
     ///
     /// # Errors
     /// EEXIST, EDQUOT, ENOSPC: the errors of the system call.
@@ -48,10 +49,33 @@ impl Index {
         let directory = self.path(parent)?;
         let name = c_name(name)?;
         self.taking(1, || acting_as(caller, || Ok(make_in(&directory, &name, new)?)))?;
-        self.look_up_in(&directory, &name).inspect_err(|_| {
+        steps::reached(Step::CreateNamed);
+        self.endow(&directory, &name, new)
+    }
+
+    /// Finishes an [`Index::make`] of a worker that died after the entry had its name.
+    ///
+    /// # Errors
+    /// The errors of [`Index::make`].
+    pub fn finish_making(&self, parent: InodeId, name: &OsStr, new: New<'_>) -> Result<Attributes> {
+        self.endow(&self.path(parent)?, &c_name(name)?, new)
+    }
+
+    /// Has an entry inherit that no program has seen yet, and looks it up. A refused call leaves no
+    /// entry.
+    fn endow(&self, directory: &OwnedFd, name: &CStr, new: New<'_>) -> Result<Attributes> {
+        let endowed = || {
+            let inode = self.inode(self.id_of(directory, name)?)?;
+            let attributes = self.attributes_of(&inode)?;
+            if matches!(attributes.kind, Kind::File | Kind::Directory) {
+                self.inherit(directory, &inode.fd)?;
+            }
+            Ok(attributes)
+        };
+        endowed().inspect_err(|_| {
             let kind =
                 if let New::Directory(_) = new { AtFlags::REMOVEDIR } else { AtFlags::empty() };
-            let _ = calls::unlinkat(&directory, &*name, kind); // a refused call leaves no entry
+            let _ = calls::unlinkat(directory, name, kind);
         })
     }
 

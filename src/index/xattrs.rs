@@ -2,11 +2,13 @@
 
 use super::Index;
 use super::inode::{SET_GROUP_ID, change_mode, stat_of};
+use crate::attributes::PLACEMENT;
 use crate::error::Result;
 use crate::sys::identity::Member;
 use crate::sys::{calls, fd_path};
 use crate::units::InodeId;
 use rustix::fs::XattrFlags;
+use rustix::io::Errno;
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -42,6 +44,22 @@ impl Index {
         let set = || Ok(calls::setxattr(fd_path(fd.as_fd()), name, value, flags)?);
         self.taking(inodes_for_attribute(name, value), set)?;
         if name == ACCESS_ACL { drop_undue_set_group_id(&fd, by) } else { Ok(()) }
+    }
+
+    /// Copies the placement of a directory to a new entry of it.
+    pub(super) fn inherit(&self, directory: &OwnedFd, entry: &OwnedFd) -> Result<()> {
+        let from = fd_path(directory.as_fd());
+        let length = match calls::getxattr_query(&from, PLACEMENT) {
+            Err(Errno::NODATA) => return Ok(()),
+            length => length?,
+        };
+        let mut value = vec![0; length];
+        // The kernel keeps the directory locked while a name is made, and its attributes with it.
+        let length = calls::getxattr(&from, PLACEMENT, &mut value[..])?;
+        let value = &value[..length];
+        let to = fd_path(entry.as_fd());
+        let set = || Ok(calls::setxattr(to, PLACEMENT, value, XattrFlags::empty())?);
+        self.taking(inodes_for_attribute(OsStr::new(PLACEMENT), value), set)
     }
 
     /// Removes an extended attribute of the inode itself.

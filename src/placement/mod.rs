@@ -54,6 +54,15 @@ impl Resolved {
         self.allowed.as_ref().is_none_or(|allowed| allowed.contains(&node))
     }
 
+    /// The nodes that are asked for.
+    pub fn nodes(&self) -> Vec<NumaNode> {
+        match &self.order {
+            Order::Even => self.allowed.clone().unwrap_or_default(),
+            Order::Prefer(nodes) => nodes.clone(),
+            Order::Interleave(turns) => turns.iter().map(|(node, _)| *node).collect(),
+        }
+    }
+
     /// True if `page` is as asked for on `node`.
     pub fn wishes(&self, page: Page, node: NumaNode) -> bool {
         match &self.order {

@@ -113,6 +113,16 @@ impl Placement {
 }
 
 impl Wish {
+    /// True if the order of the nodes depends on the thread that makes a file grow.
+    pub fn depends_on_caller(&self) -> bool {
+        !matches!(self, Self::Interleave(_) | Self::WeightedInterleave(..))
+    }
+
+    /// True if the words say which nodes are meant, for each caller the same.
+    pub fn names_nodes(&self) -> bool {
+        !matches!(self, Self::Caller | Self::Local | Self::Best(_))
+    }
+
     /// The nodes that are named.
     fn listed(&self) -> &[NumaNode] {
         match self {

@@ -51,6 +51,7 @@ calls! {
         wants Memory;
     fs::utimensat(directory: impl AsFd, path: impl Arg, times: &Timestamps, flags: AtFlags) -> (), wants Memory;
     fs::getxattr(path: impl Arg, name: impl Arg, value: &mut [u8]) -> usize, wants Memory;
+    fs::getxattr_query(path: impl Arg, name: impl Arg) -> usize, wants Memory;
     fs::fgetxattr(file: impl AsFd, name: impl Arg, value: &mut [u8]) -> usize, wants Memory;
     fs::listxattr(path: impl Arg, names: &mut [u8]) -> usize, wants Memory;
     fs::setxattr(path: impl Arg, name: impl Arg, value: &[u8], flags: XattrFlags) -> (), wants Room;

@@ -7,6 +7,7 @@
 
 pub mod allocator;
 pub mod backing;
+pub mod callers;
 pub mod calls;
 pub mod cgroup;
 pub mod handle;
@@ -23,6 +24,7 @@ pub mod seccomp;
 pub mod shortage;
 pub mod sigbus;
 pub mod tmpfs;
+pub mod topology;
 
 use crate::error::Error;
 use crate::faults::{Want, attempt};

@@ -16,6 +16,7 @@ mod many_files;
 mod memory;
 mod mounting;
 mod native;
+mod placement;
 mod prepared;
 mod removal;
 mod semantics;

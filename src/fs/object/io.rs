@@ -1,9 +1,8 @@
 //! read(2) and write(2).
 
 use super::sizes::checked_range;
-use super::{Context, Object, Pace, carry_out, mend, mend_but_gaps, takes_long};
+use super::{Context, Object, Pace, carry_out, mend, mend_but_gaps, placement_now, takes_long};
 use crate::error::{Error, Result};
-use crate::placement::Resolved;
 use crate::pool::Holding;
 use crate::sealed::Content;
 use crate::steps::insist;
@@ -94,6 +93,7 @@ impl Object {
     }
 
     fn write_alone(&self, bytes: &[u8], range: Range, context: Context<'_>) -> Result<usize> {
+        let ahead = self.placement_ahead(range, range.end, context)?;
         let _one_at_a_time = self.begin(context.pace)?;
         let mut holding = self.lock(context.pace)?;
         context.pace.refuse_if(|| {
@@ -118,7 +118,8 @@ impl Object {
             // Before the file grows: cutting it again would split a folio.
             return Err(Error::Quarantined);
         }
-        let growth = holding.begin_growth(context.pool, range, range.end, &Resolved::default())?;
+        let placement = placement_now(ahead, &holding, range.end, context)?;
+        let growth = holding.begin_growth(context.pool, range, range.end, &placement)?;
         carry_out(&mut holding, growth, context.pace)?;
         let (written, ended) = match writable_prefix(&holding, range, context.recovery_write) {
             Ok(end) if end == range.end => {

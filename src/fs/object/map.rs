@@ -13,6 +13,9 @@ const COLLAPSE_TRIES: u32 = 3;
 
 const COLLAPSE_NAP: Duration = Duration::from_millis(3);
 
+/// Bytes that are looked at in one turn of the lock.
+const WINDOW: u64 = 64 << 20;
+
 /// The way in which a part of a file is mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
@@ -58,7 +61,6 @@ impl Object {
     /// # Errors
     /// The errors of mmap(2) and of reading the page map.
     pub fn map(&self, nodes: &[NumaNode], pace: &Pace) -> Result<Vec<Extent>> {
-        const WINDOW: u64 = 64 << 20;
         let mut extents = Extents::default();
         let mut at = 0;
         loop {
@@ -97,6 +99,29 @@ impl Object {
                         extents.push(subpage.range(), state, node);
                     }
                 }
+            }
+        }
+    }
+
+    /// Calls `each` for each folio that has memory, ascending, with the NUMA node of the memory as
+    /// far as the kernel tells it.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`].
+    pub fn locate(&self, pace: &Pace, mut each: impl FnMut(Folio, Option<NumaNode>)) -> Result<()> {
+        let mut at = 0;
+        loop {
+            pace.go_on()?;
+            let holding = self.share(pace)?;
+            let sealed = holding.sealed();
+            let window =
+                Range::at(at, WINDOW).intersect(Range::new(0, holding.size()).folios_out());
+            if window.is_empty() {
+                return Ok(());
+            }
+            at = window.end;
+            for folio in window.folios().filter(|folio| sealed.has_memory(*folio)) {
+                each(folio, sealed.node_of(folio));
             }
         }
     }

@@ -38,6 +38,7 @@ use super::native::NativeReaders;
 use super::pace::Pace;
 use super::pollers::Pollers;
 use crate::error::Result;
+use crate::placement::Resolved;
 use crate::pool::{Adoption, Change, Holding, PIECE, Pool, Progress, Run};
 use crate::sealed::{Notes, Sealed};
 use crate::sys::mapping::View;
@@ -81,6 +82,9 @@ pub struct Context<'a> {
     pub recovery_write: bool,
     /// Punched pages stay the file's (`punch=keep`).
     pub keep_punched: bool,
+    /// Called before a growth takes pages: the NUMA nodes that these pages want. A growth is
+    /// refused if that cannot be read. `None` for a pool of one node.
+    pub placement: Option<&'a (dyn Fn() -> Result<Resolved> + Sync)>,
     /// Called for each folio that has become whole again.
     pub repaired: &'a (dyn Fn(Folio) + Sync),
     /// Asked between two pieces of a long change.
@@ -178,6 +182,28 @@ impl Object {
     fn lock(&self, pace: &Pace) -> Result<Locked<'_>> {
         let holding = pace.lock(|| self.holding.write(), || self.holding.try_write())?;
         Ok(Locked { object: self, holding })
+    }
+
+    /// The nodes that the pages want of a growth up to `end`, which touches the bytes in `touched`.
+    /// `None` if the growth takes no page, as far as is known before the file is locked.
+    ///
+    /// This holds no lock when it reads them: such a read can last as long as the calling program
+    /// likes ([`crate::sys::callers`]).
+    fn placement_ahead(
+        &self,
+        touched: Range,
+        end: u64,
+        context: Context<'_>,
+    ) -> Result<Option<Resolved>> {
+        let Some(read) = context.placement else { return Ok(None) };
+        let holding = self.share(context.pace)?;
+        if !holding.may_take_pages(end) {
+            return Ok(None);
+        }
+        let size = end.max(holding.size());
+        context.pace.refuse_if(|| takes_long(&holding, touched, size, context.pool))?;
+        drop(holding);
+        read().map(Some)
     }
 
     /// Excludes other changes of size or pages.
@@ -286,6 +312,21 @@ fn carry_out(holding: &mut Locked<'_>, mut change: Change<'_>, pace: &Pace) -> R
         }
     }
     Ok(())
+}
+
+/// The nodes that the pages of a growth up to `end` want, of a file that is locked. They are read
+/// now only if another request has taken pages away since [`Object::placement_ahead`].
+fn placement_now(
+    ahead: Option<Resolved>,
+    holding: &Holding,
+    end: u64,
+    context: Context<'_>,
+) -> Result<Resolved> {
+    match (ahead, context.placement) {
+        (Some(ahead), _) => Ok(ahead),
+        (None, Some(read)) if holding.may_take_pages(end) => read(),
+        (None, _) => Ok(Resolved::default()),
+    }
 }
 
 /// True if a change of the bytes in `touched`, which leaves the file `end` bytes long, takes longer

@@ -1,9 +1,10 @@
 //! ftruncate(2), fallocate(2) and lseek(2).
 
 use super::io::covered_in_part;
-use super::{Context, Locked, Object, Pace, carry_out, mend, mend_but_gaps, parts, takes_long};
+use super::{
+    Context, Locked, Object, Pace, carry_out, mend, mend_but_gaps, parts, placement_now, takes_long,
+};
 use crate::error::{Error, Result};
-use crate::placement::Resolved;
 use crate::pool::Holding;
 use crate::sealed::Content;
 use crate::steps::insist;
@@ -39,6 +40,7 @@ impl Object {
     /// [`Error::Full`] with nothing changed; [`Error::Busy`] if soft holes forbid it.
     pub fn truncate(&self, size: u64, context: Context<'_>) -> Result<()> {
         checked_range(0, size)?;
+        let ahead = self.placement_ahead(Range::new(size, size), size, context)?;
         let _one_at_a_time = self.begin(context.pace)?;
         let mut holding = self.lock(context.pace)?;
         context
@@ -47,12 +49,10 @@ impl Object {
         mend(&mut holding, context.pace)?;
         let change = match holding.size() {
             now if size <= now => holding.begin_shrinking(context.pool, size)?,
-            now => holding.begin_growth(
-                context.pool,
-                Range::new(now, now),
-                size,
-                &Resolved::default(),
-            )?,
+            now => {
+                let placement = placement_now(ahead, &holding, size, context)?;
+                holding.begin_growth(context.pool, Range::new(now, now), size, &placement)?
+            }
         };
         carry_out(&mut holding, change, context.pace)
     }
@@ -72,6 +72,10 @@ impl Object {
             Allocation::Punch => possible_part(offset, length), // programs punch the largest range to say "to the end"
             _ => checked_range(offset, length)?,
         };
+        let ahead = match what {
+            Allocation::Punch => None,
+            _ => self.placement_ahead(range, range.end, context)?,
+        };
         let _one_at_a_time = self.begin(context.pace)?;
         let mut holding = self.lock(context.pace)?;
         let end = match what {
@@ -88,10 +92,12 @@ impl Object {
         }
         let change = match what {
             Allocation::Extend | Allocation::Zero => {
-                holding.begin_growth(context.pool, range, range.end, &Resolved::default())?
+                let placement = placement_now(ahead, &holding, range.end, context)?;
+                holding.begin_growth(context.pool, range, range.end, &placement)?
             }
             Allocation::KeepSize | Allocation::ZeroKeepSize => {
-                holding.begin_allocation(context.pool, range, &Resolved::default())?
+                let placement = placement_now(ahead, &holding, range.end, context)?;
+                holding.begin_allocation(context.pool, range, &placement)?
             }
             Allocation::Punch => holding.begin_release(context.pool, range)?,
         };

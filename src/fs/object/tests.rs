@@ -24,7 +24,14 @@ fn filled(pool: &Pool, size: u64, byte: u8) -> Object {
 }
 
 fn context<'a>(pool: &'a Pool, pace: &'a Pace) -> Context<'a> {
-    Context { pool, recovery_write: true, keep_punched: false, repaired: &|_| {}, pace }
+    Context {
+        pool,
+        recovery_write: true,
+        keep_punched: false,
+        placement: None,
+        repaired: &|_| {},
+        pace,
+    }
 }
 
 /// Makes writes to a subpage fail although no record says that it is quarantined. A memory error

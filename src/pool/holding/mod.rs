@@ -363,6 +363,11 @@ impl Holding {
         range.end <= self.size() && self.released_in(range).next().is_none()
     }
 
+    /// True if a growth or an allocation up to `end` may take pages of the pool.
+    pub fn may_take_pages(&self, end: u64) -> bool {
+        self.has_released() || self.span().end < Page(self.page_size.pages_up(end))
+    }
+
     /// True if a write of `range` lengthens the file within the memory that it has, so that no
     /// memory moves ([`Sealed::append`]).
     pub fn can_append(&self, range: Range) -> bool {

@@ -1,0 +1,269 @@
+//! The NUMA nodes of a file's memory: the placement that is kept with its inode, and the caller's
+//! part in it.
+//!
+//! The placement decides when a file grows, by the thread that makes it grow: that is when memory
+//! is taken. Memory that is there stays where it is.
+
+use super::gate::Gate;
+use super::{Fs, Object, Pace, RequestContext};
+use crate::attributes::PLACEMENT;
+use crate::error::{Error, Result};
+use crate::placement::{
+    Caller, Machine, POLICY_BYTES, Placement, Resolved, Wish, parse_allowed, parse_policy,
+    parse_processor,
+};
+use crate::sys::callers;
+use crate::sys::topology::{Processors, weight_of};
+use crate::targets::{self, Target, best};
+use crate::units::{FOLIO_SIZE, InodeId, NumaNode};
+use parking_lot::RwLock;
+use rustix::io::Errno;
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::fmt::Write as _;
+
+/// The machine's part in a placement.
+pub struct Placer {
+    /// The nodes of the pool, ascending.
+    nodes: Vec<NumaNode>,
+    surroundings: RwLock<Surroundings>,
+    gate: Gate,
+}
+
+/// The facts about the machine that seldom change.
+#[derive(Default)]
+struct Surroundings {
+    processors: Processors,
+    targets: Vec<Target>,
+}
+
+impl Surroundings {
+    fn read() -> Self {
+        let targets = targets::read().inspect_err(|error| {
+            log::warn!("no placement knows the distance or the quality of a node: {error}");
+        });
+        Self { processors: Processors::read(), targets: targets.unwrap_or_default() }
+    }
+
+    /// The distance from one node to another. A pair that is not known is as far as can be.
+    fn distance(&self, from: NumaNode, to: NumaNode) -> u32 {
+        let target = self.targets.iter().find(|target| target.node == to);
+        target.map_or(u32::MAX, |target| target.distance(Some(from)))
+    }
+}
+
+impl Placer {
+    /// Reads what the machine is like, if the pool has several nodes.
+    pub fn new(nodes: Vec<NumaNode>) -> Self {
+        let read = if nodes.len() > 1 { Surroundings::read } else { Surroundings::default };
+        Self { nodes, surroundings: RwLock::new(read()), gate: Gate::default() }
+    }
+
+    /// True if the pool has several nodes.
+    pub fn has_choice(&self) -> bool {
+        self.nodes.len() > 1
+    }
+
+    /// The nodes that the pages of a growth want, which `request` asks for.
+    fn resolve(&self, placement: &Placement, request: RequestContext) -> Resolved {
+        self.resolve_for(placement, self.look(&placement.wish, request).as_ref())
+    }
+
+    fn resolve_for(&self, placement: &Placement, caller: Option<&Caller>) -> Resolved {
+        let surroundings = self.surroundings.read();
+        placement.resolve(
+            caller,
+            Machine {
+                nodes: &self.nodes,
+                distance: &|from, to| surroundings.distance(from, to),
+                weight: &weight_of,
+                best: &|quality, near| best(&surroundings.targets, quality, near),
+            },
+        )
+    }
+
+    /// Looks at the calling thread, as far as `wish` needs it. `None` if that is not at all, or if
+    /// /proc does not show the thread.
+    fn look(&self, wish: &Wish, request: RequestContext) -> Option<Caller> {
+        if request.thread == 0 || !wish.depends_on_caller() {
+            return None;
+        }
+        let thread = callers::Caller::open(request.thread)?;
+        let (own, wish) = match wish {
+            Wish::Caller => (true, self.policy(&thread, request)?),
+            wish => (false, wish.clone()),
+        };
+        let near = if wish.depends_on_caller() { self.near(&thread) } else { None };
+        // The kernel has bounded the nodes of all other policies.
+        let is_unbounded = own && wish == Wish::Local;
+        let allowed = if is_unbounded { parse_allowed(&thread.status()) } else { None };
+        Some(Caller { wish, near, allowed })
+    }
+
+    fn policy(&self, thread: &callers::Caller, request: RequestContext) -> Option<Wish> {
+        let text = self.gate.pass(request.user, || thread.numa_maps(POLICY_BYTES))?;
+        parse_policy(&text)
+    }
+
+    /// The node of the processor that the thread runs on. A processor that is not known has come to
+    /// the machine since.
+    fn near(&self, thread: &callers::Caller) -> Option<NumaNode> {
+        let processor = parse_processor(&thread.stat())?;
+        let known = self.surroundings.read().processors.node_of(processor);
+        known.or_else(|| {
+            let anew = Surroundings::read();
+            let near = anew.processors.node_of(processor);
+            *self.surroundings.write() = anew;
+            near
+        })
+    }
+}
+
+impl Fs {
+    /// The placement of a file or directory: its own, or that of a node without one.
+    fn placement(&self, node: InodeId) -> Result<Placement> {
+        match self.index.attribute(node, OsStr::new(PLACEMENT)) {
+            Ok(text) => Placement::parse(&text),
+            Err(Error::Os(Errno::NODATA)) => Ok(Placement::default()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The nodes that the pages of a growth want, on a pool of several nodes.
+    pub(super) fn placement_of_growth(
+        &self,
+        node: InodeId,
+        request: RequestContext,
+    ) -> Result<Resolved> {
+        Ok(self.placer.resolve(&self.placement(node)?, request))
+    }
+
+    /// The text of a placement that is set, in its canonical form.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for words that are none, and for nodes that the pool does not have.
+    pub(super) fn checked_placement(&self, value: &[u8]) -> Result<String> {
+        let placement = Placement::parse(value)?;
+        placement.refuse_other_than(&self.placer.nodes)?;
+        Ok(placement.to_string())
+    }
+
+    /// The text of the attribute: a line with the words, and for a file with memory a line `<node>
+    /// <bytes>` for each node. Bytes on another node than was asked for have a line of their own,
+    /// with the reason behind them.
+    pub(super) fn placement_text(&self, node: InodeId, pace: &Pace) -> Result<String> {
+        let placement = self.placement(node)?;
+        let mut text = format!("{placement}\n");
+        if let Some(object) = self.known_object(node) {
+            for ((on, is_wished), bytes) in self.memory_by_node(&object, &placement, pace)? {
+                let on = on.map_or("-".to_owned(), |node| node.to_string());
+                let why = if is_wished { "" } else { self.why_elsewhere(&placement) };
+                let _ = writeln!(text, "{on} {bytes}{why}");
+            }
+        }
+        Ok(text)
+    }
+
+    /// Bytes of memory on each node, as wished and not.
+    fn memory_by_node(
+        &self,
+        object: &Object,
+        placement: &Placement,
+        pace: &Pace,
+    ) -> Result<BTreeMap<(Option<NumaNode>, bool), u64>> {
+        let mut bytes = BTreeMap::new();
+        if let [only] = self.placer.nodes[..] {
+            let memory = object.summary().memory;
+            bytes.extend((memory > 0).then_some(((Some(only), true), memory)));
+            return Ok(bytes);
+        }
+        pace.refuse_if(|| Ok(true))?;
+        let (wished, page_size) = (self.wished(placement), self.pool.page_size());
+        object.locate(pace, |folio, on| {
+            let page = page_size.pages_touching(folio.range()).start;
+            let is_wished = on.is_none_or(|node| wished.wishes(page, node));
+            *bytes.entry((on, is_wished)).or_default() += FOLIO_SIZE;
+        })?;
+        Ok(bytes)
+    }
+
+    /// The nodes that the words name. The wish of a caller that has gone is not known: then each
+    /// node is as wished.
+    fn wished(&self, placement: &Placement) -> Resolved {
+        match placement.wish.names_nodes() {
+            true => self.placer.resolve_for(placement, None),
+            false => Resolved::default(),
+        }
+    }
+
+    /// The reason, behind a space, why memory is not on the nodes that are asked for: these are
+    /// full, or they were when the file grew, or the file grew before it was asked.
+    fn why_elsewhere(&self, placement: &Placement) -> &'static str {
+        let (wished, balances) = (self.wished(placement).nodes(), self.pool.balances());
+        let mut with_room = balances.iter().filter(|(_, account)| account.available() > 0);
+        if with_room.any(|(node, _)| wished.contains(&node)) { " earlier" } else { " full" }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::placement::Order;
+
+    fn request(thread: u32) -> RequestContext {
+        RequestContext {
+            unique: 1,
+            resent: false,
+            user: 0,
+            thread,
+            unprivileged: false,
+            brief: false,
+        }
+    }
+
+    fn placer() -> Placer {
+        Placer::new([0, 1].map(NumaNode).to_vec())
+    }
+
+    fn resolved(words: &str, thread: u32) -> Resolved {
+        placer().resolve(&Placement::parse(words.as_bytes()).unwrap(), request(thread))
+    }
+
+    /// The machine of this test has a node 0, and may have others.
+    #[test]
+    fn a_thread_without_a_policy_wants_memory_where_it_runs() {
+        let own = rustix::thread::gettid().as_raw_nonzero().get() as u32;
+        for words in ["caller", "local"] {
+            let Order::Prefer(nodes) = resolved(words, own).order else { panic!("{words}") };
+            assert_eq!(nodes.len(), 1, "{words}");
+        }
+        let Order::Prefer(nodes) = resolved("bind:0-1", own).order else { panic!() };
+        assert_eq!(nodes.len(), 2);
+    }
+
+    #[test]
+    fn the_policy_of_the_calling_thread_counts() {
+        use crate::sys::policy::{Policy, set_for_thread};
+        let within = |policy| {
+            let resolve = move || {
+                set_for_thread(policy).unwrap();
+                resolved("caller", rustix::thread::gettid().as_raw_nonzero().get() as u32)
+            };
+            std::thread::spawn(resolve).join().unwrap()
+        };
+        let bound = within(Policy::Bind(NumaNode(0)));
+        assert_eq!(bound.order, Order::Prefer(vec![NumaNode(0)]));
+        assert_eq!((bound.strict, bound.next), (false, vec![NumaNode(1)]));
+        let preferred = within(Policy::Prefer(NumaNode(0)));
+        assert_eq!(preferred.order, Order::Prefer(vec![NumaNode(0)]));
+    }
+
+    #[test]
+    fn a_thread_that_is_not_seen_has_no_wish() {
+        const NO_THREAD: u32 = i32::MAX as u32; // above the largest pid_max
+        for thread in [0, NO_THREAD] {
+            assert_eq!(resolved("caller", thread), Resolved::default());
+            assert_eq!(resolved("local", thread), Resolved::default());
+        }
+    }
+}
