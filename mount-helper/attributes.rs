@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::mpsc;
 use std::time::Duration;
 
-pub use hugetlb2fs::attributes::{CHECK, COLLAPSE, INJECT, MAP, POISON, REPAIR};
+pub use hugetlb2fs::attributes::{CHECK, COLLAPSE, INJECT, MAP, PLACEMENT, POISON, REPAIR};
 
 /// Reads an attribute; `None` where it has no value now.
 ///

@@ -5,6 +5,7 @@ use crate::terminal::say;
 use crate::{attributes, daemons, demo, mount, mounts, session};
 use clap::{Parser, Subcommand, ValueEnum};
 use hugetlb2fs::attributes::Counter;
+use hugetlb2fs::placement::Placement;
 use hugetlb2fs::quarantine;
 use rustix::fs::{major, minor, statvfs};
 use rustix::io::Errno;
@@ -74,6 +75,20 @@ enum Action {
         /// The file
         file: PathBuf,
     },
+    /// Show or choose the NUMA nodes from which a file takes its memory
+    ///
+    /// Shows what is asked for, and the bytes that the file has on each node: with `full` behind
+    /// them if the nodes that are asked for have no room for them, and with `earlier` if these had
+    /// none when the file grew, or if it grew before it was asked. A placement counts when a file
+    /// grows; memory that the file has stays where it is. What is made in a directory inherits the
+    /// placement that the directory has at that time.
+    #[command(after_help = PLACEMENT_WORDS)]
+    Placement {
+        /// The file or directory
+        path: PathBuf,
+        /// The words for it; nothing, to show
+        words: Option<String>,
+    },
     /// Have the kernel treat a subpage as if the hardware had reported an error in it; for tests,
     /// root only
     Inject {
@@ -110,6 +125,25 @@ enum Action {
     },
 }
 
+/// The help for the words of a placement.
+const PLACEMENT_WORDS: &str = "\
+Words:
+  caller               as the memory policy of the thread that makes the file grow (numactl);
+                       this is the default
+  local                the node of the processor that this thread runs on
+  bind:NODES           these nodes, the nearest first
+  preferred:NODES      the same
+  interleave:NODES     these nodes in turn, page by page
+  weighted-interleave:NODES
+                       the same, but a node has as many pages in turn as its weight
+  best:Latency, best:Bandwidth, best:Capacity
+                       the node that is best in this
+  strict:WORDS         no other nodes than the words say: the file does not grow (ENOSPC) if they
+                       are full; without this, other nodes give then
+
+NODES are numbers as in 0-1,3, or all. A weight is written 0*3,1; a node without one has the
+weight that the machine gives it.";
+
 #[derive(Clone, Copy, ValueEnum)]
 enum Verb {
     Zero,
@@ -125,6 +159,7 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
         Action::Repair { file, verb, target } => repair(&file, verb, &target, cli.json),
         Action::Collapse { file, target } => collapse(&file, &target, cli.json),
         Action::Map { file } => map(&file, cli.json),
+        Action::Placement { path, words } => placement(&path, words.as_deref(), cli.json),
         Action::Inject { file, offset } => inject(&file, &offset, cli.json),
         Action::Check { directory } => check(&directory, cli.json),
         Action::Upgrade { directory, binary } => upgrade(&directory, binary, cli.json),
@@ -166,16 +201,26 @@ fn mount_points() -> Result<Vec<PathBuf>, String> {
     Ok(mounts::all()?.into_iter().map(|pool| pool.mount_point).collect())
 }
 
-/// The metadata of a regular file in a pool. Another file is refused: an ordinary filesystem would
-/// store the attributes as some text of the user's, and do nothing.
-fn pool_file(file: &Path) -> Result<Metadata, String> {
+/// The metadata of a file or directory in a pool, if it is of the kind that `is_right` accepts.
+/// Another one is refused: an ordinary filesystem would store the attributes as some text of the
+/// user's, and do nothing.
+fn of_pool(
+    path: &Path,
+    is_right: impl Fn(&Metadata) -> bool,
+    kind: &str,
+) -> Result<Metadata, String> {
     let metadata =
-        std::fs::metadata(file).map_err(|error| format!("{}: {error}", file.display()))?;
+        std::fs::metadata(path).map_err(|error| format!("{}: {error}", path.display()))?;
     let device = format!("{}:{}", major(metadata.dev()), minor(metadata.dev()));
-    if metadata.is_file() && mounts::all()?.iter().any(|pool| pool.device == device) {
+    if is_right(&metadata) && mounts::all()?.iter().any(|pool| pool.device == device) {
         return Ok(metadata);
     }
-    Err(format!("{}: not a regular file of a hugetlb2 pool", file.display()))
+    Err(format!("{}: not a {kind} of a hugetlb2 pool", path.display()))
+}
+
+/// The metadata of a regular file in a pool.
+fn pool_file(file: &Path) -> Result<Metadata, String> {
+    of_pool(file, Metadata::is_file, "regular file")
 }
 
 /// The time after which a worker that does not answer is said to hang.
@@ -434,6 +479,29 @@ fn map(file: &Path, json: bool) -> Done {
     Ok(ExitCode::SUCCESS)
 }
 
+fn placement(path: &Path, words: Option<&str>, json: bool) -> Done {
+    let is_right = |metadata: &Metadata| metadata.is_file() || metadata.is_dir();
+    of_pool(path, is_right, "regular file or directory")?;
+    if let Some(words) = words {
+        explain(path, Placement::parse(words.as_bytes()))?;
+        return request(path, attributes::PLACEMENT, words, json);
+    }
+    let text =
+        attributes::read(path, attributes::PLACEMENT).map_err(|errno| describe(path, errno))?;
+    let text = text.unwrap_or_default();
+    let (words, memory) = text.split_once('\n').unwrap_or((&text, ""));
+    if json {
+        let memory = table(memory, &["node", "bytes", "why"]);
+        print_json(&json!({ "placement": words, "memory": memory }))?;
+    } else {
+        print(words)?;
+        if !memory.is_empty() {
+            show_table(memory, &["node", "bytes", ""], json)?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 /// Says what is wrong with a request in words; the filesystem can only say EINVAL.
 fn explain<T>(file: &Path, parsed: hugetlb2fs::error::Result<T>) -> Result<(), String> {
     parsed.map(drop).map_err(|error| format!("{}: {error}", file.display()))
@@ -450,7 +518,9 @@ fn request(file: &Path, attribute: &str, value: &str, json: bool) -> Done {
 fn describe(file: &Path, errno: Errno) -> String {
     let why = match errno {
         Errno::NODATA => "there is nothing of that kind in this range".to_owned(),
-        Errno::BUSY => attributes::refusal(file).unwrap_or_else(|| errno.to_string()),
+        Errno::BUSY | Errno::INVAL => {
+            attributes::refusal(file).unwrap_or_else(|| errno.to_string())
+        }
         Errno::OPNOTSUPP => "not a regular file of a hugetlb2 pool".to_owned(),
         Errno::AGAIN => "the kernel could not do it for all of the range now; try again".to_owned(),
         Errno::TOOBIG => "the list is longer than an extended attribute can be (64 KiB)".to_owned(),
@@ -461,24 +531,26 @@ fn describe(file: &Path, errno: Errno) -> String {
 
 /// Shows the lines of an attribute: under a heading, or as JSON with numbers as numbers.
 fn show_table(text: &str, columns: &[&str], json: bool) -> Result<(), String> {
-    let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split(' ').collect()).collect();
     if json {
-        let value = |word: &str| {
-            hugetlb2fs::options::parse_number(word).map_or_else(|| json!(word), |n| json!(n))
-        };
-        let object = |row: &Vec<&str>| -> Value {
-            columns
-                .iter()
-                .zip(row)
-                .map(|(name, word)| ((*name).to_owned(), value(word)))
-                .collect::<Map<_, _>>()
-                .into()
-        };
-        return print_json(&rows.iter().map(object).collect());
+        return print_json(&table(text, columns));
     }
-    let line =
-        |row: &[&str]| row.iter().map(|word| format!("{word:>14}")).collect::<Vec<_>>().join(" ");
-    let lines: Vec<String> =
-        std::iter::once(line(columns)).chain(rows.iter().map(|row| line(row))).collect();
+    let line = |row: &[&str]| {
+        let cells: Vec<String> = row.iter().map(|word| format!("{word:>14}")).collect();
+        cells.join(" ").trim_end().to_owned()
+    };
+    let rows = text.lines().map(|row| line(&row.split(' ').collect::<Vec<_>>()));
+    let lines: Vec<String> = std::iter::once(line(columns)).chain(rows).collect();
     print(lines.join("\n"))
+}
+
+/// The lines of an attribute as objects, with numbers as numbers.
+fn table(text: &str, columns: &[&str]) -> Value {
+    let value = |word: &str| {
+        hugetlb2fs::options::parse_number(word).map_or_else(|| json!(word), |n| json!(n))
+    };
+    let object = |row: &str| -> Value {
+        let cells = columns.iter().zip(row.split(' '));
+        cells.map(|(name, word)| ((*name).to_owned(), value(word))).collect::<Map<_, _>>().into()
+    };
+    text.lines().map(object).collect()
 }

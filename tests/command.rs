@@ -252,6 +252,50 @@ fn an_empty_file_has_an_empty_map() {
 }
 
 #[test]
+fn the_placement_of_a_file_and_a_directory_is_shown_and_set() {
+    let (pool, file) = pool_with_file();
+    assert_eq!(output(&["placement"], &file, &["strict:bind:0"]), "");
+    let said = output(&["placement"], &file, &[]);
+    let said: Vec<&str> = said.lines().collect();
+    assert_eq!(said[..2], ["strict:bind:0", "          node          bytes"]);
+    let value = json_output(&["placement"], &file, &[]);
+    assert_eq!(value["placement"], "strict:bind:0");
+    let bytes = value["memory"].as_array().unwrap().iter().map(|row| row["bytes"].as_u64());
+    assert_eq!(bytes.sum::<Option<u64>>(), Some(3 * FOLIO));
+    assert_eq!(json_output(&["placement"], &pool.path(), &["local"]), json!({ "ok": true }));
+    let root = json!({ "placement": "local", "memory": [] });
+    assert_eq!(json_output(&["placement"], &pool.path(), &[]), root);
+    assert_eq!(output(&["placement"], &pool.path(), &[]), "local\n");
+    for (words, why) in [
+        ("membind:0", "\"membind:0\" is no placement; expected caller, local, bind:NODES"),
+        ("bind:1000", "the pool has no memory on node 1000"),
+    ] {
+        assert_refused(&["placement"], &file, &[words], why);
+    }
+    assert_refused(&["placement"], Path::new("/proc/version"), &[], "not a regular file or");
+}
+
+#[test]
+fn the_help_for_a_placement_has_each_word() {
+    let help = run(hugetlb2().args(["placement", "-h"]));
+    for words in [
+        "caller",
+        "local",
+        "bind:",
+        "preferred:",
+        "interleave:",
+        "weighted-interleave:",
+        "best:Latency",
+        "best:Bandwidth",
+        "best:Capacity",
+        "strict:",
+        "0*3",
+    ] {
+        assert!(help.contains(words), "{words}: {help}");
+    }
+}
+
+#[test]
 fn a_senseless_request_is_explained_and_changes_nothing() {
     let (pool, file) = pool_with_file();
     for (action, rest, word) in [
