@@ -10,6 +10,7 @@ mod hw;
 mod kernel;
 mod mixture;
 mod nodes;
+mod placement;
 mod pools;
 
 /// The properties of a machine besides its two processors.
@@ -73,10 +74,17 @@ use cases;
 
 /// All cases. The cases of one machine stand together.
 pub fn all() -> impl Iterator<Item = &'static Case> {
-    let by_kernel = [kernel::CASES, pools::CASES, nodes::CASES, errors::CASES];
+    let by_kernel = [kernel::CASES, pools::CASES, nodes::CASES, placement::CASES];
     by_kernel
         .into_iter()
-        .chain([hw::CASES, containment::CASES, mixture::CASES, handlers::CASES, compare::CASES])
+        .chain([
+            errors::CASES,
+            hw::CASES,
+            containment::CASES,
+            mixture::CASES,
+            handlers::CASES,
+            compare::CASES,
+        ])
         .flatten()
 }
 
