@@ -122,6 +122,14 @@ fn the_commands_after_a_memory_error_work() {
 }
 
 #[test]
+fn the_commands_for_numa_nodes_work() {
+    let operations = document("docs/OPERATIONS.md");
+    let commands = blocks(section(&operations, "NUMA nodes"), "sh")[0].replace("4G", "4M");
+    let said = run_in_namespace(&made_small(&format!("{MOUNT}{commands}umount /mnt/h2")));
+    assert!(said.starts_with("interleave:all\n") && said.contains("bytes"), "{said}");
+}
+
+#[test]
 fn the_counters_are_those_of_the_table() {
     let operations = document("docs/OPERATIONS.md");
     let documented = rows(section(&operations, "Counters"));

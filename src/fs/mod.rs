@@ -20,6 +20,7 @@
 //! looks at the tables `stranded` and `objects`, and it does not wait for their locks.
 
 mod attributes;
+mod callers;
 mod check;
 mod contents;
 mod gate;

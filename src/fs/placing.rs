@@ -4,15 +4,14 @@
 //! The placement decides when a file grows, by the thread that makes it grow: that is when memory
 //! is taken. Memory that is there stays where it is.
 
+use super::callers::{Callers, Known};
 use super::gate::Gate;
 use super::{Fs, Object, Pace, RequestContext};
 use crate::attributes::PLACEMENT;
 use crate::error::{Error, Result};
 use crate::placement::{
-    Caller, Machine, POLICY_BYTES, Placement, Resolved, Wish, parse_allowed, parse_policy,
-    parse_processor,
+    Caller, Machine, POLICY_BYTES, Placement, Resolved, Wish, parse_policy, parse_processor,
 };
-use crate::sys::callers;
 use crate::sys::topology::{Processors, weight_of};
 use crate::targets::{self, Target, best};
 use crate::units::{FOLIO_SIZE, InodeId, NumaNode};
@@ -27,6 +26,7 @@ pub struct Placer {
     /// The nodes of the pool, ascending.
     nodes: Vec<NumaNode>,
     surroundings: RwLock<Surroundings>,
+    callers: Callers,
     gate: Gate,
 }
 
@@ -56,7 +56,9 @@ impl Placer {
     /// Reads what the machine is like, if the pool has several nodes.
     pub fn new(nodes: Vec<NumaNode>) -> Self {
         let read = if nodes.len() > 1 { Surroundings::read } else { Surroundings::default };
-        Self { nodes, surroundings: RwLock::new(read()), gate: Gate::default() }
+        let (surroundings, callers, gate) =
+            (RwLock::new(read()), Callers::default(), Gate::default());
+        Self { nodes, surroundings, callers, gate }
     }
 
     /// True if the pool has several nodes.
@@ -88,34 +90,37 @@ impl Placer {
         if request.thread == 0 || !wish.depends_on_caller() {
             return None;
         }
-        let thread = callers::Caller::open(request.thread)?;
+        self.callers.look(request.thread, |thread| self.look_at(thread, wish, request))
+    }
+
+    fn look_at(&self, thread: &Known, wish: &Wish, request: RequestContext) -> Option<Caller> {
         let (own, wish) = match wish {
-            Wish::Caller => (true, self.policy(&thread, request)?),
+            Wish::Caller => (true, self.policy(thread, request)?),
             wish => (false, wish.clone()),
         };
-        let near = if wish.depends_on_caller() { self.near(&thread) } else { None };
+        let near = if wish.depends_on_caller() { self.near(&thread.files.stat())? } else { None };
         // The kernel has bounded the nodes of all other policies.
-        let is_unbounded = own && wish == Wish::Local;
-        let allowed = if is_unbounded { parse_allowed(&thread.status()) } else { None };
+        let allowed = if own && wish == Wish::Local { thread.allowed() } else { None };
         Some(Caller { wish, near, allowed })
     }
 
-    fn policy(&self, thread: &callers::Caller, request: RequestContext) -> Option<Wish> {
-        let text = self.gate.pass(request.user, || thread.numa_maps(POLICY_BYTES))?;
+    fn policy(&self, thread: &Known, request: RequestContext) -> Option<Wish> {
+        let text = self.gate.pass(request.user, || thread.files.numa_maps(POLICY_BYTES))?;
         parse_policy(&text)
     }
 
-    /// The node of the processor that the thread runs on. A processor that is not known has come to
-    /// the machine since.
-    fn near(&self, thread: &callers::Caller) -> Option<NumaNode> {
-        let processor = parse_processor(&thread.stat())?;
+    /// The node of the processor that a thread runs on, by its file `stat`; `None` inside for a
+    /// node that is not known. `None` if the thread has ended. A processor that is not known has
+    /// come to the machine since.
+    fn near(&self, stat: &[u8]) -> Option<Option<NumaNode>> {
+        let processor = parse_processor(stat)?;
         let known = self.surroundings.read().processors.node_of(processor);
-        known.or_else(|| {
+        Some(known.or_else(|| {
             let anew = Surroundings::read();
             let near = anew.processors.node_of(processor);
             *self.surroundings.write() = anew;
             near
-        })
+        }))
     }
 }
 

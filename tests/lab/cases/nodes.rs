@@ -147,12 +147,12 @@ fn a_policy_set_over_and_over_kills_nobody() {
 
 /// A cgroup that allows its processes memory of node 1 only. The test process is in the cgroup
 /// until this value is dropped.
-struct Cpuset {
+pub struct Cpuset {
     root: PathBuf,
 }
 
 impl Cpuset {
-    fn enter() -> Self {
+    pub fn enter() -> Self {
         let root = PathBuf::from("/tmp/cgroup");
         fs::create_dir_all(&root).unwrap();
         mount("cgroup", &root, "cgroup2", MountFlags::empty(), None).unwrap();

@@ -1,12 +1,15 @@
 //! Files on two NUMA nodes: their memory comes from the nodes that are asked for.
 
 use super::cases;
+use super::nodes::Cpuset;
 use crate::support::{FOLIO, MAP, PLACEMENT, Pool, get, kill_worker, set};
 use hugetlb2fs::sys::policy::{Policy, set_for_thread};
 use hugetlb2fs::units::NumaNode;
-use rustix::thread::{CpuSet, sched_setaffinity};
-use std::fs::File;
+use rustix::fs::Uid;
+use rustix::thread::{CpuSet, sched_setaffinity, set_thread_res_uid};
+use std::fs::{File, Permissions, set_permissions};
 use std::io::ErrorKind;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
 /// Pages of the pool; each node has half of them.
@@ -14,6 +17,7 @@ const PAGES: u64 = 40;
 
 cases! {
     TWO_NODES: each_word_places_a_file, a_files_memory_follows_the_callers_policy,
+        the_policy_of_another_users_program_counts, the_callers_cpuset_bounds_its_policy,
         a_strict_file_does_not_grow_onto_another_node,
         memory_on_another_node_is_told_with_the_reason;
 }
@@ -122,6 +126,37 @@ fn a_files_memory_follows_the_callers_policy() {
     assert_eq!(nodes(&path), [1, 1, 0, 0]);
     drop(file);
     pool.unmount();
+}
+
+/// The thread takes the identity of another user before it opens the file.
+fn the_policy_of_another_users_program_counts() {
+    let pool = Pool::small(PAGES);
+    set_permissions(pool.path(), Permissions::from_mode(0o777)).unwrap();
+    let (path, grown) = on_processor(0, || {
+        let user = Uid::from_raw(65534);
+        set_thread_res_uid(user, user, user).unwrap();
+        set_for_thread(Policy::Bind(NumaNode(1))).unwrap();
+        sized(&pool.path(), 4)
+    });
+    grown.unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().uid(), 65534);
+    assert_eq!(nodes(&path), [1; 4]);
+    pool.unmount();
+}
+
+fn the_callers_cpuset_bounds_its_policy() {
+    let pool = Pool::small(PAGES);
+    let cpuset = Cpuset::enter();
+    let (path, grown) = on_processor(0, || sized(&pool.path(), 4));
+    grown.unwrap();
+    assert_eq!(nodes(&path), [1; 4], "the processor is node 0's, and the cpuset allows node 1");
+    set(&path, PLACEMENT, "local").unwrap();
+    let file = File::options().write(true).open(&path).unwrap();
+    on_processor(0, || file.set_len(6 * FOLIO)).unwrap();
+    assert_eq!(nodes(&path), [1, 1, 1, 1, 0, 0], "the file's owner asks, not the caller");
+    drop(file);
+    pool.unmount();
+    drop(cpuset);
 }
 
 fn a_strict_file_does_not_grow_onto_another_node() {
