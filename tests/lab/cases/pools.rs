@@ -56,11 +56,11 @@ fn a_quarantine_takes_one_subpage_and_repair_returns_it() {
 }
 
 fn a_pool_takes_evenly_from_two_nodes_and_files_give_back() {
-    const FLOAT: u64 = 2 * FOLIO; // the float of a small pool, of which each node has half
+    const FLOAT: u64 = 4 * FOLIO; // each node's part of a small pool has two folios
     let pool = Pool::small(16);
     assert_eq!(pool.counter("float_bytes"), FLOAT);
     let reserves = || [pool.counter("reserve_bytes_node0"), pool.counter("reserve_bytes_node1")];
-    assert_eq!(reserves(), [9 * FOLIO; 2]);
+    assert_eq!(reserves(), [10 * FOLIO; 2]);
     let file = pool.join("file");
     std::fs::write(&file, vec![7; 5 * FOLIO as usize]).unwrap();
     assert_eq!(reserves().iter().sum::<u64>(), 11 * FOLIO + FLOAT);
@@ -73,7 +73,7 @@ fn a_pool_takes_evenly_from_two_nodes_and_files_give_back() {
     drop(toucher);
     std::fs::remove_file(&file).unwrap();
     pool.wait_for_free_pages(16);
-    assert_eq!(reserves(), [9 * FOLIO; 2], "memory goes back to the node that it is on");
+    assert_eq!(reserves(), [10 * FOLIO; 2], "memory goes back to the node that it is on");
     pool.check();
     pool.unmount();
 }
