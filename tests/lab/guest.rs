@@ -47,16 +47,23 @@ fn main() -> ExitCode {
 
 // ---- process 1 ----------------------------------------------------------------------------------
 
+/// Directories of libraries.
+const LIBRARIES: [&str; 2] = ["lib", "lib64"];
+
 /// Puts the programs into /bin: of the initramfs, or of a tmpfs that becomes the root.
 /// pivot_root(2) cannot leave the initramfs, and the daemon must.
 fn make_a_root() -> io::Result<()> {
     if cases::stays_in_the_initramfs() {
         return move_programs(Path::new("/bin"));
     }
-    fs::create_dir("/newroot")?;
-    mount("root", "/newroot", "tmpfs", MountFlags::empty(), None)?;
-    move_programs(Path::new("/newroot/bin"))?;
-    chdir("/newroot")?;
+    let root = Path::new("/newroot");
+    fs::create_dir(root)?;
+    mount("root", root, "tmpfs", MountFlags::empty(), None)?;
+    move_programs(&root.join("bin"))?;
+    for name in LIBRARIES {
+        move_files(&Path::new("/").join(name), &root.join(name))?;
+    }
+    chdir(root)?;
     mount_move(".", "/")?;
     chroot(".")?;
     Ok(chdir("/")?)
@@ -71,11 +78,29 @@ fn move_programs(directory: &Path) -> io::Result<()> {
             } else {
                 program.file_name()
             };
-            fs::copy(program.path(), directory.join(name))?;
-            fs::remove_file(program.path())?;
+            move_file(&program.path(), &directory.join(name))?;
         }
     }
     Ok(())
+}
+
+/// Moves all files below a directory.
+fn move_files(from: &Path, to: &Path) -> io::Result<()> {
+    fs::create_dir(to)?;
+    for entry in fs::read_dir(from)?.collect::<Result<Vec<_>, _>>()? {
+        let target = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            move_files(&entry.path(), &target)?;
+        } else {
+            move_file(&entry.path(), &target)?;
+        }
+    }
+    Ok(())
+}
+
+fn move_file(from: &Path, to: &Path) -> io::Result<()> {
+    fs::copy(from, to)?;
+    fs::remove_file(from)
 }
 
 fn mount_the_usual() -> io::Result<()> {

@@ -1,6 +1,8 @@
-//! The files that a machine boots from: Debian's kernel, and an initramfs of static programs.
+//! The files that a machine boots from: Debian's kernel, and an initramfs of our programs with the
+//! libraries of the host that these need.
 
 use crate::support::limits;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -12,7 +14,10 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 /// Test programs of the host that also run in the machine.
 pub const SUITES: &[&str] = &["quarantine"];
 
-const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// The package is built as for a release, without the kill points and the failing of system calls.
+/// Other packages are those of this test's own build: only the code that is tested has to differ.
+const AS_IN_A_RELEASE: [&str; 3] =
+    ["debug-assertions=false", "overflow-checks=false", "opt-level=3"];
 
 /// On a busy machine the compiler needs some minutes.
 const BUILD: Duration = Duration::from_secs(1800);
@@ -50,35 +55,52 @@ impl Image {
         let suites =
             SUITES.iter().map(|suite| build_suite(suite)).collect::<Result<Vec<_>, _>>()?;
         let initramfs = directory().join("initramfs");
-        let mut files = vec![
-            ("init".to_owned(), programs.join("examples/lab-guest")),
-            ("hugetlb2".to_owned(), programs.join("hugetlb2")),
-            ("hugetlb2fsd".to_owned(), programs.join("hugetlb2fsd")),
-            ("toucher".to_owned(), programs.join("toucher")),
-            ("handler-c".to_owned(), handlers::build_c()?),
-            ("handler-rust".to_owned(), handlers::build_rust()?),
-        ];
-        files.extend(
-            SUITES
-                .iter()
-                .zip(&suites)
-                .map(|(suite, program)| (format!("suite-{suite}"), program.clone())),
-        );
+        let files = files(&programs, &suites)?;
         write_archive(&initramfs, &files)
             .map_err(|error| format!("writing {}: {error}", initramfs.display()))?;
         Ok(Self { kernel, initramfs, suites })
     }
 }
 
-/// Builds static programs, which need no libraries, and returns their directory.
-fn build() -> Result<PathBuf, String> {
-    cargo_build(Path::new(ROOT), &["--bins", "--example=lab-guest"])
+/// The files of the initramfs: for each a path there, and the file of the host. The programs lie in
+/// its root, and the libraries where the host has them.
+fn files(programs: &Path, suites: &[PathBuf]) -> Result<Vec<(String, PathBuf)>, String> {
+    let mut files = vec![
+        ("init".to_owned(), programs.join("examples/lab-guest")),
+        ("handler-c".to_owned(), handlers::build_c()?),
+        ("handler-rust".to_owned(), handlers::build_rust()?),
+    ];
+    let own = ["hugetlb2", "hugetlb2fsd", "toucher"];
+    files.extend(own.map(|name| (name.to_owned(), programs.join(name))));
+    let suites = SUITES.iter().zip(suites);
+    files.extend(suites.map(|(suite, program)| (format!("suite-{suite}"), program.clone())));
+    let mut libraries = BTreeSet::new();
+    for (_, program) in &files {
+        libraries.extend(libraries_of(program)?);
+    }
+    let path = |library: &PathBuf| library.to_string_lossy().trim_start_matches('/').to_owned();
+    files.extend(libraries.into_iter().map(|library| (path(&library), library)));
+    Ok(files)
 }
 
-/// Builds one of [`SUITES`] as a static program, and returns the path that cargo prints.
+/// The libraries of a program, and the loader of these (ldd(1)).
+fn libraries_of(program: &Path) -> Result<Vec<PathBuf>, String> {
+    let text = run(Command::new("ldd").arg(program))?;
+    let words = text.split_ascii_whitespace();
+    Ok(words.filter(|word| word.starts_with('/')).map(PathBuf::from).collect())
+}
+
+/// Builds our programs for the machine, and returns their directory.
+fn build() -> Result<PathBuf, String> {
+    run(package_cargo("build")?.args(["--bins", "--example=lab-guest"]))?;
+    Ok(build_directory().join("debug"))
+}
+
+/// Builds one of [`SUITES`] for the machine, and returns the path that cargo prints.
 fn build_suite(suite: &str) -> Result<PathBuf, String> {
-    let arguments = ["test", "--no-run", "--message-format=json", "--test", suite];
-    let messages = run(&mut cargo(Path::new(ROOT), &arguments))?;
+    let mut cargo = package_cargo("test")?;
+    cargo.args(["--no-run", "--message-format=json", "--test", suite]);
+    let messages = run(&mut cargo)?;
     let executable = |line: &str| {
         let (_, rest) =
             line.contains(r#""kind":["test"]"#).then(|| line.split_once(r#""executable":""#))??;
@@ -91,25 +113,33 @@ fn build_suite(suite: &str) -> Result<PathBuf, String> {
         .ok_or_else(|| format!("cargo has built no {suite}"))
 }
 
-/// Builds the package in a directory with these arguments, and returns the directory of its
-/// programs.
-fn cargo_build(package: &Path, arguments: &[&str]) -> Result<PathBuf, String> {
-    run(cargo(package, &["build"]).args(arguments))?;
-    Ok(directory().join("build").join(TARGET).join("release"))
+/// The directory of the programs for the machine.
+fn build_directory() -> PathBuf {
+    directory().join("build")
 }
 
-/// A command of cargo for static programs, in a target directory of the lab's own.
-fn cargo(package: &Path, arguments: &[&str]) -> Command {
+/// A command of cargo that builds this package for the machine. It finds the other packages, built
+/// for this test, in the directory above this test's own.
+fn package_cargo(command: &str) -> Result<Command, String> {
+    let here = std::env::current_exe().map_err(|error| format!("this program: {error}"))?;
+    let mut cargo = cargo(Path::new(ROOT), command);
+    for setting in AS_IN_A_RELEASE {
+        let package = env!("CARGO_PKG_NAME");
+        cargo.arg("--config").arg(format!("profile.dev.package.{package}.{setting}"));
+    }
+    if let Some(directory) = here.ancestors().nth(3) {
+        cargo.env("CARGO_BUILD_BUILD_DIR", directory);
+    }
+    Ok(cargo)
+}
+
+/// A command of cargo whose programs do not replace those of this test.
+fn cargo(package: &Path, command: &str) -> Command {
     let mut cargo = Command::new(env!("CARGO"));
     cargo
         .current_dir(package)
-        .args(arguments)
-        .args(["--quiet", "--release", "--target", TARGET, "--target-dir"])
-        .arg(directory().join("build"))
-        .env("RUSTFLAGS", "-C target-feature=+crt-static")
-        // A machine copies the programs into its memory.
-        .env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo")
-        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        .args([command, "--quiet", "--target-dir"])
+        .arg(build_directory())
         // These are the host's programs; the guest has its own.
         .env_remove("CARGO_BIN_EXE_hugetlb2")
         .env_remove("CARGO_BIN_EXE_toucher");
@@ -124,10 +154,7 @@ fn run(command: &mut Command) -> Result<String, String> {
     if output.status.success() {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     } else {
-        Err(format!(
-            "a static program cannot be built:\n{}",
-            String::from_utf8_lossy(&output.stderr)
-        ))
+        Err(format!("{program} fails:\n{}", String::from_utf8_lossy(&output.stderr)))
     }
 }
 
@@ -135,10 +162,17 @@ fn run(command: &mut Command) -> Result<String, String> {
 /// (Documentation/driver-api/early-userspace/buffer-format.rst).
 fn write_archive(path: &Path, files: &[(String, PathBuf)]) -> std::io::Result<()> {
     const EXECUTABLE: u32 = 0o100_755;
+    const DIRECTORY: u32 = 0o040_755;
+    let mut entries = BTreeMap::new(); // a directory stands before all that is in it
+    for (name, source) in files {
+        let above = Path::new(name).ancestors().skip(1).filter(|path| path.parent().is_some());
+        entries.extend(above.map(|path| (path.to_owned(), (DIRECTORY, Vec::new()))));
+        entries.insert(PathBuf::from(name), (EXECUTABLE, fs::read(source)?));
+    }
     let mut out = File::create(path)?;
-    for (inode, (name, source)) in (1..).zip(files) {
-        let content = fs::read(source)?;
-        let entry = cpio::newc::Builder::new(name).ino(inode).nlink(1).mode(EXECUTABLE);
+    for (inode, (name, (mode, content))) in (1..).zip(entries) {
+        let entry =
+            cpio::newc::Builder::new(&name.to_string_lossy()).ino(inode).nlink(1).mode(mode);
         let length = u32::try_from(content.len()).map_err(std::io::Error::other)?;
         let mut writer = entry.write(&mut out, length);
         writer.write_all(&content)?;
@@ -149,7 +183,7 @@ fn write_archive(path: &Path, files: &[(String, PathBuf)]) -> std::io::Result<()
 
 /// The programs of docs/HANDLERS.md, built unchanged.
 mod handlers {
-    use super::{ROOT, cargo_build, directory, run};
+    use super::{ROOT, build_directory, cargo, directory, run};
     use std::fs;
     use std::path::{Path, PathBuf};
     use std::process::Command;
@@ -171,7 +205,7 @@ libc = "0.2"
         let source = directory().join("handler.c");
         write(&source, &block("c")?)?;
         let mut gcc = Command::new("gcc");
-        gcc.args(["-static", "-O2", "-Wall", "-Werror", "-o"]).arg(&program).arg(&source);
+        gcc.args(["-O2", "-Wall", "-Werror", "-o"]).arg(&program).arg(&source);
         run(&mut gcc)?;
         Ok(program)
     }
@@ -184,7 +218,8 @@ libc = "0.2"
         write(&package.join("src/main.rs"), &block("rust")?)?;
         // The libc of our own build is at hand. cargo drops the other packages of this lock file.
         write(&package.join("Cargo.lock"), &read(&Path::new(ROOT).join("Cargo.lock"))?)?;
-        Ok(cargo_build(&package, &["--offline"])?.join("handler-rust"))
+        run(cargo(&package, "build").args(["--release", "--offline"]))?;
+        Ok(build_directory().join("release/handler-rust"))
     }
 
     /// The program of docs/HANDLERS.md in this language.
