@@ -27,7 +27,10 @@ const COMMAND_LINE: &str =
 /// flags of an earlier instruction for computed). An interrupt right after the instruction then
 /// brings the kernel to a double fault. A wait for memory, as in postcopy, makes such an interrupt
 /// likely.
-const PROCESSOR: &str = "max,cx16=off";
+///
+/// Without the promise that string instructions for bytes are fast (ERMS, FSRM): QEMU emulates each
+/// byte by itself, and the kernel would clear and copy all memory by these.
+const PROCESSOR: &str = "max,cx16=off,erms=off,fsrm=off";
 
 /// A running machine. Dropping it pulls the plug.
 pub struct Boot {

@@ -118,10 +118,11 @@ fn a_policy_of_a_program_kills_nobody() {
     pool.unmount();
 }
 
-/// A thread that sets a policy over and over wins against the daemon, which voids it. The pool lies
-/// on the other node, so in the end the growth waits for memory that no process gives back. That
-/// ends the worker, and no other process.
+/// A thread that sets a policy over and over wins against the daemon, which voids it, in one of
+/// some growths. The pool lies on the other node, so in the end that growth waits for memory that
+/// no process gives back. That ends the worker, and no other process.
 fn a_policy_set_over_and_over_kills_nobody() {
+    const MOST_GROWTHS: u32 = 20;
     let mut stranger = Stranger::who_leaves(LEFT);
     let pool = Pool::small(80);
     let path = pool.join("file");
@@ -130,14 +131,22 @@ fn a_policy_set_over_and_over_kills_nobody() {
     let mut program = Toucher::mapping(&path, 80 * FOLIO);
     assert_eq!(program.ask(&format!("keep-binding 0 {} 0", 80 * FOLIO)), "ok");
     let has_ended = || pool.log().matches("has ended (signal 9)").count();
+    let mut growths = 0;
     let grown = std::thread::scope(|scope| {
-        let growth = scope.spawn(|| file.set_len(80 * FOLIO));
-        let is_over = || growth.is_finished() || has_ended() > 0;
-        limits::until(limits::ANSWER, "the growth, or the end of a worker", is_over);
-        drop(program); // so no program works against the next worker
-        growth.join().expect("it is no panic")
+        loop {
+            growths += 1;
+            let growth = scope.spawn(|| file.set_len(80 * FOLIO));
+            let is_over = || growth.is_finished() || has_ended() > 0;
+            limits::until(limits::ANSWER, "the growth, or the end of a worker", is_over);
+            if has_ended() > 0 || growths == MOST_GROWTHS {
+                drop(program); // so no program works against the next worker
+                break growth.join().expect("it is no panic");
+            }
+            growth.join().expect("it is no panic").unwrap();
+            file.set_len(FOLIO).unwrap();
+        }
     });
-    println!("workers ended: {}; then {grown:?}", has_ended());
+    println!("workers ended: {}, in growth {growths}; then {grown:?}", has_ended());
     grown.unwrap();
     stranger.assert_alive();
     pool.check();
