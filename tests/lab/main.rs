@@ -17,9 +17,9 @@
 //!     |------------------------------------------->| reboot(2)
 //! ```
 //!
-//! The first serial port is the kernel's console. The lab boots a machine when the first case asks
-//! for one of its kind. The machine runs one case after the other. After a case that failed or did
-//! not end in time, the lab gives the machine up.
+//! The first serial port is the kernel's console. The lab boots a machine when a case asks for one
+//! of its kind and none is idle, so two cases at once run on two machines. A machine runs one case
+//! after the other. After a case that failed or did not end in time, the lab gives the machine up.
 //!
 //! Every case is a test of its own here: `cargo test --test lab NAME`. The lab needs its kernel
 //! (`tests/lab/fetch-kernel`) and Debian's qemu-system-x86; `tests/run` installs both.
@@ -35,91 +35,109 @@ mod vm;
 use boot::{Boot, Verdict};
 use cases::Machine;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
-use std::collections::HashMap;
+use std::cmp::Reverse;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
-/// A machine, if it runs, for one case at a time.
-type Slot = Arc<Mutex<Option<Boot>>>;
-
-/// The machines that cases have asked for.
+/// The machines that run and have no case at the moment.
 #[derive(Default)]
 struct Lab {
-    slots: Mutex<HashMap<Machine, Slot>>,
+    idle: Mutex<Vec<(Machine, Boot)>>,
 }
 
 impl Lab {
-    fn slot(&self, machine: Machine) -> Slot {
-        self.slots
-            .lock()
-            .expect("no panic while the table is open")
-            .entry(machine)
-            .or_default()
-            .clone()
+    fn idle(&self) -> MutexGuard<'_, Vec<(Machine, Boot)>> {
+        self.idle.lock().expect("no panic while the list is open")
+    }
+
+    /// A machine of this kind, with its kernel ready for a case. If none is idle, boots one in
+    /// place of an idle machine of another kind, so there are no more machines than cases at once.
+    fn machine(&self, kind: Machine) -> Result<Boot, String> {
+        let (same, other) = {
+            let mut idle = self.idle();
+            idle.retain_mut(|(_, boot)| !boot.has_ended());
+            let same = idle.iter().position(|(machine, _)| *machine == kind);
+            let same = same.map(|place| idle.remove(place).1);
+            let makes_room = same.is_none() && !idle.is_empty();
+            (same, makes_room.then(|| idle.remove(0).1))
+        };
+        if let Some(other) = other {
+            other.shut_down();
+        }
+        same.map_or_else(|| Boot::start(kind), Ok)
     }
 
     /// Runs the case `name` on such a machine. A case with `ends_kernel` has a machine of its own.
     fn run(
         &self,
         name: &str,
-        machine: Machine,
+        kind: Machine,
         ends_kernel: Option<&str>,
     ) -> Result<Completion, Failed> {
-        let slot = match ends_kernel {
-            Some(_) => Slot::default(),
-            None => self.slot(machine),
+        let mut boot = match ends_kernel {
+            Some(_) => Boot::start(kind)?,
+            None => self.machine(kind)?,
         };
-        // A poisoned lock means that another case's thread panicked while it used the machine. The
-        // machine is in an unknown state.
-        let mut boot = slot.lock().unwrap_or_else(|poisoned| {
-            let mut boot = poisoned.into_inner();
-            *boot = None;
-            boot
-        });
-        if boot.as_mut().is_none_or(Boot::has_ended) {
-            *boot = Some(Boot::start(machine)?);
+        let report = boot.run(name);
+        if matches!(report.verdict, Verdict::Passed | Verdict::Skipped(_)) {
+            self.idle().push((kind, boot));
         }
-        let report = boot.as_mut().expect("it was started").run(name);
-        if !matches!(report.verdict, Verdict::Passed | Verdict::Skipped(_)) {
-            *boot = None;
-        }
-        drop(boot);
         report.judge(name, ends_kernel)
     }
 
     /// Shuts the machines down as an administrator would.
     fn shut_down(&self) {
-        for slot in self.slots.lock().expect("no panic while the table is open").values() {
-            if let Some(boot) = slot.lock().ok().and_then(|mut boot| boot.take()) {
-                boot.shut_down();
-            }
-        }
+        let idle = std::mem::take(&mut *self.idle());
+        idle.into_iter().for_each(|(_, boot)| boot.shut_down());
     }
+}
+
+/// A case, or a test of a suite.
+struct OnMachine {
+    name: String,
+    kind: Machine,
+    ends_kernel: Option<&'static str>,
+}
+
+/// All of these, and the reason if the suites cannot be listed. Those of one kind of machine stand
+/// together, so that few machines are booted. The largest machines come first: their cases take
+/// longest.
+fn on_machines() -> (Vec<OnMachine>, Option<Failed>) {
+    let (names, failed) = match suites::tests() {
+        Ok(names) => (names, None),
+        Err(why) => (Vec::new(), Some(why)),
+    };
+    let of_suites =
+        names.into_iter().map(|name| OnMachine { name, kind: suites::MACHINE, ends_kernel: None });
+    let cases = cases::all().map(|case| OnMachine {
+        name: case.name.to_owned(),
+        kind: case.machine,
+        ends_kernel: case.ends_kernel,
+    });
+    let mut all: Vec<OnMachine> = cases.chain(of_suites).collect();
+    all.sort_by_key(|one| (Reverse(one.kind.memory), one.kind.nodes, one.kind.command_line));
+    (all, failed)
 }
 
 fn main() -> ExitCode {
     support::limits::allow(1800);
     let arguments = Arguments::from_args();
     let lab = Arc::new(Lab::default());
-    let trial = |name: String, machine: Machine, ends_kernel: Option<&'static str>| {
-        let lab = lab.clone();
-        Trial::ignorable_test(name.clone(), move || lab.run(&name, machine, ends_kernel))
-    };
-    let cases =
-        cases::all().map(|case| trial(case.name.to_owned(), case.machine, case.ends_kernel));
-    let mut trials: Vec<Trial> = cases.collect();
-    match suites::tests() {
-        Ok(names) => {
-            trials.extend(names.into_iter().map(|name| trial(name, suites::MACHINE, None)))
-        }
-        Err(why) => trials.push(Trial::test("the_suites_can_be_listed", move || Err(why))),
-    }
-    trials.extend(vm::TESTS.iter().map(|(name, run)| {
-        Trial::test(*name, move || {
-            run();
-            Ok(())
+    let (on_machines, failed) = on_machines();
+    let mut trials: Vec<Trial> = vm::TESTS
+        .iter()
+        .map(|(name, run)| {
+            Trial::test(*name, move || {
+                run();
+                Ok(())
+            })
         })
+        .collect();
+    trials.extend(on_machines.into_iter().map(|OnMachine { name, kind, ends_kernel }| {
+        let lab = lab.clone();
+        Trial::ignorable_test(name.clone(), move || lab.run(&name, kind, ends_kernel))
     }));
+    trials.extend(failed.map(|why| Trial::test("the_suites_can_be_listed", move || Err(why))));
     let conclusion = libtest_mimic::run(&arguments, trials);
     lab.shut_down();
     conclusion.exit_code()
