@@ -7,24 +7,37 @@ use crate::support::limits;
 use libtest_mimic::Failed;
 use std::process::Command;
 
-/// Memory for a page of 1 GiB and for all else.
-pub const MACHINE: Machine = Machine { memory: 3072, nodes: 1, command_line: "" };
+pub const MACHINE: Machine = Machine::SMALL;
 
 /// Tests that do not run in the machine, and the reasons.
 const ELSEWHERE: &[(&str, &str)] = &[
-    ("quarantine::cp_carries_a_quarantine_with_the_attributes", "the machine has no cp(1)"),
-    ("quarantine::cp_rescues_everything_that_is_not_lost", "the machine has no cp(1)"),
-    ("quarantine::a_hundred_lost_subpages_cost_a_hundred_subpages", "the machine has no cp(1)"),
+    ("quarantine::cp_carries_a_quarantine_with_the_attributes", NO_PROGRAMS),
+    ("quarantine::cp_rescues_everything_that_is_not_lost", NO_PROGRAMS),
+    ("quarantine::a_hundred_lost_subpages_cost_a_hundred_subpages", NO_PROGRAMS),
+    ("quarantine::rsync_carries_a_quarantine_with_the_attributes", NO_PROGRAMS),
+    ("quarantine::quarantining_needs_permission_to_write_the_file", NO_PROGRAMS),
     (
         "quarantine::a_long_range_is_quarantined_and_repaired_by_folios",
         "the emulated machine takes minutes for a page of 1 GiB",
     ),
-    ("quarantine::rsync_carries_a_quarantine_with_the_attributes", "the machine has no rsync(1)"),
-    (
-        "quarantine::quarantining_needs_permission_to_write_the_file",
-        "the machine has no setpriv(1)",
-    ),
+    ("quarantine::ranges_are_rounded_outward_and_lines_add_up", TEXT),
+    ("quarantine::what_is_quarantined_already_keeps_its_time", TEXT),
+    ("quarantine::a_value_that_was_read_can_be_written_to_another_file", TEXT),
+    ("quarantine::malformed_requests_and_ranges_past_the_end_change_nothing", TEXT),
+    ("quarantine::malformed_repairs_are_refused_and_change_nothing", TEXT),
+    ("quarantine::malformed_collapses_are_refused", TEXT),
+    ("quarantine::an_empty_file_has_nothing_to_quarantine", TEXT),
+    ("quarantine::a_released_page_has_nothing_to_quarantine", TEXT),
+    ("quarantine::a_file_without_a_quarantine_has_no_poison_attribute", TEXT),
+    ("quarantine::a_quarantine_does_not_end_by_removing_the_attribute", TEXT),
+    ("quarantine::repairing_what_is_not_broken_is_refused_and_changes_nothing", TEXT),
+    ("quarantine::the_map_of_an_empty_file_is_empty", TEXT),
+    ("quarantine::the_pool_counts_what_is_quarantined_and_the_log_tells", TEXT),
+    ("quarantine::without_recovery_write_a_covering_write_is_eio", TEXT),
 ];
+
+const NO_PROGRAMS: &str = "the machine has no cp(1), rsync(1) and setpriv(1)";
+const TEXT: &str = "the daemon decides by its ledgers and the request alone, on any kernel";
 
 /// The names of all tests that run in the machine, `<suite>::<test>`.
 ///
