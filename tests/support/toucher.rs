@@ -87,8 +87,17 @@ impl Toucher {
 
     /// Offsets of the subpages whose first byte is SIGBUS.
     pub fn walk(&mut self) -> Vec<u64> {
-        let answer = self.ask("walk");
-        let hits = answer.strip_prefix("hits").unwrap_or_else(|| panic!("walk: {answer}"));
+        self.hits("walk")
+    }
+
+    /// Offsets of the subpages that are SIGBUS where the process touches every `step` bytes.
+    pub fn step(&mut self, part: std::ops::Range<u64>, step: u64) -> Vec<u64> {
+        self.hits(&format!("step {} {} {step}", part.start, part.end - part.start))
+    }
+
+    fn hits(&mut self, line: &str) -> Vec<u64> {
+        let answer = self.ask(line);
+        let hits = answer.strip_prefix("hits").unwrap_or_else(|| panic!("{line}: {answer}"));
         hits.split_ascii_whitespace()
             .map(|hit| hit.split_once(':').expect("offset and code").0.parse().expect("an offset"))
             .collect()

@@ -8,6 +8,7 @@
 //!   fill OFFSET LENGTH BYTE                       ok              or: sigbus OFFSET CODE
 //!   differ OFFSET LENGTH BYTE                     count N         (bytes that are not BYTE; or: sigbus ...)
 //!   walk                                          hits OFFSET:CODE ...   (one touch per subpage)
+//!   step OFFSET LENGTH STEP                       hits OFFSET:CODE ...   (one touch per STEP bytes)
 //!   huge                                          count N         (2 MiB entries that map it, smaps)
 //!   advise OFFSET LENGTH ADVICE                   ok              (madvise(2), by number)
 //!   bind OFFSET LENGTH NODE                       ok              (mbind(2), MPOL_BIND)
@@ -94,6 +95,11 @@ fn sigbus(hit: Hit) -> String {
     format!("sigbus {} {}", hit.subpage.offset(), hit.code)
 }
 
+fn hits(hits: &[Hit]) -> String {
+    let hits = hits.iter().map(|hit| format!(" {}:{}", hit.subpage.offset(), hit.code));
+    hits.fold("hits".to_owned(), |line, hit| line + &hit)
+}
+
 /// `ok`, or the reason of a failure.
 fn done<T>(result: hugetlb2fs::error::Result<T>) -> Answer {
     result.map(|_| ok()).map_err(|error| error.to_string())
@@ -115,7 +121,8 @@ impl Toucher {
             "store" => self.store(number(words)?, number(words)?),
             "fill" => self.fill(range(words)?, number(words)?),
             "differ" => self.differ(range(words)?, number(words)?),
-            "walk" => self.walk(),
+            "walk" => Ok(hits(&self.mapping()?.walk())),
+            "step" => Ok(hits(&self.mapping()?.step(range(words)?, number(words)?))),
             "huge" => self.huge(),
             "advise" => done(self.mapping()?.advise_range(range(words)?, number(words)?)),
             "bind" => bind(self.mapping()?, range(words)?, number(words)?),
@@ -179,12 +186,6 @@ impl Toucher {
             }
         }
         Ok(format!("count {count}"))
-    }
-
-    fn walk(&self) -> Answer {
-        let hits = self.mapping()?.walk();
-        let hits = hits.iter().map(|hit| format!(" {}:{}", hit.subpage.offset(), hit.code));
-        Ok(hits.fold("hits".to_owned(), |line, hit| line + &hit))
     }
 
     fn huge(&self) -> Answer {

@@ -4,6 +4,7 @@ use super::cases;
 use crate::support::{FOLIO, GIB, Pool, SUBPAGE, Toucher};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -54,24 +55,31 @@ fn suffer(path: &Path) -> Lost {
     let file = File::options().read(true).write(true).create_new(true).open(path).expect("a file");
     file.set_len(GIB).expect("a page");
     let mut victim = Toucher::mapping(path, GIB);
-    assert_eq!(count_lost(|offset| victim.load(offset).is_none()), 0);
+    assert_eq!(lost_to_mmap(&mut victim), 0);
     let mut injector = Toucher::mapping(path, GIB);
     assert_eq!(injector.load(BAD), Some(0));
     assert_eq!(injector.ask(&format!("advise {BAD} {SUBPAGE} {}", libc::MADV_HWPOISON)), "ok");
-    Lost {
-        to_mmap: count_lost(|offset| victim.load(offset).is_none()),
-        to_read: count_lost(|offset| {
-            file.read_exact_at(&mut [0; SUBPAGE as usize], offset).is_err()
-        }),
-    }
+    Lost { to_mmap: lost_to_mmap(&mut victim), to_read: lost_to_read(&file) }
 }
 
-/// Counts the lost bytes; `is_lost` is true for a lost subpage. Asks for each subpage of the 2 MiB
-/// around the error, and for the first subpage of every other 2 MiB.
-fn count_lost(mut is_lost: impl FnMut(u64) -> bool) -> u64 {
-    let near = BAD / FOLIO * FOLIO;
-    let far = (0..GIB).step_by(FOLIO as usize).filter(|start| *start != near);
-    let far: u64 = far.map(|start| u64::from(is_lost(start)) * FOLIO).sum();
-    let near = (near..near + FOLIO).step_by(SUBPAGE as usize);
-    far + near.map(|start| u64::from(is_lost(start)) * SUBPAGE).sum::<u64>()
+/// The 2 MiB around the error. Each subpage of these is looked at, and the first subpage of every
+/// other 2 MiB.
+const NEAR: Range<u64> = BAD / FOLIO * FOLIO..(BAD / FOLIO + 1) * FOLIO;
+
+/// The lost bytes, by the offsets of the lost subpages.
+fn lost(near: &[u64], all: &[u64]) -> u64 {
+    let far = all.iter().filter(|at| !NEAR.contains(at));
+    near.len() as u64 * SUBPAGE + far.count() as u64 * FOLIO
+}
+
+fn lost_to_mmap(victim: &mut Toucher) -> u64 {
+    lost(&victim.step(NEAR, SUBPAGE), &victim.step(0..GIB, FOLIO))
+}
+
+fn lost_to_read(file: &File) -> u64 {
+    let is_lost = |at: &u64| file.read_exact_at(&mut [0; SUBPAGE as usize], *at).is_err();
+    let lost_in = |part: Range<u64>, step: u64| -> Vec<u64> {
+        part.step_by(step as usize).filter(is_lost).collect()
+    };
+    lost(&lost_in(NEAR, SUBPAGE), &lost_in(0..GIB, FOLIO))
 }
