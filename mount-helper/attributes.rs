@@ -12,7 +12,9 @@ use std::path::Path;
 use std::sync::mpsc;
 use std::time::Duration;
 
-pub use hugetlb2fs::attributes::{CHECK, COLLAPSE, INJECT, MAP, PLACEMENT, POISON, REPAIR};
+pub use hugetlb2fs::attributes::{
+    CHECK, COLLAPSE, INJECT, MAP, PLACEMENT, POISON, REPAIR, TARGETS,
+};
 
 /// Reads an attribute; `None` where it has no value now.
 ///

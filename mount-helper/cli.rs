@@ -1,6 +1,7 @@
 //! The command hugetlb2: for people. Everything it does goes through the filesystem's attributes.
 
 use crate::mappers::{self, Misaligned};
+use crate::targets::Table;
 use crate::terminal::say;
 use crate::{attributes, daemons, demo, mount, mounts, session};
 use clap::{Parser, Subcommand, ValueEnum};
@@ -39,6 +40,16 @@ enum Action {
     Status {
         /// Mount points
         directories: Vec<PathBuf>,
+    },
+    /// Show the kinds of memory that a pool has: a line for each NUMA node
+    ///
+    /// Capacity is the node's memory. Latencies and bandwidths are those that the firmware tells
+    /// for accesses from the initiators; where it tells none, Distance has the distance of each
+    /// initiator instead, which is 10 at least and no time. pool_bytes is the pool's part of the
+    /// node's memory, and free_bytes are left of it for files.
+    Targets {
+        /// The mount point
+        directory: PathBuf,
     },
     /// Show what is quarantined in a file, or quarantine a range of it
     ///
@@ -155,6 +166,7 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
     let cli = Cli::parse_from(arguments);
     let done = match cli.action {
         Action::Status { directories } => status(&directories, cli.json),
+        Action::Targets { directory } => targets(&directory, cli.json),
         Action::Poison { file, range } => poison(&file, &range, cli.json),
         Action::Repair { file, verb, target } => repair(&file, verb, &target, cli.json),
         Action::Collapse { file, target } => collapse(&file, &target, cli.json),
@@ -381,6 +393,22 @@ fn describe_pool(
         options.iter().map(|(name, value)| format!("{name}={value}")).collect();
     row("options", options.join(","));
     out
+}
+
+fn targets(directory: &Path, json: bool) -> Done {
+    let failed = |why: String| format!("{}: {why}", directory.display());
+    attributes::pool(directory).map_err(failed)?;
+    let text = attributes::read(directory, attributes::TARGETS);
+    let text = text.map_err(|errno| failed(errno.to_string()))?.ok_or_else(|| {
+        failed("the daemon is of a version that does not tell its kinds of memory".to_owned())
+    })?;
+    let table = Table::parse(&text);
+    if json {
+        print_json(&table.to_json())?
+    } else {
+        print(table.to_text())?
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn check(directory: &Path, json: bool) -> Done {

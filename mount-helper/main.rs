@@ -29,6 +29,8 @@ mod demo_mapper;
 
 mod demo;
 
+mod targets;
+
 mod cli;
 
 use std::ffi::OsString;

@@ -26,6 +26,8 @@ pub const REFUSAL: &str = "user.hugetlb2.refusal";
 pub const INJECT: &str = "trusted.hugetlb2.inject";
 /// The counters of the pool.
 pub const POOL: &str = "user.hugetlb2.pool";
+/// The kinds of memory that the pool has.
+pub const TARGETS: &str = "user.hugetlb2.targets";
 /// The options of the mount.
 pub const OPTIONS: &str = "user.hugetlb2.options";
 /// The size of the pool.
@@ -78,6 +80,8 @@ pub enum OfEntry {
 pub enum OfRoot {
     /// [`POOL`].
     Pool,
+    /// [`TARGETS`].
+    Targets,
     /// [`OPTIONS`].
     Options,
     /// [`SIZE`].
@@ -175,6 +179,7 @@ pub const TABLE: &[Row] = &[
         None,
     ),
     row(POOL, Root(OfRoot::Pool), Some("the counters of the pool"), None),
+    row(TARGETS, Root(OfRoot::Targets), Some("the kinds of memory, by NUMA node"), None),
     row(OPTIONS, Root(OfRoot::Options), Some("the options of the mount, but for the size"), None),
     row(SIZE, Root(OfRoot::Size), Some("the size of the pool in bytes"), Some("resize the pool")),
     row(CHECK, Root(OfRoot::Check), Some("the invariants that do not hold"), None),

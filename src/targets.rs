@@ -1,5 +1,5 @@
-//! The kinds of memory that the machine has, by NUMA node: the parse of the kernel's texts, and the
-//! order of the nodes by a quality; pure.
+//! The kinds of memory that the machine has, by NUMA node: the parse of the kernel's texts, the
+//! order of the nodes by a quality, and the text for programs; pure.
 //!
 //! The words are hwloc's: a *target* is memory, an *initiator* is a node from which programs reach
 //! it, and the names and units of the attributes are those of hwloc's memory attributes.
@@ -18,6 +18,7 @@ use crate::error::Result;
 use crate::placement::Quality;
 use crate::sys::memory_texts::{AccessTexts, NodeTexts, Texts};
 use crate::units::NumaNode;
+use std::fmt::Write as _;
 use std::ops::Range;
 
 /// The memory of one NUMA node.
@@ -109,6 +110,67 @@ impl Target {
             _ => self.performance,
         }
     }
+}
+
+/// The pool's part of a node's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// Bytes of the pool on the node.
+    pub bytes: u64,
+    /// Bytes of these that files can take.
+    pub free: u64,
+}
+
+// ---- the text -----------------------------------------------------------------------------------
+
+/// The values of a line, in order, with their units where the name has none. The first ones are
+/// attributes of hwloc, with its names and units.
+pub const VALUES: &[(&str, &str)] = &[
+    ("Capacity", "B"),
+    ("ReadLatency", "ns"),
+    ("WriteLatency", "ns"),
+    ("ReadBandwidth", "MiB/s"),
+    ("WriteBandwidth", "MiB/s"),
+    ("Distance", ""),
+    ("pool_bytes", ""),
+    ("free_bytes", ""),
+];
+
+/// The line of a target, without its end: `<node> <kind> initiators=<nodes>`, and `<name>=<value>`
+/// for each of [`VALUES`] that is known. Where no performance is known, the distances from the
+/// initiators are there, in the order of the initiators.
+pub fn format(target: &Target, share: Share) -> String {
+    let known = target.performance;
+    let numbers = [
+        target.capacity,
+        known.read_latency,
+        known.write_latency,
+        known.read_bandwidth,
+        known.write_bandwidth,
+    ];
+    let numbers = numbers.map(|number| number.map(|number| number.to_string()));
+    let others = [distances(target), Some(share.bytes.to_string()), Some(share.free.to_string())];
+    let initiators = NumaNode::list(&target.initiators);
+    let mut line = format!("{} {} initiators={initiators}", target.node, target.kind.name());
+    for ((name, _), value) in VALUES.iter().zip(numbers.into_iter().chain(others)) {
+        if let Some(value) = value {
+            let _ = write!(line, " {name}={value}");
+        }
+    }
+    line
+}
+
+/// The distances from the initiators; none if one is not known, or if a performance is.
+fn distances(target: &Target) -> Option<String> {
+    let of = |from: &NumaNode| {
+        let (_, distance) = target.distances.iter().find(|(node, _)| node == from)?;
+        Some(distance.to_string())
+    };
+    if target.performance.is_known() {
+        return None;
+    }
+    let all: Vec<String> = target.initiators.iter().map(of).collect::<Option<_>>()?;
+    (!all.is_empty()).then(|| all.join(","))
 }
 
 // ---- the order ----------------------------------------------------------------------------------
@@ -449,6 +511,38 @@ mod tests {
         let target = &parse(&texts)[1];
         assert_eq!((target.capacity, target.kind), (None, Kind::Dram));
         assert_eq!(target.distances, [(NumaNode(0), 21), (NumaNode(2), 28)]);
+    }
+
+    #[test]
+    fn a_line_has_what_the_kernel_tells() {
+        let share = Share { bytes: 4096, free: 0 };
+        let lines = |texts: &Texts| -> Vec<String> {
+            parse(texts).iter().map(|target| format(target, share)).collect()
+        };
+        assert_eq!(
+            lines(&with_values())[1..],
+            [
+                "1 dram initiators=1 Capacity=268435456 ReadLatency=80 WriteLatency=90 \
+                 ReadBandwidth=204800 WriteBandwidth=102400 pool_bytes=4096 free_bytes=0",
+                "2 memory-only initiators=0 Capacity=1073741824 ReadLatency=250 \
+                 ReadBandwidth=61440 pool_bytes=4096 free_bytes=0",
+            ]
+        );
+        let mut texts = without_values();
+        texts.nodes[0].distance = "10".into();
+        assert_eq!(
+            lines(&texts),
+            [
+                "0 dram initiators=0,1 Capacity=536870912 Distance=10,21 \
+                 pool_bytes=4096 free_bytes=0",
+                "1 dram initiators=0,1 Capacity=268435456 pool_bytes=4096 free_bytes=0",
+                "2 memory-only initiators=0,1 Capacity=1073741824 pool_bytes=4096 free_bytes=0",
+            ]
+        );
+        assert_eq!(
+            format(&Target::only(), share),
+            "0 dram initiators=0 pool_bytes=4096 free_bytes=0"
+        );
     }
 
     /// Reason, machine, quality, initiator and the order of the nodes.

@@ -439,6 +439,33 @@ fn status_shows_a_dead_daemon_beside_the_other_pools() {
     assert_refused(&["status"], &dead.path(), &[], "Transport endpoint is not connected");
 }
 
+// ---- targets ------------------------------------------------------------------------------------
+
+#[test]
+fn targets_are_shown_as_a_table_and_as_json() {
+    let (pool, file) = pool_with_file();
+    let said = output(&["targets"], &pool.path(), &[]);
+    let said = rows(&said);
+    assert_eq!(said[0][..4], ["node", "kind", "initiators", "Capacity[B]"]);
+    let column = |name: &str| said[0].iter().position(|found| *found == name).unwrap();
+    assert!(said.iter().all(|row| row.len() == said[0].len()), "{said:?}");
+    let free = column("free_bytes");
+    let free: u64 = said[1..].iter().map(|row| row[free].parse::<u64>().unwrap()).sum();
+    assert_eq!(free, 5 * FOLIO);
+    let value = json_output(&["targets"], &pool.path(), &[]);
+    let targets = value.as_array().unwrap();
+    assert_eq!(targets.len(), said.len() - 1);
+    for (target, row) in targets.iter().zip(&said[1..]) {
+        for name in ["node", "pool_bytes", "free_bytes"] {
+            assert_eq!(target[name].to_string(), row[column(name)], "{name}");
+        }
+        assert!(target["initiators"].is_array(), "{target}");
+    }
+    assert_refused(&["targets"], &file, &[], "no hugetlb2 pool is mounted there");
+    assert_refused(&["targets"], Path::new("/proc"), &[], "no hugetlb2 pool is mounted there");
+    pool.unmount();
+}
+
 // ---- a daemon of another process id namespace ---------------------------------------------------
 
 /// A process id namespace with a mount namespace, a /proc and a pool of its own.

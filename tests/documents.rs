@@ -126,7 +126,8 @@ fn the_commands_for_numa_nodes_work() {
     let operations = document("docs/OPERATIONS.md");
     let commands = blocks(section(&operations, "NUMA nodes"), "sh")[0].replace("4G", "4M");
     let said = run_in_namespace(&made_small(&format!("{MOUNT}{commands}umount /mnt/h2")));
-    assert!(said.starts_with("interleave:all\n") && said.contains("bytes"), "{said}");
+    let (targets, placement) = said.split_once("interleave:all\n").expect("the placement");
+    assert!(targets.contains("Capacity") && placement.contains("bytes"), "{said}");
 }
 
 #[test]

@@ -125,6 +125,7 @@ impl Fs {
     fn root_attribute(&self, attribute: OfRoot, pace: &Pace) -> Result<String> {
         match attribute {
             OfRoot::Pool => self.pool_text(pace),
+            OfRoot::Targets => self.targets_text(pace),
             OfRoot::Options => Ok(self.options.clone()),
             OfRoot::Unavailable => {
                 pace.refuse_if(|| Ok(true))?;
@@ -281,9 +282,11 @@ impl Fs {
     fn set_root_attribute(&self, attribute: OfRoot, value: &[u8], pace: &Pace) -> Result<()> {
         match attribute {
             OfRoot::Size => pace.refuse_if(|| Ok(true)).and_then(|()| self.resize(value)),
-            OfRoot::Pool | OfRoot::Options | OfRoot::Check | OfRoot::Unavailable => {
-                Err(Error::Unsupported)
-            }
+            OfRoot::Pool
+            | OfRoot::Targets
+            | OfRoot::Options
+            | OfRoot::Check
+            | OfRoot::Unavailable => Err(Error::Unsupported),
             #[cfg(debug_assertions)]
             OfRoot::Die => arm(value),
             #[cfg(debug_assertions)]
@@ -371,6 +374,7 @@ impl Fs {
         let pages =
             size.pages(self.pool.page_size(), sys::memory_total()?).map_err(Error::Invalid)?;
         self.pool.resize(pages)?;
+        self.targets.forget();
         log::info!("the pool has {pages} pages now");
         Ok(())
     }

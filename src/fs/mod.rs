@@ -36,6 +36,7 @@ mod pollers;
 mod recovery;
 mod refusals;
 mod requests;
+mod targets;
 mod unavailable;
 
 pub use attributes::Reading;
@@ -62,6 +63,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CString, OsStr};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
+use targets::Targets;
 use unavailable::Unavailable;
 
 /// The directory of the daemon's mount namespace where the superblocks of the objects are mounted.
@@ -103,6 +105,7 @@ pub struct Fs {
     failures_in_pool: Mutex<Option<u64>>,
     nodes: Vec<NumaNode>,
     placer: Placer,
+    targets: Targets,
 }
 
 /// The changes that setattr asks for.
@@ -188,6 +191,7 @@ impl Fs {
             failures_in_pool,
             nodes: memory_nodes()?,
             placer,
+            targets: Targets::default(),
         })
     }
 

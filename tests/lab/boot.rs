@@ -186,7 +186,7 @@ fn command(image: &Image, machine: Machine, console: &std::path::Path) -> Comman
     let mut command = Command::new("qemu-system-x86_64");
     command
         .args(["-accel", "tcg,thread=multi", "-cpu", PROCESSOR])
-        .args(["-machine", if machine.nodes > 1 { "pc,hmat=on" } else { "pc" }])
+        .args(["-machine", if machine.hmat { "pc,hmat=on" } else { "pc" }])
         .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"])
         .args(["-smp", "2,sockets=2", "-m", &machine.memory.to_string()])
         .arg("-kernel")
@@ -206,28 +206,56 @@ fn command(image: &Image, machine: Machine, console: &std::path::Path) -> Comman
     command
 }
 
+/// The way from a processor's node to memory, as the firmware tells it.
+struct Way {
+    /// In nanoseconds.
+    latency: u32,
+    /// In GiB/s.
+    bandwidth: u32,
+    /// In the units of the firmware's other table (SLIT).
+    distance: u32,
+}
+
+impl Way {
+    fn new(from: u64, to: u64) -> Self {
+        let (latency, bandwidth, distance) = match (from, to) {
+            _ if from == to => (80, 200, 10),
+            (0 | 1, 0 | 1) => (160, 100, 21),
+            (0, 2) | (2, 0) => (250, 60, 24),
+            (1, 2) | (2, 1) => (300, 50, 28),
+            (1, 3) | (3, 1) => (90, 800, 13),
+            _ => (170, 100, 23),
+        };
+        Self { latency, bandwidth, distance }
+    }
+}
+
 /// The arguments for NUMA nodes with equal shares of the memory, and one processor in each of the
-/// first two. The firmware (HMAT) tells the kernel that another node is twice as far away and half
-/// as fast.
+/// first two. The third is slow memory beside the first, and the fourth is fast memory beside the
+/// second.
 fn numa(machine: Machine) -> Vec<String> {
     let share = machine.memory / machine.nodes;
     let mut arguments = Vec::new();
     let mut option = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
     for node in 0..machine.nodes {
+        let nearest = node % 2;
+        let initiator = if machine.hmat { format!(",initiator={nearest}") } else { String::new() };
         option("-object", format!("memory-backend-ram,id=node{node},size={share}M"));
-        let initiator = node.min(1);
-        option("-numa", format!("node,nodeid={node},memdev=node{node},initiator={initiator}"));
+        option("-numa", format!("node,nodeid={node},memdev=node{node}{initiator}"));
         if node < 2 {
             option("-numa", format!("cpu,node-id={node},socket-id={node}"));
         }
     }
-    for (initiator, target) in
-        (0..2).flat_map(|initiator| (0..machine.nodes).map(move |node| (initiator, node)))
+    for (from, to) in
+        (0..machine.nodes).flat_map(|from| (0..machine.nodes).map(move |to| (from, to)))
     {
-        let far = 1 + u64::from(initiator != target);
-        let of = format!("hmat-lb,initiator={initiator},target={target},hierarchy=memory");
-        option("-numa", format!("{of},data-type=access-latency,latency={}", 100 * far));
-        option("-numa", format!("{of},data-type=access-bandwidth,bandwidth={}G", 20 / far));
+        let Way { latency, bandwidth, distance } = Way::new(from, to);
+        option("-numa", format!("dist,src={from},dst={to},val={distance}"));
+        if machine.hmat && from < 2 {
+            let of = format!("hmat-lb,initiator={from},target={to},hierarchy=memory");
+            option("-numa", format!("{of},data-type=access-latency,latency={latency}"));
+            option("-numa", format!("{of},data-type=access-bandwidth,bandwidth={bandwidth}G"));
+        }
     }
     arguments
 }

@@ -115,7 +115,9 @@ fn on_machines() -> (Vec<OnMachine>, Option<Failed>) {
         ends_kernel: case.ends_kernel,
     });
     let mut all: Vec<OnMachine> = cases.chain(of_suites).collect();
-    all.sort_by_key(|one| (Reverse(one.kind.memory), one.kind.nodes, one.kind.command_line));
+    all.sort_by_key(|one| {
+        (Reverse(one.kind.memory), one.kind.nodes, one.kind.hmat, one.kind.command_line)
+    });
     (all, failed)
 }
 

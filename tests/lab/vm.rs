@@ -38,7 +38,7 @@ pub const TESTS: &[(&str, fn())] = &[
 ];
 
 const MEBIBYTES: u64 = 512;
-const MACHINE: Machine = Machine { memory: MEBIBYTES, nodes: 1, command_line: "" };
+const MACHINE: Machine = Machine { memory: MEBIBYTES, ..Machine::SMALL };
 /// The machine runs this case to show that it works. Among other things, it makes a memory error of
 /// its own.
 const WORK: &str = "this_kernel_has_real_memory_errors";

@@ -24,4 +24,5 @@ mod smoke;
 #[path = "../support/mod.rs"]
 mod support;
 mod takeover;
+mod targets;
 mod tree;

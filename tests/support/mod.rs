@@ -30,7 +30,7 @@ pub use toucher::Toucher;
 
 pub use hugetlb2fs::attributes::{
     CHECK, COLLAPSE, DIE, FAIL, INJECT, MAP, PLACEMENT, POISON, POOL, REFUSAL, REPAIR, SIZE, STEPS,
-    STOPPED,
+    STOPPED, TARGETS,
 };
 
 /// The program under test. It acts by the name under which it is called (argv[0]).
@@ -285,6 +285,40 @@ pub fn counters(mount_point: &Path) -> BTreeMap<String, u64> {
         (name.to_owned(), value.parse().expect("a number"))
     };
     text.lines().map(row).collect()
+}
+
+/// A line of the targets of a pool.
+pub struct TargetLine {
+    pub node: u32,
+    pub kind: String,
+    pub values: BTreeMap<String, String>,
+}
+
+impl TargetLine {
+    /// The lines of a pool, in their order.
+    pub fn all(pool: &Pool) -> Vec<Self> {
+        let text = get(pool.path(), TARGETS).expect("the targets attribute");
+        text.lines().map(Self::parse).collect()
+    }
+
+    fn parse(line: &str) -> Self {
+        let mut words = line.split(' ');
+        let node = words.next().and_then(|word| word.parse().ok()).expect("a node");
+        let kind = words.next().expect("a kind").to_owned();
+        let pair = |word: &str| {
+            let (name, value) = word.split_once('=').expect("name and value");
+            (name.to_owned(), value.to_owned())
+        };
+        Self { node, kind, values: words.map(pair).collect() }
+    }
+
+    pub fn value(&self, name: &str) -> &str {
+        self.values.get(name).unwrap_or_else(|| panic!("node {} has no {name}", self.node))
+    }
+
+    pub fn number(&self, name: &str) -> u64 {
+        self.value(name).parse().expect("a number")
+    }
 }
 
 // ---- attributes ---------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ fn a_machine_with_two_nodes_tells_how_far_and_how_fast_they_are() {
             of(node, "read_latency"),
             of(node, "read_bandwidth")
         );
-        assert_eq!(of(node, "read_latency"), 100, "of the processors that are nearest");
+        assert_eq!(of(node, "read_latency"), 80, "of the processors that are nearest");
     }
 }
 

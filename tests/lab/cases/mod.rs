@@ -12,26 +12,32 @@ mod mixture;
 mod nodes;
 mod placement;
 mod pools;
+mod targets;
 
 /// The properties of a machine besides its two processors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Machine {
     /// In MiB.
     pub memory: u64,
-    /// NUMA nodes, with equal shares of the memory.
+    /// NUMA nodes, with equal shares of the memory. The first two have a processor each, and the
+    /// others have memory only.
     pub nodes: u64,
+    /// The firmware tells latencies and bandwidths (HMAT), and not only distances.
+    pub hmat: bool,
     /// Further words for the kernel's command line.
     pub command_line: &'static str,
 }
 
 impl Machine {
-    pub const SMALL: Self = Self { memory: 640, nodes: 1, command_line: "" };
-    pub const TWO_NODES: Self = Self { memory: 1024, nodes: 2, command_line: "" };
+    pub const SMALL: Self = Self { memory: 640, nodes: 1, hmat: false, command_line: "" };
+    pub const TWO_NODES: Self = Self { memory: 1024, nodes: 2, hmat: true, command_line: "" };
+    pub const FOUR_NODES: Self = Self { memory: 768, nodes: 4, hmat: true, command_line: "" };
+    pub const DISTANT_NODES: Self = Self { memory: 768, nodes: 3, hmat: false, command_line: "" };
     /// Its cases run in the initramfs: process 1 stays there.
-    pub const INITRAMFS: Self = Self { memory: 640, nodes: 1, command_line: IN_THE_INITRAMFS };
+    pub const INITRAMFS: Self = Self { command_line: IN_THE_INITRAMFS, ..Self::SMALL };
     /// With a page of 1 GiB for hugetlbfs, and memory for one of ours.
     pub const GIGANTIC: Self =
-        Self { memory: 3072, nodes: 1, command_line: "hugepagesz=1G hugepages=1" };
+        Self { memory: 3072, command_line: "hugepagesz=1G hugepages=1", ..Self::SMALL };
 }
 
 /// The kernel puts a word `name=value` of its command line that it does not know into the
@@ -74,7 +80,7 @@ use cases;
 
 /// All cases. The cases of one machine stand together.
 pub fn all() -> impl Iterator<Item = &'static Case> {
-    let by_kernel = [kernel::CASES, pools::CASES, nodes::CASES, placement::CASES];
+    let by_kernel = [kernel::CASES, pools::CASES, nodes::CASES, placement::CASES, targets::CASES];
     by_kernel
         .into_iter()
         .chain([
