@@ -90,8 +90,8 @@ enum Action {
     ///
     /// Shows what is asked for, and the bytes that the file has on each node: with `full` behind
     /// them if the nodes that are asked for have no room for them, and with `earlier` if these had
-    /// none when the file grew, or if it grew before it was asked. A placement counts when a file
-    /// grows; memory that the file has stays where it is. What is made in a directory inherits the
+    /// none when the file grew. A placement counts when a file grows. Words for a file move the
+    /// memory that it has, while programs use it. What is made in a directory inherits the
     /// placement that the directory has at that time.
     #[command(after_help = PLACEMENT_WORDS)]
     Placement {

@@ -61,6 +61,9 @@ steps! {
     "move out": MoveOutGiven = "the reserve has given a piece", MoveOutTaken = "the file has taken as much";
     "lend": LendGiven = "the reserve has given a folio", LendTaken = "a reserve has taken one";
     "move in": MoveInGiven = "the file has given a piece", MoveInTaken = "the reserve has taken as much";
+    "relocate": RelocateNoted = "the home of the page is noted", RelocateGiven = "a reserve has given a piece",
+        RelocateMoved = "the file's memory is on the other node", RelocateTaken = "the other reserve has taken as much",
+        RelocateDone = "the page has its new home";
     "shrink": ShrinkMoved = "the memory is back in the reserve", ShrinkCut = "the file is shorter",
         ShrinkNoted = "the pages are given up", ShrinkDone = "those that were released are forgotten";
     "release": ReleaseNoted = "the pages are noted as released", ReleaseMoved = "the memory is back in the reserve";

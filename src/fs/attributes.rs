@@ -308,7 +308,9 @@ impl Fs {
             OfEntry::Placement => {
                 let text = self.checked_placement(value)?;
                 let name = OsStr::new(PLACEMENT);
-                self.set_user_attribute(node, name, (text.as_bytes(), flags), by, request)
+                let relocation = self.relocation(node, &text, request)?;
+                self.set_user_attribute(node, name, (text.as_bytes(), flags), by, request)?;
+                relocation.map_or(Ok(()), |relocation| self.relocate(relocation, request))
             }
             OfEntry::Refusal => Err(Error::Unsupported),
         }

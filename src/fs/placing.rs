@@ -2,7 +2,7 @@
 //! part in it.
 //!
 //! The placement decides when a file grows, by the thread that makes it grow: that is when memory
-//! is taken. Memory that is there stays where it is.
+//! is taken. Memory that is there moves when other words are set.
 
 use super::callers::{Callers, Known};
 use super::gate::Gate;
@@ -20,6 +20,7 @@ use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fmt::Write as _;
+use std::sync::Arc;
 
 /// The machine's part in a placement.
 pub struct Placer {
@@ -153,6 +154,35 @@ impl Fs {
         Ok(placement.to_string())
     }
 
+    /// The move of a file's memory that new words ask for. `None` if the pool has one node, or the
+    /// node has no pages.
+    ///
+    /// # Errors
+    /// [`Error::Full`] for strict words whose nodes have too few free pages; [`Error::TakesLong`].
+    pub(super) fn relocation(
+        &self,
+        node: InodeId,
+        words: &str,
+        request: RequestContext,
+    ) -> Result<Option<(Arc<Object>, Resolved)>> {
+        let object = self.known_object(node).filter(|object| object.summary().pages > 0);
+        let Some(object) = object.filter(|_| self.placer.has_choice()) else { return Ok(None) };
+        let pace = Pace::of(request);
+        pace.refuse_if(|| Ok(true))?;
+        let placement = self.placer.resolve(&Placement::parse(words.as_bytes())?, request);
+        object.refuse_relocation(&placement, &self.pool, &pace)?;
+        Ok(Some((object, placement)))
+    }
+
+    /// Moves the memory of a file.
+    pub(super) fn relocate(
+        &self,
+        (object, placement): (Arc<Object>, Resolved),
+        request: RequestContext,
+    ) -> Result<()> {
+        object.relocate(&placement, &self.pool, &Pace::of(request))
+    }
+
     /// The text of the attribute: a line with the words, and for a file with memory a line `<node>
     /// <bytes>` for each node. Bytes on another node than was asked for have a line of their own,
     /// with the reason behind them.
@@ -202,7 +232,7 @@ impl Fs {
     }
 
     /// The reason, behind a space, why memory is not on the nodes that are asked for: these are
-    /// full, or they were when the file grew, or the file grew before it was asked.
+    /// full, or they were when the file grew, or the memory was pinned when it was asked.
     fn why_elsewhere(&self, placement: &Placement) -> &'static str {
         let (wished, balances) = (self.wished(placement).nodes(), self.pool.balances());
         let mut with_room = balances.iter().filter(|(_, account)| account.available() > 0);

@@ -287,6 +287,13 @@ impl<'pool> Token<'pool> {
         &self.pages
     }
 
+    /// A token for `pages` of these pages. The others become free.
+    pub(super) fn reduced_to(mut self, pages: PerNode) -> Self {
+        let others = std::mem::take(&mut self.pages).less(&pages);
+        self.pages = others;
+        Self { pool: self.pool, pages }
+    }
+
     /// `pages` of the token's pages become a holding's.
     pub(super) fn hand_over(&mut self, pages: &PerNode) {
         let mut accounts = self.pool.accounts();

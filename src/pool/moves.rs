@@ -47,9 +47,9 @@ use super::{Account, Opened, Pool, Reserve, Token};
 use crate::error::{Error, Result};
 use crate::sealed::Sealed;
 use crate::steps::{self, Step};
-use crate::sys::policy::{self, Policy};
+use crate::sys::policy::prefer;
 use crate::sys::{self, MARGIN, refuse_more_than_available};
-use crate::units::{FOLIO_SIZE, NumaNode, PageSize, Range};
+use crate::units::{FOLIO_SIZE, Folio, NumaNode, PageSize, Range};
 use std::sync::MutexGuard;
 
 /// The most memory that moves between a file and the reserves at once. A piece of this size takes
@@ -166,26 +166,40 @@ impl Pool {
     }
 
     /// Runs `work` with a loan of the float. `work` takes up to `bytes` of memory, a folio at most,
-    /// and then frees as much.
+    /// and then frees as much. New memory comes from `node`, as far as that node has some.
     ///
     /// # Errors
     /// [`Error::NoMemory`] where nothing is left to lend; `work` has not run. The errors of `work`.
-    pub fn with_loan<T>(&self, bytes: u64, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    pub(super) fn with_loan<T>(
+        &self,
+        node: NumaNode,
+        bytes: u64,
+        work: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
         assert!(bytes <= FOLIO_SIZE, "a loan is a folio");
         if bytes <= LITTLE {
+            let _preferred = prefer(node);
             return work();
         }
-        let lender = self.richest_in_float();
+        let lender = self.lender(node);
         let _at_stake = self.lend(lender)?;
-        let result = work();
+        let result = {
+            let _preferred = prefer(node);
+            work()
+        };
         self.take_loan_back(lender);
         steps::reached(Step::LendTaken);
         result
     }
 
-    fn richest_in_float(&self) -> &Reserve {
+    /// The reserve that lends memory for `node`: its own if its float has a folio, or else the one
+    /// with the largest float.
+    fn lender(&self, node: NumaNode) -> &Reserve {
         let accounts = self.accounts();
-        let float = |reserve: &&Reserve| accounts.of(reserve.node).float_at_hand();
+        let float = |reserve: &&Reserve| {
+            let float = accounts.of(reserve.node).float_at_hand();
+            (reserve.node == node && float >= FOLIO_SIZE, float)
+        };
         self.reserves.iter().max_by_key(float).expect("a pool has memory of some node")
     }
 
@@ -247,7 +261,7 @@ impl Pool {
         let reserve = self.reserve_of(node);
         let begun = self.begin_piece(reserve)?;
         let mut source = reserve.lock();
-        let _preferred = self.prefer(node);
+        let _preferred = prefer(node);
         let piece = range.len().min(begun.most).min(source.size());
         match self.exchange(&mut source, target, Range::at(range.start, piece), size) {
             Err(Error::NoMemory) if piece > FOLIO_SIZE && !self.is_float_used_up(node) => {
@@ -308,29 +322,66 @@ impl Pool {
         given.map(|()| Some(piece))
     }
 
+    /// Moves a piece of the memory of `sealed` from one node to another: the first part of `range`,
+    /// which has memory. The reserve of `to` gives as much first, so that the node has room for
+    /// whole folios. The reserve of `from` takes the memory that becomes free there.
+    ///
+    /// `counts` says which of the folios that have moved count as moved, and may add others: the
+    /// reserve of `to` takes back what it gave for the rest. Returns the piece, and the folios that
+    /// count.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`] where nothing is left to put at stake. Nothing has moved.
+    pub(super) fn exchange_piece(
+        &self,
+        sealed: &Sealed,
+        range: Range,
+        from: NumaNode,
+        to: NumaNode,
+        counts: impl FnOnce(Range, Vec<Folio>) -> Vec<Folio>,
+    ) -> Result<(Range, Vec<Folio>)> {
+        let (giver, taker) = (self.reserve_of(to), self.reserve_of(from));
+        let begun = self.begin_piece(giver)?;
+        let (most, _at_stake) = self.stake_also(taker, begun.most)?;
+        let piece = Range::at(range.start, range.len().min(most));
+        give_piece(&mut giver.lock(), piece.len())?;
+        steps::reached(Step::RelocateGiven);
+        let moved = sealed.migrate(piece, to).unwrap_or_else(|error| {
+            log::warn!("memory stays on node {from}: {error}");
+            Vec::new()
+        });
+        steps::reached(Step::RelocateMoved);
+        let moved = counts(piece, moved);
+        let bytes = moved.len() as u64 * FOLIO_SIZE;
+        self.take_back(&mut taker.lock(), bytes);
+        self.take_back(&mut giver.lock(), piece.len() - bytes);
+        steps::reached(Step::RelocateTaken);
+        Ok((piece, moved))
+    }
+
+    /// Makes sure that the loss of a piece on the node of `reserve` would be the loss of its float,
+    /// or of a free page. Returns the most bytes of the piece, which are no more than `most`.
+    fn stake_also(&self, reserve: &Reserve, most: u64) -> Result<(u64, Option<Token<'_>>)> {
+        match self.account_of(reserve.node).float_at_hand() / FOLIO_SIZE * FOLIO_SIZE {
+            0 => {
+                let page = self.promise_on(reserve.node, 1).map_err(|_| Error::NoMemory)?;
+                Ok((FOLIO_SIZE, Some(page)))
+            }
+            float => Ok((most.min(float), None)),
+        }
+    }
+
     /// A reserve takes the memory that was given just now. If another process has taken it first,
     /// the pool is short of it.
     fn take_back(&self, reserve: &mut Opened<'_>, bytes: u64) {
+        if bytes == 0 {
+            return;
+        }
         if let Err(error) = lengthen(reserve, bytes) {
             log::warn!(
                 "another process has caught {bytes} bytes of the pool, which takes them again later: {error}"
             );
             self.note_short(reserve.node(), bytes);
-        }
-    }
-
-    /// Until the guard is dropped, the kernel takes new memory of this thread from NUMA node
-    /// `node`, as far as that node has some.
-    fn prefer(&self, node: NumaNode) -> Option<Preference> {
-        if self.reserves.len() == 1 {
-            return None;
-        }
-        match policy::set_for_thread(Policy::Prefer(node)) {
-            Ok(()) => Some(Preference),
-            Err(error) => {
-                log::debug!("node {node} cannot be preferred, as the cpuset has changed: {error}");
-                None
-            }
         }
     }
 }
@@ -369,16 +420,6 @@ pub(super) fn shorten(reserve: &mut Sealed, left: u64) -> Result<()> {
             Ok(())
         }
         result => result,
-    }
-}
-
-struct Preference;
-
-impl Drop for Preference {
-    fn drop(&mut self) {
-        if let Err(error) = policy::set_for_thread(Policy::Default) {
-            log::error!("a thread goes on preferring a NUMA node: {error}");
-        }
     }
 }
 

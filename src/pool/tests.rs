@@ -3,6 +3,7 @@
 //! that it has.
 
 use super::*;
+use crate::placement::Order;
 use proptest::prelude::*;
 
 const SIZE: PageSize = PageSize::Huge;
@@ -45,6 +46,8 @@ enum Operation {
     Allocate { first: u64, count: u64, keep_size: bool },
     /// fallocate(2) with FALLOC_FL_PUNCH_HOLE.
     Release { first: u64, count: u64 },
+    /// All pages are to lie on this node.
+    Relocate(usize),
     /// The worker dies, and the next one opens all files.
     Die,
 }
@@ -55,11 +58,16 @@ fn operations() -> impl Strategy<Value = Vec<(usize, Operation, Option<u64>)>> {
         3 => (0..8u64, 1..6u64, any::<bool>())
             .prop_map(|(first, count, keep_size)| Operation::Allocate { first, count, keep_size }),
         2 => (0..8u64, 1..6u64).prop_map(|(first, count)| Operation::Release { first, count }),
+        2 => (0..NODES.len()).prop_map(Operation::Relocate),
         1 => Just(Operation::Die),
     ];
     // The change is given up after this number of pieces.
     let given_up = prop_oneof![3 => Just(None), 1 => (0..3u64).prop_map(Some)];
     prop::collection::vec((0..FILES, operation, given_up), 1..12)
+}
+
+fn wish(node: NumaNode) -> Resolved {
+    Resolved { order: Order::Prefer(vec![node]), ..Resolved::default() }
 }
 
 fn begin<'pool>(
@@ -86,6 +94,7 @@ fn begin<'pool>(
             &Resolved::default(),
         ),
         Operation::Release { first, count } => file.begin_release(pool, pages(first, count)),
+        Operation::Relocate(node) => file.begin_relocation(pool, &wish(NODES[node])),
         Operation::Die => unreachable!("no change of a file"),
     }
 }
@@ -168,5 +177,59 @@ fn a_file_has_pages_of_both_nodes() {
     assert_eq!(NODES.map(|node| files[0].held().pages.of(node)), [8, 0]);
     let totals = pool.balances();
     assert_eq!(NODES.map(|node| totals.of(node).total), [PART + 4, PART - 4]);
+    assert_sound(&pool, &files);
+}
+
+/// This machine has memory of node 0 only, so pages can move there, and cannot leave.
+#[test]
+fn pages_move_to_the_node_that_is_wished_for_them() {
+    let pool = pool_of_two_nodes();
+    let mut files = vec![Holding::create(SIZE).unwrap()];
+    let growth = begin(&pool, &mut files[0], &Operation::Resize(8)).unwrap();
+    files[0].complete(growth).unwrap();
+    let relocation = begin(&pool, &mut files[0], &Operation::Relocate(0)).unwrap();
+    carry_out(&pool, &mut files, 0, relocation, None);
+    let pages = |files: &[Holding]| NODES.map(|node| files[0].held().pages.of(node));
+    assert_eq!(pages(&files), [PART, 8 - PART], "as many as the node has");
+    let strict = Resolved { strict: true, ..wish(NODES[0]) };
+    let refused = files[0].begin_relocation(&pool, &strict).map(drop);
+    assert!(matches!(refused, Err(Error::Full)), "{refused:?}");
+    let relocation = begin(&pool, &mut files[0], &Operation::Relocate(1)).unwrap();
+    carry_out(&pool, &mut files, 0, relocation, None);
+    assert_eq!(pages(&files), [PART, 8 - PART], "what the kernel does not move stays");
+    assert_sound(&pool, &files);
+}
+
+#[test]
+fn a_gigantic_page_moves_whole_or_comes_back() {
+    const GIB: u64 = PageSize::Gigantic.bytes();
+    let size = PageSize::Gigantic;
+    let reserves = NODES.map(|node| {
+        let reserve = Reserve::new(node, Sealed::create(Reach::Private, None).unwrap());
+        reserve.grow(bytes_of(1, size), |_| Ok(())).expect("root takes 2 GiB");
+        reserve
+    });
+    let account = Account::of_free_pages(1, size.bytes());
+    let pool = Pool::on(size, reserves.into(), NODES.map(|node| (node, account)).into());
+    let mut files = vec![Holding::create(size).unwrap()];
+    let growth = files[0].begin_growth(&pool, Range::new(0, 0), GIB - 5000, &wish(NODES[1]));
+    files[0].complete(growth.unwrap()).unwrap();
+    assert_eq!(files[0].held().pages, PerNode::on(NODES[1], 1));
+    let mut relocation = files[0].begin_relocation(&pool, &wish(NODES[0])).unwrap();
+    for _ in 0..4 {
+        assert_eq!(relocation.advance(&mut files[0]).unwrap(), Progress::More);
+        assert_sound(&pool, &files);
+    }
+    assert!(files[0].held().bytes.of(NODES[0]) > 0, "a part has moved");
+    files[0].stop_for_tests(relocation);
+    assert_sound(&pool, &files);
+    // The next change settles the holding first: the part comes back.
+    let relocation = files[0].begin_relocation(&pool, &wish(NODES[1])).unwrap();
+    assert_eq!(files[0].held().bytes, PerNode::on(NODES[1], GIB));
+    carry_out(&pool, &mut files, 0, relocation, None);
+    let relocation = files[0].begin_relocation(&pool, &wish(NODES[0])).unwrap();
+    carry_out(&pool, &mut files, 0, relocation, None);
+    assert_eq!(files[0].held().pages, PerNode::on(NODES[0], 1));
+    assert_eq!(files[0].held().bytes, PerNode::on(NODES[0], GIB));
     assert_sound(&pool, &files);
 }

@@ -126,7 +126,7 @@ impl Sealed {
     pub(super) fn reclaim_removed(&mut self) -> Result<()> {
         let mut next = self.begin_reclaiming(false)?;
         while let Some(from) = next {
-            next = self.reclaim_piece(from)?;
+            next = self.reclaim_piece(from, u64::MAX)?;
         }
         Ok(())
     }
@@ -150,14 +150,16 @@ impl Sealed {
         Ok(Some(0))
     }
 
-    /// Fills the gaps of one piece, from the byte `from` on. Returns the start of the next piece,
-    /// or `None` if there is nothing more to do. Between two pieces the file is in a state that a
-    /// program could make, too: its gaps are those that the next pieces fill.
+    /// Fills the gaps of one piece, from the byte `from` on, which ends at `end` at the latest.
+    /// Returns the start of the next piece, or `None` if there is nothing more to do. Between two
+    /// pieces the file is in a state that a program could make, too: its gaps are those that the
+    /// next pieces fill.
     ///
     /// # Errors
     /// [`Error::NoMemory`](crate::error::Error::NoMemory).
-    pub fn reclaim_piece(&mut self, from: u64) -> Result<Option<u64>> {
-        let piece = Range::at(from, RECLAIMED_AT_ONCE).intersect(Range::new(0, self.memory_span()));
+    pub fn reclaim_piece(&mut self, from: u64, end: u64) -> Result<Option<u64>> {
+        let memory = Range::new(0, self.memory_span().min(end));
+        let piece = Range::at(from, RECLAIMED_AT_ONCE).intersect(memory);
         if piece.is_empty() {
             return self.forget_punched().map(|()| None);
         }

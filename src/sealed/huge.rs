@@ -1,6 +1,7 @@
 //! The mapping of a file's memory: folios in one piece, and their NUMA nodes.
 
 use super::Sealed;
+use super::holes::between;
 use crate::error::{Error, Result};
 use crate::sys::mapping::Window;
 use crate::units::{FOLIO_SIZE, Folio, NumaNode, Range, SUBPAGE_SIZE};
@@ -50,6 +51,54 @@ impl Sealed {
             window.populate(subpage).ok()?;
             window.node_of(subpage.start)
         })
+    }
+
+    /// The NUMA node of the memory of each folio of `range`; `None` if a folio has no memory, or
+    /// the kernel does not tell.
+    pub fn nodes_of(&self, range: Range) -> Vec<(Folio, Option<NumaNode>)> {
+        range
+            .folios()
+            .map(|folio| (folio, self.has_memory(folio).then(|| self.node_of(folio)).flatten()))
+            .collect()
+    }
+
+    /// Moves the memory of `range` to `node`, for all processes that map it. Each byte stays in
+    /// reach all the time. Returns the folios that lie on `node` then; of a folio in small pages, a
+    /// pinned page may be elsewhere.
+    ///
+    /// # Errors
+    /// The errors of mmap(2), cachestat(2) and move_pages(2). Some folios may have moved.
+    pub fn migrate(&self, range: Range, node: NumaNode) -> Result<Vec<Folio>> {
+        let window = Window::new(&self.data, range)?;
+        let (mut pages, mut firsts) = (Vec::new(), Vec::new());
+        for folio in range.folios().filter(|folio| self.has_memory(*folio)) {
+            let mapped = self.map_around_lost(&window, folio)?;
+            firsts.extend(mapped.first().map(|first| (folio, *first)));
+            pages.push((folio, mapped));
+        }
+        // The head of a folio in one piece stands for all of it.
+        let huge = window.huge_ranges()?;
+        let is_huge = |folio: &Folio| huge.iter().any(|range| range.covers(folio.range()));
+        let pages = pages.into_iter().flat_map(|(folio, mut pages)| {
+            pages.truncate(if is_huge(&folio) { 1 } else { pages.len() });
+            pages
+        });
+        window.migrate(&pages.collect::<Vec<_>>(), node)?;
+        let offsets: Vec<u64> = firsts.iter().map(|(_, first)| *first).collect();
+        let nodes = window.nodes_of(&offsets).into_iter().zip(firsts);
+        Ok(nodes.filter(|(on, _)| *on == Some(node)).map(|(_, (folio, _))| folio).collect())
+    }
+
+    /// Maps the subpages of `folio` that have memory and no memory error. Returns their offsets.
+    fn map_around_lost(&self, window: &Window, folio: Folio) -> Result<Vec<u64>> {
+        let mut mapped = Vec::new();
+        for part in between(folio.range(), self.lost_runs_in(folio.range())) {
+            for present in self.present(part)? {
+                window.populate(present)?;
+                mapped.extend(present.steps(SUBPAGE_SIZE).map(|subpage| subpage.start));
+            }
+        }
+        Ok(mapped)
     }
 
     /// Voids the policies that programs have set for `range` by mbind(2), so that they do not apply

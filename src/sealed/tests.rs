@@ -338,9 +338,9 @@ fn what_was_removed_is_taken_back_in_pieces() {
     [0, 16].into_iter().for_each(|folio| remove(&sealed, Folio(folio).range()));
     let free = |sealed: &Sealed| tmpfs::blocks(sealed.data()).unwrap().free;
     assert_eq!(sealed.begin_reclaiming(false).unwrap(), Some(0));
-    assert_eq!(sealed.reclaim_piece(0).unwrap(), Some(32 << 20));
+    assert_eq!(sealed.reclaim_piece(0, u64::MAX).unwrap(), Some(32 << 20));
     assert_eq!(free(&sealed), SUBPAGES_PER_FOLIO, "the rest is for the next piece");
-    assert_eq!(sealed.reclaim_piece(32 << 20).unwrap(), Some(SIZE));
-    assert_eq!(sealed.reclaim_piece(SIZE).unwrap(), None);
+    assert_eq!(sealed.reclaim_piece(32 << 20, u64::MAX).unwrap(), Some(SIZE));
+    assert_eq!(sealed.reclaim_piece(SIZE, u64::MAX).unwrap(), None);
     assert_sealed(&sealed);
 }

@@ -206,24 +206,60 @@ impl Window {
 
     /// The NUMA node of the page at `offset` (move_pages(2)). `None` where the page is not mapped.
     pub fn node_of(&self, offset: u64) -> Option<NumaNode> {
-        let (start, _) = self.position(Range::at(offset, 1));
-        let page: *const u8 = self.map.as_ptr().wrapping_add(start);
-        let mut status: libc::c_int = -1;
-        // SAFETY: one page and one status, both alive for the call. Without target nodes the kernel
-        // moves nothing.
+        self.nodes_of(&[offset]).pop().flatten()
+    }
+
+    /// The NUMA node of the page at each of `offsets` (move_pages(2)). `None` where the page is not
+    /// mapped.
+    pub fn nodes_of(&self, offsets: &[u64]) -> Vec<Option<NumaNode>> {
+        let node = |status: libc::c_int| u32::try_from(status).ok().map(NumaNode);
+        match self.move_pages(offsets, None) {
+            Ok(statuses) => statuses.into_iter().map(node).collect(),
+            Err(_) => vec![None; offsets.len()],
+        }
+    }
+
+    /// Moves the folios that are mapped at `offsets` to `node`, in one piece each, for all
+    /// processes that map them (move_pages(2) with MPOL_MF_MOVE_ALL). Every process that maps one
+    /// waits for its copy. A folio that is pinned stays, so the caller asks [`Window::nodes_of`]
+    /// afterwards.
+    ///
+    /// A folio moves in one piece only if the node has as large a free piece: else the kernel
+    /// splits the folio and moves small pages.
+    ///
+    /// # Errors
+    /// EPERM without CAP_SYS_NICE; ENODEV, EINVAL or EACCES for a node that is not there or not
+    /// allowed by the process's cpuset.
+    pub fn migrate(&self, offsets: &[u64], node: NumaNode) -> Result<()> {
+        self.move_pages(offsets, Some(node)).map(drop)
+    }
+
+    /// The status that move_pages(2) returns for each page: a node, or a negative errno.
+    fn move_pages(&self, offsets: &[u64], to: Option<NumaNode>) -> Result<Vec<libc::c_int>> {
+        const MPOL_MF_MOVE_ALL: libc::c_int = 1 << 2;
+        let address = |offset: &u64| -> *const u8 {
+            self.map.as_ptr().wrapping_add(self.position(Range::at(*offset, 1)).0)
+        };
+        let pages: Vec<_> = offsets.iter().map(address).collect();
+        let mut statuses = vec![-1 as libc::c_int; pages.len()];
+        let nodes = to.map(|NumaNode(node)| vec![node as libc::c_int; pages.len()]);
+        let nodes = nodes.as_ref().map_or(std::ptr::null(), |nodes| nodes.as_ptr());
+        // SAFETY: all arrays have as many entries as the call names, and are alive for the call.
+        // The move of a page changes neither its bytes nor the mapping.
         #[allow(unsafe_code)]
         let result = unsafe {
             libc::syscall(
                 libc::SYS_move_pages,
                 0,
-                1usize,
-                &raw const page,
-                std::ptr::null::<libc::c_int>(),
-                &raw mut status,
-                0,
+                pages.len(),
+                pages.as_ptr(),
+                nodes,
+                statuses.as_mut_ptr(),
+                if to.is_some() { MPOL_MF_MOVE_ALL } else { 0 },
             )
         };
-        (result == 0).then(|| u32::try_from(status).ok().map(NumaNode)).flatten()
+        // A positive number counts pages that did not move.
+        if result >= 0 { Ok(statuses) } else { Err(std::io::Error::last_os_error().into()) }
     }
 }
 

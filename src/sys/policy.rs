@@ -62,6 +62,32 @@ pub fn set_for_thread(policy: Policy) -> Result<()> {
     if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
 }
 
+/// Until the guard is dropped, the kernel takes new memory of this thread from `node`, as far as
+/// that node has some. `None` if the process's cpuset does not allow the node any more, and on a
+/// kernel without NUMA.
+pub fn prefer(node: NumaNode) -> Option<Preference> {
+    match set_for_thread(Policy::Prefer(node)) {
+        Ok(()) => Some(Preference(())),
+        Err(error) => {
+            log::debug!("node {node} cannot be preferred: {error}");
+            None
+        }
+    }
+}
+
+/// The guard that [`prefer`] returns.
+#[must_use = "the preference ends with the guard"]
+#[derive(Debug)]
+pub struct Preference(());
+
+impl Drop for Preference {
+    fn drop(&mut self) {
+        if let Err(error) = set_for_thread(Policy::Default) {
+            log::error!("a thread goes on preferring a NUMA node: {error}");
+        }
+    }
+}
+
 /// Sets the policy for new memory of the mapped file, for `length` bytes of the mapping from
 /// `address` on. Memory that is there stays (mbind(2)).
 ///

@@ -140,7 +140,7 @@ impl Object {
             if !self.natives.exclude() {
                 return Err(Error::OpenNatively);
             }
-            pool.with_loan(part.len(), || holding.quarantine(part, time))?;
+            holding.quarantine(pool, part, time)?;
             pace.give_way(holding)
         });
         if holding.sealed().holes().count() > before {
@@ -205,8 +205,7 @@ impl Object {
         if holding.sealed().lost_runs_in(part).next().is_none() {
             return Ok(());
         }
-        let lost = lost_bytes(holding.sealed(), part);
-        context.pool.with_loan(lost, || holding.repair(part, content))?;
+        holding.repair(context.pool, part, content)?;
         let folio = Subpage::containing(part.start).folio();
         if holding.sealed().lost_runs_in(folio.range()).next().is_none() {
             (context.repaired)(folio);

@@ -5,7 +5,8 @@ use super::{
     Context, Locked, Object, Pace, carry_out, mend, mend_but_gaps, parts, placement_now, takes_long,
 };
 use crate::error::{Error, Result};
-use crate::pool::Holding;
+use crate::placement::Resolved;
+use crate::pool::{Holding, Pool};
 use crate::sealed::Content;
 use crate::steps::insist;
 use crate::sys::tmpfs;
@@ -109,6 +110,27 @@ impl Object {
                 self.zero(&mut holding, range, context)
             }
         }
+    }
+
+    /// Refuses a strict placement whose nodes have too few free pages for the file's.
+    ///
+    /// # Errors
+    /// [`Error::Full`].
+    pub fn refuse_relocation(&self, placement: &Resolved, pool: &Pool, pace: &Pace) -> Result<()> {
+        self.share(pace)?.refuse_relocation(pool, placement)
+    }
+
+    /// Moves the pages to the NUMA nodes that `placement` wishes for them, as far as these have
+    /// free pages. Programs go on to use the file.
+    ///
+    /// # Errors
+    /// [`Error::Full`] for a strict placement whose nodes have too few free pages, with nothing
+    /// changed; [`Error::NoMemory`] after some pages have moved.
+    pub fn relocate(&self, placement: &Resolved, pool: &Pool, pace: &Pace) -> Result<()> {
+        let _one_at_a_time = self.begin(pace)?;
+        let mut holding = self.lock(pace)?;
+        let relocation = holding.begin_relocation(pool, placement)?;
+        carry_out(&mut holding, relocation, pace)
     }
 
     /// Punches; the pages stay the file's, and a touch fills the gaps. A free block would open soft

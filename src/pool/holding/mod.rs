@@ -60,25 +60,29 @@
 //! MADV_REMOVE. Its blocks stay free for the program's touches until [`Sealed::resume`] has filled
 //! them.
 
+mod check;
 mod growth;
+mod opening;
 mod release;
+mod relocation;
 mod settling;
 mod shrinking;
 mod subpages;
 #[cfg(test)]
 mod tests;
+mod transfers;
 
 use super::homes::Homes;
 use super::page_set::{MOST_RUNS, PageSet, Run};
-use super::plan::Transfer;
 use super::{Held, PerNode, Pool, Token};
 use crate::error::{Error, Result};
 use crate::placement::Resolved;
-use crate::sealed::{Header, Hole, Reach, Sealed};
-use crate::steps::{self, Step, insist};
-use crate::units::{FOLIO_SIZE, Folio, NumaNode, Page, PageSize, Range, Subpage};
+use crate::sealed::{Hole, Reach, Sealed};
+use crate::steps::{self, Step};
+use crate::units::{FOLIO_SIZE, Folio, Page, PageSize, Range, Subpage};
 use growth::Growth;
 use release::Release;
+use relocation::{HalfMoved, Relocation};
 use settling::Settling;
 use shrinking::Shrinking;
 
@@ -114,6 +118,8 @@ pub struct Holding {
     owned: PerNode,
     /// Bytes of memory by home.
     memory: PerNode,
+    /// A page that is on its way to another home.
+    half_moved: Option<HalfMoved>,
 }
 
 /// The state of a [`Change`] after a piece.
@@ -137,6 +143,7 @@ enum Kind<'pool> {
     Growth(Growth<'pool>),
     Shrinking(Shrinking<'pool>),
     Release(Release<'pool>),
+    Relocation(Relocation<'pool>),
     Settling(Settling<'pool>),
 }
 
@@ -152,6 +159,7 @@ impl Change<'_> {
             Kind::Growth(growth) => growth.advance(holding),
             Kind::Shrinking(shrinking) => shrinking.advance(holding),
             Kind::Release(release) => release.advance(holding),
+            Kind::Relocation(relocation) => relocation.advance(holding),
             Kind::Settling(settling) => settling.advance(holding),
         };
         holding.under_way = matches!(progress, Ok(Progress::More));
@@ -167,6 +175,7 @@ impl Change<'_> {
             Kind::Growth(growth) => growth.give_up(why),
             Kind::Shrinking(shrinking) => shrinking.give_up(why),
             Kind::Release(release) => release.give_up(why),
+            Kind::Relocation(relocation) => relocation.give_up(why),
         }
     }
 }
@@ -191,82 +200,8 @@ impl Holding {
             homes: Homes::new(page_size),
             owned: PerNode::default(),
             memory: PerNode::default(),
+            half_moved: None,
         }
-    }
-
-    /// The holding of `sealed`, which another process has left. The pool has memory of `nodes`; the
-    /// pages that have memory get their homes by it. [`Holding::find_homes`] and
-    /// [`Holding::begin_settling`] must follow.
-    ///
-    /// # Errors
-    /// The errors of getxattr(2), and those of [`Sealed::resume`].
-    pub fn open(page_size: PageSize, sealed: Sealed, nodes: &[NumaNode]) -> Result<Self> {
-        let noted =
-            sealed.notes().kept(RELEASED)?.map(|runs| PageSet::decode(&runs)).unwrap_or_default();
-        let mut holding = Self::of(sealed, page_size);
-        holding.released = noted.clone();
-        // The dead worker gave them up.
-        holding.released.remove(holding.span().end..Page(u64::MAX));
-        // Other pages of the file lack memory if a program took it out by MADV_REMOVE. The program
-        // may touch them again.
-        let meant = holding.owned_in(Range::new(0, holding.size()));
-        holding.sealed.resume(meant.into_iter().flat_map(Range::folios))?;
-        holding.find_homes_by_memory(nodes);
-        holding.release_nothing_with_memory();
-        holding.note_is_stale = holding.released != noted;
-        holding.try_to_note_released();
-        Ok(holding)
-    }
-
-    /// Each page that has memory gets the home of that memory.
-    fn find_homes_by_memory(&mut self, nodes: &[NumaNode]) {
-        let with_memory: PageSet = self.sealed.folios().map(|folio| self.pages_of(folio)).collect();
-        if let [node] = nodes {
-            with_memory.runs().for_each(|run| self.homes.insert(run.clone(), *node));
-            return;
-        }
-        let pages = with_memory.runs().flat_map(|run| (run.start.0..run.end.0).map(Page));
-        for page in pages.collect::<Vec<_>>() {
-            let mut folios = self.page_size.range(page).folios();
-            let node = folios.find_map(|folio| self.sealed.node_of(folio));
-            if let Some(node) = node.filter(|node| nodes.contains(node)) {
-                self.homes.insert(page..Page(page.0 + 1), node);
-            }
-        }
-    }
-
-    /// Gives each page that has no home yet one, as `choose` says.
-    pub fn find_homes(&mut self, choose: impl FnOnce(&[Run]) -> Vec<(Run, NumaNode)>) {
-        let end = self.span().end.max(self.page_size.pages_touching(self.memory_range()).end);
-        let homeless: Vec<Run> = (self.released.gaps_within(Page(0)..end).into_iter())
-            .flat_map(|run| self.homes.gaps_within(run))
-            .collect();
-        choose(&homeless).into_iter().for_each(|(run, node)| self.homes.insert(run, node));
-        self.owned = self.homes.count(self.released.gaps_within(self.span()));
-        let home_of = |folio: Folio| self.homes.around(folio.range().start).0;
-        self.memory = self.sealed.folios().map(|folio| (home_of(folio), FOLIO_SIZE)).collect();
-    }
-
-    /// The bytes from the start to the end of the last folio with memory.
-    fn memory_range(&self) -> Range {
-        Range::new(0, self.sealed.memory_span())
-    }
-
-    fn pages_of(&self, folio: Folio) -> Run {
-        self.page_size.pages_touching(folio.range())
-    }
-
-    /// The released pages that have memory are released no more. Returns these pages.
-    fn release_nothing_with_memory(&mut self) -> PageSet {
-        let memory = self.memory_end();
-        let with_memory = self.released.runs().flat_map(|run| {
-            let folios = self.page_size.bytes_of(run).intersect(Range::new(0, memory)).folios();
-            folios.filter(|folio| self.sealed.has_memory(*folio))
-        });
-        let owned: PageSet = with_memory.map(|folio| self.pages_of(folio)).collect();
-        self.released = std::mem::take(&mut self.released).without(&owned);
-        self.note_is_stale |= !owned.is_empty();
-        owned
     }
 
     /// Notes the released pages, unless the note is true already.
@@ -397,63 +332,6 @@ impl Holding {
             bytes: self.memory.clone(),
             stuck: self.unsettled.clone().unwrap_or_default(),
         }
-    }
-
-    /// Checks the holding as a whole; [`Sealed::check_part`] checks the rest. Returns a line for
-    /// each violation. Between two pieces of a change, checks only the invariants that hold at each
-    /// moment.
-    ///
-    /// # Errors
-    /// The errors of the kernel.
-    pub fn check(&self) -> Result<Vec<String>> {
-        let mut wrong = self.sealed.check_totals()?;
-        if self.is_settled() {
-            wrong.extend(self.check_pages()?);
-        }
-        Ok(wrong)
-    }
-
-    fn check_pages(&self) -> Result<Vec<String>> {
-        let (mut wrong, file) = (Vec::new(), Range::new(0, self.size()));
-        let header = self.sealed.header();
-        if header.undo_size.is_some() {
-            wrong.push("a size to come back to is noted, and no change is under way".to_owned());
-        }
-        let owned = header.owned_pages - self.released.count();
-        if owned != self.pages() {
-            wrong.push(format!("{owned} pages are the file's, and {} are counted", self.pages()));
-        }
-        if header.owned_pages < self.page_size.pages_up(file.end) {
-            wrong.push(format!(
-                "{} pages are the file's, which has {} bytes",
-                header.owned_pages, file.end
-            ));
-        }
-        let noted = self
-            .sealed
-            .notes()
-            .kept(RELEASED)?
-            .map(|runs| PageSet::decode(&runs))
-            .unwrap_or_default();
-        if noted != self.released && !self.note_is_stale {
-            let counts = (noted.count(), self.released.count());
-            wrong.push(format!("{} pages are noted as released, and {} are", counts.0, counts.1));
-        }
-        let memory = Range::new(0, self.memory_end());
-        for range in self.released.runs().map(|run| self.page_size.bytes_of(run).intersect(memory))
-        {
-            if let Some(folio) = range.folios().find(|folio| self.sealed.has_memory(*folio)) {
-                wrong.push(format!("folio {} is released and has memory", folio.0));
-            }
-        }
-        for range in self.released.gaps_within(self.page_size.pages_touching(memory)) {
-            if let Some(range) =
-                self.first_without_memory(self.page_size.bytes_of(&range).intersect(memory))
-            {
-                wrong.push(format!("{range} is the file's and has no memory"));
-            }
-        }
-        Ok(wrong)
     }
 
     /// The first run of folios in `range` that have no memory, if there is one.
@@ -598,6 +476,47 @@ impl Holding {
         Ok(self.begun(Kind::Release(Release::new(self, pool, runs))))
     }
 
+    /// Begins to give each page a home that `placement` wishes for it, as far as these nodes have
+    /// free pages, and to move the memory there. Programs go on to use the file.
+    ///
+    /// # Errors
+    /// [`Error::Full`] for a strict placement whose nodes have too few free pages. Nothing has
+    /// changed. The change itself fails with [`Error::NoMemory`] where nothing is left to put at
+    /// stake; some pages have moved.
+    pub fn begin_relocation<'pool>(
+        &mut self,
+        pool: &'pool Pool,
+        placement: &Resolved,
+    ) -> Result<Change<'pool>> {
+        self.ready(pool)?;
+        if pool.nodes().len() == 1 {
+            return Ok(Change(Kind::Nothing));
+        }
+        self.refuse_relocation(pool, placement)?;
+        Ok(self.begun(Kind::Relocation(Relocation::new(pool, placement))))
+    }
+
+    /// Refuses a strict placement whose nodes have too few free pages.
+    ///
+    /// # Errors
+    /// [`Error::Full`] or [`Error::Returning`].
+    pub fn refuse_relocation(&self, pool: &Pool, placement: &Resolved) -> Result<()> {
+        if placement.strict {
+            drop(pool.promise_pages(&self.misplaced(placement), placement)?);
+        }
+        Ok(())
+    }
+
+    /// The pages whose homes `placement` does not wish for them.
+    fn misplaced(&self, placement: &Resolved) -> PageSet {
+        let homes = self.homes.within(self.span());
+        let pages = homes.into_iter().flat_map(|(run, node)| {
+            let pages = (run.start.0..run.end.0).map(Page);
+            pages.filter(move |page| !placement.wishes(*page, node))
+        });
+        pages.map(|page| page..Page(page.0 + 1)).collect()
+    }
+
     /// Begins to undo a change that another process left under way, or that this process could not
     /// undo, and to give the file's pages the memory that they lack.
     ///
@@ -649,102 +568,10 @@ impl Holding {
         drop(pool.token_of_kept(self.unsettled.take().unwrap_or_default()));
     }
 
-    /// Only the file's pages have homes.
-    fn forget_other_homes(&mut self) {
-        let owned = self.released.gaps_within(self.span()).into_iter().collect();
-        self.homes.retain(&owned);
-    }
-
-    // ---- transfers -----------------------------------------------------------------------------
-
-    /// Moves a piece of memory here for the start of `transfer`, and makes the sealed file longer
-    /// for that, up to `size` bytes. Returns the length of the piece.
-    ///
-    /// # Errors
-    /// Those of [`Pool::move_piece_out`].
-    fn take_piece(&mut self, pool: &Pool, transfer: Transfer, size: u64) -> Result<u64> {
-        let before = self.sealed.folio_count();
-        let moved = pool.move_piece_out(&mut self.sealed, transfer, size);
-        self.count_memory(transfer.node, before);
-        moved
-    }
-
-    /// Moves a piece of memory back to the pool: the last part of `range` that has memory, of pages
-    /// with one home. `give` takes it out of the sealed file. Returns the part that moved, or
-    /// `None` where `range` has no memory.
-    ///
-    /// # Errors
-    /// Those of [`Pool::move_piece_in`].
-    fn give_piece(
-        &mut self,
-        pool: &Pool,
-        range: Range,
-        give: impl FnOnce(&mut Sealed, Range) -> Result<()>,
-    ) -> Result<Option<Range>> {
-        let has_memory = |folio: &Folio| self.sealed.has_memory(*folio);
-        let Some(last) = range.folios().rev().find(has_memory) else { return Ok(None) };
-        let (node, start) = self.homes.around(last.range().start);
-        let range = Range::new(range.start.max(start), last.range().end);
-        let before = self.sealed.folio_count();
-        let moved = pool.move_piece_in(&mut self.sealed, Transfer { range, node }, give);
-        self.count_memory(node, before);
-        moved
-    }
-
-    /// The sealed file had `before` folios. The others came from `node`, or went there.
-    fn count_memory(&mut self, node: NumaNode, before: u64) {
-        let after = self.sealed.folio_count();
-        self.memory.add(node, after.saturating_sub(before) * FOLIO_SIZE);
-        self.memory.take(node, before.saturating_sub(after) * FOLIO_SIZE);
-        assert_eq!(self.memory.total(), after * FOLIO_SIZE, "memory is counted by its homes");
-    }
-
-    /// `pages` have become the file's.
-    fn own(&mut self, pages: &PerNode) {
-        self.owned = std::mem::take(&mut self.owned).and(pages);
-    }
-
-    /// `pages` are the file's no more.
-    fn disown(&mut self, pages: &PerNode) {
-        self.owned = std::mem::take(&mut self.owned).less(pages);
-    }
-
     /// The released pages that hold any byte of `range`. `range` may reach up to the largest file
     /// size, so the released runs are searched, not `range`.
     fn released_touching(&self, range: Range) -> PageSet {
         self.released.within(self.page_size.pages_touching(range)).collect()
-    }
-
-    /// Gives back the pages behind the page with the end of file. No memory moves for that.
-    fn give_up_pages_behind_end(&mut self, pool: &Pool) -> Result<()> {
-        let end = Page(self.page_size.pages_up(self.sealed.size()));
-        let behind = end..self.span().end.max(end);
-        let given_up = self.homes.count(self.released.gaps_within(behind));
-        let update = |header: &mut Header| {
-            header.owned_pages = header.owned_pages.min(end.0);
-            header.undo_size = None;
-        };
-        insist(|| self.sealed.update(update))?; // must succeed, as memory may have moved already
-        steps::reached(Step::ShrinkNoted);
-        if self.released.within(end..Page(u64::MAX)).next().is_some() {
-            self.released.remove(end..Page(u64::MAX));
-            self.note_is_stale = true;
-            self.try_to_note_released();
-        }
-        steps::reached(Step::ShrinkDone);
-        self.homes.remove(end..Page(u64::MAX));
-        self.disown(&given_up);
-        pool.release(&given_up);
-        Ok(())
-    }
-
-    /// The pages of `run`, which have no memory any more, go back to the pool.
-    fn release_pages(&mut self, pool: &Pool, run: Run) {
-        let released = self.homes.count([run.clone()]);
-        self.homes.remove(run.clone());
-        self.released.insert(run);
-        self.disown(&released);
-        pool.release(&released);
     }
 
     fn refuse_with_holes(&self) -> Result<()> {

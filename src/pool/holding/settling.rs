@@ -16,6 +16,8 @@ pub struct Settling<'pool> {
 
 #[derive(Debug)]
 enum Stage {
+    /// The memory of a page that was on its way to another home goes back to its home.
+    Return,
     /// Memory behind `undo_size` goes back to the reserves.
     Shorten,
     /// The file's pages get the memory that they lack, from this byte on.
@@ -24,14 +26,22 @@ enum Stage {
 
 impl<'pool> Settling<'pool> {
     pub fn new(pool: &'pool Pool) -> Self {
-        Self { pool, stage: Stage::Shorten }
+        Self { pool, stage: Stage::Return }
     }
 
     pub fn advance(&mut self, holding: &mut Holding) -> Result<Progress> {
         match self.stage {
+            Stage::Return => self.return_half_moved(holding),
             Stage::Shorten => self.shorten(holding),
             Stage::Fill(from) => self.fill(holding, from),
         }
+    }
+
+    fn return_half_moved(&mut self, holding: &mut Holding) -> Result<Progress> {
+        if holding.return_half_moved(self.pool)?.is_none() {
+            self.stage = Stage::Shorten;
+        }
+        Ok(Progress::More)
     }
 
     fn shorten(&mut self, holding: &mut Holding) -> Result<Progress> {

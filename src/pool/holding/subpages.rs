@@ -3,7 +3,9 @@
 
 use super::Holding;
 use crate::error::Result;
+use crate::pool::Pool;
 use crate::sealed::Content;
+use crate::sys::policy::prefer;
 use crate::units::{Range, Subpage};
 
 impl Holding {
@@ -15,20 +17,26 @@ impl Holding {
         self.sealed.attach(path)
     }
 
-    /// As [`Sealed::quarantine`].
+    /// As [`Sealed::quarantine`], with a loan of the pool.
     ///
     /// # Errors
-    /// Those of [`Sealed::quarantine`].
-    pub fn quarantine(&mut self, range: Range, time: u64) -> Result<()> {
-        self.sealed.quarantine(range, time)
+    /// Those of [`Sealed::quarantine`], and [`Error::NoMemory`](crate::error::Error::NoMemory)
+    /// where nothing is left to lend.
+    pub fn quarantine(&mut self, pool: &Pool, part: Range, time: u64) -> Result<()> {
+        let node = self.node_counted(Subpage::containing(part.start).folio());
+        pool.with_loan(node, part.len(), || self.sealed.quarantine(part, time))
     }
 
-    /// As [`Sealed::repair`].
+    /// As [`Sealed::repair`], with a loan of the pool. The memory comes from the home of the page,
+    /// as far as that node has some.
     ///
     /// # Errors
-    /// Those of [`Sealed::repair`].
-    pub fn repair(&mut self, range: Range, content: Content<'_>) -> Result<()> {
-        self.sealed.repair(range, content)
+    /// Those of [`Sealed::repair`], and [`Error::NoMemory`](crate::error::Error::NoMemory) where
+    /// nothing is left to lend.
+    pub fn repair(&mut self, pool: &Pool, part: Range, content: Content<'_>) -> Result<()> {
+        let node = self.node_counted(Subpage::containing(part.start).folio());
+        let lost = self.sealed.lost_runs_in(part).map(Range::len).sum();
+        pool.with_loan(node, lost, || self.sealed.repair(part, content))
     }
 
     /// As [`Sealed::note_hw_errors_in`].
@@ -72,11 +80,14 @@ impl Holding {
         self.sealed.begin_reclaiming(from_strays)
     }
 
-    /// As [`Sealed::reclaim_piece`].
+    /// As [`Sealed::reclaim_piece`], for pages with one home. The memory comes from that node, as
+    /// far as it has some.
     ///
     /// # Errors
     /// Those of [`Sealed::reclaim_piece`].
     pub fn reclaim_piece(&mut self, from: u64) -> Result<Option<u64>> {
-        self.sealed.reclaim_piece(from)
+        let home = self.homes.at(from);
+        let _preferred = home.and_then(|(node, _)| prefer(node));
+        self.sealed.reclaim_piece(from, home.map_or(u64::MAX, |(_, end)| end))
     }
 }

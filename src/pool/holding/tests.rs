@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::pool::moves::float_of;
+use crate::pool::plan::Transfer;
 use crate::pool::tests::adopt_one;
 use crate::sys::tmpfs;
 

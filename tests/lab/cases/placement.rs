@@ -2,10 +2,11 @@
 
 use super::cases;
 use super::nodes::Cpuset;
-use crate::support::{FOLIO, MAP, PLACEMENT, Pool, get, kill_worker, set};
+use crate::support::{FOLIO, MAP, PLACEMENT, Pool, REPAIR, Toucher, get, kill_worker, poison, set};
 use hugetlb2fs::sys::policy::{Policy, set_for_thread};
 use hugetlb2fs::units::NumaNode;
 use rustix::fs::Uid;
+use rustix::io::Errno;
 use rustix::thread::{CpuSet, sched_setaffinity, set_thread_res_uid};
 use std::fs::{File, Permissions, set_permissions};
 use std::io::ErrorKind;
@@ -19,7 +20,8 @@ cases! {
     TWO_NODES: each_word_places_a_file, a_files_memory_follows_the_callers_policy,
         the_policy_of_another_users_program_counts, the_callers_cpuset_bounds_its_policy,
         a_strict_file_does_not_grow_onto_another_node,
-        memory_on_another_node_is_told_with_the_reason;
+        memory_on_another_node_is_told_with_the_reason, memory_moves_while_a_program_uses_it,
+        memory_that_moves_survives_deaths;
 }
 
 /// A file of a directory, made and sized by this thread.
@@ -150,7 +152,7 @@ fn the_callers_cpuset_bounds_its_policy() {
     let (path, grown) = on_processor(0, || sized(&pool.path(), 4));
     grown.unwrap();
     assert_eq!(nodes(&path), [1; 4], "the processor is node 0's, and the cpuset allows node 1");
-    set(&path, PLACEMENT, "local").unwrap();
+    on_processor(1, || set(&path, PLACEMENT, "local")).unwrap();
     let file = File::options().write(true).open(&path).unwrap();
     on_processor(0, || file.set_len(6 * FOLIO)).unwrap();
     assert_eq!(nodes(&path), [1, 1, 1, 1, 0, 0], "the file's owner asks, not the caller");
@@ -168,6 +170,10 @@ fn a_strict_file_does_not_grow_onto_another_node() {
     let file = File::options().write(true).open(&path).unwrap();
     file.set_len(PAGES / 2 * FOLIO).unwrap();
     assert_eq!(nodes(&path), [1; PAGES as usize / 2]);
+    // Strict words that cannot be had change nothing.
+    let refused = set(&path, PLACEMENT, "strict:interleave:0");
+    assert_eq!(refused, Ok(()), "node 0 has room");
+    assert_eq!(nodes(&path), [0; PAGES as usize / 2]);
     set(&path, PLACEMENT, "bind:1").unwrap();
     file.set_len((PAGES / 2 + 1) * FOLIO).unwrap();
     assert_eq!(nodes(&path).last(), Some(&0), "it asks for no more than what can be had");
@@ -184,8 +190,67 @@ fn memory_on_another_node_is_told_with_the_reason() {
     let (half, rest) = (PAGES / 2 * FOLIO, 4 * FOLIO);
     assert_eq!(told(&path), [format!("0 {rest} full"), format!("1 {half}")]);
     set(&path, PLACEMENT, "bind:0").unwrap();
-    assert_eq!(told(&path), [format!("0 {rest}"), format!("1 {half} earlier")]);
-    set(&path, PLACEMENT, "caller").unwrap();
-    assert_eq!(told(&path), [format!("0 {rest}"), format!("1 {half}")]);
+    assert_eq!(told(&path), [format!("0 {half}"), format!("1 {rest} full")], "it has moved");
+    let refused = set(&path, PLACEMENT, "strict:bind:0");
+    assert_eq!(refused, Err(Errno::NOSPC));
+    assert_eq!(get(&path, PLACEMENT).unwrap().lines().next(), Some("bind:0"));
+    on_processor(0, || set(&path, PLACEMENT, "caller")).unwrap();
+    assert_eq!(told(&path), [format!("0 {half}"), format!("1 {rest}")]);
+    pool.check();
+    pool.unmount();
+}
+
+/// A file of eight pages on node 0, each byte of which tells its page, and the bytes.
+fn numbered(pool: &Pool) -> (std::path::PathBuf, Vec<u8>) {
+    let path = pool.join("file");
+    File::create(&path).unwrap();
+    set(&path, PLACEMENT, "bind:0").unwrap();
+    let bytes: Vec<u8> = (0..8 * FOLIO).map(|at| (at / FOLIO + at / 4096) as u8).collect();
+    std::fs::write(&path, &bytes).unwrap();
+    assert_eq!(nodes(&path), [0; 8]);
+    (path, bytes)
+}
+
+fn memory_moves_while_a_program_uses_it() {
+    let pool = Pool::small(PAGES);
+    let (path, bytes) = numbered(&pool);
+    let mut program = Toucher::mapping(&path, 8 * FOLIO);
+    poison(&path, 3 * FOLIO, 4096).unwrap();
+    let half = 4 * FOLIO;
+    let everywhere = [format!("0 {half}"), format!("1 {half}")];
+    for (words, expected) in
+        [("bind:1", &[format!("1 {}", 2 * half)][..]), ("interleave:0-1", &everywhere)]
+    {
+        set(&path, PLACEMENT, words).unwrap();
+        assert_eq!(told(&path), expected, "{words}");
+        assert_eq!(program.walk(), [3 * FOLIO], "the quarantined subpage alone is out of reach");
+        pool.check();
+    }
+    set(&path, REPAIR, format!("salvage {:#x} 4096", 3 * FOLIO)).unwrap();
+    assert!(std::fs::read(&path).unwrap() == bytes, "bytes have changed");
+    assert_eq!(pool.free_pages(), PAGES - 8);
+    pool.check();
+    drop(program);
+    pool.unmount();
+}
+
+fn memory_that_moves_survives_deaths() {
+    let pool = Pool::small(PAGES);
+    let (path, bytes) = numbered(&pool);
+    for round in 0..12 {
+        let words = format!("bind:{}", (round + 1) % 2);
+        std::thread::scope(|scope| {
+            let moved = scope.spawn(|| set(&path, PLACEMENT, &words));
+            kill_worker(&pool);
+            kill_worker(&pool);
+            moved.join().unwrap().unwrap();
+        });
+    }
+    assert!(std::fs::read(&path).unwrap() == bytes, "bytes have changed");
+    pool.check();
+    assert_eq!(pool.free_pages(), PAGES - 8);
+    set(&path, PLACEMENT, "bind:1").unwrap();
+    assert_eq!(nodes(&path), [1; 8]);
+    pool.check();
     pool.unmount();
 }
