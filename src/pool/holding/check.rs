@@ -3,6 +3,8 @@
 use super::{Holding, RELEASED};
 use crate::error::Result;
 use crate::pool::page_set::PageSet;
+#[cfg(doc)]
+use crate::sealed::Sealed;
 use crate::units::Range;
 
 impl Holding {

@@ -46,8 +46,8 @@
 //! notes its pages before it moves any memory. A growth strikes pages out of the note after it has
 //! moved all memory. So a page that is noted and has memory was on its way, in one direction or the
 //! other: it is the file's. A growth that lengthens the file first notes the old size in the header
-//! ([`Header`]), as `undo_size`. Its last step clears `undo_size` and makes the pages the
-//! file's.
+//! ([`crate::sealed::Header`]), as `undo_size`. Its last step clears `undo_size` and makes the
+//! pages the file's.
 //!
 //! So [`Holding::open`] leaves every page in one of two states: released and without memory, or the
 //! file's. A page of the file that is noted as released, and lacks some of its memory before the

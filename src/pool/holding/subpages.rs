@@ -5,6 +5,8 @@ use super::Holding;
 use crate::error::Result;
 use crate::pool::Pool;
 use crate::sealed::Content;
+#[cfg(doc)]
+use crate::sealed::Sealed;
 use crate::sys::policy::prefer;
 use crate::units::{Range, Subpage};
 
