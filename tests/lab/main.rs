@@ -1,6 +1,6 @@
 //! The lab: cases that need a kernel with real memory errors (CONFIG_MEMORY_FAILURE), several NUMA
-//! nodes, or a boot of their own. They run on Debian's kernel in a machine that QEMU emulates, with
-//! the programs that users run.
+//! nodes, or a boot of their own. They run on Debian's kernel in a machine that QEMU emulates. The
+//! project's programs are built as for a release there, and the packages that they use are not.
 //!
 //! ```text
 //!   this program (host)                         the machine
