@@ -4,6 +4,7 @@ use super::PerNode;
 use super::page_set::{PageSet, Run, length};
 use crate::units::{NumaNode, Page, PageSize};
 use rangemap::RangeMap;
+use std::ops::Range;
 
 /// For each page of a file its home: the NUMA node whose part of the pool has given the page. Pages
 /// that follow one another on one node take one entry.
@@ -35,6 +36,11 @@ impl Homes {
         (*node, self.page_size.bytes_of(run).start)
     }
 
+    /// True if `page` has a home.
+    pub fn has(&self, page: Page) -> bool {
+        self.nodes.contains_key(&page)
+    }
+
     /// The pages of `run` get the home `node`.
     pub fn insert(&mut self, run: Run, node: NumaNode) {
         if !run.is_empty() {
@@ -50,14 +56,13 @@ impl Homes {
     }
 
     /// The homes of the pages of `run` that have one, ascending.
-    pub fn within(&self, run: Run) -> Vec<(Run, NumaNode)> {
-        if run.is_empty() {
-            return Vec::new();
-        }
-        let cut = |(part, node): (&Run, &NumaNode)| {
-            (part.start.max(run.start)..part.end.min(run.end), *node)
+    pub fn within(&self, run: Run) -> impl Iterator<Item = (Run, NumaNode)> + '_ {
+        let Range { start, end } = run;
+        let cut = move |(part, node): (&Run, &NumaNode)| {
+            (part.start.max(start)..part.end.min(end), *node)
         };
-        self.nodes.overlapping(run.clone()).map(cut).collect()
+        let parts = (start < end).then(|| self.nodes.overlapping(start..end));
+        parts.into_iter().flatten().map(cut)
     }
 
     /// The pages of `run` without a home, ascending.
@@ -69,10 +74,12 @@ impl Homes {
     pub fn count(&self, runs: impl IntoIterator<Item = Run>) -> PerNode {
         let mut counts = PerNode::default();
         for run in runs {
-            let homes = self.within(run.clone());
-            let counted: u64 = homes.iter().map(|(part, _)| length(part)).sum();
-            assert_eq!(counted, length(&run), "a page of {run:?} has no home");
-            homes.into_iter().for_each(|(part, node)| counts.add(node, length(&part)));
+            let mut left = length(&run);
+            for (part, node) in self.within(run.clone()) {
+                counts.add(node, length(&part));
+                left -= length(&part);
+            }
+            assert_eq!(left, 0, "a page of {run:?} has no home");
         }
         counts
     }
@@ -81,7 +88,7 @@ impl Homes {
     pub fn retain(&mut self, kept: &PageSet) {
         let mut nodes = RangeMap::new();
         for run in kept.runs() {
-            self.within(run.clone()).into_iter().for_each(|(part, node)| nodes.insert(part, node));
+            self.within(run.clone()).for_each(|(part, node)| nodes.insert(part, node));
         }
         self.nodes = nodes;
     }

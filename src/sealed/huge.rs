@@ -43,23 +43,27 @@ impl Sealed {
         window.huge_ranges()
     }
 
-    /// The NUMA node of the memory of `folio`; `None` if the kernel does not tell.
-    pub fn node_of(&self, folio: Folio) -> Option<NumaNode> {
-        let window = Window::new(&self.data, folio.range()).ok()?;
-        let present = self.present(folio.range()).ok()?;
-        present.into_iter().flat_map(|range| range.steps(SUBPAGE_SIZE)).find_map(|subpage| {
-            window.populate(subpage).ok()?;
-            window.node_of(subpage.start)
-        })
+    /// The folios of `range` that have memory, ascending, each with its NUMA node; `None` in place
+    /// of the node if the kernel does not tell. Maps `range` once.
+    pub fn nodes_of(&self, range: Range) -> Vec<(Folio, Option<NumaNode>)> {
+        let folios = range.folios().filter(|folio| self.has_memory(*folio));
+        let window = if range.is_empty() { None } else { Window::new(&self.data, range).ok() };
+        let Some(window) = window else { return folios.map(|folio| (folio, None)).collect() };
+        let first = |folio| (folio, self.map_first(&window, folio));
+        let firsts: Vec<(Folio, Option<u64>)> = folios.map(first).collect();
+        let offsets: Vec<u64> = firsts.iter().filter_map(|(_, first)| *first).collect();
+        let mut nodes = window.nodes_of(&offsets).into_iter();
+        let node = |(folio, first): (Folio, Option<u64>)| {
+            (folio, first.and_then(|_| nodes.next().flatten()))
+        };
+        firsts.into_iter().map(node).collect()
     }
 
-    /// The NUMA node of the memory of each folio of `range`; `None` if a folio has no memory, or
-    /// the kernel does not tell.
-    pub fn nodes_of(&self, range: Range) -> Vec<(Folio, Option<NumaNode>)> {
-        range
-            .folios()
-            .map(|folio| (folio, self.has_memory(folio).then(|| self.node_of(folio)).flatten()))
-            .collect()
+    /// Maps the first subpage of `folio` that can be mapped. Returns its offset.
+    fn map_first(&self, window: &Window, folio: Folio) -> Option<u64> {
+        let present = self.present(folio.range()).ok()?;
+        let mut subpages = present.into_iter().flat_map(|range| range.steps(SUBPAGE_SIZE));
+        subpages.find(|subpage| window.populate(*subpage).is_ok()).map(|subpage| subpage.start)
     }
 
     /// Moves the memory of `range` to `node`, for all processes that map it. Each byte stays in

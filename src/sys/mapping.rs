@@ -204,11 +204,6 @@ impl Window {
         Ok(found)
     }
 
-    /// The NUMA node of the page at `offset` (move_pages(2)). `None` where the page is not mapped.
-    pub fn node_of(&self, offset: u64) -> Option<NumaNode> {
-        self.nodes_of(&[offset]).pop().flatten()
-    }
-
     /// The NUMA node of the page at each of `offsets` (move_pages(2)). `None` where the page is not
     /// mapped.
     pub fn nodes_of(&self, offsets: &[u64]) -> Vec<Option<NumaNode>> {

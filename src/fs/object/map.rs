@@ -75,12 +75,14 @@ impl Object {
             }
             at = window.end;
             let huge = sealed.huge_ranges(window)?;
+            let located = if nodes.len() > 1 { sealed.nodes_of(window) } else { Vec::new() };
+            let mut located = located.into_iter();
             for folio in window.folios() {
                 let range = folio.range().intersect(file);
                 let node = match (sealed.has_memory(folio), nodes) {
                     (false, _) => None,
                     (true, [only]) => Some(*only),
-                    (true, _) => sealed.node_of(folio),
+                    (true, _) => located.next().and_then(|(_, node)| node),
                 };
                 if !sealed.has_memory(folio) {
                     extents.push(range, State::Released, None);
@@ -120,9 +122,7 @@ impl Object {
                 return Ok(());
             }
             at = window.end;
-            for folio in window.folios().filter(|folio| sealed.has_memory(*folio)) {
-                each(folio, sealed.node_of(folio));
-            }
+            sealed.nodes_of(window).into_iter().for_each(|(folio, node)| each(folio, node));
         }
     }
 

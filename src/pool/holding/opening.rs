@@ -6,6 +6,9 @@ use crate::pool::page_set::{PageSet, Run};
 use crate::sealed::Sealed;
 use crate::units::{FOLIO_SIZE, Folio, NumaNode, Page, PageSize, Range};
 
+/// Bytes of a file whose NUMA nodes are looked for in one mapping.
+const MAPPED_AT_ONCE: u64 = 1 << 30;
+
 impl Holding {
     /// The holding of `sealed`, which another process has left. The pool has memory of `nodes`; the
     /// pages that have memory get their homes by it. [`Holding::find_homes`] and
@@ -34,17 +37,19 @@ impl Holding {
 
     /// Each page that has memory gets the home of that memory.
     pub(super) fn find_homes_by_memory(&mut self, nodes: &[NumaNode]) {
-        let with_memory: PageSet = self.sealed.folios().map(|folio| self.pages_of(folio)).collect();
         if let [node] = nodes {
+            let pages = self.sealed.folios().map(|folio| self.pages_of(folio));
+            let with_memory: PageSet = pages.collect();
             with_memory.runs().for_each(|run| self.homes.insert(run.clone(), *node));
             return;
         }
-        let pages = with_memory.runs().flat_map(|run| (run.start.0..run.end.0).map(Page));
-        for page in pages.collect::<Vec<_>>() {
-            let mut folios = self.page_size.range(page).folios();
-            let node = folios.find_map(|folio| self.sealed.node_of(folio));
-            if let Some(node) = node.filter(|node| nodes.contains(node)) {
-                self.homes.insert(page..Page(page.0 + 1), node);
+        for window in self.memory_range().steps(MAPPED_AT_ONCE) {
+            for (folio, node) in self.sealed.nodes_of(window) {
+                let (page, node) = (self.pages_of(folio), node.filter(|node| nodes.contains(node)));
+                // The first folio of which the kernel tells stands for the page.
+                if let Some(node) = node.filter(|_| !self.homes.has(page.start)) {
+                    self.homes.insert(page, node);
+                }
             }
         }
     }
