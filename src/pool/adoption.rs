@@ -195,41 +195,43 @@ mod tests {
         accounts.iter().map(|(_, account)| (account.total, account.free, account.short)).collect()
     }
 
+    /// Size, free pages and short bytes of each part after the adoption of files with the pages
+    /// `files`. No part has bytes too many.
+    fn adopted(
+        totals: (u64, u64),
+        reserves: (u64, u64),
+        files: (u64, u64),
+    ) -> Vec<(u64, u64, u64)> {
+        let mut adoption = adoption(totals, reserves);
+        adoption.add(&held(files));
+        let (accounts, surplus) = adoption.finish().unwrap();
+        assert_eq!(surplus, PerNode::default());
+        free_and_short(&accounts)
+    }
+
     #[test]
     fn a_pool_in_order_keeps_its_sizes() {
-        let mut adoption = adoption((8, 4), (all(8) - 3 * PAGE, all(4) - PAGE));
-        adoption.add(&held((3, 1)));
-        let (accounts, surplus) = adoption.finish().unwrap();
-        assert_eq!(free_and_short(&accounts), [(8, 5, 0), (4, 3, 0)]);
-        assert_eq!(surplus, PerNode::default());
+        let parts = adopted((8, 4), (all(8) - 3 * PAGE, all(4) - PAGE), (3, 1));
+        assert_eq!(parts, [(8, 5, 0), (4, 3, 0)]);
     }
 
     #[test]
     fn memory_that_was_moving_is_short_on_its_node() {
-        let mut adoption = adoption((8, 4), (all(8) - 3 * PAGE, all(4) - 3 * PAGE));
-        adoption.add(&held((3, 1)));
-        let (accounts, surplus) = adoption.finish().unwrap();
-        assert_eq!(free_and_short(&accounts), [(8, 5, 0), (4, 3, 2 * PAGE)]);
-        assert_eq!(surplus, PerNode::default());
+        let parts = adopted((8, 4), (all(8) - 3 * PAGE, all(4) - 3 * PAGE), (3, 1));
+        assert_eq!(parts, [(8, 5, 0), (4, 3, 2 * PAGE)]);
     }
 
     #[test]
     fn memory_of_another_node_makes_that_part_larger() {
         // The kernel took three pages of node 1 for a file whose pages came from node 0.
-        let mut adoption = adoption((8, 4), (all(8) - 3 * PAGE, all(4)));
-        adoption.add(&held((0, 3)));
-        let (accounts, surplus) = adoption.finish().unwrap();
-        assert_eq!(free_and_short(&accounts), [(5, 5, 0), (7, 4, 0)]);
-        assert_eq!(surplus, PerNode::default());
+        let parts = adopted((8, 4), (all(8) - 3 * PAGE, all(4)), (0, 3));
+        assert_eq!(parts, [(5, 5, 0), (7, 4, 0)]);
     }
 
     #[test]
     fn a_size_that_was_noted_without_nodes_is_divided() {
-        let mut adoption = adoption((12, 0), (all(8) - 3 * PAGE, all(4)));
-        adoption.add(&held((3, 0)));
-        let (accounts, surplus) = adoption.finish().unwrap();
-        assert_eq!(free_and_short(&accounts), [(8, 5, 0), (4, 4, 0)]);
-        assert_eq!(surplus, PerNode::default());
+        let parts = adopted((12, 0), (all(8) - 3 * PAGE, all(4)), (3, 0));
+        assert_eq!(parts, [(8, 5, 0), (4, 4, 0)]);
     }
 
     #[test]

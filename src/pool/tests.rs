@@ -164,12 +164,17 @@ proptest! {
     }
 }
 
+/// A pool, and a file of eight pages.
+fn pool_with_eight_pages_in_use() -> (Pool, Vec<Holding>) {
+    let (pool, mut file) = (pool_of_two_nodes(), Holding::create(SIZE).unwrap());
+    let growth = begin(&pool, &mut file, &Operation::Resize(8)).unwrap();
+    file.complete(growth).unwrap();
+    (pool, vec![file])
+}
+
 #[test]
 fn a_file_has_pages_of_both_nodes() {
-    let pool = pool_of_two_nodes();
-    let mut files = vec![Holding::create(SIZE).unwrap()];
-    let growth = begin(&pool, &mut files[0], &Operation::Resize(8)).unwrap();
-    files[0].complete(growth).unwrap();
+    let (pool, files) = pool_with_eight_pages_in_use();
     let held = files[0].held();
     assert_eq!(NODES.map(|node| held.pages.of(node)), [4, 4], "of each as many");
     // All memory of this machine is of node 0, so its part is larger after a death.
@@ -183,10 +188,7 @@ fn a_file_has_pages_of_both_nodes() {
 /// This machine has memory of node 0 only, so pages can move there, and cannot leave.
 #[test]
 fn pages_move_to_the_node_that_is_wished_for_them() {
-    let pool = pool_of_two_nodes();
-    let mut files = vec![Holding::create(SIZE).unwrap()];
-    let growth = begin(&pool, &mut files[0], &Operation::Resize(8)).unwrap();
-    files[0].complete(growth).unwrap();
+    let (pool, mut files) = pool_with_eight_pages_in_use();
     let relocation = begin(&pool, &mut files[0], &Operation::Relocate(0)).unwrap();
     carry_out(&pool, &mut files, 0, relocation, None);
     let pages = |files: &[Holding]| NODES.map(|node| files[0].held().pages.of(node));
