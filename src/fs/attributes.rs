@@ -306,11 +306,16 @@ impl Fs {
     ) -> Result<()> {
         match attribute {
             OfEntry::Placement => {
-                let text = self.checked_placement(value)?;
-                let name = OsStr::new(PLACEMENT);
-                let relocation = self.relocation(node, &text, request)?;
+                let placement = self.checked_placement(value)?;
+                let (name, text) = (OsStr::new(PLACEMENT), placement.to_string());
+                let relocation = self.relocation(node, &placement, request)?;
                 self.set_user_attribute(node, name, (text.as_bytes(), flags), by, request)?;
-                relocation.map_or(Ok(()), |relocation| self.relocate(relocation, request))
+                match relocation {
+                    Some((object, placement)) => {
+                        object.relocate(&placement, &self.pool, &Pace::of(request))
+                    }
+                    None => Ok(()),
+                }
             }
             OfEntry::Refusal => Err(Error::Unsupported),
         }

@@ -144,14 +144,14 @@ impl Fs {
         Ok(self.placer.resolve(&self.placement(node)?, request))
     }
 
-    /// The text of a placement that is set, in its canonical form.
+    /// The placement that is set. Its text is the canonical form of the words.
     ///
     /// # Errors
     /// [`Error::Invalid`] for words that are none, and for nodes that the pool does not have.
-    pub(super) fn checked_placement(&self, value: &[u8]) -> Result<String> {
+    pub(super) fn checked_placement(&self, value: &[u8]) -> Result<Placement> {
         let placement = Placement::parse(value)?;
         placement.refuse_other_than(&self.placer.nodes)?;
-        Ok(placement.to_string())
+        Ok(placement)
     }
 
     /// The move of a file's memory that new words ask for. `None` if the pool has one node, or the
@@ -162,25 +162,16 @@ impl Fs {
     pub(super) fn relocation(
         &self,
         node: InodeId,
-        words: &str,
+        placement: &Placement,
         request: RequestContext,
     ) -> Result<Option<(Arc<Object>, Resolved)>> {
         let object = self.known_object(node).filter(|object| object.summary().pages > 0);
         let Some(object) = object.filter(|_| self.placer.has_choice()) else { return Ok(None) };
         let pace = Pace::of(request);
         pace.refuse_if(|| Ok(true))?;
-        let placement = self.placer.resolve(&Placement::parse(words.as_bytes())?, request);
+        let placement = self.placer.resolve(placement, request);
         object.refuse_relocation(&placement, &self.pool, &pace)?;
         Ok(Some((object, placement)))
-    }
-
-    /// Moves the memory of a file.
-    pub(super) fn relocate(
-        &self,
-        (object, placement): (Arc<Object>, Resolved),
-        request: RequestContext,
-    ) -> Result<()> {
-        object.relocate(&placement, &self.pool, &Pace::of(request))
     }
 
     /// The text of the attribute: a line with the words, and for a file with memory a line `<node>

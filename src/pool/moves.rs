@@ -226,13 +226,20 @@ impl Pool {
     fn begin_piece(&self, reserve: &Reserve) -> Result<Piece<'_>> {
         let moving = self.moving();
         while self.is_float_used_up(reserve.node) && self.refill_step(reserve, &moving) {}
-        let float = self.account_of(reserve.node).float_at_hand();
-        match longest_piece(self.machine_has(reserve.node)?, float) {
+        let (most, at_stake) = self.stake(reserve, self.machine_has(reserve.node)?)?;
+        Ok(Piece { _moving: moving, most, _at_stake: at_stake })
+    }
+
+    /// Makes sure that the loss of a piece on the node of `reserve` is the loss of its float, or of
+    /// a free page where nothing of the float is left. Returns the most bytes of the piece if the
+    /// machine has `available` bytes, and the page at stake.
+    fn stake(&self, reserve: &Reserve, available: u64) -> Result<(u64, Option<Token<'_>>)> {
+        match longest_piece(available, self.account_of(reserve.node).float_at_hand()) {
             0 => {
                 let page = self.promise_on(reserve.node, 1).map_err(|_| Error::NoMemory)?;
-                Ok(Piece { _moving: moving, most: FOLIO_SIZE, _at_stake: Some(page) })
+                Ok((FOLIO_SIZE, Some(page)))
             }
-            most => Ok(Piece { _moving: moving, most, _at_stake: None }),
+            most => Ok((most, None)),
         }
     }
 
@@ -342,8 +349,8 @@ impl Pool {
     ) -> Result<(Range, Vec<Folio>)> {
         let (giver, taker) = (self.reserve_of(to), self.reserve_of(from));
         let begun = self.begin_piece(giver)?;
-        let (most, _at_stake) = self.stake_also(taker, begun.most)?;
-        let piece = Range::at(range.start, range.len().min(most));
+        let (most, _at_stake) = self.stake(taker, u64::MAX)?;
+        let piece = Range::at(range.start, range.len().min(begun.most).min(most));
         give_piece(&mut giver.lock(), piece.len())?;
         steps::reached(Step::RelocateGiven);
         let moved = sealed.migrate(piece, to).unwrap_or_else(|error| {
@@ -357,18 +364,6 @@ impl Pool {
         self.take_back(&mut giver.lock(), piece.len() - bytes);
         steps::reached(Step::RelocateTaken);
         Ok((piece, moved))
-    }
-
-    /// Makes sure that the loss of a piece on the node of `reserve` would be the loss of its float,
-    /// or of a free page. Returns the most bytes of the piece, which are no more than `most`.
-    fn stake_also(&self, reserve: &Reserve, most: u64) -> Result<(u64, Option<Token<'_>>)> {
-        match self.account_of(reserve.node).float_at_hand() / FOLIO_SIZE * FOLIO_SIZE {
-            0 => {
-                let page = self.promise_on(reserve.node, 1).map_err(|_| Error::NoMemory)?;
-                Ok((FOLIO_SIZE, Some(page)))
-            }
-            float => Ok((most.min(float), None)),
-        }
     }
 
     /// A reserve takes the memory that was given just now. If another process has taken it first,

@@ -57,7 +57,7 @@ impl Holding {
         }
         for range in self.released.gaps_within(self.page_size.pages_touching(memory)) {
             if let Some(range) =
-                self.first_without_memory(self.page_size.bytes_of(&range).intersect(memory))
+                self.first_run(self.page_size.bytes_of(&range).intersect(memory), false)
             {
                 wrong.push(format!("{range} is the file's and has no memory"));
             }

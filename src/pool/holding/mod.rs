@@ -334,13 +334,13 @@ impl Holding {
         }
     }
 
-    /// The first run of folios in `range` that have no memory, if there is one.
-    fn first_without_memory(&self, range: Range) -> Option<Range> {
-        let lacks = |folio: &Folio| !self.sealed.has_memory(*folio);
-        let mut folios = range.folios().skip_while(|folio| !lacks(folio)).take_while(lacks);
-        let first = folios.next()?;
-        let last = folios.last().unwrap_or(first);
-        Some(Range::new(first.range().start, last.range().end))
+    /// The first run of folios in `range` that have memory, or that have none. `None` if there is
+    /// no such folio.
+    fn first_run(&self, range: Range, has_memory: bool) -> Option<Range> {
+        let is_one = |folio: &Folio| self.sealed.has_memory(*folio) == has_memory;
+        let mut folios = range.folios().skip_while(|folio| !is_one(folio)).take_while(is_one);
+        let first = folios.next()?.range();
+        Some(folios.last().map_or(first, |last| Range::new(first.start, last.range().end)))
     }
 
     /// The last part of `range` that can be given back within the time of a piece: to forget a run
@@ -502,19 +502,10 @@ impl Holding {
     /// [`Error::Full`] or [`Error::Returning`].
     pub fn refuse_relocation(&self, pool: &Pool, placement: &Resolved) -> Result<()> {
         if placement.strict {
-            drop(pool.promise_pages(&self.misplaced(placement), placement)?);
+            let misplaced = self.misplaced(placement, Page(0)).map(|(run, _)| run).collect();
+            drop(pool.promise_pages(&misplaced, placement)?);
         }
         Ok(())
-    }
-
-    /// The pages whose homes `placement` does not wish for them.
-    fn misplaced(&self, placement: &Resolved) -> PageSet {
-        let homes = self.homes.within(self.span());
-        let pages = homes.into_iter().flat_map(|(run, node)| {
-            let pages = (run.start.0..run.end.0).map(Page);
-            pages.filter(move |page| !placement.wishes(*page, node))
-        });
-        pages.map(|page| page..Page(page.0 + 1)).collect()
     }
 
     /// Begins to undo a change that another process left under way, or that this process could not

@@ -102,7 +102,7 @@ impl<'pool> Release<'pool> {
         let why = self.stop.clone().expect("there is a reason to stop");
         let memory = Range::new(0, holding.memory_end());
         let run = self.runs.last().map(|run| holding.page_size.bytes_of(run).intersect(memory));
-        let lacking = run.and_then(|run| holding.first_without_memory(run));
+        let lacking = run.and_then(|run| holding.first_run(run, false));
         let Some(transfer) = Plan::new(lacking).next(&holding.homes) else {
             return self.end(holding, why);
         };

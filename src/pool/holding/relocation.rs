@@ -24,9 +24,8 @@ use crate::units::{FOLIO_SIZE, Folio, NumaNode, Page, PageSize, Range};
 const MOVING: &str = "moving";
 
 /// A page of many folios that is on its way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub struct HalfMoved {
-    page: Page,
     /// The old home, which is the page's until all of it has moved.
     home: NumaNode,
     to: NumaNode,
@@ -79,7 +78,9 @@ impl<'pool> Relocation<'pool> {
         if let Some(why) = &self.stop {
             return Err(why.clone());
         }
-        let Some((pages, from)) = self.next_misplaced(holding) else { return Ok(Progress::Done) };
+        let Some((pages, from)) = holding.misplaced(&self.placement, self.next).next() else {
+            return Ok(Progress::Done);
+        };
         let Some((token, pages, to)) = self.promise(pages.clone()) else {
             self.next = pages.end; // the wished nodes are full
             return Ok(Progress::More);
@@ -91,18 +92,6 @@ impl<'pool> Relocation<'pool> {
         }
         self.batch = Some(Batch { pages, from, to, token, at });
         Ok(Progress::More)
-    }
-
-    /// The next pages with one home that is not wished for them, as many as a batch has.
-    fn next_misplaced(&self, holding: &Holding) -> Option<(Run, NumaNode)> {
-        let most = (PIECE / holding.page_size.bytes()).max(1);
-        holding.homes.within(self.next..holding.span().end).into_iter().find_map(|(run, node)| {
-            let is_misplaced = |page: &u64| !self.placement.wishes(Page(*page), node);
-            let first = (run.start.0..run.end.0).find(is_misplaced)?;
-            let end = run.end.0.min(first + most);
-            let behind = (first..end).find(|page| !is_misplaced(page)).unwrap_or(end);
-            Some((Page(first)..Page(behind), node))
-        })
     }
 
     /// A token for the first of `pages`: as many as one wished node has free, at least one.
@@ -119,7 +108,7 @@ impl<'pool> Relocation<'pool> {
 
     fn move_piece(&mut self, holding: &mut Holding, mut batch: Batch<'pool>) -> Result<Progress> {
         let end = holding.page_size.bytes_of(&batch.pages).end.min(holding.memory_end());
-        let Some(range) = holding.first_with_memory(Range::new(batch.at, end)) else {
+        let Some(range) = holding.first_run(Range::new(batch.at, end), true) else {
             return self.finish(holding, batch);
         };
         match holding.exchange(self.pool, range, batch.from, batch.to) {
@@ -184,12 +173,24 @@ impl Holding {
 }
 
 impl Holding {
-    /// The first run of folios in `range` that have memory, if there is one.
-    fn first_with_memory(&self, range: Range) -> Option<Range> {
-        let has = |folio: &Folio| self.sealed.has_memory(*folio);
-        let mut folios = range.folios().skip_while(|folio| !has(folio)).take_while(has);
-        let first = folios.next()?.range();
-        Some(folios.last().map_or(first, |last| Range::new(first.start, last.range().end)))
+    /// The pages from `next` on whose homes `placement` does not wish for them, ascending, in runs
+    /// of one home with no more pages than a batch.
+    pub(super) fn misplaced<'a>(
+        &'a self,
+        placement: &'a Resolved,
+        next: Page,
+    ) -> impl Iterator<Item = (Run, NumaNode)> + 'a {
+        let most = (PIECE / self.page_size.bytes()).max(1);
+        self.homes.within(next..self.span().end).flat_map(move |(run, node)| {
+            let mut at = run.start.0;
+            std::iter::from_fn(move || {
+                let is_misplaced = |page: &u64| !placement.wishes(Page(*page), node);
+                let first = (at..run.end.0).find(is_misplaced)?;
+                let end = run.end.0.min(first + most);
+                at = (first..end).find(|page| !is_misplaced(page)).unwrap_or(end);
+                Some((Page(first)..Page(at), node))
+            })
+        })
     }
 
     /// Moves a piece of memory from one node to another: the first part of `range`. Returns the
@@ -234,7 +235,7 @@ impl Holding {
         self.sealed.notes().keep(MOVING, &note.collect::<Vec<_>>())?;
         steps::reached(Step::RelocateNoted);
         let start = self.page_size.range(page).start;
-        self.half_moved = Some(HalfMoved { page, home, to, moved: Range::new(start, start) });
+        self.half_moved = Some(HalfMoved { home, to, moved: Range::new(start, start) });
         Ok(())
     }
 
@@ -258,8 +259,7 @@ impl Holding {
             return Err(damaged());
         }
         let range = self.page_size.range(page);
-        let mut half =
-            HalfMoved { page, home, to: home, moved: Range::new(range.start, range.start) };
+        let mut half = HalfMoved { home, to: home, moved: Range::new(range.start, range.start) };
         for (folio, node) in self.sealed.nodes_of(range.intersect(self.memory_range())) {
             if let Some(to) = node.filter(|node| *node != home && nodes.contains(node)) {
                 half.to = to;

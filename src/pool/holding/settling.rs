@@ -77,7 +77,7 @@ impl<'pool> Settling<'pool> {
     fn fill(&mut self, holding: &mut Holding, from: u64) -> Result<Progress> {
         let file = Range::new(from, holding.size());
         let lacking =
-            holding.owned_in(file).into_iter().find_map(|part| holding.first_without_memory(part));
+            holding.owned_in(file).into_iter().find_map(|part| holding.first_run(part, false));
         let Some(transfer) = Plan::new(lacking).next(&holding.homes) else {
             return self.finish(holding);
         };

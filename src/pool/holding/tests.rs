@@ -63,7 +63,7 @@ fn assert_settled(pool: &Pool, holding: &Holding) {
     let account = pool.balance();
     assert_eq!((account.promised, account.free), (0, POOL - holding.pages()));
     for part in holding.owned_in(Range::new(0, holding.size())) {
-        assert_eq!(holding.first_without_memory(part), None);
+        assert_eq!(holding.first_run(part, false), None);
     }
     for part in holding.released_in(Range::new(0, holding.size())) {
         assert!(part.folios().all(|folio| !holding.sealed.has_memory(folio)));
