@@ -58,8 +58,10 @@ impl Account {
 
     /// Sets the bytes that the pool lacks of its pages, of `page_size` bytes each, and their float.
     pub(super) fn set_short(&mut self, short: u64, page_size: u64) {
+        assert!(page_size > 0, "a page has bytes");
         self.short = short;
         self.missing = short.saturating_sub(self.float).div_ceil(page_size);
+        debug_assert_eq!(self.missing > 0, short > self.float, "the float lends what it has");
     }
 
     /// Sets the number of the pool's pages, of `page_size` bytes each.
@@ -80,11 +82,36 @@ impl Account {
         self.free -= pages;
         self.promised += pages;
         self.in_tokens += pages;
+        self.assert_sound();
+    }
+
+    /// `pages` pages of a holding are a token's again.
+    fn take_over(&mut self, pages: u64) {
+        assert!(pages <= self.held(), "{pages} pages of holdings: {self:?}");
+        self.promised += pages;
+        self.in_tokens += pages;
+        self.assert_sound();
+    }
+
+    /// `pages` promised pages have a token again.
+    pub(super) fn promise_again(&mut self, pages: u64) {
+        let kept = self.promised - self.in_tokens;
+        assert!(pages <= kept, "{pages} pages are kept: {self:?}");
+        self.in_tokens += pages;
+        self.assert_sound();
+    }
+
+    /// `pages` pages of holdings become free.
+    fn give_back(&mut self, pages: u64) {
+        assert!(pages <= self.held(), "{pages} pages of holdings: {self:?}");
+        self.free += pages;
+        self.assert_sound();
     }
 
     /// `pages` pages of a token get another owner, or none.
     fn take_from_token(&mut self, pages: u64) {
         assert!(pages <= self.in_tokens, "{pages} pages of tokens: {self:?}");
+        assert!(pages <= self.promised, "{pages} promised pages: {self:?}");
         self.promised -= pages;
         self.in_tokens -= pages;
     }
@@ -161,10 +188,13 @@ impl Accounts {
 
     /// `pages` become free.
     pub(super) fn give_back(&mut self, pages: &PerNode) {
+        let before = self.sum();
         for (node, pages) in pages.iter() {
-            self.of_mut(node).free += pages;
+            self.of_mut(node).give_back(pages);
             self.returns += 1;
         }
+        debug_assert_eq!(self.sum().free, before.free + pages.total(), "pages are counted once");
+        debug_assert_eq!(self.sum().total, before.total, "the pool keeps its size");
     }
 
     /// A file has the pages and the memory `has`, and the accounts say that it has `counted`. Where
@@ -188,6 +218,7 @@ impl Accounts {
             (node, counted_there + has.bytes.of(node) - counted.bytes.of(node))
         };
         let there: Vec<_> = self.iter().map(there).collect();
+        let before = self.sum();
         self.move_homes(&counted.pages, &has.pages, page_size.bytes());
         let mut surplus = PerNode::default();
         for (node, bytes) in there {
@@ -196,6 +227,13 @@ impl Accounts {
             account.set_short(meant.saturating_sub(bytes), page_size.bytes());
             surplus.add(node, bytes.saturating_sub(meant));
         }
+        let sum = self.sum();
+        assert_eq!(sum.total, before.total, "the pool keeps its size");
+        assert_eq!(
+            sum.held() + counted.pages.total(),
+            before.held() + has.pages.total(),
+            "the file's pages are counted, and no other's"
+        );
         Ok(surplus)
     }
 
@@ -225,6 +263,7 @@ impl Accounts {
 
     /// `pages` of the size of one part become the other's.
     fn move_size(&mut self, from: NumaNode, to: NumaNode, pages: u64, page_size: u64) {
+        assert!(pages <= self.of(from).total, "{pages} pages of node {from}: {self:?}");
         if from != to {
             let [less, more] = [self.of(from).total - pages, self.of(to).total + pages];
             self.of_mut(from).set_total(less, page_size);
@@ -307,9 +346,7 @@ impl<'pool> Token<'pool> {
     pub(super) fn take_over(&mut self, pages: &PerNode) {
         let mut accounts = self.pool.accounts();
         for (node, pages) in pages.iter() {
-            let account = accounts.of_mut(node);
-            account.promised += pages;
-            account.in_tokens += pages;
+            accounts.of_mut(node).take_over(pages);
             self.pages.add(node, pages);
         }
     }

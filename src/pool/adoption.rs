@@ -90,6 +90,8 @@ impl Adoption {
             stuck: PerNode::default(),
         };
         self.add(&held);
+        debug_assert_eq!(held.pages.total(), pages, "each page is counted");
+        debug_assert_eq!(held.bytes.total(), bytes, "each byte is counted");
         held
     }
 
@@ -105,6 +107,11 @@ impl Adoption {
         }
         self.follow_memory();
         self.cover_files();
+        assert_eq!(
+            self.nodes.values().map(|part| part.total).sum::<u64>(),
+            total,
+            "it keeps its size"
+        );
         let (page_size, mut surplus) = (self.page_size, PerNode::default());
         let mut accounts = BTreeMap::new();
         for (node, part) in self.nodes {

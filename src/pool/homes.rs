@@ -44,15 +44,18 @@ impl Homes {
     /// The pages of `run` get the home `node`.
     pub fn insert(&mut self, run: Run, node: NumaNode) {
         if !run.is_empty() {
-            self.nodes.insert(run, node);
+            self.nodes.insert(run.clone(), node);
         }
+        debug_assert!(self.within(run.clone()).all(|(_, home)| home == node), "{run:?} on {node}");
+        debug_assert!(self.gaps_within(run).is_empty(), "each page has a home");
     }
 
     /// The pages of `run` have no home any more.
     pub fn remove(&mut self, run: Run) {
         if !run.is_empty() {
-            self.nodes.remove(run);
+            self.nodes.remove(run.clone());
         }
+        debug_assert!(self.within(run).next().is_none(), "no page has a home");
     }
 
     /// The homes of the pages of `run` that have one, ascending.
@@ -91,5 +94,7 @@ impl Homes {
             self.within(run.clone()).for_each(|(part, node)| nodes.insert(part, node));
         }
         self.nodes = nodes;
+        let inside = |(run, _): (&Run, &NumaNode)| kept.within(run.clone()).eq([run.clone()]);
+        debug_assert!(self.nodes.iter().all(inside), "no other page has a home");
     }
 }

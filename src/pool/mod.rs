@@ -258,6 +258,7 @@ impl Pool {
         let homes = homes.map_err(|Full| self.full(accounts.sum(), wanted.count()))?;
         let pages_of = |(run, node): &(Run, NumaNode)| (*node, length(run));
         let pages: PerNode = homes.iter().map(pages_of).collect();
+        assert_eq!(pages.total(), wanted.count(), "each page has one home");
         pages.iter().for_each(|(node, pages)| accounts.of_mut(node).promise(pages));
         Ok((Token::of(self, pages), homes))
     }
@@ -294,7 +295,7 @@ impl Pool {
     /// A token for pages that [`Token::keep`] left promised.
     fn token_of_kept(&self, pages: PerNode) -> Token<'_> {
         let mut accounts = self.accounts();
-        pages.iter().for_each(|(node, pages)| accounts.of_mut(node).in_tokens += pages);
+        pages.iter().for_each(|(node, pages)| accounts.of_mut(node).promise_again(pages));
         drop(accounts);
         Token::of(self, pages)
     }
@@ -373,6 +374,7 @@ impl Pool {
         }
         steps::reached(Step::ReduceCut);
         token.destroy();
+        debug_assert_eq!(self.accounts().totals(), after, "the parts are as they were noted");
         Ok(())
     }
 
@@ -422,6 +424,7 @@ impl Pool {
             accounts.of_mut(node).set_total(total, self.page_size.bytes());
         }
         accounts.give_back(&more);
+        debug_assert_eq!(accounts.totals(), after, "the parts are as they were noted");
         drop(accounts);
         self.announce_free_pages();
         Ok(())
@@ -613,6 +616,7 @@ impl Reserve {
             let mut sealed = self.lock();
             let size = sealed.size();
             sealed.take(Range::at(size, step.len()), size + step.len())?;
+            debug_assert_eq!(sealed.folio_count() * FOLIO_SIZE, sealed.size(), "it has no gap");
             drop(sealed);
             progress(step.len())?;
         }

@@ -294,6 +294,7 @@ impl Pool {
             return Err(error);
         }
         steps::reached(Step::MoveOutTaken);
+        debug_assert!(piece.folios().all(|folio| target.has_memory(folio)), "{piece} has memory");
         Ok(piece.len())
     }
 
@@ -326,6 +327,8 @@ impl Pool {
         steps::reached(Step::MoveInGiven);
         self.take_back(&mut target, piece.len());
         steps::reached(Step::MoveInTaken);
+        debug_assert!(range.covers(piece), "{piece} is not in {range}");
+        debug_assert!(!piece.folios().any(|folio| source.has_memory(folio)), "{piece} is given");
         given.map(|()| Some(piece))
     }
 
@@ -360,6 +363,8 @@ impl Pool {
         steps::reached(Step::RelocateMoved);
         let moved = counts(piece, moved);
         let bytes = moved.len() as u64 * FOLIO_SIZE;
+        assert!(bytes <= piece.len(), "no more moves than the piece");
+        debug_assert!(moved.iter().all(|folio| piece.covers(folio.range())), "of {piece}");
         self.take_back(&mut taker.lock(), bytes);
         self.take_back(&mut giver.lock(), piece.len() - bytes);
         steps::reached(Step::RelocateTaken);

@@ -60,16 +60,20 @@ impl PageSet {
     pub fn insert(&mut self, run: Run) {
         if !run.is_empty() {
             self.count += length(&run) - self.count_within(&run);
-            self.runs.insert(run);
+            self.runs.insert(run.clone());
         }
+        debug_assert!(self.gaps_within(run).is_empty(), "each page is in the set");
+        debug_assert_eq!(self.count == 0, self.runs.is_empty(), "pages are counted");
     }
 
     /// Takes the pages of `run` out of the set.
     pub fn remove(&mut self, run: Run) {
         if !run.is_empty() {
             self.count -= self.count_within(&run);
-            self.runs.remove(run);
+            self.runs.remove(run.clone());
         }
+        debug_assert!(self.within(run).next().is_none(), "no page is in the set");
+        debug_assert_eq!(self.count == 0, self.runs.is_empty(), "pages are counted");
     }
 
     /// The pages of either set.

@@ -36,6 +36,11 @@ impl PerNode {
         if amount > 0 {
             *self.0.entry(node).or_default() += amount;
         }
+        debug_assert!(self.of(node) >= amount, "amounts are no bigger than memory is");
+        debug_assert!(
+            self.0.values().all(|amount| *amount > 0),
+            "a node with nothing is not named"
+        );
     }
 
     /// `amount` less on `node`.
@@ -49,6 +54,11 @@ impl PerNode {
         } else {
             self.0.insert(node, left);
         }
+        debug_assert_eq!(self.of(node), left);
+        debug_assert!(
+            self.0.values().all(|amount| *amount > 0),
+            "a node with nothing is not named"
+        );
     }
 
     /// The amounts of both.

@@ -6,7 +6,7 @@
 //! ```
 
 use super::homes::Homes;
-use crate::units::{NumaNode, Range};
+use crate::units::{FOLIO_SIZE, NumaNode, Range};
 
 /// Memory that moves between a part of a file and one NUMA node's part of the pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +29,8 @@ impl Plan {
     pub fn new(lacking: impl IntoIterator<Item = Range>) -> Self {
         let mut lacking: Vec<_> = lacking.into_iter().filter(|range| !range.is_empty()).collect();
         lacking.reverse();
+        let is_whole = |range: &Range| *range == range.folios_out();
+        assert!(lacking.iter().all(is_whole), "memory moves by whole folios: {lacking:?}");
         Self { lacking }
     }
 
@@ -44,6 +46,7 @@ impl Plan {
     pub fn advance(&mut self, bytes: u64) -> Range {
         let range = self.lacking.pop().expect("there is a transfer");
         assert!(0 < bytes && bytes <= range.len(), "{bytes} bytes of {range}");
+        assert!(bytes.is_multiple_of(FOLIO_SIZE), "{bytes} bytes are no whole folios");
         let left = Range::new(range.start + bytes, range.end);
         self.lacking.extend((!left.is_empty()).then_some(left));
         Range::at(range.start, bytes)
@@ -54,7 +57,7 @@ impl Plan {
 mod tests {
     use super::super::page_set::Run;
     use super::*;
-    use crate::units::{FOLIO_SIZE, Page, PageSize};
+    use crate::units::{Page, PageSize};
 
     fn run(first: u64, end: u64) -> Run {
         Page(first)..Page(end)

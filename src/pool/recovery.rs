@@ -92,6 +92,8 @@ impl Pool {
         let (accounts, surplus) = adoption.finish()?;
         let before = self.accounts().totals();
         *self.accounts() = accounts;
+        assert_eq!(self.balance().total, before.total(), "the pool keeps its size");
+        assert_eq!(self.balance().promised, 0, "a new worker has promised nothing");
         self.cut_reserves(&surplus).1?;
         self.note_new_sizes(&before)?;
         self.refill();

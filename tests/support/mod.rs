@@ -213,6 +213,16 @@ impl Pool {
         self.unmount_when_free();
         let daemon = self.daemon.take().expect("it is mounted");
         daemon.wait();
+        self.assert_no_internal_error();
+    }
+
+    /// Asserts that no assertion of a worker has failed, but for the one that a test asks for. The
+    /// next worker would hide that.
+    fn assert_no_internal_error(&self) {
+        let log = self.log();
+        let mut errors = log.lines().filter(|line| line.contains("internal error"));
+        let unasked = errors.find(|line| !line.contains("a request that the worker dies of"));
+        assert_eq!(unasked, None, "a worker has ended by itself:\n{log}");
     }
 }
 
@@ -226,6 +236,7 @@ impl Drop for Pool {
             if !std::thread::panicking() {
                 detached.expect("it is mounted");
                 daemon.wait();
+                self.assert_no_internal_error();
             }
         }
     }

@@ -102,6 +102,8 @@ impl<'pool> Growth<'pool> {
     /// All memory is there: the pages become the file's.
     fn commit(&mut self, holding: &mut Holding) -> Result<Progress> {
         steps::reached(Step::AllocateMoved);
+        assert_eq!(self.plan.next(&holding.homes), None, "all memory has moved");
+        assert_eq!(holding.sealed.size(), self.size, "the file is as long as was asked for");
         holding.set_released(holding.released.clone().without(&self.missing))?;
         self.are_taken = true;
         let missing = self.missing_by_home(holding);
@@ -116,6 +118,7 @@ impl<'pool> Growth<'pool> {
         let rest = self.token().pages().clone();
         self.token_mut().hand_over(&rest);
         holding.own(&rest);
+        debug_assert_eq!(self.token().pages().total(), 0, "each page is the file's");
         Ok(Progress::Done)
     }
 
@@ -153,6 +156,8 @@ impl<'pool> Growth<'pool> {
         }
         holding.sealed.update(|header| header.undo_size = None)?;
         holding.forget_other_homes();
+        debug_assert!(self.filled.is_empty(), "all memory has gone back");
+        debug_assert_eq!(holding.size(), self.before, "the size is as before");
         Ok(Progress::Done)
     }
 }

@@ -163,6 +163,12 @@ impl Change<'_> {
             Kind::Settling(settling) => settling.advance(holding),
         };
         holding.under_way = matches!(progress, Ok(Progress::More));
+        holding.assert_counted();
+        match &progress {
+            Ok(Progress::Done) => holding.assert_sound(),
+            Err(_) if !matches!(self.0, Kind::Settling(_)) => holding.assert_sound(),
+            _ => {}
+        }
         progress
     }
 
@@ -567,6 +573,42 @@ impl Holding {
 
     fn refuse_with_holes(&self) -> Result<()> {
         if self.sealed.holes().is_empty() { Ok(()) } else { Err(HAS_SOFT_HOLES) }
+    }
+
+    // ---- assertions, of debug builds ------------------------------------------------------------
+
+    /// Asserts that the memory is counted by its homes.
+    fn assert_counted(&self) {
+        let bytes = self.sealed.folio_count() * FOLIO_SIZE;
+        debug_assert_eq!(self.memory.total(), bytes, "memory is counted by its homes");
+        debug_assert!(
+            self.homes
+                .gaps_within(self.span())
+                .iter()
+                .all(|run| { self.released.gaps_within(run.clone()).is_empty() }),
+            "each page of the file has a home"
+        );
+    }
+
+    /// Asserts that the account of pages agrees with the header, unless a change is stuck half-way.
+    fn assert_sound(&self) {
+        self.assert_counted();
+        if !self.is_settled() {
+            return;
+        }
+        let span = self.span();
+        let owned = self.released.gaps_within(span.clone());
+        debug_assert_eq!(self.owned, self.homes.count(owned), "pages are counted by their homes");
+        debug_assert_eq!(self.sealed.header().undo_size, None, "no change is to be undone");
+        debug_assert_eq!(
+            self.released.within(span.end..Page(u64::MAX)).next(),
+            None,
+            "a page behind the file's pages has no owner"
+        );
+        debug_assert!(
+            self.page_size.pages_up(self.size()) <= span.end.0,
+            "the file owns or has released each page before its end"
+        );
     }
 }
 

@@ -64,6 +64,14 @@ impl Holding {
         self.owned = self.homes.count(self.released.gaps_within(self.span()));
         let counted = |folio| (self.node_counted(folio), FOLIO_SIZE);
         self.memory = self.sealed.folios().map(counted).collect();
+        self.assert_counted();
+        debug_assert!(
+            self.homes
+                .gaps_within(Page(0)..end)
+                .iter()
+                .all(|run| { self.released.within(run.clone()).eq([run.clone()]) }),
+            "each page that is not released has a home"
+        );
     }
 
     /// The bytes from the start to the end of the last folio with memory.

@@ -80,6 +80,7 @@ impl<'pool> Release<'pool> {
     /// The pages of `run` without memory do not belong to the file any more.
     fn note_released(&mut self, holding: &mut Holding, run: Run) {
         let from = Page(holding.page_size.pages_up(self.moved_from));
+        assert!(run.start <= from && from <= run.end, "{from:?} is not in {run:?}");
         holding.release_pages(self.pool, from..run.end);
         if from == run.start {
             self.runs.pop();
@@ -90,6 +91,7 @@ impl<'pool> Release<'pool> {
     }
 
     fn finish(&self, holding: &mut Holding) -> Result<Progress> {
+        debug_assert!(self.runs.is_empty() && !self.failed, "each page is released");
         holding.note_is_stale = false;
         match &self.stop {
             Some(why) => Err(why.clone()),

@@ -211,6 +211,7 @@ impl Holding {
         let bytes = folios.len() as u64 * FOLIO_SIZE;
         self.memory.take(from, bytes);
         self.memory.add(to, bytes);
+        self.assert_counted();
         if let Some(half) = self.half_moved.as_mut().filter(|_| !folios.is_empty()) {
             half.count(piece, to);
         }
@@ -220,6 +221,12 @@ impl Holding {
     /// `pages` of the batch, of which all memory has moved, have the new home.
     fn change_homes(&mut self, batch: &mut Batch<'_>, pages: impl Iterator<Item = Page>) {
         let pages: PageSet = pages.map(|page| page..Page(page.0 + 1)).collect();
+        let is_old = |(_, home)| home == batch.from;
+        debug_assert!(pages.runs().all(|run| self.homes.within(run.clone()).all(is_old)));
+        debug_assert_eq!(
+            pages.count(),
+            pages.within(batch.pages.clone()).map(|run| length(&run)).sum::<u64>()
+        );
         let (old, new) =
             (PerNode::on(batch.from, pages.count()), PerNode::on(batch.to, pages.count()));
         pages.runs().for_each(|run| self.homes.insert(run.clone(), batch.to));
@@ -231,6 +238,7 @@ impl Holding {
 
     /// Notes a page of many folios before any of it moves.
     fn note_half_moved(&mut self, page: Page, home: NumaNode, to: NumaNode) -> Result<()> {
+        assert!(self.half_moved.is_none(), "one page is on its way at a time");
         let note = page.0.to_le_bytes().into_iter().chain(home.0.to_le_bytes());
         self.sealed.notes().keep(MOVING, &note.collect::<Vec<_>>())?;
         steps::reached(Step::RelocateNoted);
@@ -297,6 +305,7 @@ impl Holding {
 impl HalfMoved {
     /// All of `piece` counts as memory of `node` now.
     fn count(&mut self, piece: Range, node: NumaNode) {
+        assert!(node == self.to || node == self.home, "{piece} moves to node {node}");
         self.moved = if node == self.to {
             Range::new(self.moved.start, piece.end)
         } else {

@@ -56,6 +56,8 @@ impl<'pool> Shrinking<'pool> {
         }
         steps::reached(Step::ShrinkCut);
         holding.give_up_pages_behind_end(self.pool)?;
+        debug_assert!(self.failure.is_some() || holding.size() <= self.size, "it is shortened");
+        debug_assert!(holding.size() >= self.size, "no byte before the new end is cut off");
         if holding.sealed.size() == 0 {
             holding.end_unsettled(self.pool); // stuck memory has gone back with the rest
         }

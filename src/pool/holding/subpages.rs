@@ -26,7 +26,9 @@ impl Holding {
     /// where nothing is left to lend.
     pub fn quarantine(&mut self, pool: &Pool, part: Range, time: u64) -> Result<()> {
         let node = self.node_counted(Subpage::containing(part.start).folio());
-        pool.with_loan(node, part.len(), || self.sealed.quarantine(part, time))
+        let quarantined = pool.with_loan(node, part.len(), || self.sealed.quarantine(part, time));
+        self.assert_sound();
+        quarantined
     }
 
     /// As [`Sealed::repair`], with a loan of the pool. The memory comes from the home of the page,
@@ -38,7 +40,9 @@ impl Holding {
     pub fn repair(&mut self, pool: &Pool, part: Range, content: Content<'_>) -> Result<()> {
         let node = self.node_counted(Subpage::containing(part.start).folio());
         let lost = self.sealed.lost_runs_in(part).map(Range::len).sum();
-        pool.with_loan(node, lost, || self.sealed.repair(part, content))
+        let repaired = pool.with_loan(node, lost, || self.sealed.repair(part, content));
+        self.assert_sound();
+        repaired
     }
 
     /// As [`Sealed::note_hw_errors_in`].
@@ -63,7 +67,9 @@ impl Holding {
     /// Those of [`Sealed::append`].
     pub fn append(&mut self, bytes: &[u8], offset: u64) -> Result<usize> {
         assert!(self.is_settled(), "a write lengthens a file within its memory");
-        self.sealed.append(bytes, offset)
+        let written = self.sealed.append(bytes, offset);
+        self.assert_sound();
+        written
     }
 
     /// As [`Sealed::punch`].
@@ -71,7 +77,9 @@ impl Holding {
     /// # Errors
     /// Those of [`Sealed::punch`].
     pub fn punch(&mut self, range: Range) -> Result<()> {
-        self.sealed.punch(range)
+        let punched = self.sealed.punch(range);
+        self.assert_sound();
+        punched
     }
 
     /// As [`Sealed::begin_reclaiming`].
@@ -79,7 +87,9 @@ impl Holding {
     /// # Errors
     /// Those of [`Sealed::begin_reclaiming`].
     pub fn begin_reclaiming(&mut self, from_strays: bool) -> Result<Option<u64>> {
-        self.sealed.begin_reclaiming(from_strays)
+        let begun = self.sealed.begin_reclaiming(from_strays);
+        self.assert_sound();
+        begun
     }
 
     /// As [`Sealed::reclaim_piece`], for pages with one home. The memory comes from that node, as
@@ -90,6 +100,8 @@ impl Holding {
     pub fn reclaim_piece(&mut self, from: u64) -> Result<Option<u64>> {
         let home = self.homes.at(from);
         let _preferred = home.and_then(|(node, _)| prefer(node));
-        self.sealed.reclaim_piece(from, home.map_or(u64::MAX, |(_, end)| end))
+        let reclaimed = self.sealed.reclaim_piece(from, home.map_or(u64::MAX, |(_, end)| end));
+        self.assert_sound();
+        reclaimed
     }
 }

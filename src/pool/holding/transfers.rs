@@ -50,7 +50,7 @@ impl Holding {
         let after = self.sealed.folio_count();
         self.memory.add(node, after.saturating_sub(before) * FOLIO_SIZE);
         self.memory.take(node, before.saturating_sub(after) * FOLIO_SIZE);
-        assert_eq!(self.memory.total(), after * FOLIO_SIZE, "memory is counted by its homes");
+        self.assert_counted();
     }
 
     /// `pages` have become the file's.
@@ -89,11 +89,14 @@ impl Holding {
         self.homes.remove(end..Page(u64::MAX));
         self.disown(&given_up);
         pool.release(&given_up);
+        debug_assert!(self.span().end <= end, "no page behind the end is the file's");
         Ok(())
     }
 
     /// The pages of `run`, which have no memory any more, go back to the pool.
     pub(super) fn release_pages(&mut self, pool: &Pool, run: Run) {
+        let memory = self.page_size.bytes_of(&run);
+        debug_assert_eq!(self.first_run(memory.intersect(self.memory_range()), true), None);
         let released = self.homes.count([run.clone()]);
         self.homes.remove(run.clone());
         self.released.insert(run);
