@@ -29,6 +29,10 @@ pub enum Error {
     /// The operation is not possible now. The text has the reason.
     #[error("{0}")]
     Busy(&'static str),
+    /// The kernel cannot split a folio, because something refers to it: a pin, or for a moment a
+    /// page fault.
+    #[error("the folio is pinned (vmsplice, io_uring, VFIO or the like) and cannot be split")]
+    Pinned,
     /// The kernel refuses for the moment (madvise(2), MADV_COLLAPSE).
     #[error("the kernel cannot do this right now")]
     Again,
@@ -83,7 +87,7 @@ impl Error {
             Self::Quarantined | Self::Corrupt(_) => Errno::IO,
             // Not EAGAIN: programs ask for a collapse by setxattr(2), and there the kernel turns
             // EAGAIN into EOPNOTSUPP (fs/xattr.c, __vfs_setxattr_noperm).
-            Self::Busy(_) | Self::Again | Self::OpenNatively => Errno::BUSY,
+            Self::Busy(_) | Self::Pinned | Self::Again | Self::OpenNatively => Errno::BUSY,
             Self::TakesLong => Errno::AGAIN,
             Self::Interrupted => Errno::INTR,
             Self::Invalid(_) => Errno::INVAL,

@@ -45,6 +45,7 @@ impl Sealed {
         }
         tmpfs::punch(&self.data, whole)?;
         steps::reached(Step::PunchDone);
+        self.assert_sealed();
         Ok(())
     }
 
@@ -128,6 +129,8 @@ impl Sealed {
         while let Some(from) = next {
             next = self.reclaim_piece(from, u64::MAX)?;
         }
+        debug_assert!(!self.punched, "no gap is left that a program requested");
+        self.assert_sealed();
         Ok(())
     }
 
@@ -143,6 +146,7 @@ impl Sealed {
             self.ledger.trim_all()?;
             self.seal(&[])?;
         }
+        self.assert_sealed();
         if !from_strays && blocks.free == 0 {
             return self.forget_punched().map(|()| None);
         }
@@ -163,7 +167,10 @@ impl Sealed {
         if piece.is_empty() {
             return self.forget_punched().map(|()| None);
         }
+        let (folios, lost) = (self.folio_count, self.lost_count());
         self.fill_gaps(piece)?;
+        debug_assert_eq!(self.folio_count, folios, "a gap belongs to a folio with memory");
+        debug_assert_eq!(self.lost_count(), lost, "a quarantined subpage is no gap");
         Ok(Some(piece.end))
     }
 
@@ -174,6 +181,8 @@ impl Sealed {
             self.punched = false;
             steps::reached(Step::UnpunchDone);
         }
+        debug_assert!(!self.punched);
+        self.assert_sound();
         Ok(())
     }
 

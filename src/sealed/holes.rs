@@ -73,6 +73,7 @@ impl Holes {
             hole.range
         );
         assert_eq!(hole.range.folios().count(), 1, "{} is not of one folio", hole.range);
+        assert_eq!(hole.range, hole.range.subpages_out(), "a hole is whole subpages");
         self.bytes += hole.range.len();
         let Hole { range: Range { mut start, mut end }, time } = hole;
         let joins = |(_, before): &(&u64, &(u64, u64))| **before == (start, time);
@@ -89,6 +90,12 @@ impl Holes {
             end = after;
         }
         self.runs.insert(start, (end, time));
+        debug_assert!(start <= hole.range.start && hole.range.end <= end, "no byte is left out");
+        debug_assert_eq!(
+            Range::new(start, end).folios().count(),
+            1,
+            "no run crosses a folio's end"
+        );
     }
 
     /// Removes the holes, and parts of holes, in `range`.
@@ -107,7 +114,14 @@ impl Holes {
                 }
             }
         }
+        debug_assert!(self.in_range(range).next().is_none(), "no hole is left in {range}");
+        debug_assert_eq!(self.bytes == 0, self.runs.is_empty(), "bytes are counted");
     }
+}
+
+/// Number of subpages in `runs`.
+pub fn subpages(runs: &[Range]) -> u64 {
+    runs.iter().map(|run| run.len() / SUBPAGE_SIZE).sum()
 }
 
 /// The parts of `range` that are not in `lost`. `range` is whole subpages, and `lost` ascends.

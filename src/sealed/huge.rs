@@ -73,6 +73,7 @@ impl Sealed {
     /// # Errors
     /// The errors of mmap(2), cachestat(2) and move_pages(2). Some folios may have moved.
     pub fn migrate(&self, range: Range, node: NumaNode) -> Result<Vec<Folio>> {
+        assert_eq!(range, range.folios_out(), "memory moves by whole folios");
         let window = Window::new(&self.data, range)?;
         let (mut pages, mut firsts) = (Vec::new(), Vec::new());
         for folio in range.folios().filter(|folio| self.has_memory(*folio)) {

@@ -32,6 +32,11 @@ impl Sealed {
         if !new.is_empty() {
             self.ledger.update(|header| header.alarm = true)?;
         }
+        debug_assert!(new.iter().all(|subpage| self.is_lost(*subpage)), "they are noted");
+        debug_assert!(
+            new.iter().all(|subpage| range.covers(subpage.range())),
+            "they were asked for"
+        );
         Ok(new)
     }
 
@@ -47,6 +52,8 @@ impl Sealed {
             tmpfs::punch(&self.data, subpage.range())?;
             tmpfs::allocate(&self.data, subpage.range())?;
         }
+        self.assert_sealed();
+        debug_assert_eq!(self.lost_count(), 0, "a reserve holds no bytes that could be lost");
         Ok(found.len() as u64)
     }
 

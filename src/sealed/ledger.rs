@@ -18,7 +18,7 @@
 //! Each recorded subpage has a block, so a worker finds all records by looking for blocks. A memory
 //! error takes no block away: the kernel keeps the page.
 
-use super::holes::{Hole, Holes, between};
+use super::holes::{Hole, Holes, between, subpages};
 use super::record::{
     Checksums, Header, MOST_RECORD_BYTES, SUPERBLOCK_BYTES, decode_record, encode_record,
 };
@@ -154,7 +154,9 @@ impl Ledger {
         if self.header == before {
             return Ok(());
         }
-        self.write_header().inspect_err(|_| self.header = before)
+        let written = self.write_header().inspect_err(|_| self.header = before);
+        debug_assert_eq!(written.is_err(), self.header == before, "it is changed if it is written");
+        written
     }
 
     fn write_header(&self) -> Result<()> {
@@ -172,7 +174,9 @@ impl Ledger {
 
     /// Notes a memory error.
     pub fn note_hw_error(&mut self, subpage: Subpage, time: u64) -> Result<()> {
-        self.hw_errors.insert(subpage, time);
+        assert!(!self.holes.contains(subpage), "{subpage:?} is quarantined already");
+        let known = self.hw_errors.insert(subpage, time);
+        debug_assert!(known.is_none(), "{subpage:?} is noted already");
         self.keep_hw_errors()
     }
 
@@ -219,12 +223,14 @@ impl Ledger {
     /// # Errors
     /// The errors of setxattr(2). Nothing has changed.
     pub fn record(&mut self, runs: &[Range], time: u64, checksums: &Checksums) -> Result<()> {
-        let folio = folio_of(runs);
+        let (folio, before) = (folio_of(runs), self.holes.count());
         let mut all = self.checksums(folio)?;
         runs.iter().for_each(|run| all.copy(checksums, *run));
         self.rewrite(folio, &all, |holes| {
             runs.iter().for_each(|range| holes.add(Hole { range: *range, time }))
-        })
+        })?;
+        debug_assert_eq!(self.holes.count(), before + subpages(runs), "no other hole is made");
+        Ok(())
     }
 
     /// Removes `runs` of one folio from the folio's record. When this function returns, `data` has
@@ -233,9 +239,11 @@ impl Ledger {
     /// # Errors
     /// The errors of setxattr(2) and removexattr(2). Nothing has changed.
     pub fn strike(&mut self, runs: &[Range]) -> Result<()> {
-        let folio = folio_of(runs);
+        let (folio, before) = (folio_of(runs), self.holes.count());
         let checksums = self.checksums(folio)?;
-        self.rewrite(folio, &checksums, |holes| runs.iter().for_each(|run| holes.remove(*run)))
+        self.rewrite(folio, &checksums, |holes| runs.iter().for_each(|run| holes.remove(*run)))?;
+        debug_assert_eq!(self.holes.count() + subpages(runs), before, "other holes stay");
+        Ok(())
     }
 
     fn rewrite(
@@ -247,6 +255,8 @@ impl Ledger {
         let mut holes = Holes::default();
         self.holes.in_range(folio.range()).for_each(|hole| holes.add(hole));
         change(&mut holes);
+        let is_inside = |hole: Hole| folio.range().covers(hole.range);
+        assert!(holes.all().all(is_inside), "a record holds the holes of one folio");
         let file = self.notes.file()?;
         if holes.is_empty() {
             calls::fremovexattr(&file, attribute(folio))?;
@@ -278,6 +288,7 @@ impl Ledger {
     /// # Errors
     /// A shortage. Then it is not known if bytes are lost.
     pub fn read(file: &File, range: Range, checksums: &Checksums, bytes: &mut [u8]) -> Result<u64> {
+        assert_eq!(bytes.len() as u64, range.len(), "there is room for {range}");
         let is_read = |range: Range, bytes: &mut [u8]| match tmpfs::read_at(
             file,
             bytes,
@@ -309,6 +320,7 @@ impl Ledger {
     /// # Errors
     /// The errors of fallocate(2).
     pub fn free(&self, range: Range) -> Result<()> {
+        assert!(self.holes.in_range(range).next().is_none(), "{range} has its true copy here");
         tmpfs::punch(&self.notes.file()?, place(range))
     }
 
@@ -322,6 +334,8 @@ impl Ledger {
             self.holes.in_range(folio.range()).map(|hole| hole.range).collect();
         kept.extend(runs);
         kept.sort_by_key(|range| range.start);
+        debug_assert!(kept.is_sorted_by_key(|range| range.end), "no two runs share a subpage");
+        debug_assert!(kept.iter().all(|range| folio.range().covers(*range)), "of one folio");
         for left_over in between(folio.range(), kept.into_iter()) {
             if tmpfs::resident(&file, place(left_over))? > 0 {
                 tmpfs::punch(&file, place(left_over))?;
@@ -356,7 +370,9 @@ pub fn place(range: Range) -> Range {
 
 /// The folio in which all `runs` lie.
 fn folio_of(runs: &[Range]) -> Folio {
-    Subpage::containing(runs[0].start).folio()
+    let folio = Subpage::containing(runs[0].start).folio();
+    assert!(runs.iter().all(|run| folio.range().covers(*run)), "{runs:?} are not of one folio");
+    folio
 }
 
 /// The folios of `data` for which the ledger's `file` has blocks.

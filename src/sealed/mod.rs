@@ -88,8 +88,6 @@ use std::time::Duration;
 /// worst case seen needed 200 tries.
 const TRIES: u32 = 10_000;
 
-const PINNED: &str =
-    "the folio is pinned (vmsplice, io_uring, VFIO or the like) and cannot be split";
 const UNWINNABLE: &str = "the subpage is pinned (vmsplice, io_uring, VFIO or the like), or touched faster than it can be \
     taken away";
 
@@ -296,6 +294,7 @@ impl Sealed {
     /// [`Error::NoMemory`] or [`Error::Full`]. Everything is as before.
     pub fn take(&mut self, range: Range, size: u64) -> Result<()> {
         assert!(range.folios().all(|folio| !self.has_memory(folio)), "{range} has memory already");
+        assert_eq!(range, range.folios_out(), "memory is taken by whole folios");
         let before = self.size;
         self.mark(range, true);
         let taken = self
@@ -308,7 +307,11 @@ impl Sealed {
         if taken.is_err() {
             self.mark(range, false);
             self.undo_take(range, before);
+            self.assert_sound();
+            return taken;
         }
+        self.assert_sealed();
+        debug_assert_eq!(self.size, before.max(size.min(range.end)), "the size is as asked for");
         taken
     }
 
@@ -393,8 +396,13 @@ impl Sealed {
         steps::reached(Step::GiveHoles);
         insist(|| tmpfs::punch(&self.data, range))?;
         steps::reached(Step::GivePunched);
+        let before = self.folio_count;
         self.mark(range, false);
-        self.vacate(range)
+        debug_assert!(self.folio_count <= before, "who gives memory has less");
+        self.vacate(range)?;
+        self.assert_sealed();
+        debug_assert!(self.lost_runs_in(range).next().is_none(), "{range} has nothing to lose");
+        Ok(())
     }
 
     /// Makes `data` `size` bytes long, which is not longer than before, and gives back the memory
@@ -405,7 +413,7 @@ impl Sealed {
     /// # Errors
     /// As for [`Sealed::give`].
     pub fn cut(&mut self, size: u64) -> Result<()> {
-        assert!(size <= self.size);
+        assert!(size <= self.size, "a file of {} bytes is cut to {size}", self.size);
         let kept = size.next_multiple_of(FOLIO_SIZE);
         let gone = Range::new(kept, (self.folios.len() as u64 * FOLIO_SIZE).max(kept));
         self.forget_holes(Range::new(size.next_multiple_of(SUBPAGE_SIZE), gone.end))?;
@@ -420,6 +428,9 @@ impl Sealed {
             insist(|| self.fill(tail))?;
             steps::reached(Step::CutFilled);
         }
+        self.assert_sealed();
+        debug_assert_eq!(self.size, size);
+        debug_assert!(self.memory_span() <= kept, "no memory is left behind the end");
         Ok(())
     }
 
@@ -432,13 +443,15 @@ impl Sealed {
         if size <= self.size {
             return Ok(());
         }
-        let before = self.size;
+        let (before, folios) = (self.size, self.folio_count);
         let zeroed =
             if self.reach == Reach::Programs { self.zero_behind_end(size) } else { Ok(()) };
         let grown = zeroed.and_then(|()| self.set_size(size));
         if grown.is_err() && self.size > before {
             self.cut(before)?;
         }
+        debug_assert_eq!(self.size, if grown.is_ok() { size } else { before });
+        debug_assert_eq!(self.folio_count, folios, "no memory moves within a folio");
         grown
     }
 
@@ -450,7 +463,8 @@ impl Sealed {
     /// The errors of pwrite(2). The size is as before.
     pub fn append(&mut self, bytes: &[u8], offset: u64) -> Result<usize> {
         let end = offset + bytes.len() as u64;
-        assert!(end <= self.size.next_multiple_of(FOLIO_SIZE) && self.holes().is_empty());
+        assert!(end <= self.size.next_multiple_of(FOLIO_SIZE), "{end} is behind the last folio");
+        assert!(self.holes().is_empty(), "a longer file would open a hole");
         let before = self.size;
         self.grow_size(offset)?;
         let written = tmpfs::write_at(&self.data, bytes, offset);
@@ -459,6 +473,8 @@ impl Sealed {
             Err(_) if self.size > before => self.cut(before)?,
             Err(_) => {}
         }
+        self.assert_sound();
+        debug_assert!((before..=before.max(end)).contains(&self.size), "no byte is cut off");
         written
     }
 
@@ -546,7 +562,9 @@ impl Sealed {
 
     /// Sets the superblock's limit to the blocks that are meant to be taken, and `more`.
     fn set_limit(&self, more: u64) -> Result<()> {
-        tmpfs::set_limit(self.mount()?, self.limit() + more)
+        tmpfs::set_limit(self.mount()?, self.limit() + more)?;
+        self.assert_limit(more);
+        Ok(())
     }
 
     fn mark(&mut self, range: Range, has_memory: bool) {
@@ -564,15 +582,40 @@ impl Sealed {
         }
         let used = self.folios.iter().rposition(|has| *has).map_or(0, |last| last + 1);
         self.folios.truncate(used);
-        self.assert_sound();
+        debug_assert!(range.folios().all(|folio| self.has_memory(folio) == has_memory));
+        self.assert_counted();
     }
 
-    /// Asserts, in debug builds, that the fields agree with one another.
-    fn assert_sound(&self) {
+    // ---- assertions, of debug builds ------------------------------------------------------------
+
+    /// Asserts that the folios with memory are counted.
+    fn assert_counted(&self) {
         let count = || self.folios.iter().filter(|has| **has).count() as u64;
         debug_assert_eq!(self.folio_count, count(), "folios are counted");
         debug_assert!(self.folios.last().is_none_or(|has| *has), "the last folio has memory");
+    }
+
+    /// Asserts that the fields agree with one another.
+    fn assert_sound(&self) {
+        self.assert_counted();
         debug_assert!(!self.punched || self.holes().is_empty(), "a gap would open a soft hole");
+        let folio = |hole: Hole| Subpage::containing(hole.range.start).folio();
+        debug_assert!(
+            self.holes().all().all(|hole| self.has_memory(folio(hole))),
+            "a soft hole counts as memory, so its folio has memory"
+        );
+    }
+
+    /// Asserts that the fields agree with one another and with the limit of the superblock (S1).
+    fn assert_sealed(&self) {
+        self.assert_sound();
+        self.assert_limit(0);
+    }
+
+    /// Asserts that the superblock has `more` blocks than are meant to be taken.
+    fn assert_limit(&self, more: u64) {
+        let limit = || rustix::fs::fstatfs(&self.data).map(|stat| stat.f_blocks);
+        debug_assert_eq!(limit(), Ok(self.limit() + more), "the limit is as it was set");
     }
 }
 

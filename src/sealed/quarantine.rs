@@ -32,9 +32,9 @@
 //! block, so the limit cannot be lowered. At that time the ledger has the bytes, and the daemon
 //! puts them back as a repair does.
 
-use super::holes::between;
+use super::holes::{between, subpages};
 use super::record::Checksums;
-use super::{Bytes, Content, PINNED, STRAYS_SHUT, Sealed, UNWINNABLE, ledger};
+use super::{Bytes, Content, STRAYS_SHUT, Sealed, UNWINNABLE, ledger};
 use crate::error::{Error, Result};
 use crate::steps::{self, Step, insist};
 use crate::sys::mapping::Window;
@@ -49,10 +49,10 @@ const PIECE: u64 = 256 << 10;
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Split attempts before the folio is reported as pinned, and the pause after each. A fault that
-/// waits for the folio holds a reference, too, for as long as its thread gets no processor. So a
-/// few quick failures prove nothing. More attempts have a price: each one zeroes the subpage, and
-/// with it the bytes that a program has stored since the last attempt.
-const SPLIT_TRIES: u32 = 64;
+/// waits for the folio holds a reference, too, so one failure proves nothing. More attempts have a
+/// price: from the first one on the subpage has zeros, and the bytes that a program stores there
+/// are lost if the quarantine is undone.
+const SPLIT_TRIES: u32 = 3;
 const SPLIT_NAP: Duration = Duration::from_millis(1);
 
 /// Counts the tries at a change that programs can spoil by touching the file.
@@ -91,8 +91,9 @@ impl Sealed {
     /// already stay as they are.
     ///
     /// # Errors
-    /// [`Error::Busy`] if a program has pinned the folio, so that the kernel cannot split it.
-    /// [`Error::NoMemory`]. The bytes are as before.
+    /// [`Error::Pinned`] if the folio is in use by more than the page cache, so that the kernel
+    /// cannot split it: the caller can try again. [`Error::Busy`] if a program touches a hole
+    /// faster than the daemon can punch it. [`Error::NoMemory`]. The bytes are as before.
     pub fn quarantine(&mut self, part: Range, time: u64) -> Result<()> {
         let folio = Subpage::containing(part.start).folio();
         assert!(
@@ -137,12 +138,14 @@ impl Sealed {
             return Err(error);
         }
         steps::reached(Step::QuarantineDone);
+        self.assert_limit(0);
         Ok(())
     }
 
     /// Copies `runs` of one folio to the ledger, and then adds them to the record: the copy is now
     /// the true one.
     pub(super) fn keep(&mut self, runs: &[Range], time: u64) -> Result<()> {
+        assert!(runs.iter().all(|run| self.lost_runs_in(*run).next().is_none()), "they have bytes");
         let (file, mut checksums) = (self.notes().file()?, Checksums::default());
         for piece in runs.iter().flat_map(|run| run.steps(PIECE)) {
             self.copy_to_ledger(&file, piece, runs, &mut checksums)?;
@@ -193,6 +196,8 @@ impl Sealed {
     /// # Errors
     /// The errors of the system calls. The ledger's copy is the true one, as before.
     pub(super) fn put_back(&mut self, runs: &[Range]) -> Result<()> {
+        let is_hole = |run: &Range| self.holes().in_range(*run).map(|hole| hole.range).eq([*run]);
+        debug_assert!(runs.iter().all(is_hole), "the ledger has the bytes of {runs:?}");
         insist(|| self.fill_and_strike(runs, Content::Known))
             .inspect_err(|error| log::error!("{} could not be written back: {error}", runs[0]))
     }
@@ -206,6 +211,7 @@ impl Sealed {
     /// The errors of the system calls. The soft holes are as before.
     pub fn repair(&mut self, part: Range, content: Content<'_>) -> Result<()> {
         assert_eq!(part.folios().count(), 1, "{part} is not of one folio");
+        let others = self.lost_count() - self.lost_in(part).count() as u64;
         let runs: Vec<Range> = self.holes().in_range(part).map(|hole| hole.range).collect();
         if !runs.is_empty() {
             self.repair_runs(&runs, content)?;
@@ -215,6 +221,7 @@ impl Sealed {
         errors.into_iter().try_for_each(|subpage| self.replace_bad(subpage, content))?;
         self.assert_sound();
         debug_assert!(self.lost_runs_in(part).next().is_none(), "{part} is repaired");
+        debug_assert_eq!(self.lost_count(), others, "other subpages stay quarantined");
         Ok(())
     }
 
@@ -317,8 +324,8 @@ impl Sealed {
     /// blocks that are meant to be taken. Shuts other holes that were filled meanwhile.
     ///
     /// # Errors
-    /// [`Error::Busy`] if the folio is pinned, or if a program touches a hole faster than the
-    /// daemon can punch it.
+    /// [`Error::Pinned`], and [`Error::Busy`] if a program touches a hole faster than the daemon
+    /// can punch it.
     pub(super) fn seal(&self, fresh: &[Range]) -> Result<()> {
         self.punch_fresh(fresh)?;
         match self.set_limit(0) {
@@ -346,7 +353,7 @@ impl Sealed {
             if self.is_in_one_piece(fresh)? {
                 whole += 1;
                 if whole == SPLIT_TRIES {
-                    return Err(Error::Busy(PINNED));
+                    return Err(Error::Pinned);
                 }
                 std::thread::sleep(SPLIT_NAP);
             }
@@ -497,11 +504,6 @@ pub(super) fn meanwhile<T>(take: impl Fn() + Sync, work: impl FnOnce() -> Result
         stop.store(true, Ordering::Relaxed);
         done
     })
-}
-
-/// Number of subpages in `runs`.
-fn subpages(runs: &[Range]) -> u64 {
-    runs.iter().map(|run| run.len() / SUBPAGE_SIZE).sum()
 }
 
 const _: () =

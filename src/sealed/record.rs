@@ -89,6 +89,7 @@ impl Checksums {
 
     /// Computes the checksums of the subpages from offset `start` on, whose bytes are `bytes`.
     pub fn note(&mut self, start: u64, bytes: &[u8]) {
+        assert!(start.is_multiple_of(SUBPAGE_SIZE), "a checksum is of a whole subpage");
         for (subpage, bytes) in (start / SUBPAGE_SIZE..).zip(bytes.chunks(SUBPAGE_SIZE as usize)) {
             self.0[Self::index(Subpage(subpage))] = crc32fast::hash(bytes);
         }

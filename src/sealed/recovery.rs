@@ -75,6 +75,7 @@ impl Sealed {
         if !self.punched {
             self.reclaim_around_hw_errors()?;
         }
+        self.assert_sealed();
         Ok(())
     }
 
@@ -87,7 +88,7 @@ impl Sealed {
             |one: &Range, next: &Range| one.start / FOLIO_SIZE == next.start / FOLIO_SIZE;
         for runs in filled.chunk_by(of_one_folio) {
             match self.seal(runs) {
-                Err(Error::Busy(why)) => {
+                Err(why @ (Error::Pinned | Error::Busy(_))) => {
                     log::warn!("a quarantine at {} is undone: {why}", runs[0]);
                     self.put_back(runs)?;
                     self.ledger.trim_all()?;

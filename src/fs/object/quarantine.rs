@@ -9,10 +9,17 @@ use crate::quarantine::{self, Kind, Quarantined, Repair};
 use crate::sealed::{Content, Sealed};
 use crate::sys;
 use crate::units::{Range, SUBPAGE_SIZE, Subpage};
+use std::time::{Duration, Instant};
 
 /// Bytes that are looked through for memory errors in one piece. That takes some milliseconds if
 /// all of them are in small pages.
 const LOOKED_AT_ONCE: u64 = 128 << 20;
+
+/// The time for which a folio that cannot be split is tried again, and the pause between two tries.
+/// A thread that faults on the folio, or for which the kernel copies from it, refers to it until
+/// the thread has got a processor. On a busy machine that can take a tenth of a second.
+const PIN_PATIENCE: Duration = Duration::from_millis(500);
+const PIN_NAP: Duration = Duration::from_millis(50);
 
 /// Gaps forbid a soft quarantine, for two reasons. A free block would open the hole. And the gaps
 /// must not be filled before, because a program that waits for its touch to fill them must not find
@@ -104,6 +111,7 @@ impl Object {
         if is_done {
             return Ok(());
         }
+        let _one_at_a_time = self.begin(pace)?;
         let mut holding = self.write_lock();
         if !self.natives.exclude() {
             return Err(Error::OpenNatively);
@@ -117,7 +125,7 @@ impl Object {
         let before = holding.sealed().lost_count();
         let result = ranges
             .into_iter()
-            .try_for_each(|range| self.quarantine_range(&mut holding, range, time, (pool, pace)));
+            .try_for_each(|range| self.quarantine_range(&mut holding, range, time, pool, pace));
         let grown = holding.sealed().lost_count() > before;
         drop(holding);
         if grown {
@@ -131,22 +139,45 @@ impl Object {
         holding: &mut Locked<'_>,
         range: Range,
         time: u64,
-        (pool, pace): (&Pool, &Pace),
+        pool: &Pool,
+        pace: &Pace,
     ) -> Result<()> {
         let before = holding.sealed().holes().count();
         let result = parts(range).try_for_each(|part| {
-            // If the parts before have made no hole, a native reader may have opened the file while
-            // the lock was released.
-            if !self.natives.exclude() {
-                return Err(Error::OpenNatively);
-            }
-            holding.quarantine(pool, part, time)?;
+            self.quarantine_part(holding, part, time, pool, pace)?;
             pace.give_way(holding)
         });
         if holding.sealed().holes().count() > before {
             log::warn!("file {}: {range} quarantined (soft)", self.node);
         }
         result
+    }
+
+    /// Quarantines the subpages of `part`, which is of one folio. If the folio cannot be split,
+    /// tries again for [`PIN_PATIENCE`]; others may have the file meanwhile.
+    fn quarantine_part(
+        &self,
+        holding: &mut Locked<'_>,
+        part: Range,
+        time: u64,
+        pool: &Pool,
+        pace: &Pace,
+    ) -> Result<()> {
+        let started = Instant::now();
+        loop {
+            // While no subpage is a hole and the lock is released, a native reader may open the
+            // file.
+            if !self.natives.exclude() {
+                return Err(Error::OpenNatively);
+            }
+            match holding.quarantine(pool, part, time) {
+                Err(Error::Pinned) if started.elapsed() < PIN_PATIENCE => {
+                    holding.rest(PIN_NAP);
+                    pace.go_on()?;
+                }
+                result => return result,
+            }
+        }
     }
 
     /// Carries out the requests of a value of the repair attribute. A request that is `resumed` was
@@ -157,6 +188,7 @@ impl Object {
     /// [`Error::Invalid`] for a value that does not parse, [`Error::NoData`] if a range has nothing
     /// to repair or nothing that can be salvaged: nothing is done.
     pub fn repair(&self, value: &[u8], resumed: bool, context: Context<'_>) -> Result<()> {
+        let _one_at_a_time = self.begin(context.pace)?;
         let mut holding = self.write_lock();
         let requests = quarantine::parse_repair(value, holding.size())?;
         mend_but_gaps(&mut holding, context.pace)?;

@@ -8,6 +8,7 @@ use parking_lot::RwLockWriteGuard;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// The state of a file that is known without its lock: as the last change has left it that ended or
 /// gave way.
@@ -98,6 +99,12 @@ impl Locked<'_> {
     pub fn let_others_go_first(&mut self) {
         self.publish();
         RwLockWriteGuard::bump(&mut self.holding);
+    }
+
+    /// Releases the lock for `time`, and takes it again.
+    pub fn rest(&mut self, time: Duration) {
+        self.publish();
+        RwLockWriteGuard::unlocked(&mut self.holding, || std::thread::sleep(time));
     }
 
     fn publish(&self) {
