@@ -6,7 +6,7 @@
 //! nothing prepares less.
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput};
-use hugetlb2fs::index::{DirEntry, Index, New};
+use hugetlb2fs::index::{DirEntry, Index, Name, New};
 use hugetlb2fs::options::Options;
 use hugetlb2fs::placement::Resolved;
 use hugetlb2fs::pool::{Holding, Pool};
@@ -211,8 +211,8 @@ fn make(index: &Index, name: &OsStr) {
 }
 
 fn rename(index: &Index, from: &str, to: &str) {
-    let (from, to) = ((InodeId::ROOT, OsStr::new(from)), (InodeId::ROOT, OsStr::new(to)));
-    index.rename(from, to, RenameFlags::empty()).expect("rename");
+    let of = |name| Name { parent: InodeId::ROOT, name: OsStr::new(name) };
+    index.rename(of(from), of(to), RenameFlags::empty()).expect("rename");
 }
 
 /// Reads the directory in several calls: each continues at the end of the one before. Returns the

@@ -80,16 +80,22 @@ pub enum Role {
     Serve {
         /// To be made use of once.
         announcement: Announcement,
-        /// The mount helper, or the command, that waits for this worker to serve. Only the first
-        /// worker has one.
-        control: Option<Control>,
-        /// There is no filesystem yet: it is to be made.
-        mounting: bool,
-        /// `None` for the first.
-        after: Option<Death>,
+        /// The circumstances of its start.
+        start: Start,
     },
     /// One that refuses everything, as those that should serve have died.
     Refuse,
+}
+
+/// The circumstances in which a worker starts.
+pub struct Start {
+    /// The mount helper, or the command, that waits for this worker to serve. Only the first
+    /// worker has one.
+    pub control: Option<Control>,
+    /// There is no filesystem yet: the worker makes it.
+    pub mounting: bool,
+    /// The end of the worker before. `None` for the first.
+    pub after: Option<Death>,
 }
 
 /// The end of a worker.
@@ -184,7 +190,12 @@ pub fn supervise(
         {
             return Ok(End::Stopped);
         }
-        let mut worker = match start(signals, &next, (control.take(), mounting, after), &mut work) {
+        let mut worker = match start(
+            signals,
+            &next,
+            Start { control: control.take(), mounting, after },
+            &mut work,
+        ) {
             Ok(worker) => worker,
             Err(error) if mounting => {
                 tell(last_words, no_process(&error));
@@ -240,7 +251,7 @@ pub fn supervise(
 fn start(
     signals: Signals,
     next: &Next,
-    (control, mounting, after): (Option<Control>, bool, Option<Death>),
+    circumstances: Start,
     work: &mut impl FnMut(Role) -> i32,
 ) -> Result<Worker> {
     let supervisor = getpid();
@@ -252,12 +263,9 @@ fn start(
             drop(announced);
             let ready = process::die_with(supervisor).and_then(|()| signals.unblock());
             let role = match next {
-                Next::Serve(_) => Role::Serve {
-                    announcement: Announcement(announcement),
-                    control,
-                    mounting,
-                    after,
-                },
+                Next::Serve(_) => {
+                    Role::Serve { announcement: Announcement(announcement), start: circumstances }
+                }
                 Next::Refuse(_) => Role::Refuse,
             };
             std::process::exit(if ready.is_ok() { work(role) } else { 1 })

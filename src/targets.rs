@@ -252,7 +252,7 @@ impl Machine {
             Some((name.strip_prefix("memory_tier")?.parse().ok()?, nodes_of(nodes)))
         };
         let block_size = parse_hex(&texts.block_size);
-        let blocks = |region: &(String, String)| blocks_of(region, block_size?);
+        let blocks = |(start, size): &(String, String)| blocks_of(start, size, block_size?);
         Self {
             online: nodes_of(&texts.online),
             with_memory: nodes_of(&texts.has_memory),
@@ -344,8 +344,8 @@ fn parse_capacity(meminfo: &str) -> Option<u64> {
 
 /// The numbers of the memory blocks in a region of CXL memory. The kernel writes all ones for a
 /// region that has no place.
-fn blocks_of((resource, size): &(String, String), block_size: u64) -> Option<Range<u64>> {
-    let (start, size) = (parse_hex(resource)?, parse_hex(size)?);
+fn blocks_of(start: &str, size: &str, block_size: u64) -> Option<Range<u64>> {
+    let (start, size) = (parse_hex(start)?, parse_hex(size)?);
     let end = start.checked_add(size)?;
     Some(start.checked_div(block_size)?..end.div_ceil(block_size))
 }

@@ -16,7 +16,7 @@ use crate::mount_protocol::{Control, Message};
 use crate::options::Options;
 use crate::pool::{self, Pool};
 use crate::session_record::SessionRecord;
-use crate::supervisor::{Announcement, Death, Role};
+use crate::supervisor::{Announcement, Death, Role, Start};
 use crate::sys::{self, cgroup, identity, namespace, seccomp};
 use crate::units::{NumaNode, PageSize};
 use crossbeam::channel::Sender;
@@ -100,11 +100,9 @@ pub fn run(options: &Options, device: &OwnedFd, role: Role) -> i32 {
     let writes = logging::start_writer().map_err(no_thread);
     let done = match role {
         Role::Refuse => refuse(device), // without a writer its lines wait for the next worker's
-        Role::Serve { announcement, mut control, mounting, after } => {
-            let served = writes.and_then(|()| {
-                serve(options, device, announcement, &mut control, (mounting, after))
-            });
-            if let (Err(why), Some(control)) = (&served, &mut control) {
+        Role::Serve { announcement, mut start } => {
+            let served = writes.and_then(|()| serve(options, device, announcement, &mut start));
+            if let (Err(why), Some(control)) = (&served, &mut start.control) {
                 // A helper that is gone need not know.
                 let _ = control.send(&Message::Failed(why.clone()));
             }
@@ -143,22 +141,21 @@ fn serve(
     options: &Options,
     device: &OwnedFd,
     announcement: Announcement,
-    control: &mut Option<Control>,
-    (mounting, after): (bool, Option<Death>),
+    start: &mut Start,
 ) -> Result<(), String> {
     let _only_one =
         take_turn().map_err(|error| format!("waiting for the worker before this one: {error}"))?;
     let (sender, agent) = agents::collapse::start().map_err(no_thread)?;
     let repaired = options.collapse.then_some(sender);
-    let connected = match (mounting, &mut *control) {
-        (true, Some(control)) => begin(options, device, control, repaired),
-        _ => take_over(options, device, repaired, after),
+    let connected = match &mut start.control {
+        Some(control) if start.mounting => begin(options, device, control, repaired),
+        _ => take_over(options, device, repaired, start.after),
     };
     let served = connected.and_then(|(fs, connection)| {
         let patrol = agents::patrol::start(fs).map_err(no_thread)?;
         fuse::rehearse_threads().map_err(no_thread)?;
-        let told = control.take().map(|mut control| control.send(&Message::Serving));
-        if mounting && told.is_none_or(|told| told.is_err()) {
+        let told = start.control.take().map(|mut control| control.send(&Message::Serving));
+        if start.mounting && told.is_none_or(|told| told.is_err()) {
             return Err(HELPER_GONE.to_owned()); // it would have said that it is mounted
         }
         announcement.serving();

@@ -1117,8 +1117,8 @@ fn a_hundred_lost_subpages_cost_a_hundred_subpages() {
     assert_eq!(before.walk(), lost);
     assert_eq!(after.walk(), lost);
     assert_eq!(before.walk(), lost, "touching does not heal");
-    let torn: BTreeSet<u64> = lost.iter().map(|offset| offset / FOLIO).collect();
-    assert_eq!(before.huge(), 512 - torn.len() as u64);
+    let split: BTreeSet<u64> = lost.iter().map(|offset| offset / FOLIO).collect();
+    assert_eq!(before.huge(), 512 - split.len() as u64);
     assert_eq!(pool.counter("quarantined_soft"), 100);
 
     // read(2), with the data and holes that lseek(2) shows.

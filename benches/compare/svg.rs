@@ -49,9 +49,9 @@ pub fn picture(table: &Table, machine: &Machine) -> String {
         bottom + 16.0
     );
     let _ = writeln!(svg, r#"<rect class="page" width="100%" height="100%"/>"#);
-    text(&mut svg, (16.0, 28.0), "title", "hugetlb2: time, as a multiple of the other's");
+    text(&mut svg, 16.0, 28.0, "title", "hugetlb2: time, as a multiple of the other's");
     let where_and_when = format!("{}, {}, {}", machine.hardware, machine.kernel, machine.date);
-    text(&mut svg, (16.0, 48.0), "faint", &where_and_when);
+    text(&mut svg, 16.0, 48.0, "faint", &where_and_when);
     grid(&mut svg, &scale, bottom);
     for (n, bar) in bars.iter().enumerate() {
         draw(&mut svg, bar, &scale, HEAD + n as f64 * LINE);
@@ -96,7 +96,7 @@ fn grid(svg: &mut String, scale: &Scale, bottom: f64) {
             svg,
             r#"<line class="{class}" x1="{x:.1}" x2="{x:.1}" y1="{top}" y2="{bottom}"/>"#
         );
-        text(svg, (x, top - 6.0), "faint middle", &ratio.to_string());
+        text(svg, x, top - 6.0, "faint middle", &ratio.to_string());
     }
 }
 
@@ -109,12 +109,12 @@ fn draw(svg: &mut String, bar: &Bar<'_>, scale: &Scale, y: f64) {
         svg,
         r#"<rect class="{class}" x="{x:.1}" y="{top}" width="{width:.1}" height="{height}" rx="2"/>"#
     );
-    text(svg, (LABELS - 10.0, y + 15.0), "end", bar.what);
+    text(svg, LABELS - 10.0, y + 15.0, "end", bar.what);
     let figure = format!("{} of {}", rounded(bar.ratio), bar.by);
-    text(svg, (WIDTH - FIGURES + 12.0, y + 15.0), "", &figure);
+    text(svg, WIDTH - FIGURES + 12.0, y + 15.0, "", &figure);
 }
 
-fn text(svg: &mut String, (x, y): (f64, f64), class: &str, text: &str) {
+fn text(svg: &mut String, x: f64, y: f64, class: &str, text: &str) {
     let text = text.replace('&', "&amp;").replace('<', "&lt;");
     let _ = writeln!(svg, r#"<text x="{x:.1}" y="{y:.1}" class="{class}">{text}</text>"#);
 }

@@ -1,7 +1,7 @@
 //! The extended attributes that are this filesystem's interface, beside the attributes that users
 //! set.
 
-use super::{Fs, Object, Pace, RequestContext};
+use super::{Fs, NewValue, Object, Pace, RequestContext};
 use crate::attributes::{
     Attribute, Counter, LONGEST_VALUE, OfEntry, OfFile, OfRoot, PLACEMENT, POISON, find,
     is_of_interface,
@@ -248,22 +248,22 @@ impl Fs {
         &self,
         node: InodeId,
         name: &OsStr,
-        (value, flags): (&[u8], i32),
+        value: NewValue<'_>,
         by: Member,
         request: RequestContext,
     ) -> Result<()> {
         if !is_of_interface(name.as_bytes()) {
-            return self.set_user_attribute(node, name, (value, flags), by, request);
+            return self.set_user_attribute(node, name, value, by, request);
         }
         let result = match find(name.as_bytes()).map(|row| row.attribute) {
             Some(Attribute::File(attribute)) if self.is_file(node)? => {
-                self.set_file_attribute(node, attribute, value, request)
+                self.set_file_attribute(node, attribute, value.bytes, request)
             }
             Some(Attribute::Entry(attribute)) if self.is_entry(node)? => {
-                self.set_entry_attribute(node, attribute, (value, flags), by, request)
+                self.set_entry_attribute(node, attribute, value, by, request)
             }
             Some(Attribute::Root(attribute)) if node == InodeId::ROOT => {
-                self.set_root_attribute(attribute, value, &Pace::of(request))
+                self.set_root_attribute(attribute, value.bytes, &Pace::of(request))
             }
             Some(Attribute::File(_) | Attribute::Entry(_) | Attribute::Root(_)) | None => {
                 Err(Error::Unsupported)
@@ -274,7 +274,7 @@ impl Fs {
         }
         self.refusals.note(node, request.thread, result.as_ref().err().map(Error::to_string));
         result.inspect_err(|error| {
-            let (name, value) = (Excerpt(name.as_bytes()), Excerpt(value));
+            let (name, value) = (Excerpt(name.as_bytes()), Excerpt(value.bytes));
             log::info!(user = by.uid; "user {}: {name} {value} refused: {error}", by.uid);
         })
     }
@@ -300,16 +300,17 @@ impl Fs {
         &self,
         node: InodeId,
         attribute: OfEntry,
-        (value, flags): (&[u8], i32),
+        value: NewValue<'_>,
         by: Member,
         request: RequestContext,
     ) -> Result<()> {
         match attribute {
             OfEntry::Placement => {
-                let placement = self.checked_placement(value)?;
+                let placement = self.checked_placement(value.bytes)?;
                 let (name, text) = (OsStr::new(PLACEMENT), placement.to_string());
                 let relocation = self.relocation(node, &placement, request)?;
-                self.set_user_attribute(node, name, (text.as_bytes(), flags), by, request)?;
+                let text = NewValue { bytes: text.as_bytes(), ..value };
+                self.set_user_attribute(node, name, text, by, request)?;
                 match relocation {
                     Some((object, placement)) => {
                         object.relocate(&placement, &self.pool, &Pace::of(request))

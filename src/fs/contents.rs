@@ -5,6 +5,15 @@ use crate::error::{Error, Result};
 use crate::units::InodeId;
 use std::time::{Duration, Instant};
 
+/// A place in a file.
+#[derive(Clone, Copy, Debug)]
+pub struct Position {
+    /// The file.
+    pub node: InodeId,
+    /// The distance from its start in bytes.
+    pub offset: u64,
+}
+
 /// The time to wait for the kernel's RELEASE of a native reader. close(2) returns before the daemon
 /// receives RELEASE. The time is some thousand times as long as the kernel needs, because the
 /// machine may be busy.
@@ -103,7 +112,8 @@ impl Fs {
         &self,
         node: InodeId,
         what: Allocation,
-        (offset, length): (u64, u64),
+        offset: u64,
+        length: u64,
         request: RequestContext,
     ) -> Result<()> {
         let object = self.object(node)?;
@@ -118,8 +128,8 @@ impl Fs {
     /// The errors of reading and writing, if not one byte could be copied.
     pub fn copy(
         &self,
-        from: (InodeId, u64),
-        to: (InodeId, u64),
+        from: Position,
+        to: Position,
         length: u64,
         request: RequestContext,
     ) -> Result<usize> {
@@ -133,11 +143,14 @@ impl Fs {
         while done < length {
             let wanted = buffer.len().min(length - done);
             let read = pace.go_on().and_then(|()| {
-                self.read(from.0, &mut buffer[..wanted], from.1 + done as u64, request)
+                self.read(from.node, &mut buffer[..wanted], from.offset + done as u64, request)
             });
             let piece = read.and_then(|read| match read {
                 0 => Ok((0, 0)),
-                read => Ok((read, self.write(to.0, &buffer[..read], to.1 + done as u64, request)?)),
+                read => {
+                    let at = to.offset + done as u64;
+                    Ok((read, self.write(to.node, &buffer[..read], at, request)?))
+                }
             });
             match piece {
                 Ok((read, written)) => {

@@ -40,11 +40,12 @@ mod targets;
 mod unavailable;
 
 pub use attributes::Reading;
+pub use contents::Position;
 pub use object::{Allocation, Context, Extent, Object, State, Summary};
 pub use pace::Pace;
 pub use places::refuse_too_few_descriptors;
 pub use pollers::Waker;
-pub use requests::RequestContext;
+pub use requests::{NewValue, RequestContext};
 
 use crate::error::{Error, Result};
 use crate::index::{Attributes, DirEntry, Index, Inode, Kind, Time};

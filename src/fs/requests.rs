@@ -15,7 +15,7 @@
 
 use super::Fs;
 use crate::error::{Error, Result};
-use crate::index::{Attributes, New};
+use crate::index::{Attributes, Name, New};
 use crate::steps::{self, Step};
 use crate::sys::identity::{Caller, Member};
 use crate::units::InodeId;
@@ -40,6 +40,15 @@ pub struct RequestContext {
     /// The thread that carries the request out also serves other requests. Work that takes longer
     /// than a moment fails with [`Error::TakesLong`] there.
     pub brief: bool,
+}
+
+/// A value that setxattr(2) sets.
+#[derive(Clone, Copy, Debug)]
+pub struct NewValue<'a> {
+    /// The value.
+    pub bytes: &'a [u8],
+    /// XATTR_CREATE or XATTR_REPLACE.
+    pub flags: XattrFlags,
 }
 
 /// The texts of a note: the thing that the request is about was absent or present at first.
@@ -112,8 +121,8 @@ impl Fs {
     /// EEXIST, ENOTEMPTY, EINVAL for RENAME_WHITEOUT.
     pub fn rename(
         &self,
-        from: (InodeId, &OsStr),
-        to: (InodeId, &OsStr),
+        from: Name<'_>,
+        to: Name<'_>,
         flags: RenameFlags,
         request: RequestContext,
     ) -> Result<()> {
@@ -130,13 +139,8 @@ impl Fs {
         removed(renamed, request).map(|orphan| self.note_orphan(orphan))
     }
 
-    fn has_exchanged(
-        &self,
-        from: (InodeId, &OsStr),
-        to: (InodeId, &OsStr),
-        request: RequestContext,
-    ) -> Result<bool> {
-        let id = |(parent, name)| self.index.lookup(parent, name).map(|found| found.node);
+    fn has_exchanged(&self, from: Name<'_>, to: Name<'_>, request: RequestContext) -> Result<bool> {
+        let id = |of: Name<'_>| self.index.lookup(of.parent, of.name).map(|found| found.node);
         let now = format!("{} {}", id(from)?, id(to)?);
         let noted = self.index.witness(request.unique, &now)?;
         steps::reached(Step::ExchangeWitnessed);
@@ -151,18 +155,18 @@ impl Fs {
         &self,
         node: InodeId,
         name: &OsStr,
-        (value, flags): (&[u8], i32),
+        value: NewValue<'_>,
         by: Member,
         request: RequestContext,
     ) -> Result<()> {
-        let mut flags = XattrFlags::from_bits_retain(flags as u32);
+        let mut flags = value.flags;
         if flags.contains(XattrFlags::CREATE)
             && self.first_found(node, name, request)? == Some(false)
         {
             flags.remove(XattrFlags::CREATE); // this request has made the attribute that exists now
         }
         self.inode_changed(node, || {
-            self.index.set_attribute(node, name, value, flags.bits() as i32, by)
+            self.index.set_attribute(node, name, value.bytes, flags.bits() as i32, by)
         })
     }
 

@@ -36,14 +36,14 @@ pub(super) fn file_attr(attributes: &Attributes) -> FileAttr {
         nlink: attributes.links,
         uid: attributes.uid,
         gid: attributes.gid,
-        rdev: encode_device(attributes.device),
+        rdev: encode_device(attributes.device.0, attributes.device.1),
         blksize: SUBPAGE_SIZE as u32,
         flags: 0,
     }
 }
 
 /// Encodes a device number as the kernel's `new_encode_dev` does (linux/kdev_t.h).
-fn encode_device((major, minor): (u32, u32)) -> u32 {
+fn encode_device(major: u32, minor: u32) -> u32 {
     (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
 }
 
@@ -51,7 +51,7 @@ fn encode_device((major, minor): (u32, u32)) -> u32 {
 mod tests {
     #[test]
     fn device_numbers_are_encoded_as_the_kernel_does() {
-        assert_eq!(super::encode_device((1, 3)), 0x103);
-        assert_eq!(super::encode_device((8, 0x12345)), 0x1230_0845);
+        assert_eq!(super::encode_device(1, 3), 0x103);
+        assert_eq!(super::encode_device(8, 0x12345), 0x1230_0845);
     }
 }

@@ -9,8 +9,8 @@ use super::reply::{
     validity,
 };
 use crate::error::{Error, Result};
-use crate::fs::{Changes, Fs, Pace, Reading, RequestContext};
-use crate::index::New;
+use crate::fs::{Changes, Fs, NewValue, Pace, Position, Reading, RequestContext};
+use crate::index::{Name, New};
 use crate::units::InodeId;
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, FileHandle, Filesystem, FopenFlags, INodeNo, IoctlFlags,
@@ -18,6 +18,7 @@ use fuser::{
     ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek,
     ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
+use rustix::fs::XattrFlags;
 use std::cell::RefCell;
 use std::ffi::{CString, OsStr};
 use std::io;
@@ -167,8 +168,9 @@ impl Filesystem for Adapter {
     ) {
         let _turn = self.begin(request);
         let flags = rustix::fs::RenameFlags::from_bits_retain(flags.bits());
-        let (from, to, context) =
-            ((node_id(parent), name), (node_id(newparent), newname), context(request));
+        let from = Name { parent: node_id(parent), name };
+        let to = Name { parent: node_id(newparent), name: newname };
+        let context = context(request);
         reply_empty(reply, self.fs.rename(from, to, flags, context));
         self.fs.dismiss(context);
     }
@@ -271,8 +273,7 @@ impl Filesystem for Adapter {
             }
             match self.fs.read(node, &mut buffer[..length], offset, asked.context) {
                 Err(Error::TakesLong) => {
-                    let read =
-                        move |fs: &Fs, context| read_anew(fs, node, (offset, length), context);
+                    let read = move |fs: &Fs, context| read_anew(fs, node, offset, length, context);
                     self.answer_later(asked, read, move |_, read| reply_data(reply, read));
                 }
                 result => reply_data(reply, result.map(|read| &buffer[..read])),
@@ -418,14 +419,16 @@ impl Filesystem for Adapter {
     ) {
         let (node, by, asked) = (node_id(ino), member(request), self.asked(request));
         let context = asked.context;
-        match self.fs.set_attribute(node, name, (value, flags), by, context) {
+        let flags = XattrFlags::from_bits_retain(flags as u32);
+        match self.fs.set_attribute(node, name, NewValue { bytes: value, flags }, by, context) {
             Err(error) if is_delay(&error) => {
                 let (Some(value), name) = (self.holds.hold(request.uid(), value), name.to_owned())
                 else {
                     return reply.error(fuser::Errno::ENOSPC);
                 };
                 let set = move |fs: &Fs, context| {
-                    fs.set_attribute(node, &name, (&value, flags), by, context)
+                    let value = NewValue { bytes: &value, flags };
+                    fs.set_attribute(node, &name, value, by, context)
                 };
                 self.answer_later(asked, set, move |fs, result| {
                     reply_empty(reply, result);
@@ -515,7 +518,7 @@ impl Filesystem for Adapter {
     ) {
         let allocate = move |fs: &Fs, context| {
             allocation(mode)
-                .and_then(|what| fs.allocate(node_id(ino), what, (offset, length), context))
+                .and_then(|what| fs.allocate(node_id(ino), what, offset, length, context))
         };
         self.answer(request, allocate, move |_, result| reply_empty(reply, result));
     }
@@ -555,7 +558,8 @@ impl Filesystem for Adapter {
         _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
-        let (from, to) = ((node_id(ino_in), offset_in), (node_id(ino_out), offset_out));
+        let from = Position { node: node_id(ino_in), offset: offset_in };
+        let to = Position { node: node_id(ino_out), offset: offset_out };
         let copy = move |fs: &Fs, context| fs.copy(from, to, len, context);
         self.answer(request, copy, move |_, copied| reply_write(reply, copied));
     }
@@ -565,7 +569,8 @@ impl Filesystem for Adapter {
 fn read_anew(
     fs: &Fs,
     node: InodeId,
-    (offset, length): (u64, usize),
+    offset: u64,
+    length: usize,
     context: RequestContext,
 ) -> Result<Vec<u8>> {
     let mut bytes = vec![0; length];

@@ -40,7 +40,7 @@ mod xattrs;
 
 pub use directory::DirEntry;
 pub use inode::{Attributes, Inode, Kind, Time};
-pub use names::New;
+pub use names::{Name, New};
 
 use crate::error::{Error, Result};
 use crate::options::Options;

@@ -26,6 +26,15 @@ pub enum New<'a> {
     Symlink(&'a CStr),
 }
 
+/// A name in a directory.
+#[derive(Clone, Copy, Debug)]
+pub struct Name<'a> {
+    /// The directory.
+    pub parent: InodeId,
+    /// The name: one component of a path.
+    pub name: &'a OsStr,
+}
+
 /// A name in an open directory.
 #[derive(Clone, Copy)]
 struct Place<'a> {
@@ -137,12 +146,12 @@ impl Index {
     /// The errors of renameat2(2).
     pub fn rename(
         &self,
-        from: (InodeId, &OsStr),
-        to: (InodeId, &OsStr),
+        from: Name<'_>,
+        to: Name<'_>,
         flags: RenameFlags,
     ) -> Result<Option<InodeId>> {
-        let (source, target) = (self.path(from.0)?, self.path(to.0)?);
-        let (old, new) = (c_name(from.1)?, c_name(to.1)?);
+        let (source, target) = (self.path(from.parent)?, self.path(to.parent)?);
+        let (old, new) = (c_name(from.name)?, c_name(to.name)?);
         let _unlinking = self.unlinking();
         let replaced = match self.id_if_there(&target, &new)? {
             Some(id) if flags.is_empty() && id != self.id_of(&source, &old)? => Some(id),

@@ -178,8 +178,8 @@ mod tests {
     const ZERO: NumaNode = NumaNode(0);
     const ONE: NumaNode = NumaNode(1);
 
-    fn on(zero: u64, one: u64) -> PerNode {
-        [(ZERO, zero), (ONE, one)].into_iter().collect()
+    fn on(pages: [u64; 2]) -> PerNode {
+        [ZERO, ONE].into_iter().zip(pages).collect()
     }
 
     /// Bytes of a part of `pages` pages, and its float.
@@ -187,13 +187,13 @@ mod tests {
         bytes_of(pages, PageSize::Huge)
     }
 
-    fn adoption(totals: (u64, u64), reserves: (u64, u64)) -> Adoption {
-        let reserves = [(ZERO, reserves.0), (ONE, reserves.1)];
-        Adoption::new(PageSize::Huge, &on(totals.0, totals.1), &reserves)
+    fn adoption(totals: [u64; 2], reserves: [u64; 2]) -> Adoption {
+        let reserves = [(ZERO, reserves[0]), (ONE, reserves[1])];
+        Adoption::new(PageSize::Huge, &on(totals), &reserves)
     }
 
-    fn held(pages: (u64, u64)) -> Held {
-        let pages = on(pages.0, pages.1);
+    fn held(pages: [u64; 2]) -> Held {
+        let pages = on(pages);
         let bytes = pages.iter().map(|(node, pages)| (node, pages * PAGE)).collect();
         Held { pages, bytes, stuck: PerNode::default() }
     }
@@ -204,11 +204,7 @@ mod tests {
 
     /// Size, free pages and short bytes of each part after the adoption of files with the pages
     /// `files`. No part has bytes too many.
-    fn adopted(
-        totals: (u64, u64),
-        reserves: (u64, u64),
-        files: (u64, u64),
-    ) -> Vec<(u64, u64, u64)> {
+    fn adopted(totals: [u64; 2], reserves: [u64; 2], files: [u64; 2]) -> Vec<(u64, u64, u64)> {
         let mut adoption = adoption(totals, reserves);
         adoption.add(&held(files));
         let (accounts, surplus) = adoption.finish().unwrap();
@@ -218,54 +214,54 @@ mod tests {
 
     #[test]
     fn a_pool_in_order_keeps_its_sizes() {
-        let parts = adopted((8, 4), (all(8) - 3 * PAGE, all(4) - PAGE), (3, 1));
+        let parts = adopted([8, 4], [all(8) - 3 * PAGE, all(4) - PAGE], [3, 1]);
         assert_eq!(parts, [(8, 5, 0), (4, 3, 0)]);
     }
 
     #[test]
     fn memory_that_was_moving_is_short_on_its_node() {
-        let parts = adopted((8, 4), (all(8) - 3 * PAGE, all(4) - 3 * PAGE), (3, 1));
+        let parts = adopted([8, 4], [all(8) - 3 * PAGE, all(4) - 3 * PAGE], [3, 1]);
         assert_eq!(parts, [(8, 5, 0), (4, 3, 2 * PAGE)]);
     }
 
     #[test]
     fn memory_of_another_node_makes_that_part_larger() {
         // The kernel took three pages of node 1 for a file whose pages came from node 0.
-        let parts = adopted((8, 4), (all(8) - 3 * PAGE, all(4)), (0, 3));
+        let parts = adopted([8, 4], [all(8) - 3 * PAGE, all(4)], [0, 3]);
         assert_eq!(parts, [(5, 5, 0), (7, 4, 0)]);
     }
 
     #[test]
     fn a_size_that_was_noted_without_nodes_is_divided() {
-        let parts = adopted((12, 0), (all(8) - 3 * PAGE, all(4)), (3, 0));
+        let parts = adopted([12, 0], [all(8) - 3 * PAGE, all(4)], [3, 0]);
         assert_eq!(parts, [(8, 5, 0), (4, 4, 0)]);
     }
 
     #[test]
     fn a_file_of_which_only_sums_are_known_is_counted() {
-        let mut adoption = adoption((8, 4), (all(8), all(4) - 3 * PAGE));
-        assert_eq!(adoption.charge(3, 3 * PAGE), held((0, 3)));
+        let mut adoption = adoption([8, 4], [all(8), all(4) - 3 * PAGE]);
+        assert_eq!(adoption.charge(3, 3 * PAGE), held([0, 3]));
         let (accounts, _) = adoption.finish().unwrap();
         assert_eq!(free_and_short(&accounts), [(8, 8, 0), (4, 1, 0)]);
     }
 
     #[test]
     fn pages_without_memory_are_counted_where_pages_are_free() {
-        let mut adoption = adoption((8, 4), (all(8), all(4)));
-        adoption.add(&Held { pages: on(7, 0), ..Held::default() });
+        let mut adoption = adoption([8, 4], [all(8), all(4)]);
+        adoption.add(&Held { pages: on([7, 0]), ..Held::default() });
         let homes = adoption.homes_for(&[Page(3)..Page(5)]);
         assert_eq!(homes, [(Page(3)..Page(5), ONE)]);
     }
 
     #[test]
     fn files_with_more_pages_than_a_part_make_it_larger() {
-        let mut adoption = adoption((4, 4), (all(4), all(4)));
-        adoption.add(&Held { pages: on(6, 0), ..Held::default() });
+        let mut adoption = adoption([4, 4], [all(4), all(4)]);
+        adoption.add(&Held { pages: on([6, 0]), ..Held::default() });
         let (accounts, _) = adoption.finish().unwrap();
         assert_eq!(accounts.sum().total, 8);
         assert_eq!(accounts.of(ZERO).free, 0);
-        let mut adoption = self::adoption((4, 4), (all(4), all(4)));
-        adoption.add(&Held { pages: on(6, 3), ..Held::default() });
+        let mut adoption = self::adoption([4, 4], [all(4), all(4)]);
+        adoption.add(&Held { pages: on([6, 3]), ..Held::default() });
         assert!(matches!(adoption.finish(), Err(Error::Corrupt(_))));
     }
 }

@@ -107,7 +107,7 @@ impl Sealed {
     ///
     /// # Errors
     /// The errors of fstatfs(2).
-    pub fn is_torn(&self) -> Result<bool> {
+    pub fn has_removed(&self) -> Result<bool> {
         let blocks = tmpfs::blocks(&self.data)?;
         Ok(!self.punched && (blocks.free > 0 || blocks.limit != self.limit()))
     }

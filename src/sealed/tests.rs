@@ -298,7 +298,7 @@ fn only_a_touch_or_a_need_of_blocks_fills_gaps() {
     let missing = SUBPAGE_SIZE + (sealed.size() - FOLIO_SIZE).next_multiple_of(SUBPAGE_SIZE);
     let mut again = open_again(&sealed);
     for sealed in [&mut sealed, &mut again] {
-        assert!(!sealed.is_torn().unwrap());
+        assert!(!sealed.has_removed().unwrap());
         assert_eq!(sealed.note_hw_errors(TIME).unwrap(), []);
         assert_eq!(sealed.huge_ranges(folios(3)).unwrap(), []);
         assert!(sealed.folios().all(|folio| sealed.collapse(folio).is_err()));
@@ -324,7 +324,7 @@ fn memory_that_a_program_removed_is_taken_back() {
     let mapping = mapped(&sealed, folios(2));
     remove(&sealed, Range::at(4 * SUBPAGE_SIZE, 3 * SUBPAGE_SIZE));
     remove(&sealed, Folio(1).range());
-    assert!(sealed.is_torn().unwrap());
+    assert!(sealed.has_removed().unwrap());
     sealed.reclaim_removed().unwrap();
     assert_sealed(&sealed);
     assert_eq!(mapping.walk().len(), 1);

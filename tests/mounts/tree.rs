@@ -764,17 +764,18 @@ fn what_a_user_makes_is_the_users_from_the_first_moment() {
 
 // ---- times --------------------------------------------------------------------------------------
 
-fn set_times(path: &Path, accessed: (i64, i64), modified: (i64, i64)) -> rustix::io::Result<()> {
-    let timespec = |(tv_sec, tv_nsec): (i64, i64)| Timespec { tv_sec, tv_nsec: tv_nsec as _ };
+/// Sets access and modification time, each in seconds and nanoseconds.
+fn set_times(path: &Path, accessed: [i64; 2], modified: [i64; 2]) -> rustix::io::Result<()> {
+    let timespec = |[tv_sec, tv_nsec]: [i64; 2]| Timespec { tv_sec, tv_nsec: tv_nsec as _ };
     let times =
         Timestamps { last_access: timespec(accessed), last_modification: timespec(modified) };
     rustix::fs::utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW)
 }
 
 /// Access and modification time.
-fn times(path: &Path) -> [(i64, i64); 2] {
+fn times(path: &Path) -> [[i64; 2]; 2] {
     let stat: Stat = rustix::fs::lstat(path).expect("it exists");
-    [(stat.st_atime, stat.st_atime_nsec as i64), (stat.st_mtime, stat.st_mtime_nsec as i64)]
+    [[stat.st_atime, stat.st_atime_nsec as i64], [stat.st_mtime, stat.st_mtime_nsec as i64]]
 }
 
 fn now() -> i64 {
@@ -793,7 +794,7 @@ fn any_time_can_be_set_and_is_kept_to_the_nanosecond() {
     for path in ["file", "d", "link"].map(|name| pool.join(name)) {
         for seconds in [0, 1, 1_000_000_000, 1 << 33, 1 << 40, -1, -2, -86_400, -(1 << 33)] {
             for nanoseconds in [0, 1, 250_000_000, 999_999_999] {
-                let both = [(seconds, nanoseconds), (seconds / 2, 7)];
+                let both = [[seconds, nanoseconds], [seconds / 2, 7]];
                 set_times(&path, both[0], both[1]).unwrap();
                 assert_eq!(times(&path), both, "{}", path.display());
             }
@@ -807,11 +808,11 @@ fn the_first_and_the_last_time_there_are_do_no_harm() {
     let path = pool.join("file");
     touch(&path);
     for seconds in [i64::MIN, i64::MIN + 1, i64::MAX - 1, i64::MAX] {
-        let _ = set_times(&path, (seconds, 999_999_999), (seconds, 1)); // the kernel may round them
+        let _ = set_times(&path, [seconds, 999_999_999], [seconds, 1]); // the kernel may round them
         assert!(rustix::fs::stat(&path).is_ok());
     }
-    set_times(&path, (5, 5), (6, 6)).unwrap();
-    assert_eq!(times(&path), [(5, 5), (6, 6)]);
+    set_times(&path, [5, 5], [6, 6]).unwrap();
+    assert_eq!(times(&path), [[5, 5], [6, 6]]);
 }
 
 #[test]
@@ -819,22 +820,22 @@ fn times_can_be_left_alone_and_set_to_the_present() {
     let pool = shared_pool();
     let path = pool.join("file");
     fs::write(&path, "x").unwrap();
-    set_times(&path, (1000, 1), (2000, 2)).unwrap();
-    set_times(&path, (0, UTIME_OMIT), (3000, 3)).unwrap();
-    assert_eq!(times(&path), [(1000, 1), (3000, 3)]);
-    set_times(&path, (4000, 4), (0, UTIME_OMIT)).unwrap();
-    assert_eq!(times(&path), [(4000, 4), (3000, 3)]);
+    set_times(&path, [1000, 1], [2000, 2]).unwrap();
+    set_times(&path, [0, UTIME_OMIT], [3000, 3]).unwrap();
+    assert_eq!(times(&path), [[1000, 1], [3000, 3]]);
+    set_times(&path, [4000, 4], [0, UTIME_OMIT]).unwrap();
+    assert_eq!(times(&path), [[4000, 4], [3000, 3]]);
     let before = now();
-    set_times(&path, (5000, 5), (0, UTIME_NOW)).unwrap();
+    set_times(&path, [5000, 5], [0, UTIME_NOW]).unwrap();
     let [accessed, modified] = times(&path);
-    assert_eq!(accessed, (5000, 5));
-    assert!((before - 1..=now()).contains(&modified.0));
+    assert_eq!(accessed, [5000, 5]);
+    assert!((before - 1..=now()).contains(&modified[0]));
     chmod(&path, 0o666);
     as_user(NOBODY, &[], || {
-        assert_eq!(set_times(&path, (1, 1), (1, 1)), Err(Errno::PERM));
-        set_times(&path, (0, UTIME_NOW), (0, UTIME_NOW)).unwrap();
+        assert_eq!(set_times(&path, [1, 1], [1, 1]), Err(Errno::PERM));
+        set_times(&path, [0, UTIME_NOW], [0, UTIME_NOW]).unwrap();
     });
-    assert!(times(&path)[0].0 >= before - 1);
+    assert!(times(&path)[0][0] >= before - 1);
 }
 
 #[test]
@@ -856,10 +857,10 @@ fn a_directory_is_modified_by_every_change_of_its_entries() {
         ("rename back", &|| fs::rename(other.join("file"), entry("file")).unwrap()),
     ];
     for (name, change) in changes {
-        set_times(&directory, (1000, 0), (1000, 0)).unwrap();
-        assert_eq!(times(&directory)[1].0, 1000);
+        set_times(&directory, [1000, 0], [1000, 0]).unwrap();
+        assert_eq!(times(&directory)[1][0], 1000);
         change();
-        assert!(times(&directory)[1].0 > 1000, "{name}");
+        assert!(times(&directory)[1][0] > 1000, "{name}");
     }
 }
 
@@ -869,11 +870,11 @@ fn a_file_is_modified_by_every_change_of_its_contents() {
     let path = pool.join("file");
     let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
     for (name, change) in CHANGES {
-        set_times(&path, (1000, 0), (1000, 0)).unwrap();
+        set_times(&path, [1000, 0], [1000, 0]).unwrap();
         change(&file);
-        assert!(times(&path)[1].0 > 1000, "{name}");
+        assert!(times(&path)[1][0] > 1000, "{name}");
         assert_eq!(
-            times(&path)[0].0,
+            times(&path)[0][0],
             1000,
             "{name}: reading and writing leave the access time alone"
         );

@@ -84,7 +84,7 @@ impl Object {
             let sealed = holding.sealed();
             if holding.has_pages(range)
                 && sealed.lost_in(range).next().is_none()
-                && !sealed.is_torn()?
+                && !sealed.has_removed()?
             {
                 return tmpfs::write_at(&self.data, bytes, offset);
             }

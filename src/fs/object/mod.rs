@@ -170,7 +170,7 @@ impl Object {
     /// because it goes by the records.
     fn shut_share(&self, pace: &Pace) -> Result<RwLockReadGuard<'_, Holding>> {
         let holding = self.share(pace)?;
-        if !is_torn_around_holes(&holding)? {
+        if !are_holes_open(&holding)? {
             return Ok(holding);
         }
         drop(holding);
@@ -218,7 +218,7 @@ impl Object {
         let Some(holding) = self.holding.try_read() else { return };
         let sealed = holding.sealed();
         let is_open = !sealed.holes().is_empty()
-            && (sealed.is_torn().unwrap_or(true) || sealed.has_strays().unwrap_or(true));
+            && (sealed.has_removed().unwrap_or(true) || sealed.has_strays().unwrap_or(true));
         drop(holding);
         if is_open {
             self.shut(&mut self.write_lock());
@@ -344,8 +344,8 @@ fn takes_long(holding: &Holding, touched: Range, end: u64, pool: &Pool) -> Resul
 }
 
 /// True if a touch could fill soft holes, because a program has made blocks free by MADV_REMOVE.
-fn is_torn_around_holes(holding: &Holding) -> Result<bool> {
-    Ok(!holding.sealed().holes().is_empty() && holding.sealed().is_torn()?)
+fn are_holes_open(holding: &Holding) -> Result<bool> {
+    Ok(!holding.sealed().holes().is_empty() && holding.sealed().has_removed()?)
 }
 
 /// Restores S1 before an operation that needs it: takes back the memory that a program punched, by

@@ -1,7 +1,7 @@
 //! Quarantine and repair, on request and after memory errors.
 
 use super::{
-    Context, Locked, Object, Pace, is_torn_around_holes, lost_bytes, mend, mend_but_gaps, parts,
+    Context, Locked, Object, Pace, are_holes_open, lost_bytes, mend, mend_but_gaps, parts,
 };
 use crate::error::{Error, Result};
 use crate::pool::{Holding, Pool};
@@ -35,8 +35,8 @@ impl Object {
     /// The errors of pwrite(2).
     pub fn report(&self, room: Option<usize>, pace: &Pace) -> Result<String> {
         let mut holding = self.lock(pace)?;
-        pace.refuse_if(|| is_torn_around_holes(&holding))?;
-        if is_torn_around_holes(&holding)? {
+        pace.refuse_if(|| are_holes_open(&holding))?;
+        if are_holes_open(&holding)? {
             self.shut(&mut holding);
         }
         let text = quarantine::format(&quarantined(holding.sealed()));
