@@ -9,7 +9,7 @@ use criterion::{BatchSize, BenchmarkId, Criterion, Throughput};
 use hugetlb2fs::index::{DirEntry, Index, Name, New};
 use hugetlb2fs::options::Options;
 use hugetlb2fs::placement::Resolved;
-use hugetlb2fs::pool::{Holding, Pool};
+use hugetlb2fs::pool::{Holding, Pool, Sizes};
 use hugetlb2fs::quarantine::{Kind, coalesce, format, parse_poison};
 use hugetlb2fs::sealed::{Reach, Sealed};
 use hugetlb2fs::sys::identity::Caller;
@@ -132,7 +132,8 @@ fn moves(criterion: &mut Criterion) {
     const POOL: u64 = 128 << 20;
     let mut group = criterion.benchmark_group("pool");
     let pool =
-        Pool::fill(PageSize::Huge, PageSize::Huge.pages_up(POOL), |_| Ok(())).expect("a pool");
+        Pool::fill(PageSize::Huge, &Sizes::Anywhere(PageSize::Huge.pages_up(POOL)), |_| Ok(()))
+            .expect("a pool");
     let mut holding = Holding::create(PageSize::Huge).expect("a file");
     for mebibytes in [2, 64] {
         let bytes = mebibytes << 20;

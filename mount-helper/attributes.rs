@@ -4,7 +4,7 @@
 use crate::daemons;
 use hugetlb2fs::attributes::{Counter, LONGEST_VALUE, OPTIONS, POOL, REFUSAL, SIZE, UNAVAILABLE};
 use hugetlb2fs::sys::cgroup;
-use hugetlb2fs::units::PageSize;
+use hugetlb2fs::units::{NumaNode, PageSize};
 use rustix::fs::{XattrFlags, getxattr, setxattr};
 use rustix::io::Errno;
 use rustix::process::geteuid;
@@ -66,6 +66,13 @@ impl Counters {
     /// All, in the filesystem's order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, u64)> {
         self.0.iter().map(|(name, value)| (name.as_str(), *value))
+    }
+
+    /// The NUMA nodes that the pool has memory of, ascending.
+    pub fn nodes(&self) -> Vec<NumaNode> {
+        let of_one = Counter::PagesTotalOn { node: NumaNode(0) }.name();
+        let prefix = of_one.trim_end_matches('0');
+        self.0.iter().filter_map(|(name, _)| NumaNode::parse(name.strip_prefix(prefix)?)).collect()
     }
 
     /// Replaces the process ids that the daemon's processes have in their namespace by those that
@@ -154,12 +161,16 @@ pub fn unavailable(directory: &Path) -> Vec<String> {
     text.lines().map(str::to_owned).collect()
 }
 
-/// Resizes the pool that is mounted on `directory`.
+/// Resizes the pool that is mounted on `directory` to a size, or to a size for each NUMA node, as
+/// the attribute takes it.
 ///
 /// # Errors
 /// A sentence.
-pub fn resize(directory: &Path, bytes: u64) -> Result<(), String> {
-    write(directory, SIZE, &bytes.to_string()).map_err(|errno| match errno {
+pub fn resize(directory: &Path, size: &str) -> Result<(), String> {
+    let by_node = size.contains(':');
+    let said = |otherwise: &str| refusal(directory).unwrap_or_else(|| otherwise.to_owned());
+    write(directory, SIZE, size).map_err(|errno| match errno {
+        Errno::NOSPC | Errno::INVAL | Errno::BUSY if by_node => said("resizing the pool failed"),
         Errno::BUSY => "more of the pool is in use than the new size has".to_owned(),
         Errno::NOSPC => no_memory(directory),
         Errno::ROFS => {

@@ -347,6 +347,11 @@ fn describe_pool(
             of(Counter::PagesFree)
         ),
     );
+    let nodes = counters.nodes();
+    for node in nodes.iter().copied().filter(|_| nodes.len() > 1) {
+        let (total, free) = (of(Counter::PagesTotalOn { node }), of(Counter::PagesFreeOn { node }));
+        row(&format!("  node {node}"), format!("{total}: {free} free"));
+    }
     let huge = of(Counter::HugeBytesAtMount) / MIB;
     row("in folios", format!("{huge} MiB were in 2 MiB folios when it was mounted"));
     let (objects, orphans) = (of(Counter::Objects), of(Counter::Orphans));

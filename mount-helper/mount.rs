@@ -8,7 +8,8 @@ use crate::protocol::{self, Failure};
 use crate::session::{self, Daemon};
 use crate::terminal::say;
 use clap::{Arg, ArgAction, ArgMatches, Command};
-use hugetlb2fs::options::Options;
+use hugetlb2fs::options::{Nodes, Options};
+use hugetlb2fs::units::{NumaNode, PageSize};
 use rustix::fs::{CWD, Dir, DirEntry, Mode, OFlags, StatVfsMountFlags, openat, statvfs};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount_remount};
@@ -29,8 +30,8 @@ fn command() -> Command {
         .after_help(format!(
             "Options of the pool (-o):\n{}\n\
              mount(8)'s generic options (ro, nosuid, noexec, remount, ...) work as usual;\n\
-             remount,size= resizes a mounted pool, nonempty mounts over a directory that has\n\
-             entries.\n\n\
+             remount,size= resizes a mounted pool, remount,nodes=0:SIZE,1:SIZE each node's\n\
+             part; nonempty mounts over a directory that has entries.\n\n\
              Exit status: 0 mounted, 1 wrong usage, 2 system error, 4 internal error,\n\
              8 interrupted, 32 mount failed.",
             Options::help()
@@ -151,6 +152,7 @@ fn remount(directory: &Path, requested: &Requested, fake: bool) -> Result<(), Fa
     let asked = |name: &str| requested.given.iter().any(|given| given == name);
     let in_force = attributes::options(directory).map_err(failed)?;
     refuse_changes(requested, &in_force).map_err(Failure::Usage)?;
+    refuse_other_nodes(requested, &pool.nodes()).map_err(Failure::Usage)?;
     if fake {
         return Ok(());
     }
@@ -160,18 +162,14 @@ fn remount(directory: &Path, requested: &Requested, fake: bool) -> Result<(), Fa
         mount_remount(directory, flags, "")
             .map_err(|errno| failed(format!("mount(2), MS_REMOUNT: {errno}")))
     };
-    if asked("size") {
-        let mut options = requested.pool.clone();
-        options.page_size = pool.page_size().map_err(failed)?;
-        let memory =
-            hugetlb2fs::sys::memory_total().map_err(|error| Failure::System(error.to_string()))?;
-        let bytes = options.pages(memory).map_err(Failure::Usage)? * options.page_size.bytes();
+    if asked("size") || matches!(requested.pool.nodes, Some(Nodes::Sized(_))) {
+        let size = new_size(requested, pool.page_size().map_err(failed)?)?;
         // The attribute of a pool that is mounted read-only cannot be set before that is lifted.
         let lifted = now.contains(MountFlags::RDONLY) && !wanted.contains(MountFlags::RDONLY);
         if lifted {
             set_flags(wanted)?;
         }
-        attributes::resize(directory, bytes).map_err(|why| {
+        attributes::resize(directory, &size).map_err(|why| {
             let put_back = if lifted { set_flags(now) } else { Ok(()) };
             put_back.err().unwrap_or_else(|| failed(why))
         })?;
@@ -179,10 +177,35 @@ fn remount(directory: &Path, requested: &Requested, fake: bool) -> Result<(), Fa
     set_flags(wanted)
 }
 
+/// The size that a remount asks for, as the attribute takes it: that of each node, or of the pool.
+fn new_size(requested: &Requested, page_size: PageSize) -> Result<String, Failure> {
+    let options = Options { page_size, ..requested.pool.clone() };
+    let memory =
+        hugetlb2fs::sys::memory_total().map_err(|error| Failure::System(error.to_string()))?;
+    let pages = options.pages(memory).map_err(Failure::Usage)?;
+    Ok(match &options.nodes {
+        Some(nodes @ Nodes::Sized(_)) => nodes.to_string(),
+        Some(Nodes::Even(_)) | None => (pages * page_size.bytes()).to_string(),
+    })
+}
+
+/// A mounted pool keeps its nodes.
+fn refuse_other_nodes(requested: &Requested, in_force: &[NumaNode]) -> Result<(), String> {
+    match requested.pool.nodes.as_ref().map(Nodes::names) {
+        Some(names) if names != in_force => Err(format!(
+            "option nodes: the pool has the NUMA nodes {}, and keeps them as long as it is mounted",
+            NumaNode::list(in_force)
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// mount(8) adds the options of fstab to a remount. An option that differs from the one in force is
 /// refused; otherwise it would be ignored.
 fn refuse_changes(requested: &Requested, in_force: &[(String, String)]) -> Result<(), String> {
-    let is_asked = |name: &str| name != "size" && requested.given.iter().any(|given| given == name);
+    let is_asked = |name: &str| {
+        !["size", "nodes"].contains(&name) && requested.given.iter().any(|given| given == name)
+    };
     for (name, value) in requested.pool.given().filter(|(name, _)| is_asked(name)) {
         let now = in_force.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str());
         if now != Some(&value) {

@@ -82,8 +82,7 @@ impl Requested {
             remount: false,
             nonempty: false,
         };
-        let items: Vec<&str> =
-            strings.flat_map(|string| string.split(',')).filter(|item| !item.is_empty()).collect();
+        let items: Vec<&str> = strings.flat_map(items).filter(|item| !item.is_empty()).collect();
         requested.remount = items.contains(&"remount");
         for item in items {
             requested.take(item, sloppy)?;
@@ -130,12 +129,36 @@ impl Requested {
     }
 }
 
+/// The options of a string. No option begins with a digit: a comma before a digit is part of a list
+/// in a value, as in `nodes=0,2`. tmpfs(5) reads `mpol=bind:0,2` in the same way.
+fn items(string: &str) -> impl Iterator<Item = &str> {
+    let mut rest = Some(string);
+    std::iter::from_fn(move || {
+        let string = rest?;
+        let is_end = |at: &usize| !string[at + 1..].starts_with(|next: char| next.is_ascii_digit());
+        let end = string.match_indices(',').map(|(at, _)| at).find(is_end);
+        rest = end.map(|end| &string[end + 1..]);
+        Some(&string[..end.unwrap_or(string.len())])
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn parse(text: &str) -> Result<Requested, String> {
         Requested::parse(std::iter::once(text), false)
+    }
+
+    #[test]
+    fn a_list_of_nodes_is_one_value() {
+        let split = |string| items(string).collect::<Vec<_>>();
+        assert_eq!(split("ro,nodes=0,2-3,size=2M"), ["ro", "nodes=0,2-3", "size=2M"]);
+        assert_eq!(split("nodes=0:2M,1:4M"), ["nodes=0:2M,1:4M"]);
+        assert_eq!(split("ro,,rw,"), ["ro", "", "rw", ""]);
+        let requested = parse("size=4M,nodes=0,1,nosuid").unwrap();
+        assert_eq!(requested.pool.nodes.unwrap().to_string(), "0,1");
+        assert_eq!(requested.given, ["size", "nodes"]);
     }
 
     #[test]

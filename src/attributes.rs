@@ -237,6 +237,16 @@ pub enum Counter {
     ShortBytes,
     /// Bytes in whole folios when the pool was filled.
     HugeBytesAtMount,
+    /// Pages of the pool on a NUMA node.
+    PagesTotalOn {
+        /// The NUMA node.
+        node: NumaNode,
+    },
+    /// Free pages of the pool on a NUMA node.
+    PagesFreeOn {
+        /// The NUMA node.
+        node: NumaNode,
+    },
     /// Bytes of free memory on a NUMA node.
     ReserveBytes {
         /// The NUMA node.
@@ -280,6 +290,8 @@ impl Counter {
             Self::FloatBytes => "float_bytes",
             Self::ShortBytes => "short_bytes",
             Self::HugeBytesAtMount => "huge_bytes_at_mount",
+            Self::PagesTotalOn { node } => return Cow::Owned(format!("pages_total_node{node}")),
+            Self::PagesFreeOn { node } => return Cow::Owned(format!("pages_free_node{node}")),
             Self::ReserveBytes { node } => return Cow::Owned(format!("reserve_bytes_node{node}")),
             Self::Objects => "objects",
             Self::FilesUnavailable => "files_unavailable",

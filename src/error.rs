@@ -23,6 +23,12 @@ pub enum Error {
     /// The machine has no memory for the needs of the pool.
     #[error("the machine is out of memory")]
     NoMemory,
+    /// A NUMA node cannot give the memory of its part of the pool. The text has the figures.
+    #[error("{0}")]
+    NodeFull(String),
+    /// More pages of a part of the pool are in use than it would have. The text has the figures.
+    #[error("{0}")]
+    InUse(String),
     /// The operation meets a quarantined subpage.
     #[error("a quarantined subpage is in the way")]
     Quarantined,
@@ -83,11 +89,13 @@ impl Error {
             Self::TooManyFiles => Errno::NOSPC,
             // Not ENOMEM: the filesystem could not give the requested space. For this case,
             // open(2), write(2) and fallocate(2) document ENOSPC.
-            Self::NoMemory => Errno::NOSPC,
+            Self::NoMemory | Self::NodeFull(_) => Errno::NOSPC,
             Self::Quarantined | Self::Corrupt(_) => Errno::IO,
             // Not EAGAIN: programs ask for a collapse by setxattr(2), and there the kernel turns
             // EAGAIN into EOPNOTSUPP (fs/xattr.c, __vfs_setxattr_noperm).
-            Self::Busy(_) | Self::Pinned | Self::Again | Self::OpenNatively => Errno::BUSY,
+            Self::InUse(_) | Self::Busy(_) | Self::Pinned | Self::Again | Self::OpenNatively => {
+                Errno::BUSY
+            }
             Self::TakesLong => Errno::AGAIN,
             Self::Interrupted => Errno::INTR,
             Self::Invalid(_) => Errno::INVAL,

@@ -1,6 +1,6 @@
 //! The one table of options: mount option = daemon flag = default = check = help text.
 
-use crate::units::PageSize;
+use crate::units::{NumaNode, PageSize};
 use std::fmt::{self, Write as _};
 
 /// The options that a pool is mounted with.
@@ -8,8 +8,10 @@ use std::fmt::{self, Write as _};
 pub struct Options {
     /// Grain of reservation.
     pub page_size: PageSize,
-    /// Size of the pool; required.
+    /// Size of the pool; required, unless `nodes` has the size of each node's part.
     pub size: Option<Size>,
+    /// The NUMA nodes that the pool has memory of. Without it, all nodes with processors.
+    pub nodes: Option<Nodes>,
     /// Permission bits of the root directory.
     pub mode: u32,
     /// Owner of the root directory.
@@ -36,6 +38,7 @@ impl Default for Options {
         Self {
             page_size: PageSize::Gigantic,
             size: None,
+            nodes: None,
             mode: 0o755,
             uid: 0,
             gid: 0,
@@ -72,6 +75,82 @@ impl Io {
 
     fn name(self) -> String {
         Self::ALL.iter().find(|(io, _)| *io == self).map_or("auto", |(_, name)| name).to_owned()
+    }
+}
+
+/// The NUMA nodes of a pool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Nodes {
+    /// Each of these nodes, ascending, has an equal part of the pool.
+    Even(Vec<NumaNode>),
+    /// Each of these nodes, ascending, has a part of so many bytes.
+    Sized(Vec<(NumaNode, u64)>),
+}
+
+impl Nodes {
+    /// Parses a list of nodes (`0,2-3`), or of nodes with sizes (`0:32G,2:64G`).
+    ///
+    /// # Errors
+    /// A sentence that says what is wrong and what would be right.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let nodes = if text.contains(':') {
+            Self::parse_sized(text).map(Self::Sized)
+        } else {
+            NumaNode::parse_list(text).map(Self::Even)
+        };
+        nodes.ok_or_else(|| {
+            format!(
+                "{text:?} names no nodes: a list that ascends, as in 0,2-3, or each node with the size of its part, as in \
+                 0:32G,2:64G"
+            )
+        })
+    }
+
+    fn parse_sized(text: &str) -> Option<Vec<(NumaNode, u64)>> {
+        let part = |part: &str| {
+            let (node, size) = part.split_once(':')?;
+            let node = NumaNode::parse(node).filter(|node| *node <= NumaNode::LAST)?;
+            match Size::parse(size) {
+                Ok(Size::Bytes(bytes)) => Some((node, bytes)),
+                _ => None,
+            }
+        };
+        let parts: Vec<_> = text.split(',').map(part).collect::<Option<_>>()?;
+        parts.is_sorted_by(|one, next| one.0 < next.0).then_some(parts)
+    }
+
+    /// The nodes, ascending.
+    pub fn names(&self) -> Vec<NumaNode> {
+        match self {
+            Self::Even(nodes) => nodes.clone(),
+            Self::Sized(parts) => parts.iter().map(|(node, _)| *node).collect(),
+        }
+    }
+
+    /// The whole pages of each part. `None` where no sizes are given.
+    ///
+    /// # Errors
+    /// A sentence, where a part is less than a page.
+    pub fn parts(&self, page_size: PageSize) -> Result<Option<Vec<(NumaNode, u64)>>, String> {
+        let Self::Sized(parts) = self else { return Ok(None) };
+        let part = |(node, bytes): &(NumaNode, u64)| {
+            // The memory of the machine has a part in percentages only, which these are not.
+            let pages = Size::Bytes(*bytes).pages(page_size, 0);
+            pages.map(|pages| (*node, pages)).map_err(|why| format!("node {node}: {why}"))
+        };
+        parts.iter().map(part).collect::<Result<_, _>>().map(Some)
+    }
+}
+
+impl fmt::Display for Nodes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Even(nodes) => f.write_str(&NumaNode::list(nodes)),
+            Self::Sized(parts) => {
+                let part = |(node, bytes): &(NumaNode, u64)| format!("{node}:{bytes}");
+                f.write_str(&parts.iter().map(part).collect::<Vec<_>>().join(","))
+            }
+        }
     }
 }
 
@@ -189,6 +268,15 @@ pub const TABLE: &[Row] = &[
                64th comes on top",
         set: |options, text| Size::parse(text).map(|size| options.size = Some(size)),
         get: |options| options.size.map(|size| size.to_string()),
+    },
+    Row {
+        name: "nodes",
+        value: "NODES",
+        default: Some("all nodes with processors"),
+        help: "the NUMA nodes that the pool has memory of, in equal parts (0,2-3), or with the size of each part (0:32G,2:64G; size= \
+               can be left out then). Nodes without processors give memory only if they are named. Each node must have its part",
+        set: |options, text| Nodes::parse(text).map(|nodes| options.nodes = Some(nodes)),
+        get: |options| options.nodes.as_ref().map(Nodes::to_string),
     },
     Row {
         name: "pagesize",
@@ -359,10 +447,30 @@ impl Options {
     /// Pages of the pool, on a machine with `memory` bytes.
     ///
     /// # Errors
-    /// A sentence, where no size is given or it is less than a page.
+    /// A sentence, where no size is given, it is less than a page, or it is not that of the nodes'
+    /// parts.
     pub fn pages(&self, memory: u64) -> Result<u64, String> {
-        let size = self.size.ok_or("option size is required, as in size=64G")?;
-        size.pages(self.page_size, memory).map_err(|why| format!("option size: {why}"))
+        let pages = |size: Size| {
+            size.pages(self.page_size, memory).map_err(|why| format!("option size: {why}"))
+        };
+        let size = self.size.map(pages).transpose()?;
+        let parts = self.parts()?.map(|parts| parts.iter().map(|(_, pages)| pages).sum::<u64>());
+        match (size, parts) {
+            (Some(size), Some(parts)) if size != parts => Err(format!(
+                "option size: {size} pages, and the parts of nodes= have {parts}; leave size= out, or make them agree"
+            )),
+            (Some(pages), _) | (None, Some(pages)) => Ok(pages),
+            (None, None) => Err("option size is required, as in size=64G".to_owned()),
+        }
+    }
+
+    /// The pages of each node's part, where the option `nodes` has sizes.
+    ///
+    /// # Errors
+    /// A sentence, where a part is less than a page.
+    pub fn parts(&self) -> Result<Option<Vec<(NumaNode, u64)>>, String> {
+        let parts = self.nodes.as_ref().map(|nodes| nodes.parts(self.page_size));
+        parts.transpose().map_err(|why| format!("option nodes: {why}")).map(Option::flatten)
     }
 
     /// The table as text for a help page of 80 columns.
@@ -428,6 +536,17 @@ mod tests {
             ("punch", ""),
             ("punch", "Keep"),
             ("log", "relative"),
+            ("nodes", ""),
+            ("nodes", "1,0"),
+            ("nodes", "0,0"),
+            ("nodes", "0,x"),
+            ("nodes", "1024"),
+            ("nodes", "0:1G,1"),
+            ("nodes", "0:1G,0:1G"),
+            ("nodes", "1:1G,0:1G"),
+            ("nodes", "0:25%"),
+            ("nodes", "0:"),
+            ("nodes", "2000:1G"),
         ] {
             let why = set(name, value).expect_err(value);
             assert!(why.starts_with(&format!("option {name}: ")), "{why}");
@@ -451,10 +570,35 @@ mod tests {
     }
 
     #[test]
+    fn nodes_are_a_list_or_have_sizes() {
+        let nodes = |text| Nodes::parse(text).unwrap();
+        assert_eq!(nodes("0,2-3"), Nodes::Even([0, 2, 3].map(NumaNode).to_vec()));
+        let sized = Nodes::Sized(vec![(NumaNode(0), 3 << 30), (NumaNode(2), 5 << 20)]);
+        assert_eq!(nodes("0:3G,2:5M"), sized);
+        assert_eq!(nodes(&sized.to_string()), sized);
+        let parts = sized.parts(PageSize::Huge).unwrap();
+        assert_eq!(parts, Some(vec![(NumaNode(0), 1536), (NumaNode(2), 2)]));
+        let why = sized.parts(PageSize::Gigantic).unwrap_err();
+        assert!(why.starts_with("node 2: ") && why.contains("less than one page"), "{why}");
+    }
+
+    #[test]
+    fn sizes_of_nodes_make_up_the_size() {
+        let mut options = set("nodes", "0:2G,2:1G").unwrap();
+        assert_eq!(options.pages(0), Ok(3));
+        options.size = Some(Size::Bytes(3 << 30));
+        assert_eq!(options.pages(0), Ok(3));
+        options.size = Some(Size::Bytes(4 << 30));
+        assert!(options.pages(0).unwrap_err().contains("make them agree"));
+        assert!(set("nodes", "0,1").unwrap().pages(1 << 40).unwrap_err().contains("required"));
+    }
+
+    #[test]
     fn options_as_given_set_the_same_options() {
         let mut options = Options::default();
         for (name, value) in [
             ("size", "25%"),
+            ("nodes", "0-2"),
             ("pagesize", "2M"),
             ("mode", "1777"),
             ("nr_inodes", "10k"),
@@ -482,7 +626,7 @@ mod tests {
 
     #[test]
     fn every_default_in_the_table_is_the_default() {
-        for row in TABLE.iter().filter(|row| !["log", "nr_inodes"].contains(&row.name)) {
+        for row in TABLE.iter().filter(|row| !["log", "nr_inodes", "nodes"].contains(&row.name)) {
             let Some(default) = row.default else { continue };
             assert_eq!(set(row.name, default).unwrap(), Options::default(), "{}", row.name);
         }

@@ -13,12 +13,12 @@ use crate::fs::{self, Fs};
 use crate::fuse::{self, Connection};
 use crate::logging;
 use crate::mount_protocol::{Control, Message};
-use crate::options::Options;
-use crate::pool::{self, Pool};
+use crate::options::{Nodes, Options};
+use crate::pool::{self, Pool, Sizes};
 use crate::session_record::SessionRecord;
 use crate::supervisor::{Announcement, Death, Role, Start};
 use crate::sys::{self, cgroup, identity, namespace, seccomp};
-use crate::units::{NumaNode, PageSize};
+use crate::units::NumaNode;
 use crossbeam::channel::Sender;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
@@ -242,7 +242,7 @@ fn set_up(
     let what = |what: &'static str| move |error: Error| format!("{what}: {error}");
     let pages = options.pages(sys::memory_total().map_err(what("reading /proc/meminfo"))?)?;
     sys::huge_tmpfs_allowed().map_err(|error| error.to_string())?;
-    let pool = fill(options.page_size, pages, control)?;
+    let pool = fill(options, pages, control)?;
     let fs = Fs::create(options, pool, repaired).map_err(what("creating the filesystem"))?;
     let total = pages * options.page_size.bytes();
     let huge = fs.huge_at_mount();
@@ -257,10 +257,15 @@ fn set_up(
     Ok(Arc::new(fs))
 }
 
-fn fill(page_size: PageSize, pages: u64, control: &mut Control) -> Result<Pool, String> {
-    let total = pages * page_size.bytes();
-    let filled =
-        Pool::fill(page_size, pages, |done| Ok(control.send(&Message::Progress { done, total })?));
+fn fill(options: &Options, pages: u64, control: &mut Control) -> Result<Pool, String> {
+    let (page_size, total) = (options.page_size, pages * options.page_size.bytes());
+    let sizes = match &options.nodes {
+        None => Sizes::Anywhere(pages),
+        Some(Nodes::Even(nodes)) => Sizes::Even(nodes.clone(), pages),
+        Some(Nodes::Sized(_)) => Sizes::Parts(options.parts()?.into_iter().flatten().collect()),
+    };
+    let progress = |done| Ok(control.send(&Message::Progress { done, total })?);
+    let filled = Pool::fill(page_size, &sizes, progress);
     filled.map_err(|error| match error {
         Error::NoMemory | Error::Full => refusal(total),
         other => format!("filling the pool: {other}"),

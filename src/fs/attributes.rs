@@ -11,7 +11,8 @@ use crate::error::{Error, Result};
 use crate::faults;
 use crate::index::Kind;
 use crate::logging::{self, Excerpt};
-use crate::options::Size;
+use crate::options::{Nodes, Size};
+use crate::pool::Sizes;
 use crate::sealed::STRAYS_SHUT;
 #[cfg(debug_assertions)]
 use crate::steps::{self, Step};
@@ -219,6 +220,10 @@ impl Fs {
         line(Counter::FloatBytes, account.float);
         line(Counter::ShortBytes, account.short);
         line(Counter::HugeBytesAtMount, self.huge_at_mount());
+        for (node, account) in self.pool.balances().iter() {
+            line(Counter::PagesTotalOn { node }, account.total);
+            line(Counter::PagesFreeOn { node }, account.available());
+        }
         for (node, bytes) in self.pool.reserves() {
             line(Counter::ReserveBytes { node }, bytes);
         }
@@ -378,13 +383,22 @@ impl Fs {
 
     fn resize(&self, value: &[u8]) -> Result<()> {
         let text = std::str::from_utf8(value).map_err(|_| Error::invalid("not text"))?;
-        let size = Size::parse(text.trim_end_matches(['\0', '\n'])).map_err(Error::Invalid)?;
-        let pages =
-            size.pages(self.pool.page_size(), sys::memory_total()?).map_err(Error::Invalid)?;
-        self.pool.resize(pages)?;
+        let sizes = self.sizes(text.trim_end_matches(['\0', '\n'])).map_err(Error::Invalid)?;
+        self.pool.resize(&sizes)?;
         self.targets.forget();
-        log::info!("the pool has {pages} pages now");
+        log::info!("the pool has {} pages now", sizes.pages());
         Ok(())
+    }
+
+    /// The sizes that a value of the size attribute asks for: one size, or one for each node.
+    fn sizes(&self, text: &str) -> Result<Sizes, String> {
+        let page_size = self.pool.page_size();
+        if text.contains(':') {
+            let parts = Nodes::parse(text)?.parts(page_size)?;
+            return Ok(Sizes::Parts(parts.into_iter().flatten().collect()));
+        }
+        let memory = sys::memory_total().map_err(|error| error.to_string())?;
+        Ok(Sizes::Anywhere(Size::parse(text)?.pages(page_size, memory)?))
     }
 
     /// removexattr(2).

@@ -49,7 +49,7 @@ pub use requests::{NewValue, RequestContext};
 
 use crate::error::{Error, Result};
 use crate::index::{Attributes, DirEntry, Index, Inode, Kind, Time};
-use crate::options::{Io, Options};
+use crate::options::{Io, Nodes, Options};
 use crate::pool::{Holding, Pool};
 use crate::sys::{memory_failures, numa::memory_nodes};
 use crate::units::{Folio, InodeId, NumaNode, Range, STAT_BLOCK};
@@ -410,10 +410,12 @@ impl Fs {
     }
 }
 
-/// The options of the mount, one a line: `<name> <value>`. The size is not among them, because it
-/// may have changed since.
+/// The options of the mount, one a line: `<name> <value>`. The sizes of the pool and of its parts
+/// are not among them, because they may have changed since.
 fn in_force(options: &Options) -> String {
-    let lasting = options.given().filter(|(name, _)| *name != "size");
+    let nodes = options.nodes.as_ref().map(|nodes| Nodes::Even(nodes.names()));
+    let options = Options { size: None, nodes, ..options.clone() };
+    let lasting = options.given();
     lasting.fold(String::new(), |text, (name, value)| text + name + " " + &value + "\n")
 }
 

@@ -44,7 +44,9 @@ mod page_set;
 mod per_node;
 mod plan;
 mod recovery;
+mod resizing;
 mod shares;
+mod sizes;
 #[cfg(test)]
 mod tests;
 
@@ -55,11 +57,11 @@ pub use moves::PIECE;
 pub use page_set::Run;
 pub use per_node::PerNode;
 pub use recovery::RESERVES;
+pub use sizes::Sizes;
 
 use crate::error::{Error, Result};
 use crate::placement::{Full, Resolved, choose};
 use crate::sealed::{Reach, Sealed};
-use crate::steps::{self, Step};
 use crate::sys::{self, refuse_more_than_available};
 use crate::units::{FOLIO_SIZE, NumaNode, Page, PageSize, Range};
 use account::Books;
@@ -102,6 +104,10 @@ pub struct Pool {
     resizing: Mutex<()>,
     /// Held during the move of a piece.
     moving: Mutex<()>,
+    /// The machine has no other NUMA node than the pool's.
+    is_alone: bool,
+    /// The mount has named the nodes: each part must have memory of its node.
+    names_nodes: bool,
     /// The reserves are mounted at [`RESERVES`].
     outlives_us: bool,
     huge_at_mount: u64,
@@ -150,39 +156,54 @@ impl Drop for Opened<'_> {
 }
 
 impl Pool {
-    /// Takes `pages` pages from the machine, evenly from its NUMA nodes as far as these have room
-    /// ([`shares`]). Tells `progress` the number of bytes that are taken so far.
+    /// Takes pages from the machine: of the nodes that `sizes` names, or evenly of all nodes with
+    /// processors as far as these have room ([`shares`]). Tells `progress` the number of bytes that
+    /// are taken so far.
     ///
     /// # Errors
-    /// [`Error::NoMemory`] where the machine cannot give that much, and the errors of `progress`.
-    /// The memory that was taken is given back.
+    /// [`Error::NoMemory`] where the machine cannot give that much, [`Error::NodeFull`] where a
+    /// named node cannot, [`Error::Invalid`] for a node without memory, and the errors of
+    /// `progress`. The memory that was taken is given back.
     pub fn fill(
         page_size: PageSize,
-        pages: u64,
+        sizes: &Sizes,
         mut progress: impl FnMut(u64) -> Result<()>,
     ) -> Result<Self> {
+        let pages = sizes.pages();
         refuse_more_than_available(pages.saturating_mul(page_size.bytes()))?;
-        let nodes = sys::numa::memory_nodes()?;
+        let nodes = sizes.nodes()?;
+        let is_alone = is_alone()?;
         let mut reserves = Vec::new();
         for node in &nodes {
-            let preferred = (nodes.len() > 1).then_some(*node);
+            let preferred = (!is_alone).then_some(*node);
             reserves.push(Reserve::new(*node, Sealed::create(Reach::Private, preferred)?));
         }
-        let parts = shares_of(&reserves, &PerNode::default(), pages, page_size)?;
+        let parts = match sizes {
+            Sizes::Anywhere(_) => shares_of(&reserves, &PerNode::default(), pages, page_size)?,
+            Sizes::Even(..) => {
+                nodes.iter().copied().zip(shares::even(pages, nodes.len())).collect()
+            }
+            Sizes::Parts(parts) => parts.clone(),
+        };
+        let bytes = |(node, pages)| (node, bytes_of(pages, page_size));
+        let bytes: PerNode = nodes.iter().map(|node| bytes((*node, parts.of(*node)))).collect();
         let (mut taken, total) = (0, pages * page_size.bytes());
-        refuse_more_than_available(
-            parts.iter().map(|(_, pages)| bytes_of(pages, page_size)).sum(),
-        )?;
+        refuse_more_than_available(bytes.total())?;
+        if sizes.names_nodes() {
+            refuse_full_nodes(&bytes)?;
+        }
         let account = |node| Account::of_free_pages(parts.of(node), page_size.bytes());
         let accounts = nodes.iter().map(|node| (*node, account(*node))).collect();
         for reserve in &reserves {
-            reserve.grow(bytes_of(parts.of(reserve.node), page_size), |step| {
+            reserve.grow(bytes.of(reserve.node), |step| {
                 taken += step;
                 log::debug!("{taken} bytes taken");
                 progress(taken.min(total))
             })?;
         }
-        Ok(Self::on(page_size, reserves, accounts))
+        let mut pool = Self::on(page_size, reserves, accounts);
+        (pool.is_alone, pool.names_nodes) = (is_alone, sizes.names_nodes());
+        Ok(pool)
     }
 
     /// A pool with these reserves and accounts. It ends with the process.
@@ -199,6 +220,8 @@ impl Pool {
             orphaned: Arc::default(),
             resizing: Mutex::default(),
             moving: Mutex::default(),
+            is_alone: true,
+            names_nodes: false,
             outlives_us: false,
             huge_at_mount: 0,
         }
@@ -343,114 +366,6 @@ impl Pool {
         self.announce_free_pages();
     }
 
-    /// Changes the pool's size while it is in use.
-    ///
-    /// # Errors
-    /// [`Error::Busy`] for a size below the pages in use, [`Error::NoMemory`] for more than the
-    /// machine can give. The size is as before.
-    pub fn resize(&self, pages: u64) -> Result<()> {
-        let _one_at_a_time = self.keep_size();
-        let before = self.accounts().totals();
-        match pages.checked_sub(before.total()) {
-            Some(more) => self.enlarge(&before, more),
-            None => self.reduce(&before, before.total() - pages),
-        }
-    }
-
-    fn reduce(&self, before: &PerNode, pages: u64) -> Result<()> {
-        let token = self.patiently(|| self.promise(pages)).map_err(|_| {
-            Error::Busy("more pages are in use than the pool would have; remove files first")
-        })?;
-        let after = before.clone().less(token.pages());
-        self.note_sizes(&after)?;
-        steps::reached(Step::ReduceNoted);
-        let surplus = self.growth_of_parts(&after, before);
-        let lacked: PerNode =
-            surplus.iter().map(|(node, bytes)| (node, self.lack_less(node, bytes))).collect();
-        if let (given, Err(error)) = self.cut_reserves(&surplus.less(&lacked)) {
-            lacked.and(&given).iter().for_each(|(node, bytes)| self.note_short(node, bytes));
-            self.note_sizes(before)?;
-            return Err(error);
-        }
-        steps::reached(Step::ReduceCut);
-        token.destroy();
-        debug_assert_eq!(self.accounts().totals(), after, "the parts are as they were noted");
-        Ok(())
-    }
-
-    /// Bytes by which the parts of the sizes `after` are larger than those of `before`.
-    fn growth_of_parts(&self, before: &PerNode, after: &PerNode) -> PerNode {
-        let bytes = |parts: &PerNode, node| bytes_of(parts.of(node), self.page_size);
-        let more = |node| (node, bytes(after, node) - bytes(before, node));
-        self.nodes().into_iter().map(more).collect()
-    }
-
-    /// The reserves give `bytes`, which are promised to no file, back to the machine. Returns the
-    /// bytes that were given.
-    fn cut_reserves(&self, bytes: &PerNode) -> (PerNode, Result<()>) {
-        let mut given = PerNode::default();
-        for (node, bytes) in bytes.iter() {
-            let (cut, result) = self.reserve_of(node).cut(bytes);
-            given.add(node, cut);
-            if result.is_err() {
-                return (given, result);
-            }
-        }
-        (given, Ok(()))
-    }
-
-    /// Gives `bytes`, which the part of `node` has too many, back to the machine. The next worker
-    /// gives back what remains.
-    fn give_surplus(&self, node: NumaNode, bytes: u64) {
-        if let (given, Err(error)) = self.reserve_of(node).cut(bytes) {
-            log::warn!("the pool has {} bytes too many: {error}", bytes - given);
-        }
-    }
-
-    fn enlarge(&self, before: &PerNode, pages: u64) -> Result<()> {
-        refuse_more_than_available(pages.saturating_mul(self.page_size.bytes()))?;
-        let more = shares_of(&self.reserves, before, pages, self.page_size)?;
-        let after = before.clone().and(&more);
-        let bytes = self.growth_of_parts(before, &after);
-        self.grow_reserves(&bytes)?;
-        steps::reached(Step::EnlargeGrown);
-        if let Err(error) = self.note_sizes(&after) {
-            self.cut_reserves(&bytes).1?;
-            return Err(error);
-        }
-        steps::reached(Step::EnlargeNoted);
-        let mut accounts = self.accounts();
-        for (node, total) in after.iter() {
-            accounts.of_mut(node).set_total(total, self.page_size.bytes());
-        }
-        accounts.give_back(&more);
-        debug_assert_eq!(accounts.totals(), after, "the parts are as they were noted");
-        drop(accounts);
-        self.announce_free_pages();
-        Ok(())
-    }
-
-    /// The reserves take `bytes` from the machine: all or none.
-    fn grow_reserves(&self, bytes: &PerNode) -> Result<()> {
-        refuse_more_than_available(bytes.total())?;
-        let mut added = PerNode::default();
-        let grown = bytes.iter().try_for_each(|(node, bytes)| {
-            self.reserve_of(node).grow(bytes, |step| {
-                added.add(node, step);
-                Ok(())
-            })
-        });
-        if grown.is_err() {
-            log::warn!(
-                "the machine has no memory for {} bytes more; {} bytes are given back",
-                bytes.total(),
-                added.total()
-            );
-            self.cut_reserves(&added).1?;
-        }
-        grown
-    }
-
     /// Looks for memory errors in the free memory and replaces each bad subpage, so that no file
     /// ever gets one. Works in steps, so that no other thread waits for long. Returns the number of
     /// subpages replaced.
@@ -473,11 +388,15 @@ impl Pool {
     /// number of bytes of the reserves in 2 MiB folios.
     ///
     /// # Errors
-    /// The errors of mmap(2) and of reading the page map.
+    /// The errors of mmap(2) and of reading the page map. [`Error::NodeFull`] if memory of a node
+    /// that the mount has named lies on another node.
     pub fn collapse_reserves(&mut self) -> Result<()> {
         let mut folios = 0;
         for reserve in &self.reserves {
-            folios += reserve.lock().collapse_untouched()?;
+            let node = (self.names_nodes && !self.is_alone).then_some(reserve.node);
+            let found = reserve.lock().collapse_untouched(node)?;
+            refuse_other_nodes(reserve.node, found.elsewhere)?;
+            folios += found.huge;
         }
         self.huge_at_mount =
             (folios * FOLIO_SIZE).min(self.balance().total * self.page_size.bytes());
@@ -568,13 +487,51 @@ fn shares_of(
     for reserve in reserves {
         let room = match reserves.len() {
             1 => u64::MAX,
-            _ => sys::numa::memory_available_on(reserve.node)?
-                .saturating_sub(sys::MARGIN / reserves.len() as u64),
+            all => room_on(reserve.node, all)?,
         };
         nodes.push(Node { has: has.of(reserve.node), room: page_size.pages_down(room) });
     }
     let shares = shares::shares(pages, &nodes);
     Ok(reserves.iter().map(|reserve| reserve.node).zip(shares).collect())
+}
+
+/// Bytes that a node can give, of `nodes` nodes that share the machine's margin. A node that does
+/// not tell has as much as the machine.
+fn room_on(node: NumaNode, nodes: usize) -> Result<u64> {
+    let available = sys::numa::memory_available_on(node).or_else(|_| sys::memory_available())?;
+    Ok(available.saturating_sub(sys::MARGIN / nodes as u64))
+}
+
+/// Refuses `bytes` of each node that a node cannot give.
+fn refuse_full_nodes(bytes: &PerNode) -> Result<()> {
+    let nodes = bytes.iter().count();
+    for (node, wanted) in bytes.iter() {
+        let room = room_on(node, nodes)?;
+        if wanted > room {
+            return Err(Error::NodeFull(format!(
+                "NUMA node {node} cannot give {wanted} bytes: {room} are available now; choose a smaller part of it, or free \
+                 memory there first"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a part of `node` of which the kernel took `folios` folios from other nodes.
+fn refuse_other_nodes(node: NumaNode, folios: u64) -> Result<()> {
+    if folios == 0 {
+        return Ok(());
+    }
+    let bytes = folios * FOLIO_SIZE;
+    Err(Error::NodeFull(format!(
+        "NUMA node {node} has given too little: {bytes} bytes of its part lie on other nodes; choose a smaller part of it, or \
+         free memory there first"
+    )))
+}
+
+/// True if the machine has one NUMA node with memory.
+fn is_alone() -> Result<bool> {
+    Ok(sys::numa::all_memory_nodes()?.len() == 1)
 }
 
 impl Reserve {

@@ -243,12 +243,12 @@ impl Pool {
         }
     }
 
-    /// Bytes that the machine can give, and can give of `node` where the pool has several. A node
-    /// that does not tell has as much as the machine.
+    /// Bytes that the machine can give, and can give of `node` where the machine has several nodes.
+    /// A node that does not tell has as much as the machine.
     fn machine_has(&self, node: NumaNode) -> Result<u64> {
         let available = sys::memory_available()?;
         let of_node = || sys::numa::memory_available_on(node).unwrap_or(available);
-        Ok(if self.reserves.len() == 1 { available } else { available.min(of_node()) })
+        Ok(if self.is_alone { available } else { available.min(of_node()) })
     }
 
     /// Moves a piece of memory from the reserve of a node into `target`, for the start of the

@@ -2,7 +2,7 @@
 
 use super::adoption::homes_for;
 use super::page_set::Run;
-use super::{Account, Adoption, Held, PerNode, Pool, Reserve};
+use super::{Account, Adoption, Held, PerNode, Pool, Reserve, is_alone};
 use crate::attributes::LONGEST_VALUE;
 use crate::error::{Error, Result};
 use crate::sealed::{Reach, Sealed};
@@ -66,7 +66,8 @@ impl Pool {
             (*node, account)
         });
         let accounts = accounts.collect();
-        Ok(Self { outlives_us: true, huge_at_mount, ..Self::on(page_size, reserves, accounts) })
+        let pool = Self::on(page_size, reserves, accounts);
+        Ok(Self { outlives_us: true, huge_at_mount, is_alone: is_alone()?, ..pool })
     }
 
     /// Begins to make the accounts of a pool that was just opened. [`Pool::adopt`] follows.
@@ -194,9 +195,9 @@ fn noted(name: &str) -> Result<String> {
 /// than a step.
 #[cfg(test)]
 mod tests {
-    use super::super::Holding;
     use super::super::plan::Transfer;
     use super::super::tests::adopt_one;
+    use super::super::{Holding, Sizes};
     use super::*;
     use crate::placement::Resolved;
     use crate::units::Range;
@@ -205,7 +206,8 @@ mod tests {
 
     /// A pool of eight pages, and a file with three of these.
     fn three_of_eight() -> (Pool, Holding) {
-        let pool = Pool::fill(PageSize::Huge, 8, |_| Ok(())).expect("root takes 16 MiB");
+        let pool =
+            Pool::fill(PageSize::Huge, &Sizes::Anywhere(8), |_| Ok(())).expect("root takes 16 MiB");
         let mut holding = Holding::create(PageSize::Huge).unwrap();
         let growth =
             holding.begin_growth(&pool, Range::new(0, 0), SIZE, &Resolved::default()).unwrap();

@@ -26,9 +26,22 @@ pub fn shares(wanted: u64, nodes: &[Node]) -> Vec<u64> {
     after.iter().zip(nodes).map(|(after, before)| after.has - before.has).collect()
 }
 
+/// Divides `wanted` pages evenly among `nodes` nodes. The first ones have the remainder.
+pub fn even(wanted: u64, nodes: usize) -> Vec<u64> {
+    let nodes = nodes as u64;
+    (0..nodes).map(|at| wanted / nodes + u64::from(at < wanted % nodes)).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn equal_parts_differ_by_one_page_at_most() {
+        assert_eq!(even(9, 3), [3, 3, 3]);
+        assert_eq!(even(8, 3), [3, 3, 2]);
+        assert_eq!(even(1, 2), [1, 0]);
+    }
 
     const PLENTY: u64 = 1 << 20;
 

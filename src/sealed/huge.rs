@@ -6,6 +6,15 @@ use crate::error::{Error, Result};
 use crate::sys::mapping::Window;
 use crate::units::{FOLIO_SIZE, Folio, NumaNode, Range, SUBPAGE_SIZE};
 
+/// The folios of a file that no program has touched.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Untouched {
+    /// Folios in one piece.
+    pub huge: u64,
+    /// Folios that are known to lie on another NUMA node than was asked for.
+    pub elsewhere: u64,
+}
+
 impl Sealed {
     /// Puts `folio` into one piece, if it is in small pages.
     ///
@@ -115,16 +124,17 @@ impl Sealed {
         }
     }
 
-    /// Puts memory that came in small pages into folios. Returns the number of folios in one piece.
+    /// Puts memory that came in small pages into folios. With `node`, counts the folios that lie on
+    /// other nodes.
     ///
     /// This is for memory that no program has touched: the function maps the memory, but neither
     /// reads nor clears it.
     ///
     /// # Errors
     /// The errors of mmap(2) and of ioctl(2) on the page map.
-    pub fn collapse_untouched(&self) -> Result<u64> {
+    pub fn collapse_untouched(&self, node: Option<NumaNode>) -> Result<Untouched> {
         if self.folios.is_empty() {
-            return Ok(0);
+            return Ok(Untouched::default());
         }
         let window = Window::new(&self.data, Range::new(0, self.folios.len() as u64 * FOLIO_SIZE))?;
         for folio in self.folios() {
@@ -132,6 +142,13 @@ impl Sealed {
                 log::debug!("folio {} stays in small pages: {error}", folio.0);
             }
         }
-        Ok(window.huge_ranges()?.iter().map(|range| range.len() / FOLIO_SIZE).sum())
+        let huge = window.huge_ranges()?.iter().map(|range| range.len() / FOLIO_SIZE).sum();
+        let starts: Vec<u64> = self.folios().map(|folio| folio.range().start).collect();
+        let is_elsewhere = |on: &Option<NumaNode>| on.is_some() && *on != node;
+        let elsewhere = match node {
+            Some(_) => window.nodes_of(&starts).iter().filter(|on| is_elsewhere(on)).count() as u64,
+            None => 0,
+        };
+        Ok(Untouched { huge, elsewhere })
     }
 }

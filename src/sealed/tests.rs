@@ -134,7 +134,7 @@ fn what_came_in_small_pages_is_put_into_folios() {
     }
     let whole: u64 = reserve.huge_ranges(folios(4)).unwrap().iter().map(|range| range.len()).sum();
     assert_eq!(whole, 3 * FOLIO_SIZE, "one folio was to be in small pages");
-    assert_eq!(reserve.collapse_untouched().unwrap(), 4);
+    assert_eq!(reserve.collapse_untouched(None).unwrap().huge, 4);
     assert_sealed(&reserve);
 }
 

@@ -17,8 +17,26 @@ pub fn memory_nodes() -> Result<Vec<NumaNode>, Error> {
         .ok_or_else(|| Error::Corrupt(format!("of nodes {}: {allowed:?}", NumaNode::list(&nodes))))
 }
 
-/// The NUMA nodes that have memory.
-fn all_memory_nodes() -> Result<Vec<NumaNode>, Error> {
+/// The nodes of [`memory_nodes`] that have processors, too (/sys/devices/system/node/has_cpu). All
+/// of [`memory_nodes`] where none has one.
+///
+/// # Errors
+/// Those of [`memory_nodes`].
+pub fn nodes_with_processors() -> Result<Vec<NumaNode>, Error> {
+    let nodes = memory_nodes()?;
+    let text = std::fs::read_to_string("/sys/devices/system/node/has_cpu").unwrap_or_default();
+    let with_processors = NumaNode::parse_list(text.trim()).unwrap_or_default();
+    let found: Vec<_> =
+        nodes.iter().copied().filter(|node| with_processors.contains(node)).collect();
+    Ok(if found.is_empty() { nodes } else { found })
+}
+
+/// The NUMA nodes that have memory (/sys/devices/system/node/has_memory). Node 0 on a kernel
+/// without CONFIG_NUMA.
+///
+/// # Errors
+/// If the list does not parse.
+pub fn all_memory_nodes() -> Result<Vec<NumaNode>, Error> {
     let Ok(text) = std::fs::read_to_string("/sys/devices/system/node/has_memory") else {
         return Ok(vec![NumaNode(0)]); // a kernel without CONFIG_NUMA
     };

@@ -64,7 +64,7 @@ fn each_wrong_option_is_refused_with_the_right_form() {
         ("size=16M,pagesize=2M,collapse=maybe", "option collapse: \"maybe\" is neither on nor off"),
         (
             "size=16M,pagesize=2M,frobnicate",
-            "unknown option \"frobnicate\"; there are size, pagesize",
+            "unknown option \"frobnicate\"; there are size, nodes, pagesize",
         ),
         ("size=16M,pagesize=2M,szie=1G", "unknown option \"szie\""),
         ("size=16M,pagesize=2M,user_id=7", "unknown option \"user_id\""),
@@ -862,6 +862,45 @@ fn a_remount_resizes_up_and_down() {
     assert!(std::fs::read(&file).unwrap() == vec![7; 3 * FOLIO as usize]);
     run(&mut namespace.remount(&place, "pagesize=2M,size=8M,mode=755,io=auto,punch=release"));
     assert_eq!(namespace.pages(&place), 4, "what else stands in fstab may come along");
+}
+
+/// mount(8) passes the list of nodes on as it is. This machine has a node 0; the lab has more.
+#[test]
+fn a_pool_of_named_nodes_is_mounted_and_resized() {
+    let (place, namespace) = (Place::new(), Namespace::new());
+    run(&mut namespace.mount_8(&place, "hugetlb2", &place.with_log("pagesize=2M,nodes=0:16M")));
+    let file = namespace.path(&place.mount_point()).join("file");
+    std::fs::write(&file, vec![7; 3 * FOLIO as usize]).unwrap();
+    for (options, pages) in
+        [("nodes=0:8M", 4), ("size=12M", 6), ("nodes=0,size=8M", 4), ("nodes=0:20M,nosuid", 10)]
+    {
+        run(&mut namespace.remount(&place, options));
+        assert_eq!(namespace.pages(&place), pages, "{options}");
+        namespace.assert_check_finds_nothing(&place);
+    }
+    for (options, status, word) in [
+        ("nodes=0:4M", FAILED, "3 of the 10 pages of NUMA node 0 are in use"),
+        ("nodes=0:99T", FAILED, "NUMA node 0 cannot give"),
+        ("nodes=0:8M,999:8M", USAGE, "the pool has the NUMA nodes 0, and keeps them"),
+        ("nodes=0,999", USAGE, "the pool has the NUMA nodes 0, and keeps them"),
+        ("nodes=0:1M", USAGE, "less than one page"),
+        ("nodes=zero", USAGE, "names no nodes"),
+    ] {
+        let (found, error) = status_and_error(&mut namespace.remount(&place, options));
+        assert_eq!(found, status, "{options}: {error}");
+        assert!(error.contains(word), "{options}: {word:?} is not in {error:?}");
+        assert_eq!(namespace.pages(&place), 10, "{options}");
+    }
+    assert!(std::fs::read(&file).unwrap() == vec![7; 3 * FOLIO as usize]);
+    let elsewhere = Place::new();
+    for (options, status, word) in [
+        ("nodes=0,999,size=4M", FAILED, "NUMA node 999 has no memory for the pool"),
+        ("nodes=0:4M,999:4M", FAILED, "NUMA node 999 has no memory for the pool"),
+        ("nodes=0:4M,size=8M", USAGE, "make them agree"),
+    ] {
+        let mut mount = elsewhere.mount(&format!("pagesize=2M,{options}"));
+        elsewhere.assert_refused(&mut mount, status, word);
+    }
 }
 
 #[test]

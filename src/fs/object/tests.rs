@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::error::Error;
+use crate::pool::Sizes;
 use crate::sys::tmpfs;
 use crate::units::{FOLIO_SIZE, PageSize, SUBPAGE_SIZE, Subpage};
 
@@ -10,7 +11,7 @@ const NODE: InodeId = InodeId(7);
 const UNWRITABLE: Subpage = Subpage(25);
 
 fn pool(pages: u64) -> Pool {
-    Pool::fill(PageSize::Huge, pages, |_| Ok(())).expect("root takes memory")
+    Pool::fill(PageSize::Huge, &Sizes::Anywhere(pages), |_| Ok(())).expect("root takes memory")
 }
 
 /// An object of `size` bytes, each of which is `byte`.

@@ -1,6 +1,7 @@
 //! Changes that are refused, given up, or cut off by a death after any piece, on real superblocks.
 
 use super::*;
+use crate::pool::Sizes;
 use crate::pool::moves::float_of;
 use crate::pool::plan::Transfer;
 use crate::pool::tests::adopt_one;
@@ -19,7 +20,7 @@ fn pages(first: u64, end: u64) -> Range {
 
 fn pool() -> Pool {
     assert_eq!(float_of(POOL * FOLIO_SIZE), PIECE_PAGES * FOLIO_SIZE);
-    Pool::fill(SIZE, POOL, |_| Ok(())).expect("root takes 34 MiB")
+    Pool::fill(SIZE, &Sizes::Anywhere(POOL), |_| Ok(())).expect("root takes 34 MiB")
 }
 
 /// A file of `count` pages. Each page holds its number plus one.
@@ -350,7 +351,8 @@ fn a_death_within_a_release_leaves_no_page_in_part() {
 #[test]
 fn a_page_of_which_a_part_was_moved_is_whole_after_a_death() {
     const GIB: u64 = PageSize::Gigantic.bytes();
-    let pool = Pool::fill(PageSize::Gigantic, 1, |_| Ok(())).expect("root takes 1 GiB");
+    let pool =
+        Pool::fill(PageSize::Gigantic, &Sizes::Anywhere(1), |_| Ok(())).expect("root takes 1 GiB");
     let mut holding = Holding::create(PageSize::Gigantic).unwrap();
     let growth =
         holding.begin_growth(&pool, Range::new(0, 0), GIB - 5000, &Resolved::default()).unwrap();

@@ -10,6 +10,7 @@ mod hw;
 mod kernel;
 mod mixture;
 mod nodes;
+mod parts;
 mod placement;
 mod pools;
 mod targets;
@@ -80,7 +81,8 @@ use cases;
 
 /// All cases. The cases of one machine stand together.
 pub fn all() -> impl Iterator<Item = &'static Case> {
-    let by_kernel = [kernel::CASES, pools::CASES, nodes::CASES, placement::CASES, targets::CASES];
+    let by_kernel =
+        [kernel::CASES, pools::CASES, parts::CASES, nodes::CASES, placement::CASES, targets::CASES];
     by_kernel
         .into_iter()
         .chain([

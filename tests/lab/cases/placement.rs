@@ -32,7 +32,7 @@ fn sized(directory: &Path, pages: u64) -> (std::path::PathBuf, std::io::Result<(
 }
 
 /// The node of each page of a file.
-fn nodes(path: &Path) -> Vec<u64> {
+pub fn nodes(path: &Path) -> Vec<u64> {
     let number = |word: &str| match word.strip_prefix("0x") {
         Some(digits) => u64::from_str_radix(digits, 16).expect("a number"),
         None => word.parse().expect("a number"),

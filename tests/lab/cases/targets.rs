@@ -39,7 +39,7 @@ fn targets_have_the_values_of_the_firmware() {
         ("ReadBandwidth", "read_bandwidth"),
         ("WriteBandwidth", "write_bandwidth"),
     ];
-    let pool = Pool::small(24);
+    let pool = Pool::mount("pagesize=2M,size=48M,nodes=0-3");
     let lines = TargetLine::all(&pool);
     assert_eq!(
         kinds(&lines),
@@ -60,7 +60,7 @@ fn targets_have_the_values_of_the_firmware() {
 }
 
 fn a_file_takes_of_the_bytes_of_its_target() {
-    let pool = Pool::small(24);
+    let pool = Pool::mount("pagesize=2M,size=48M,nodes=0-3");
     let bytes = |name: &str| {
         TargetLine::all(&pool).iter().map(|line| line.number(name)).collect::<Vec<_>>()
     };
@@ -77,7 +77,7 @@ fn a_file_takes_of_the_bytes_of_its_target() {
 }
 
 fn the_command_shows_the_targets_of_four_nodes() {
-    let pool = Pool::small(24);
+    let pool = Pool::mount("pagesize=2M,size=48M,nodes=0-3");
     let said = run(hugetlb2().arg("targets").arg(pool.path()));
     println!("{said}");
     let rows: Vec<Vec<&str>> =
@@ -124,7 +124,7 @@ fn the_firmwares_values_order_the_targets() {
 }
 
 fn targets_without_values_of_the_firmware_have_distances() {
-    let pool = Pool::small(24);
+    let pool = Pool::mount("pagesize=2M,size=48M,nodes=0-2");
     let lines = TargetLine::all(&pool);
     assert_eq!(kinds(&lines), [(0, "dram", "0,1"), (1, "dram", "0,1"), (2, "memory-only", "0,1")]);
     let distances: Vec<&str> = lines.iter().map(|line| line.value("Distance")).collect();

@@ -1,0 +1,154 @@
+//! The parts that a pool has on NUMA nodes, as `nodes=` names them.
+
+use super::cases;
+use super::placement::nodes;
+use crate::support::place::Place;
+use crate::support::{CHECK, FOLIO, PLACEMENT, Pool, get, kill_worker, run, set, status_and_error};
+use std::fs::{self, File};
+use std::path::Path;
+
+const MIB: u64 = 1 << 20;
+const USAGE: i32 = 1;
+const FAILED: i32 = 32;
+
+cases! {
+    TWO_NODES: a_pool_has_the_parts_that_nodes_names,
+        a_node_that_cannot_give_its_part_refuses_the_mount, parts_are_resized_one_by_one;
+    FOUR_NODES: memory_without_processors_is_taken_by_name_only;
+}
+
+fn free_on(node: u32) -> u64 {
+    let path = format!("/sys/devices/system/node/node{node}/meminfo");
+    let text = fs::read_to_string(path).expect("the node is there");
+    let line = text.lines().find(|line| line.contains("MemFree:")).expect("the line");
+    line.split_ascii_whitespace().nth(3).and_then(|kib| kib.parse::<u64>().ok()).unwrap() * 1024
+}
+
+/// Pages and free pages of each node's part.
+fn parts(mount_point: &Path) -> Vec<(u32, u64, u64)> {
+    let counters = crate::support::counters(mount_point);
+    let part = |node: u32| {
+        let total = *counters.get(&format!("pages_total_node{node}"))?;
+        Some((node, total, counters[&format!("pages_free_node{node}")]))
+    };
+    (0..4).filter_map(part).collect()
+}
+
+/// Makes a file of `pages` pages, whose words are `words`.
+fn file_on(directory: &Path, name: &str, words: &str, pages: u64) -> File {
+    let path = directory.join(name);
+    let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+    set(&path, PLACEMENT, words).unwrap();
+    file.set_len(pages * FOLIO).unwrap();
+    file
+}
+
+fn a_pool_has_the_parts_that_nodes_names() {
+    type Parts<'a> = &'a [(u32, u64, u64)];
+    let rows: [(&str, Parts<'_>); 5] = [
+        ("nodes=1:128M,size=128M", &[(1, 64, 64)]), // first: no memory of a pool is still on its way
+        ("nodes=0:8M,1:24M", &[(0, 4, 4), (1, 12, 12)]),
+        ("nodes=0,1,size=30M", &[(0, 8, 8), (1, 7, 7)]),
+        ("size=32M,nodes=0-1", &[(0, 8, 8), (1, 8, 8)]),
+        ("size=32M", &[(0, 8, 8), (1, 8, 8)]),
+    ];
+    for (options, expected) in rows {
+        let before = [free_on(0), free_on(1)];
+        let pool = Pool::mount(&format!("pagesize=2M,{options}"));
+        assert_eq!(parts(&pool.path()), expected, "{options}");
+        if let [(1, pages, _)] = expected {
+            let taken = |node: usize| before[node].saturating_sub(free_on(node as u32));
+            println!("{options}: {} and {} MiB less are free", taken(0) / MIB, taken(1) / MIB);
+            assert!(taken(1) >= pages * FOLIO && taken(0) < pages * FOLIO / 2, "it is node 1's");
+        }
+        kill_worker(&pool);
+        assert_eq!(parts(&pool.path()), expected, "{options}, by the next worker");
+        pool.check();
+        pool.unmount();
+    }
+    let pool = Pool::mount("pagesize=2M,nodes=0:8M,1:24M");
+    let file = file_on(&pool.path(), "file", "strict:bind:1", 12);
+    assert_eq!(nodes(&pool.join("file")), [1; 12]);
+    assert_eq!(parts(&pool.path()), [(0, 4, 4), (1, 12, 0)]);
+    let status = run(crate::support::hugetlb2().arg("status").arg(pool.path()));
+    assert!(status.contains("node 1      12: 0 free"), "{status}");
+    drop(file);
+    pool.unmount();
+}
+
+fn a_node_that_cannot_give_its_part_refuses_the_mount() {
+    let place = Place::new();
+    let too_much = (free_on(0) + 8 * MIB).next_multiple_of(FOLIO);
+    for options in [format!("nodes=0:{too_much},1:8M"), format!("nodes=0,1,size={}", 2 * too_much)]
+    {
+        let options = format!("pagesize=2M,{options}");
+        let before = free_on(1);
+        place.assert_refused(&mut place.mount(&options), FAILED, "");
+        assert!(free_on(1) + 64 * MIB > before, "the memory is given back");
+    }
+    let rows = [
+        (format!("nodes=0:{too_much},1:8M"), FAILED, "NUMA node 0 cannot give"),
+        ("nodes=0:8M,2:8M".to_owned(), FAILED, "NUMA node 2 has no memory"),
+        ("nodes=0,2,size=8M".to_owned(), FAILED, "within the cpuset of the daemon, has 0,1"),
+        ("nodes=0:8M,1:8M,size=8M".to_owned(), USAGE, "make them agree"),
+        ("nodes=0:1M,1:8M".to_owned(), USAGE, "node 0: a size of 1048576 bytes is less than"),
+        ("nodes=0,1".to_owned(), USAGE, "option size is required"),
+    ];
+    for (options, status, word) in rows {
+        place.assert_refused(&mut place.mount(&format!("pagesize=2M,{options}")), status, word);
+    }
+}
+
+fn parts_are_resized_one_by_one() {
+    let pool = Pool::mount("pagesize=2M,nodes=0:8M,1:24M");
+    let remount = |options: &str| {
+        let mut command = crate::support::mount_hugetlb2();
+        command.arg("source").arg(pool.path()).arg("-o").arg(format!("remount,{options}"));
+        command
+    };
+    let file = file_on(&pool.path(), "file", "strict:bind:1", 6);
+    for (options, expected) in [
+        ("nodes=0:16M,1:24M", [(0, 8, 8), (1, 12, 6)]),
+        ("nodes=0:2M,1:64M", [(0, 1, 1), (1, 32, 26)]),
+        ("nodes=0:32M,1:12M", [(0, 16, 16), (1, 6, 0)]),
+        ("nodes=0-1", [(0, 16, 16), (1, 6, 0)]),
+        ("size=60M", [(0, 16, 16), (1, 14, 8)]),
+    ] {
+        run(&mut remount(options));
+        assert_eq!(parts(&pool.path()), expected, "{options}");
+        kill_worker(&pool);
+        assert_eq!(parts(&pool.path()), expected, "{options}, by the next worker");
+        pool.check();
+    }
+    let too_much = (free_on(0) + 64 * MIB).next_multiple_of(FOLIO);
+    let rows = [
+        ("nodes=0:32M,1:10M".to_owned(), FAILED, "6 of the 14 pages of NUMA node 1 are in use"),
+        // Node 1 would shrink, and does not, as node 0 cannot grow.
+        (format!("nodes=0:{too_much},1:12M"), FAILED, "NUMA node 0 cannot give"),
+        ("nodes=0:32M".to_owned(), USAGE, "the pool has the NUMA nodes 0,1, and keeps them"),
+        ("nodes=0:32M,1:32M,size=8M".to_owned(), USAGE, "make them agree"),
+        ("nodes=1:32M,0:32M".to_owned(), USAGE, "names no nodes"),
+    ];
+    for (options, status, word) in rows {
+        let (found, error) = status_and_error(&mut remount(&options));
+        assert_eq!(found, status, "{options}: {error}");
+        assert!(error.contains(word), "{options}: {word:?} is not in {error:?}");
+        assert_eq!(parts(&pool.path()), [(0, 16, 16), (1, 14, 8)], "{options}");
+        assert_eq!(get(pool.path(), CHECK).unwrap(), "");
+    }
+    drop(file);
+    pool.unmount();
+}
+
+fn memory_without_processors_is_taken_by_name_only() {
+    let pool = Pool::small(8);
+    assert_eq!(parts(&pool.path()), [(0, 4, 4), (1, 4, 4)]);
+    pool.unmount();
+    let pool = Pool::mount("pagesize=2M,nodes=0:4M,2:8M");
+    assert_eq!(parts(&pool.path()), [(0, 2, 2), (2, 4, 4)]);
+    let file = file_on(&pool.path(), "file", "strict:bind:2", 4);
+    assert_eq!(nodes(&pool.join("file")), [2; 4]);
+    pool.check();
+    drop(file);
+    pool.unmount();
+}
