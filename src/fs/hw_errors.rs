@@ -78,19 +78,24 @@ impl Fs {
     }
 
     /// Runs `access`, a read or a change. If it meets a memory error that was not known, notes the
-    /// error and runs `access` once more: now `access` may go on around the error.
+    /// error and runs `access` once more: now `access` may go on around the error. Keeps the reason
+    /// for which a strict placement refuses a growth.
     pub(super) fn heeding_hw_errors<T>(
         &self,
         object: &Object,
         request: RequestContext,
         mut access: impl FnMut() -> Result<T>,
     ) -> Result<T> {
-        match access() {
+        let result = match access() {
             Err(Error::Quarantined) => {
                 self.look_for_hw_errors_in(object, &Pace::of(request))?;
                 access()
             }
             result => result,
+        };
+        if let Err(why @ Error::NodeFull(_)) = &result {
+            self.refusals.note(object.node(), request.thread, Some(why.to_string()));
         }
+        result
     }
 }

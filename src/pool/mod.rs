@@ -270,7 +270,8 @@ impl Pool {
     /// Promises the pages of `wanted`, all or none, and chooses the home of each.
     ///
     /// # Errors
-    /// [`Error::Full`]; or [`Error::Returning`] where the pages of unlinked files would suffice.
+    /// [`Error::Full`], or [`Error::NodeFull`] for a strict placement; [`Error::Returning`] where
+    /// the pages of unlinked files would suffice.
     pub fn promise_pages(
         &self,
         wanted: &PageSet,
@@ -278,7 +279,7 @@ impl Pool {
     ) -> Result<(Token<'_>, Vec<(Run, NumaNode)>)> {
         let mut accounts = self.accounts();
         let homes = choose(wanted.runs().cloned(), &accounts.available(), placement);
-        let homes = homes.map_err(|Full| self.full(accounts.sum(), wanted.count()))?;
+        let homes = homes.map_err(|Full| self.full(&accounts, wanted.count(), placement))?;
         let pages_of = |(run, node): &(Run, NumaNode)| (*node, length(run));
         let pages: PerNode = homes.iter().map(pages_of).collect();
         assert_eq!(pages.total(), wanted.count(), "each page has one home");
@@ -309,10 +310,16 @@ impl Pool {
         Ok(Token::of(self, PerNode::on(node, pages)))
     }
 
-    fn full(&self, account: Account, wanted: u64) -> Error {
+    fn full(&self, accounts: &Accounts, wanted: u64, placement: &Resolved) -> Error {
+        let available = accounts.sum().available();
         let orphaned = self.orphaned.load(Ordering::Relaxed);
-        let hopeful = orphaned > 0 && account.available() + orphaned >= wanted;
-        if hopeful { Error::Returning } else { Error::Full }
+        match orphaned > 0 && available + orphaned >= wanted {
+            true => Error::Returning,
+            false if placement.strict && available >= wanted => {
+                strictly_full(accounts, wanted, placement)
+            }
+            false => Error::Full,
+        }
     }
 
     /// A token for pages that [`Token::keep`] left promised.
@@ -474,6 +481,21 @@ impl Pool {
         }
         wrong
     }
+}
+
+/// The refusal of a strict placement whose nodes have too few free pages, while others have some.
+fn strictly_full(accounts: &Accounts, wanted: u64, placement: &Resolved) -> Error {
+    let nodes = placement.nodes();
+    let free = |node: &NumaNode| {
+        let found = accounts.iter().find(|(known, _)| known == node);
+        format!("node {node} has {}", found.map_or(0, |(_, account)| account.available()))
+    };
+    let free: Vec<String> = nodes.iter().map(free).collect();
+    Error::NodeFull(format!(
+        "the placement is strict, and asks for {wanted} free pages of the NUMA nodes {}: {}",
+        NumaNode::list(&nodes),
+        free.join(", ")
+    ))
 }
 
 /// The pages of `pages` that each reserve takes from the machine. The pool has the parts `has`.

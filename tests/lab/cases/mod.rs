@@ -5,6 +5,7 @@
 mod compare;
 mod containment;
 mod errors;
+mod gigantic;
 mod handlers;
 mod hw;
 mod kernel;
@@ -34,6 +35,8 @@ impl Machine {
     pub const TWO_NODES: Self = Self { memory: 1024, nodes: 2, hmat: true, command_line: "" };
     pub const FOUR_NODES: Self = Self { memory: 768, nodes: 4, hmat: true, command_line: "" };
     pub const DISTANT_NODES: Self = Self { memory: 768, nodes: 3, hmat: false, command_line: "" };
+    /// Each node has memory for a page of 1 GiB, and for the same size of others.
+    pub const TWO_LARGE_NODES: Self = Self { memory: 4096, ..Self::TWO_NODES };
     /// Its cases run in the initramfs: process 1 stays there.
     pub const INITRAMFS: Self = Self { command_line: IN_THE_INITRAMFS, ..Self::SMALL };
     /// With a page of 1 GiB for hugetlbfs, and memory for one of ours.
@@ -89,6 +92,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
             errors::CASES,
             hw::CASES,
             containment::CASES,
+            gigantic::CASES,
             mixture::CASES,
             handlers::CASES,
             compare::CASES,

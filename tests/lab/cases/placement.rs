@@ -2,7 +2,9 @@
 
 use super::cases;
 use super::nodes::Cpuset;
-use crate::support::{FOLIO, MAP, PLACEMENT, Pool, REPAIR, Toucher, get, kill_worker, poison, set};
+use crate::support::{
+    FOLIO, MAP, PLACEMENT, Pool, REFUSAL, REPAIR, Toucher, get, kill_worker, poison, set,
+};
 use hugetlb2fs::sys::policy::{Policy, set_for_thread};
 use hugetlb2fs::units::NumaNode;
 use rustix::fs::Uid;
@@ -167,6 +169,8 @@ fn a_strict_file_does_not_grow_onto_another_node() {
     let (path, grown) = sized(&pool.path(), PAGES / 2 + 1);
     assert_eq!(grown.unwrap_err().kind(), ErrorKind::StorageFull);
     assert_eq!((std::fs::metadata(&path).unwrap().len(), pool.free_pages()), (0, PAGES));
+    let why = get(&path, REFUSAL).unwrap();
+    assert!(why.contains("asks for 21 free pages of the NUMA nodes 1: node 1 has 20"), "{why}");
     let file = File::options().write(true).open(&path).unwrap();
     file.set_len(PAGES / 2 * FOLIO).unwrap();
     assert_eq!(nodes(&path), [1; PAGES as usize / 2]);
