@@ -2,7 +2,7 @@
 
 use crate::mappers::{self, Misaligned};
 use crate::targets::Table;
-use crate::terminal::say;
+use crate::terminal::{Meter, say};
 use crate::{attributes, daemons, demo, mount, mounts, session};
 use clap::{Parser, Subcommand, ValueEnum};
 use hugetlb2fs::attributes::Counter;
@@ -19,6 +19,7 @@ use std::io::{ErrorKind, Write as _};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::mpsc;
 use std::time::Duration;
 
 const FAILED: u8 = 1;
@@ -100,6 +101,21 @@ enum Action {
         /// The words for it; nothing, to show
         words: Option<String>,
     },
+    /// Move the memory of a file to other NUMA nodes, while programs use it
+    ///
+    /// Sets the placement of the file, as `placement FILE WORDS` does, shows on a terminal how much
+    /// has moved, and shows at the end where the memory lies. Memory that the nodes have no room
+    /// for stays where it is; with `strict:`, nothing moves then, and this fails. If this is
+    /// interrupted, the words stay, what has moved stays, and the rest moves when this is called
+    /// again. (For the files that a directory will get: `placement DIRECTORY WORDS`.)
+    #[command(after_help = PLACEMENT_WORDS)]
+    Move {
+        /// The file
+        file: PathBuf,
+        /// The words
+        #[arg(long, value_name = "PLACEMENT")]
+        to: String,
+    },
     /// Have the kernel treat a subpage as if the hardware had reported an error in it; for tests,
     /// root only
     Inject {
@@ -172,6 +188,7 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
         Action::Collapse { file, target } => collapse(&file, &target, cli.json),
         Action::Map { file } => map(&file, cli.json),
         Action::Placement { path, words } => placement(&path, words.as_deref(), cli.json),
+        Action::Move { file, to } => move_memory(&file, &to, cli.json),
         Action::Inject { file, offset } => inject(&file, &offset, cli.json),
         Action::Check { directory } => check(&directory, cli.json),
         Action::Upgrade { directory, binary } => upgrade(&directory, binary, cli.json),
@@ -535,6 +552,47 @@ fn placement(path: &Path, words: Option<&str>, json: bool) -> Done {
     Ok(ExitCode::SUCCESS)
 }
 
+fn move_memory(file: &Path, words: &str, json: bool) -> Done {
+    of_pool(file, Metadata::is_file, "regular file")?;
+    explain(file, Placement::parse(words.as_bytes()))?;
+    let meter = Meter::new("moving memory");
+    let moved = std::thread::scope(|scope| {
+        let (sender, answer) = mpsc::channel();
+        // The filesystem tells its reason to the thread that has asked.
+        let ask = || {
+            let asked = attributes::write(file, attributes::PLACEMENT, words);
+            asked.map_err(|errno| describe(file, errno))
+        };
+        scope.spawn(move || sender.send(ask()));
+        loop {
+            match answer.recv_timeout(Duration::from_millis(200)) {
+                Ok(moved) => return moved,
+                Err(mpsc::RecvTimeoutError::Disconnected) => return Err("no answer".to_owned()),
+                Err(mpsc::RecvTimeoutError::Timeout) if meter.is_shown() => {
+                    if let Some((done, total)) = bytes_in_place(file) {
+                        meter.show(done, total);
+                    }
+                }
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+            }
+        }
+    });
+    drop(meter);
+    moved?;
+    placement(file, None, json)
+}
+
+/// Bytes of a file on the NUMA nodes that its placement asks for, and on all nodes.
+fn bytes_in_place(file: &Path) -> Option<(u64, u64)> {
+    let text = attributes::read(file, attributes::PLACEMENT).ok().flatten()?;
+    let rows = text.lines().skip(1).filter_map(|row| {
+        let mut words = row.split(' ').skip(1);
+        let bytes: u64 = words.next()?.parse().ok()?;
+        Some((if words.next().is_none() { bytes } else { 0 }, bytes))
+    });
+    Some(rows.fold((0, 0), |sum, row| (sum.0 + row.0, sum.1 + row.1)))
+}
+
 /// Says what is wrong with a request in words; the filesystem can only say EINVAL.
 fn explain<T>(file: &Path, parsed: hugetlb2fs::error::Result<T>) -> Result<(), String> {
     parsed.map(drop).map_err(|error| format!("{}: {error}", file.display()))
@@ -551,7 +609,7 @@ fn request(file: &Path, attribute: &str, value: &str, json: bool) -> Done {
 fn describe(file: &Path, errno: Errno) -> String {
     let why = match errno {
         Errno::NODATA => "there is nothing of that kind in this range".to_owned(),
-        Errno::BUSY | Errno::INVAL => {
+        Errno::BUSY | Errno::INVAL | Errno::NOSPC => {
             attributes::refusal(file).unwrap_or_else(|| errno.to_string())
         }
         Errno::OPNOTSUPP => "not a regular file of a hugetlb2 pool".to_owned(),

@@ -2,6 +2,7 @@
 
 use crate::daemons::Supervisor;
 use crate::protocol::Failure;
+use crate::terminal::Meter;
 use hugetlb2fs::fuse::LARGEST_REQUEST;
 use hugetlb2fs::mount_protocol::{Control, Message};
 use hugetlb2fs::options::Options;
@@ -14,7 +15,7 @@ use rustix::mount::{
 };
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use std::fs::File;
-use std::io::{IsTerminal, Write, pipe};
+use std::io::pipe;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
@@ -120,7 +121,7 @@ impl Daemon {
     /// # Errors
     /// Why it cannot be filled.
     pub fn wait_until_filled(&mut self) -> Result<(u64, u64), Failure> {
-        let mut meter = Meter::new();
+        let meter = Meter::new("taking memory");
         loop {
             match self.receive()? {
                 Message::Progress { done, total } => meter.show(done, total),
@@ -287,32 +288,4 @@ pub fn daemon_program() -> Result<PathBuf, Failure> {
 /// The options as the daemon's flags; see [`hugetlb2fs::options::TABLE`].
 fn arguments(options: &Options) -> impl Iterator<Item = String> {
     options.given().map(|(name, value)| format!("--{name}={value}"))
-}
-
-/// Shows on a terminal how full the pool is.
-struct Meter {
-    shown: bool,
-}
-
-impl Meter {
-    fn new() -> Self {
-        Self { shown: std::io::stderr().is_terminal() }
-    }
-
-    fn show(&mut self, done: u64, total: u64) {
-        const GIB: f64 = (1u64 << 30) as f64;
-        if self.shown {
-            let (done, total) = (done as f64 / GIB, total as f64 / GIB);
-            // A terminal that has gone away is no reason to give up.
-            let _ = write!(std::io::stderr(), "\rtaking memory: {done:.1} of {total:.1} GiB");
-        }
-    }
-}
-
-impl Drop for Meter {
-    fn drop(&mut self) {
-        if self.shown {
-            let _ = write!(std::io::stderr(), "\r\x1b[K");
-        }
-    }
 }

@@ -276,6 +276,25 @@ fn the_placement_of_a_file_and_a_directory_is_shown_and_set() {
 }
 
 #[test]
+fn a_move_ends_with_the_place_of_the_memory_or_a_reason() {
+    let (pool, file) = pool_with_file();
+    let said = output(&["move"], &file, &["--to", "strict:bind:0"]);
+    assert!(said.starts_with("strict:bind:0\n") && said.contains("bytes"), "{said}");
+    let value = json_output(&["move"], &file, &["--to", "local"]);
+    assert_eq!(value["placement"], "local");
+    assert_eq!(value["memory"][0]["node"], 0);
+    for (words, why) in [
+        ("membind:0", "\"membind:0\" is no placement; expected caller, local, bind:NODES"),
+        ("bind:999", "999"),
+    ] {
+        assert_refused(&["move"], &file, &["--to", words], why);
+    }
+    assert_refused(&["move"], &pool.path(), &["--to", "local"], "not a regular file");
+    assert_refused(&["move"], Path::new("/proc/version"), &["--to", "local"], "not a regular file");
+    assert_eq!(output(&["placement"], &file, &[]).lines().next(), Some("local"), "as before");
+}
+
+#[test]
 fn the_help_for_a_placement_has_each_word() {
     let help = run(hugetlb2().args(["placement", "-h"]));
     for words in [

@@ -195,7 +195,7 @@ fn pages_move_to_the_node_that_is_wished_for_them() {
     assert_eq!(pages(&files), [PART, 8 - PART], "as many as the node has");
     let strict = Resolved { strict: true, ..wish(NODES[0]) };
     let refused = files[0].begin_relocation(&pool, &strict).map(drop);
-    assert!(matches!(refused, Err(Error::Full)), "{refused:?}");
+    assert!(matches!(refused, Err(Error::NodeFull(_))), "{refused:?}");
     let relocation = begin(&pool, &mut files[0], &Operation::Relocate(1)).unwrap();
     carry_out(&pool, &mut files, 0, relocation, None);
     assert_eq!(pages(&files), [PART, 8 - PART], "what the kernel does not move stays");

@@ -86,6 +86,7 @@ impl Object {
                 && sealed.lost_in(range).next().is_none()
                 && !sealed.has_removed()?
             {
+                let _preferred = holding.prefer_home(offset);
                 return tmpfs::write_at(&self.data, bytes, offset);
             }
         }
@@ -154,6 +155,7 @@ impl Object {
         range: Range,
         context: Context<'_>,
     ) -> (u64, Result<()>) {
+        let _preferred = holding.prefer_home(range.start);
         let mut done = range.start;
         let lost: Vec<Range> = holding.sealed().lost_runs_in(range).collect();
         for run in lost.iter().copied().map(Some).chain([None]) {

@@ -28,6 +28,7 @@ impl Holding {
         let meant = holding.owned_in(Range::new(0, holding.size()));
         holding.sealed.resume(meant.into_iter().flat_map(Range::folios))?;
         holding.find_homes_by_memory(nodes);
+        holding.find_homes_of_gaps();
         holding.recall_half_moved(nodes)?;
         holding.release_nothing_with_memory();
         holding.note_is_stale = holding.released != noted;
@@ -50,6 +51,21 @@ impl Holding {
                 if let Some(node) = node.filter(|_| !self.homes.has(page.start)) {
                     self.homes.insert(page, node);
                 }
+            }
+        }
+    }
+
+    /// A page that was punched and is still the file's has no memory to tell its home. It gets the
+    /// home of the page before it, or of the one behind it.
+    fn find_homes_of_gaps(&mut self) {
+        let pages = self.page_size.pages_touching(self.memory_range());
+        let owned = self.released.gaps_within(pages).into_iter();
+        let gaps: Vec<Run> = owned.flat_map(|run| self.homes.gaps_within(run)).collect();
+        for gap in gaps {
+            let of = |page| self.homes.within(Page(page)..Page(page + 1)).next();
+            let before = gap.start.0.checked_sub(1).and_then(of);
+            if let Some((_, node)) = before.or_else(|| of(gap.end.0)) {
+                self.homes.insert(gap, node);
             }
         }
     }

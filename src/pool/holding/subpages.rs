@@ -7,7 +7,7 @@ use crate::pool::Pool;
 use crate::sealed::Content;
 #[cfg(doc)]
 use crate::sealed::Sealed;
-use crate::sys::policy::prefer;
+use crate::sys::policy::{Preference, prefer};
 use crate::units::{Range, Subpage};
 
 impl Holding {
@@ -80,6 +80,13 @@ impl Holding {
         let punched = self.sealed.punch(range);
         self.assert_sound();
         punched
+    }
+
+    /// Until the value is dropped, this thread takes memory of the home of the page at `offset`, as
+    /// far as that node has some: a write fills gaps. `None` for a file without gaps on request.
+    pub fn prefer_home(&self, offset: u64) -> Option<Preference> {
+        let home = self.homes.at(offset).filter(|_| self.sealed.is_punched());
+        home.and_then(|(node, _)| prefer(node))
     }
 
     /// As [`Sealed::begin_reclaiming`].

@@ -7,6 +7,7 @@ mod containment;
 mod errors;
 mod gigantic;
 mod handlers;
+mod homes;
 mod hw;
 mod kernel;
 mod mixture;
@@ -84,8 +85,15 @@ use cases;
 
 /// All cases. The cases of one machine stand together.
 pub fn all() -> impl Iterator<Item = &'static Case> {
-    let by_kernel =
-        [kernel::CASES, pools::CASES, parts::CASES, nodes::CASES, placement::CASES, targets::CASES];
+    let by_kernel = [
+        kernel::CASES,
+        pools::CASES,
+        parts::CASES,
+        homes::CASES,
+        nodes::CASES,
+        placement::CASES,
+        targets::CASES,
+    ];
     by_kernel
         .into_iter()
         .chain([
