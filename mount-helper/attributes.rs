@@ -172,7 +172,9 @@ pub fn resize(directory: &Path, size: &str) -> Result<(), String> {
     write(directory, SIZE, size).map_err(|errno| match errno {
         Errno::NOSPC | Errno::INVAL | Errno::BUSY if by_node => said("resizing the pool failed"),
         Errno::BUSY => "more of the pool is in use than the new size has".to_owned(),
-        Errno::NOSPC => no_memory(directory),
+        Errno::NOSPC => refusal(directory)
+            .filter(|why| why.contains("NUMA node"))
+            .unwrap_or_else(|| no_memory(directory)),
         Errno::ROFS => {
             "a pool that is mounted read-only cannot be resized (remount it with rw)".to_owned()
         }

@@ -365,9 +365,15 @@ fn describe_pool(
         ),
     );
     let nodes = counters.nodes();
-    for node in nodes.iter().copied().filter(|_| nodes.len() > 1) {
+    let are_named = options.iter().any(|(name, _)| name == "nodes");
+    for node in nodes.iter().copied().filter(|_| nodes.len() > 1 || are_named) {
         let (total, free) = (of(Counter::PagesTotalOn { node }), of(Counter::PagesFreeOn { node }));
-        row(&format!("  node {node}"), format!("{total}: {free} free"));
+        let used = of(Counter::PagesUsedOn { node });
+        let mebibytes = total * size;
+        row(
+            &format!("  node {node}"),
+            format!("{total}, {mebibytes} MiB: {used} used, {free} free"),
+        );
     }
     let huge = of(Counter::HugeBytesAtMount) / MIB;
     row("in folios", format!("{huge} MiB were in 2 MiB folios when it was mounted"));

@@ -1,6 +1,6 @@
 //! mount.hugetlb2, by the protocol of mount(8) for external helpers.
 
-use crate::attributes;
+use crate::attributes::{self, Counters};
 use crate::mounts;
 use crate::namespace::Namespaces;
 use crate::options::Requested;
@@ -8,8 +8,10 @@ use crate::protocol::{self, Failure};
 use crate::session::{self, Daemon};
 use crate::terminal::say;
 use clap::{Arg, ArgAction, ArgMatches, Command};
-use hugetlb2fs::options::{Nodes, Options};
-use hugetlb2fs::units::{NumaNode, PageSize};
+use hugetlb2fs::attributes::Counter;
+use hugetlb2fs::options::{Nodes, Options, Size, agreed};
+use hugetlb2fs::pool::Sizes;
+use hugetlb2fs::units::PageSize;
 use rustix::fs::{CWD, Dir, DirEntry, Mode, OFlags, StatVfsMountFlags, openat, statvfs};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount_remount};
@@ -149,10 +151,9 @@ fn remount(directory: &Path, requested: &Requested, fake: bool) -> Result<(), Fa
     let directory = mounts::enter(directory).map_err(|errno| failed(errno.to_string()))?;
     mounts::require_pool(directory).map_err(failed)?;
     let pool = attributes::pool(directory).map_err(failed)?;
-    let asked = |name: &str| requested.given.iter().any(|given| given == name);
     let in_force = attributes::options(directory).map_err(failed)?;
     refuse_changes(requested, &in_force).map_err(Failure::Usage)?;
-    refuse_other_nodes(requested, &pool.nodes()).map_err(Failure::Usage)?;
+    let size = new_size(requested, &pool)?;
     if fake {
         return Ok(());
     }
@@ -162,8 +163,7 @@ fn remount(directory: &Path, requested: &Requested, fake: bool) -> Result<(), Fa
         mount_remount(directory, flags, "")
             .map_err(|errno| failed(format!("mount(2), MS_REMOUNT: {errno}")))
     };
-    if asked("size") || matches!(requested.pool.nodes, Some(Nodes::Sized(_))) {
-        let size = new_size(requested, pool.page_size().map_err(failed)?)?;
+    if let Some(size) = size {
         // The attribute of a pool that is mounted read-only cannot be set before that is lifted.
         let lifted = now.contains(MountFlags::RDONLY) && !wanted.contains(MountFlags::RDONLY);
         if lifted {
@@ -178,26 +178,48 @@ fn remount(directory: &Path, requested: &Requested, fake: bool) -> Result<(), Fa
 }
 
 /// The size that a remount asks for, as the attribute takes it: that of each node, or of the pool.
-fn new_size(requested: &Requested, page_size: PageSize) -> Result<String, Failure> {
-    let options = Options { page_size, ..requested.pool.clone() };
+/// `None` if the size is to stay.
+fn new_size(requested: &Requested, pool: &Counters) -> Result<Option<String>, Failure> {
     let memory =
         hugetlb2fs::sys::memory_total().map_err(|error| Failure::System(error.to_string()))?;
-    let pages = options.pages(memory).map_err(Failure::Usage)?;
-    Ok(match &options.nodes {
-        Some(nodes @ Nodes::Sized(_)) => nodes.to_string(),
-        Some(Nodes::Even(_)) | None => (pages * page_size.bytes()).to_string(),
-    })
+    let page_size = pool.page_size().map_err(Failure::Mount)?;
+    let sizes = new_sizes(requested, pool, page_size, memory).map_err(Failure::Usage)?;
+    let bytes = |pages: u64| pages * page_size.bytes();
+    Ok(sizes.map(|sizes| match sizes.parts() {
+        None => bytes(sizes.pages()).to_string(),
+        Some(parts) => {
+            let part = |(node, pages)| (node, bytes(pages));
+            Nodes::Sized(parts.into_iter().map(part).collect()).to_string()
+        }
+    }))
 }
 
-/// A mounted pool keeps its nodes.
-fn refuse_other_nodes(requested: &Requested, in_force: &[NumaNode]) -> Result<(), String> {
-    match requested.pool.nodes.as_ref().map(Nodes::names) {
-        Some(names) if names != in_force => Err(format!(
-            "option nodes: the pool has the NUMA nodes {}, and keeps them as long as it is mounted",
-            NumaNode::list(in_force)
-        )),
-        _ => Ok(()),
+/// The sizes that a remount asks for. Nodes without a size that the pool has already keep their
+/// parts, unless a size is given; with another node they share the pool anew.
+fn new_sizes(
+    requested: &Requested,
+    pool: &Counters,
+    page_size: PageSize,
+    memory: u64,
+) -> Result<Option<Sizes>, String> {
+    let size = requested.pool.size;
+    let Some(nodes) = &requested.pool.nodes else {
+        let pages = size.map(|size| size.pages(page_size, memory)).transpose();
+        return Ok(pages.map_err(|why| format!("option size: {why}"))?.map(Sizes::Anywhere));
+    };
+    let named = |why: String| format!("option nodes: {why}");
+    if let Some(parts) = nodes.parts_or_none(page_size).map_err(named)? {
+        let total = parts.values().sum();
+        let size = size.map_or(Ok(total), |size| size.pages(page_size, memory))?;
+        return agreed(size, total).map(|_| Some(Sizes::Parts(parts)));
     }
+    if size.is_none() && nodes.names() == pool.nodes() {
+        return Ok(None);
+    }
+    let now = pool.get(Counter::PagesTotal).unwrap_or(0) * page_size.bytes();
+    let size = Some(size.unwrap_or(Size::Bytes(now)));
+    let pages = Options { page_size, size, ..requested.pool.clone() }.pages(memory)?;
+    Ok(Some(Sizes::Even(nodes.names(), pages)))
 }
 
 /// mount(8) adds the options of fstab to a remount. An option that differs from the one in force is

@@ -247,6 +247,11 @@ pub enum Counter {
         /// The NUMA node.
         node: NumaNode,
     },
+    /// Pages of files on a NUMA node.
+    PagesUsedOn {
+        /// The NUMA node.
+        node: NumaNode,
+    },
     /// Bytes of free memory on a NUMA node.
     ReserveBytes {
         /// The NUMA node.
@@ -292,6 +297,7 @@ impl Counter {
             Self::HugeBytesAtMount => "huge_bytes_at_mount",
             Self::PagesTotalOn { node } => return Cow::Owned(format!("pages_total_node{node}")),
             Self::PagesFreeOn { node } => return Cow::Owned(format!("pages_free_node{node}")),
+            Self::PagesUsedOn { node } => return Cow::Owned(format!("pages_used_node{node}")),
             Self::ReserveBytes { node } => return Cow::Owned(format!("reserve_bytes_node{node}")),
             Self::Objects => "objects",
             Self::FilesUnavailable => "files_unavailable",

@@ -1,6 +1,7 @@
 //! The one table of options: mount option = daemon flag = default = check = help text.
 
 use crate::units::{NumaNode, PageSize};
+use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
 
 /// The options that a pool is mounted with.
@@ -78,6 +79,9 @@ impl Io {
     }
 }
 
+/// The pages of each part of a pool.
+pub type Parts = BTreeMap<NumaNode, u64>;
+
 /// The NUMA nodes of a pool.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Nodes {
@@ -88,11 +92,14 @@ pub enum Nodes {
 }
 
 impl Nodes {
-    /// Parses a list of nodes (`0,2-3`), or of nodes with sizes (`0:32G,2:64G`).
+    /// Parses a list of nodes (`0,2-3`), or of nodes with sizes (`0:32G,2:64G`). Either can be in
+    /// quotes, as mount(8) passes a value on that has a comma.
     ///
     /// # Errors
     /// A sentence that says what is wrong and what would be right.
-    pub fn parse(text: &str) -> Result<Self, String> {
+    pub fn parse(quoted: &str) -> Result<Self, String> {
+        let unquoted = quoted.strip_prefix('"').and_then(|text| text.strip_suffix('"'));
+        let text = unquoted.unwrap_or(quoted);
         let nodes = if text.contains(':') {
             Self::parse_sized(text).map(Self::Sized)
         } else {
@@ -131,12 +138,28 @@ impl Nodes {
     ///
     /// # Errors
     /// A sentence, where a part is less than a page.
-    pub fn parts(&self, page_size: PageSize) -> Result<Option<Vec<(NumaNode, u64)>>, String> {
+    pub fn parts(&self, page_size: PageSize) -> Result<Option<Parts>, String> {
+        let parts = self.parts_or_none(page_size)?;
+        let none = |parts: &Parts| parts.iter().find(|(_, pages)| **pages == 0).map(|part| *part.0);
+        match parts.as_ref().and_then(none) {
+            Some(node) => Err(format!("node {node} has size 0; leave it out")),
+            None => Ok(parts),
+        }
+    }
+
+    /// The same, but a part may have the size 0: a mounted pool is to have it no more.
+    ///
+    /// # Errors
+    /// A sentence, where another part is less than a page.
+    pub fn parts_or_none(&self, page_size: PageSize) -> Result<Option<Parts>, String> {
         let Self::Sized(parts) = self else { return Ok(None) };
-        let part = |(node, bytes): &(NumaNode, u64)| {
+        let part = |(node, bytes): &(NumaNode, u64)| match bytes {
+            0 => Ok((*node, 0)),
             // The memory of the machine has a part in percentages only, which these are not.
-            let pages = Size::Bytes(*bytes).pages(page_size, 0);
-            pages.map(|pages| (*node, pages)).map_err(|why| format!("node {node}: {why}"))
+            bytes => match Size::Bytes(*bytes).pages(page_size, 0) {
+                Ok(pages) => Ok((*node, pages)),
+                Err(why) => Err(format!("node {node}: {why}")),
+            },
         };
         parts.iter().map(part).collect::<Result<_, _>>().map(Some)
     }
@@ -223,6 +246,20 @@ impl Size {
             pages => Ok(pages),
         }
     }
+}
+
+/// The pages of a pool for which both a size and the sizes of parts are given.
+///
+/// # Errors
+/// A sentence, where they differ.
+pub fn agreed(size: u64, parts: u64) -> Result<u64, String> {
+    if size == parts {
+        return Ok(size);
+    }
+    Err(format!(
+        "option size: {size} pages, and the parts of nodes= have {parts}; leave size= out, or make them agree (a remount \
+         has the options of fstab, too)"
+    ))
 }
 
 /// Parses a decimal number, or a hexadecimal one that starts with `0x`.
@@ -454,12 +491,11 @@ impl Options {
             size.pages(self.page_size, memory).map_err(|why| format!("option size: {why}"))
         };
         let size = self.size.map(pages).transpose()?;
-        let parts = self.parts()?.map(|parts| parts.iter().map(|(_, pages)| pages).sum::<u64>());
+        let parts = self.parts()?.map(|parts| parts.values().sum::<u64>());
         match (size, parts) {
-            (Some(size), Some(parts)) if size != parts => Err(format!(
-                "option size: {size} pages, and the parts of nodes= have {parts}; leave size= out, or make them agree"
-            )),
-            (Some(pages), _) | (None, Some(pages)) => Ok(pages),
+            (Some(size), Some(parts)) => agreed(size, parts),
+            (Some(pages), None) => self.refuse_empty_parts(pages).map(|()| pages),
+            (None, Some(pages)) => Ok(pages),
             (None, None) => Err("option size is required, as in size=64G".to_owned()),
         }
     }
@@ -468,9 +504,21 @@ impl Options {
     ///
     /// # Errors
     /// A sentence, where a part is less than a page.
-    pub fn parts(&self) -> Result<Option<Vec<(NumaNode, u64)>>, String> {
+    pub fn parts(&self) -> Result<Option<Parts>, String> {
         let parts = self.nodes.as_ref().map(|nodes| nodes.parts(self.page_size));
         parts.transpose().map_err(|why| format!("option nodes: {why}")).map(Option::flatten)
+    }
+
+    /// Refuses equal parts of `pages` pages some of which would have no page.
+    fn refuse_empty_parts(&self, pages: u64) -> Result<(), String> {
+        match &self.nodes {
+            Some(Nodes::Even(nodes)) if (nodes.len() as u64) > pages => Err(format!(
+                "option nodes: {} nodes, and a pool of {pages} pages of {}; each node gives a page at least",
+                nodes.len(),
+                describe(self.page_size)
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// The table as text for a help page of 80 columns.
@@ -571,15 +619,20 @@ mod tests {
 
     #[test]
     fn nodes_are_a_list_or_have_sizes() {
-        let nodes = |text| Nodes::parse(text).unwrap();
+        let nodes = |text: &str| Nodes::parse(text).unwrap();
         assert_eq!(nodes("0,2-3"), Nodes::Even([0, 2, 3].map(NumaNode).to_vec()));
         let sized = Nodes::Sized(vec![(NumaNode(0), 3 << 30), (NumaNode(2), 5 << 20)]);
         assert_eq!(nodes("0:3G,2:5M"), sized);
         assert_eq!(nodes(&sized.to_string()), sized);
+        assert_eq!(nodes("\"0:3G,2:5M\""), sized);
         let parts = sized.parts(PageSize::Huge).unwrap();
-        assert_eq!(parts, Some(vec![(NumaNode(0), 1536), (NumaNode(2), 2)]));
+        assert_eq!(parts, Some(Parts::from([(NumaNode(0), 1536), (NumaNode(2), 2)])));
         let why = sized.parts(PageSize::Gigantic).unwrap_err();
         assert!(why.starts_with("node 2: ") && why.contains("less than one page"), "{why}");
+        let without = nodes("0:3G,2:0");
+        assert!(without.parts(PageSize::Gigantic).unwrap_err().contains("node 2 has size 0"));
+        let parts = without.parts_or_none(PageSize::Gigantic).unwrap();
+        assert_eq!(parts, Some(Parts::from([(NumaNode(0), 3), (NumaNode(2), 0)])));
     }
 
     #[test]
@@ -590,7 +643,12 @@ mod tests {
         assert_eq!(options.pages(0), Ok(3));
         options.size = Some(Size::Bytes(4 << 30));
         assert!(options.pages(0).unwrap_err().contains("make them agree"));
-        assert!(set("nodes", "0,1").unwrap().pages(1 << 40).unwrap_err().contains("required"));
+        let mut options = set("nodes", "0,1").unwrap();
+        assert!(options.pages(1 << 40).unwrap_err().contains("required"));
+        options.size = Some(Size::Bytes(2 << 30));
+        assert_eq!(options.pages(0), Ok(2));
+        options.size = Some(Size::Bytes(1 << 30));
+        assert!(options.pages(0).unwrap_err().contains("each node gives a page at least"));
     }
 
     #[test]

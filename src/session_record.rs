@@ -114,6 +114,7 @@ mod tests {
         options.set("size", Some("64M")).unwrap();
         options.set("pagesize", Some("2M")).unwrap();
         options.set("punch", Some("keep")).unwrap();
+        options.set("nodes", Some("0:32M,2:32M")).unwrap();
         options.set("log", Some("/var/log/a pool=1")).unwrap();
         SessionRecord {
             options,
@@ -124,6 +125,14 @@ mod tests {
     #[test]
     fn what_is_left_reads_as_it_was_written() {
         assert_eq!(SessionRecord::decode(&handover().encode()), Ok(handover()));
+    }
+
+    /// A version that did not know the option left none, and took memory of all nodes.
+    #[test]
+    fn a_record_without_an_option_has_its_default() {
+        let text = handover().encode().replace("option nodes=0:33554432,2:33554432\n", "");
+        let left = SessionRecord::decode(&text).unwrap();
+        assert_eq!(left.options, Options { nodes: None, ..handover().options });
     }
 
     #[test]

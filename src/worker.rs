@@ -262,7 +262,7 @@ fn fill(options: &Options, pages: u64, control: &mut Control) -> Result<Pool, St
     let sizes = match &options.nodes {
         None => Sizes::Anywhere(pages),
         Some(Nodes::Even(nodes)) => Sizes::Even(nodes.clone(), pages),
-        Some(Nodes::Sized(_)) => Sizes::Parts(options.parts()?.into_iter().flatten().collect()),
+        Some(Nodes::Sized(_)) => Sizes::Parts(options.parts()?.unwrap_or_default()),
     };
     let progress = |done| Ok(control.send(&Message::Progress { done, total })?);
     let filled = Pool::fill(page_size, &sizes, progress);

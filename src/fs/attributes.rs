@@ -1,7 +1,7 @@
 //! The extended attributes that are this filesystem's interface, beside the attributes that users
 //! set.
 
-use super::{Fs, NewValue, Object, Pace, RequestContext};
+use super::{Fs, NewValue, Object, Pace, RequestContext, in_force};
 use crate::attributes::{
     Attribute, Counter, LONGEST_VALUE, OfEntry, OfFile, OfRoot, PLACEMENT, POISON, find,
     is_of_interface,
@@ -127,7 +127,7 @@ impl Fs {
         match attribute {
             OfRoot::Pool => self.pool_text(pace),
             OfRoot::Targets => self.targets_text(pace),
-            OfRoot::Options => Ok(self.options.clone()),
+            OfRoot::Options => Ok(in_force(&self.options, self.pool.nodes())),
             OfRoot::Unavailable => {
                 pace.refuse_if(|| Ok(true))?;
                 Ok(self.unavailable_text())
@@ -220,9 +220,10 @@ impl Fs {
         line(Counter::FloatBytes, account.float);
         line(Counter::ShortBytes, account.short);
         line(Counter::HugeBytesAtMount, self.huge_at_mount());
-        for (node, account) in self.pool.balances().iter() {
+        for (node, account) in self.pool.balances().iter().filter(|(_, part)| part.total > 0) {
             line(Counter::PagesTotalOn { node }, account.total);
             line(Counter::PagesFreeOn { node }, account.available());
+            line(Counter::PagesUsedOn { node }, account.held());
         }
         for (node, bytes) in self.pool.reserves() {
             line(Counter::ReserveBytes { node }, bytes);
@@ -385,6 +386,10 @@ impl Fs {
         let text = std::str::from_utf8(value).map_err(|_| Error::invalid("not text"))?;
         let sizes = self.sizes(text.trim_end_matches(['\0', '\n'])).map_err(Error::Invalid)?;
         self.pool.resize(&sizes)?;
+        {
+            let _as_they_are = self.pool.keep_size();
+            self.placer.know(self.pool.nodes());
+        }
         self.targets.forget();
         log::info!("the pool has {} pages now", sizes.pages());
         Ok(())
@@ -394,8 +399,8 @@ impl Fs {
     fn sizes(&self, text: &str) -> Result<Sizes, String> {
         let page_size = self.pool.page_size();
         if text.contains(':') {
-            let parts = Nodes::parse(text)?.parts(page_size)?;
-            return Ok(Sizes::Parts(parts.into_iter().flatten().collect()));
+            let parts = Nodes::parse(text)?.parts_or_none(page_size)?;
+            return Ok(Sizes::Parts(parts.unwrap_or_default()));
         }
         let memory = sys::memory_total().map_err(|error| error.to_string())?;
         Ok(Sizes::Anywhere(Size::parse(text)?.pages(page_size, memory)?))

@@ -91,8 +91,8 @@ pub struct Fs {
     /// Held while the daemon tries to open an unavailable file again.
     retrying: Mutex<()>,
     refusals: Refusals,
-    /// The options in force, as the text of the attribute.
-    options: String,
+    /// The options of the mount.
+    options: Options,
     recovery_write: bool,
     /// Descriptors for reading only become native readers (option `io=`).
     native: bool,
@@ -182,7 +182,7 @@ impl Fs {
             unavailable: Mutex::default(),
             retrying: Mutex::default(),
             refusals: Refusals::default(),
-            options: in_force(options),
+            options: options.clone(),
             recovery_write: options.recovery_write,
             native: reads_natively(options.io),
             closings: Closings::default(),
@@ -410,10 +410,10 @@ impl Fs {
     }
 }
 
-/// The options of the mount, one a line: `<name> <value>`. The sizes of the pool and of its parts
-/// are not among them, because they may have changed since.
-fn in_force(options: &Options) -> String {
-    let nodes = options.nodes.as_ref().map(|nodes| Nodes::Even(nodes.names()));
+/// The options in force, one a line: `<name> <value>`. The sizes of the pool and of its parts are
+/// not among them, because they may have changed since the mount, and so may the `nodes` have.
+fn in_force(options: &Options, nodes: Vec<NumaNode>) -> String {
+    let nodes = options.nodes.as_ref().map(|_| Nodes::Even(nodes));
     let options = Options { size: None, nodes, ..options.clone() };
     let lasting = options.given();
     lasting.fold(String::new(), |text, (name, value)| text + name + " " + &value + "\n")

@@ -25,7 +25,7 @@ use std::sync::Arc;
 /// The machine's part in a placement.
 pub struct Placer {
     /// The nodes of the pool, ascending.
-    nodes: Vec<NumaNode>,
+    nodes: RwLock<Arc<[NumaNode]>>,
     surroundings: RwLock<Surroundings>,
     callers: Callers,
     gate: Gate,
@@ -56,15 +56,31 @@ impl Surroundings {
 impl Placer {
     /// Reads what the machine is like, if the pool has several nodes.
     pub fn new(nodes: Vec<NumaNode>) -> Self {
-        let read = if nodes.len() > 1 { Surroundings::read } else { Surroundings::default };
-        let (surroundings, callers, gate) =
-            (RwLock::new(read()), Callers::default(), Gate::default());
-        Self { nodes, surroundings, callers, gate }
+        let placer = Self {
+            nodes: RwLock::new([].into()),
+            surroundings: RwLock::default(),
+            callers: Callers::default(),
+            gate: Gate::default(),
+        };
+        placer.know(nodes);
+        placer
+    }
+
+    /// The pool has other nodes now: `nodes`.
+    pub fn know(&self, nodes: Vec<NumaNode>) {
+        if nodes.len() > 1 && *self.nodes() != *nodes {
+            *self.surroundings.write() = Surroundings::read();
+        }
+        *self.nodes.write() = nodes.into();
+    }
+
+    fn nodes(&self) -> Arc<[NumaNode]> {
+        self.nodes.read().clone()
     }
 
     /// True if the pool has several nodes.
     pub fn has_choice(&self) -> bool {
-        self.nodes.len() > 1
+        self.nodes.read().len() > 1
     }
 
     /// The nodes that the pages of a growth want, which `request` asks for.
@@ -73,11 +89,11 @@ impl Placer {
     }
 
     fn resolve_for(&self, placement: &Placement, caller: Option<&Caller>) -> Resolved {
-        let surroundings = self.surroundings.read();
+        let (surroundings, nodes) = (self.surroundings.read(), self.nodes());
         placement.resolve(
             caller,
             Machine {
-                nodes: &self.nodes,
+                nodes: &nodes,
                 distance: &|from, to| surroundings.distance(from, to),
                 weight: &weight_of,
                 best: &|quality, near| best(&surroundings.targets, quality, near),
@@ -150,7 +166,7 @@ impl Fs {
     /// [`Error::Invalid`] for words that are none, and for nodes that the pool does not have.
     pub(super) fn checked_placement(&self, value: &[u8]) -> Result<Placement> {
         let placement = Placement::parse(value)?;
-        placement.refuse_other_than(&self.placer.nodes)?;
+        placement.refuse_other_than(&self.placer.nodes())?;
         Ok(placement)
     }
 
@@ -198,7 +214,7 @@ impl Fs {
         pace: &Pace,
     ) -> Result<BTreeMap<(Option<NumaNode>, bool), u64>> {
         let mut bytes = BTreeMap::new();
-        if let [only] = self.placer.nodes[..] {
+        if let [only] = self.placer.nodes()[..] {
             let memory = object.summary().memory;
             bytes.extend((memory > 0).then_some(((Some(only), true), memory)));
             return Ok(bytes);

@@ -32,7 +32,7 @@ impl Fs {
     /// calls.
     pub fn open(options: &Options, repaired: Option<Sender<Repaired>>) -> Result<Self> {
         let index = Index::reopen(options)?;
-        let pool = Pool::open(options.page_size)?;
+        let pool = Pool::open(options.page_size, options.nodes.is_some())?;
         let fs = Self::on(options, index, pool, repaired)?;
         for entry in std::fs::read_dir(OBJECTS)? {
             let name = entry?.file_name();

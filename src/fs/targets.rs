@@ -6,6 +6,7 @@
 
 use super::{Fs, Pace};
 use crate::error::Result;
+use crate::pool::Account;
 use crate::targets::{self, Share, Target};
 use parking_lot::RwLock;
 use std::sync::Arc;
@@ -41,12 +42,13 @@ impl Targets {
 }
 
 impl Fs {
-    /// The text of the attribute: a line for each node that the pool has memory of.
+    /// The text of the attribute: a line for each node that the pool has pages of.
     pub(super) fn targets_text(&self, pace: &Pace) -> Result<String> {
         let machine = self.targets.get(pace)?;
         let (accounts, page) = (self.pool.balances(), self.pool.page_size().bytes());
         let line = |target: &Target| {
-            let (_, account) = accounts.iter().find(|(node, _)| *node == target.node)?;
+            let is_its = |(node, part): &(_, &Account)| *node == target.node && part.total > 0;
+            let (_, account) = accounts.iter().find(is_its)?;
             let share = Share { bytes: account.total * page, free: account.available() * page };
             Some(targets::format(target, share) + "\n")
         };

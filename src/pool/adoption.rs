@@ -126,9 +126,11 @@ impl Adoption {
     }
 
     /// Whole pages that one node has too many and another lacks: their part of the pool's size goes
-    /// to the node that has the memory.
+    /// to the node that has the memory. It does not where the nodes would lack as much then: a part
+    /// that gets its first pages needs a float, too.
     fn follow_memory(&mut self) {
         loop {
+            let lacking = self.lacking();
             let page_size = self.page_size;
             let surplus = |part: &Part| part.surplus(page_size);
             let pages = |bytes: i128| bytes.max(0) as u64 / page_size.bytes();
@@ -143,7 +145,18 @@ impl Adoption {
             let (most, least) = (*most.0, *least.0);
             self.part(most).total += moved;
             self.part(least).total -= moved;
+            if self.lacking() >= lacking {
+                self.part(most).total -= moved;
+                self.part(least).total += moved;
+                return;
+            }
         }
+    }
+
+    /// Bytes that the parts lack, all together.
+    fn lacking(&self) -> u128 {
+        let lacks = |part: &Part| part.surplus(self.page_size).min(0).unsigned_abs();
+        self.nodes.values().map(lacks).sum()
     }
 
     /// Each node's part is as large as the pages that files have of it.
@@ -235,6 +248,17 @@ mod tests {
     fn a_size_that_was_noted_without_nodes_is_divided() {
         let parts = adopted([12, 0], [all(8) - 3 * PAGE, all(4)], [3, 0]);
         assert_eq!(parts, [(8, 5, 0), (4, 4, 0)]);
+    }
+
+    #[test]
+    fn a_part_without_pages_gets_some_for_the_pages_of_files_only() {
+        // Another process has caught a page of node 0, and the kernel gave one of node 1 for it.
+        assert_eq!(adopted([1, 0], [2 * PAGE, 0], [0, 0]), [(1, 1, PAGE), (0, 0, 0)]);
+        let mut adoption = adoption([1, 0], [2 * PAGE, 0]);
+        adoption.add(&held([0, 1]));
+        let (accounts, surplus) = adoption.finish().unwrap();
+        assert_eq!(free_and_short(&accounts), [(0, 0, 0), (1, 0, 2 * PAGE)]);
+        assert_eq!(surplus, PerNode::on(ZERO, 2 * PAGE));
     }
 
     #[test]

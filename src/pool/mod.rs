@@ -1,8 +1,9 @@
 //! The pool: the memory that was taken at the mount, and the owners of its pages.
 //!
-//! Each NUMA node has a part of the pool: pages, a *reserve* with its free memory, and a float. A
-//! page belongs to one part, its *home*, for as long as it is in the pool. The following holds for
-//! each part.
+//! Each NUMA node has a part of the pool: pages, a *reserve* with its free memory, and a float. The
+//! part of a node that the mount does not take memory of has no page, no float and an empty reserve
+//! ([`resizing`]). A page belongs to one part, its *home*, for as long as it is in the pool. The
+//! following holds for each part.
 //!
 //! > **P1.** Pages of holdings + pages of tokens + free pages = the part's size. And: memory of the
 //! > reserve + memory of the `data` of all files + short bytes = the part's size in bytes + the
@@ -62,7 +63,7 @@ pub use sizes::Sizes;
 use crate::error::{Error, Result};
 use crate::placement::{Full, Resolved, choose};
 use crate::sealed::{Reach, Sealed};
-use crate::sys::{self, refuse_more_than_available};
+use crate::sys::{self, numa, refuse_more_than_available};
 use crate::units::{FOLIO_SIZE, NumaNode, Page, PageSize, Range};
 use account::Books;
 use moves::bytes_of;
@@ -93,7 +94,7 @@ const RECLAIM_LIMIT: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Pool {
     page_size: PageSize,
-    /// One for each NUMA node, ascending. Never empty.
+    /// One for each NUMA node that had memory at the mount, ascending. Never empty.
     reserves: Vec<Reserve>,
     accounts: Mutex<Accounts>,
     /// Signalled when the number of free pages grows.
@@ -104,9 +105,9 @@ pub struct Pool {
     resizing: Mutex<()>,
     /// Held during the move of a piece.
     moving: Mutex<()>,
-    /// The machine has no other NUMA node than the pool's.
+    /// The machine has one NUMA node.
     is_alone: bool,
-    /// The mount has named the nodes: each part must have memory of its node.
+    /// The mount has named the nodes: each part takes memory of its node only.
     names_nodes: bool,
     /// The reserves are mounted at [`RESERVES`].
     outlives_us: bool,
@@ -170,39 +171,32 @@ impl Pool {
         mut progress: impl FnMut(u64) -> Result<()>,
     ) -> Result<Self> {
         let pages = sizes.pages();
-        refuse_more_than_available(pages.saturating_mul(page_size.bytes()))?;
-        let nodes = sizes.nodes()?;
-        let is_alone = is_alone()?;
+        let parts: PerNode = match sizes.parts() {
+            None => {
+                refuse_more_than_available(pages.saturating_mul(page_size.bytes()))?;
+                let nodes = numa::nodes_with_processors()?;
+                shares_of(&nodes, &PerNode::default(), pages, page_size)?
+            }
+            Some(parts) => parts.into_iter().collect(),
+        };
+        let (nodes, is_alone) = (numa::memory_nodes()?, is_alone()?);
+        sizes::refuse_other_than(&nodes, parts.iter().map(|(node, _)| node))?;
         let mut reserves = Vec::new();
         for node in &nodes {
             let preferred = (!is_alone).then_some(*node);
             reserves.push(Reserve::new(*node, Sealed::create(Reach::Private, preferred)?));
         }
-        let parts = match sizes {
-            Sizes::Anywhere(_) => shares_of(&reserves, &PerNode::default(), pages, page_size)?,
-            Sizes::Even(..) => {
-                nodes.iter().copied().zip(shares::even(pages, nodes.len())).collect()
-            }
-            Sizes::Parts(parts) => parts.clone(),
-        };
-        let bytes = |(node, pages)| (node, bytes_of(pages, page_size));
-        let bytes: PerNode = nodes.iter().map(|node| bytes((*node, parts.of(*node)))).collect();
-        let (mut taken, total) = (0, pages * page_size.bytes());
-        refuse_more_than_available(bytes.total())?;
-        if sizes.names_nodes() {
-            refuse_full_nodes(&bytes)?;
-        }
         let account = |node| Account::of_free_pages(parts.of(node), page_size.bytes());
         let accounts = nodes.iter().map(|node| (*node, account(*node))).collect();
-        for reserve in &reserves {
-            reserve.grow(bytes.of(reserve.node), |step| {
-                taken += step;
-                log::debug!("{taken} bytes taken");
-                progress(taken.min(total))
-            })?;
-        }
         let mut pool = Self::on(page_size, reserves, accounts);
-        (pool.is_alone, pool.names_nodes) = (is_alone, sizes.names_nodes());
+        (pool.is_alone, pool.names_nodes) = (is_alone, sizes.parts().is_some());
+        let bytes = parts.iter().map(|(node, pages)| (node, bytes_of(pages, page_size))).collect();
+        let (mut taken, total) = (0, pages * page_size.bytes());
+        pool.grow_reserves(&bytes, pool.asked(), |step| {
+            taken += step;
+            log::debug!("{taken} bytes taken");
+            progress(taken.min(total))
+        })?;
         Ok(pool)
     }
 
@@ -232,9 +226,24 @@ impl Pool {
         self.page_size
     }
 
-    /// The NUMA nodes that the pool has memory of, ascending.
+    /// The NUMA nodes that the pool has pages of, ascending.
     pub fn nodes(&self) -> Vec<NumaNode> {
+        self.accounts().totals().iter().map(|(node, _)| node).collect()
+    }
+
+    /// True if the mount has named the nodes.
+    pub fn names_nodes(&self) -> bool {
+        self.names_nodes
+    }
+
+    /// The nodes of all reserves, ascending.
+    fn nodes_of_reserves(&self) -> Vec<NumaNode> {
         self.reserves.iter().map(|reserve| reserve.node).collect()
+    }
+
+    /// True if the part of `node` has pages.
+    fn has_pages_of(&self, node: NumaNode) -> bool {
+        self.accounts().of(node).total > 0
     }
 
     /// The state of the account, summed over all nodes.
@@ -252,10 +261,10 @@ impl Pool {
         &self.orphaned
     }
 
-    /// NUMA node and bytes of each reserve, as of the end of the last move.
+    /// NUMA node and bytes of the reserve of each part with pages, as of the end of the last move.
     pub fn reserves(&self) -> Vec<(NumaNode, u64)> {
         let row = |reserve: &Reserve| (reserve.node, reserve.bytes.load(Ordering::Relaxed));
-        self.reserves.iter().map(row).collect()
+        self.reserves.iter().filter(|reserve| self.has_pages_of(reserve.node)).map(row).collect()
     }
 
     fn reserve_of(&self, node: NumaNode) -> &Reserve {
@@ -395,15 +404,11 @@ impl Pool {
     /// number of bytes of the reserves in 2 MiB folios.
     ///
     /// # Errors
-    /// The errors of mmap(2) and of reading the page map. [`Error::NodeFull`] if memory of a node
-    /// that the mount has named lies on another node.
+    /// The errors of mmap(2) and of reading the page map.
     pub fn collapse_reserves(&mut self) -> Result<()> {
         let mut folios = 0;
         for reserve in &self.reserves {
-            let node = (self.names_nodes && !self.is_alone).then_some(reserve.node);
-            let found = reserve.lock().collapse_untouched(node)?;
-            refuse_other_nodes(reserve.node, found.elsewhere)?;
-            folios += found.huge;
+            folios += reserve.lock().collapse_untouched()?;
         }
         self.huge_at_mount =
             (folios * FOLIO_SIZE).min(self.balance().total * self.page_size.bytes());
@@ -498,23 +503,22 @@ fn strictly_full(accounts: &Accounts, wanted: u64, placement: &Resolved) -> Erro
     ))
 }
 
-/// The pages of `pages` that each reserve takes from the machine. The pool has the parts `has`.
+/// The pages of `pages` that each of `nodes` gives. The pool has the parts `has`.
 fn shares_of(
-    reserves: &[Reserve],
+    nodes: &[NumaNode],
     has: &PerNode,
     pages: u64,
     page_size: PageSize,
 ) -> Result<PerNode> {
-    let mut nodes = Vec::new();
-    for reserve in reserves {
-        let room = match reserves.len() {
+    let mut parts = Vec::new();
+    for node in nodes {
+        let room = match nodes.len() {
             1 => u64::MAX,
-            all => room_on(reserve.node, all)?,
+            all => room_on(*node, all)?,
         };
-        nodes.push(Node { has: has.of(reserve.node), room: page_size.pages_down(room) });
+        parts.push(Node { has: has.of(*node), room: page_size.pages_down(room) });
     }
-    let shares = shares::shares(pages, &nodes);
-    Ok(reserves.iter().map(|reserve| reserve.node).zip(shares).collect())
+    Ok(nodes.iter().copied().zip(shares::shares(pages, &parts)).collect())
 }
 
 /// Bytes that a node can give, of `nodes` nodes that share the machine's margin. A node that does
@@ -539,16 +543,13 @@ fn refuse_full_nodes(bytes: &PerNode) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a part of `node` of which the kernel took `folios` folios from other nodes.
-fn refuse_other_nodes(node: NumaNode, folios: u64) -> Result<()> {
-    if folios == 0 {
-        return Ok(());
-    }
-    let bytes = folios * FOLIO_SIZE;
-    Err(Error::NodeFull(format!(
-        "NUMA node {node} has given too little: {bytes} bytes of its part lie on other nodes; choose a smaller part of it, or \
-         free memory there first"
-    )))
+/// The nodes from which a part takes memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    /// Its own as long as that has some, and then others.
+    Anywhere,
+    /// Its own.
+    ItsNode,
 }
 
 /// True if the machine has one NUMA node with memory.
@@ -588,17 +589,42 @@ impl Reserve {
     /// A step that cannot succeed is refused before it starts: it would take the machine's last
     /// memory from all other processes, if only for a moment. Other processes take memory
     /// meanwhile, so each step asks again. Where the NUMA node has become full meanwhile, the
-    /// kernel takes memory from another node.
-    fn grow(&self, bytes: u64, mut progress: impl FnMut(u64) -> Result<()>) -> Result<()> {
+    /// kernel takes memory from another node; if the source is the node alone, the step is given
+    /// back and refused.
+    fn grow(
+        &self,
+        bytes: u64,
+        source: Source,
+        mut progress: impl FnMut(u64) -> Result<()>,
+    ) -> Result<()> {
         for step in Range::new(0, bytes).steps(STEP) {
             refuse_more_than_available(step.len())?;
-            let mut sealed = self.lock();
-            let size = sealed.size();
-            sealed.take(Range::at(size, step.len()), size + step.len())?;
-            debug_assert_eq!(sealed.folio_count() * FOLIO_SIZE, sealed.size(), "it has no gap");
-            drop(sealed);
+            self.take(step.len(), source)?;
             progress(step.len())?;
         }
         Ok(())
+    }
+
+    /// Takes a step from the machine: all or nothing.
+    fn take(&self, bytes: u64, source: Source) -> Result<()> {
+        let mut sealed = self.lock();
+        let size = sealed.size();
+        let step = Range::at(size, bytes);
+        sealed.take(step, step.end)?;
+        debug_assert_eq!(sealed.folio_count() * FOLIO_SIZE, sealed.size(), "it has no gap");
+        let elsewhere = match source {
+            Source::Anywhere => Ok(0),
+            Source::ItsNode => sealed.bytes_elsewhere(step, self.node),
+        };
+        if matches!(elsewhere, Ok(0)) {
+            return Ok(());
+        }
+        moves::shorten(&mut sealed, size)?;
+        let elsewhere = elsewhere?;
+        Err(Error::NodeFull(format!(
+            "NUMA node {} cannot give as much: of {bytes} bytes the kernel took {elsewhere} from other nodes; choose a \
+             smaller part of it, or free memory there first",
+            self.node
+        )))
     }
 }

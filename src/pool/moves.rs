@@ -63,8 +63,12 @@ const LITTLE: u64 = 64 << 10;
 /// The float of a small pool.
 const LEAST_FLOAT: u64 = 2 * FOLIO_SIZE;
 
-/// Bytes of the float of a NUMA node's part of the pool whose pages have `bytes` bytes.
+/// Bytes of the float of a NUMA node's part of the pool whose pages have `bytes` bytes. A part
+/// without pages has no float.
 pub fn float_of(bytes: u64) -> u64 {
+    if bytes == 0 {
+        return 0;
+    }
     (bytes / 64).next_multiple_of(FOLIO_SIZE).clamp(LEAST_FLOAT, PIECE)
 }
 
@@ -131,7 +135,10 @@ impl Pool {
     /// True if the next move may have to wait: for another move, for a reserve, or for memory that
     /// the pool lacks.
     pub fn move_must_wait(&self) -> bool {
-        let waits = |reserve: &Reserve| reserve.is_locked() || self.is_float_used_up(reserve.node);
+        let waits = |reserve: &Reserve| {
+            self.has_pages_of(reserve.node)
+                && (reserve.is_locked() || self.is_float_used_up(reserve.node))
+        };
         self.moving.try_lock().is_err() || self.reserves.iter().any(waits)
     }
 
@@ -429,7 +436,8 @@ mod tests {
 
     #[test]
     fn the_float_is_a_64th_of_the_pool_within_limits() {
-        assert_eq!(float_of(0), LEAST_FLOAT);
+        assert_eq!(float_of(0), 0);
+        assert_eq!(float_of(FOLIO_SIZE), LEAST_FLOAT);
         assert_eq!(float_of(16 << 20), LEAST_FLOAT);
         assert_eq!(float_of(1 << 30), 16 << 20);
         assert_eq!(float_of(64 << 30), PIECE);

@@ -38,14 +38,19 @@ impl Pool {
 
     /// Notes the intended size of each node's part.
     pub(super) fn note_sizes(&self, totals: &PerNode) -> Result<()> {
-        if self.outlives_us { note(PAGES, &sizes_text(&self.nodes(), totals)) } else { Ok(()) }
+        if self.outlives_us {
+            note(PAGES, &sizes_text(&self.nodes_of_reserves(), totals))
+        } else {
+            Ok(())
+        }
     }
 
-    /// The pool that another process has attached. Its account is empty until [`Pool::adopt`].
+    /// The pool that another process has attached. `names_nodes` says if the mount has named the
+    /// nodes. The account is empty until [`Pool::adopt`].
     ///
     /// # Errors
     /// Those of [`Sealed::open`].
-    pub fn open(page_size: PageSize) -> Result<Self> {
+    pub fn open(page_size: PageSize, names_nodes: bool) -> Result<Self> {
         let huge_at_mount = noted(HUGE_AT_MOUNT)?.parse();
         let huge_at_mount = huge_at_mount.map_err(|_| Error::Corrupt(HUGE_AT_MOUNT.into()))?;
         let mut reserves = Vec::new();
@@ -67,7 +72,8 @@ impl Pool {
         });
         let accounts = accounts.collect();
         let pool = Self::on(page_size, reserves, accounts);
-        Ok(Self { outlives_us: true, huge_at_mount, is_alone: is_alone()?, ..pool })
+        let is_alone = is_alone()?;
+        Ok(Self { outlives_us: true, huge_at_mount, is_alone, names_nodes, ..pool })
     }
 
     /// Begins to make the accounts of a pool that was just opened. [`Pool::adopt`] follows.
@@ -113,7 +119,8 @@ impl Pool {
         if totals == *before {
             return Ok(());
         }
-        log::warn!("the NUMA nodes' parts of the pool: {}", sizes_text(&self.nodes(), &totals));
+        let text = sizes_text(&self.nodes_of_reserves(), &totals);
+        log::warn!("the NUMA nodes' parts of the pool: {text}");
         self.note_sizes(&totals)
     }
 

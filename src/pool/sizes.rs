@@ -1,19 +1,19 @@
 //! The sizes that a pool is asked to have.
 
-use super::PerNode;
+use super::shares;
 use crate::error::{Error, Result};
-use crate::sys::numa;
 use crate::units::NumaNode;
+use std::collections::BTreeMap;
 
 /// The size of a pool in pages, and its NUMA nodes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Sizes {
-    /// So many pages, of the nodes with processors.
+    /// So many pages, of the nodes that the pool has; of those with processors at the mount.
     Anywhere(u64),
     /// So many pages, in equal parts of these nodes, ascending.
     Even(Vec<NumaNode>, u64),
-    /// The pages of each node's part.
-    Parts(PerNode),
+    /// The pages of each node's part; 0 for a node that the pool is to have no more.
+    Parts(BTreeMap<NumaNode, u64>),
 }
 
 impl Sizes {
@@ -21,32 +21,34 @@ impl Sizes {
     pub fn pages(&self) -> u64 {
         match self {
             Self::Anywhere(pages) | Self::Even(_, pages) => *pages,
-            Self::Parts(parts) => parts.total(),
+            Self::Parts(parts) => parts.values().sum(),
         }
     }
 
-    /// True if the admin has chosen the nodes.
-    pub fn names_nodes(&self) -> bool {
-        !matches!(self, Self::Anywhere(_))
-    }
-
-    /// The nodes, ascending.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] for a node that has no memory, or that the cpuset of the process forbids.
-    pub(super) fn nodes(&self) -> Result<Vec<NumaNode>> {
-        let nodes: Vec<NumaNode> = match self {
-            Self::Anywhere(_) => return numa::nodes_with_processors(),
-            Self::Even(nodes, _) => nodes.clone(),
-            Self::Parts(parts) => parts.iter().map(|(node, _)| node).collect(),
-        };
-        let there = numa::memory_nodes()?;
-        match nodes.iter().find(|node| !there.contains(node)) {
-            None => Ok(nodes),
-            Some(node) => Err(Error::invalid(format!(
-                "NUMA node {node} has no memory for the pool; the machine, within the cpuset of the daemon, has {}",
-                NumaNode::list(&there)
-            ))),
+    /// The pages of each part that is named. `None` where the pool chooses them.
+    pub fn parts(&self) -> Option<BTreeMap<NumaNode, u64>> {
+        match self {
+            Self::Anywhere(_) => None,
+            Self::Even(nodes, pages) => {
+                Some(nodes.iter().copied().zip(shares::even(*pages, nodes.len())).collect())
+            }
+            Self::Parts(parts) => Some(parts.clone()),
         }
     }
+}
+
+/// Refuses nodes of which there is no memory for the pool. `there` has those of which there is.
+///
+/// # Errors
+/// [`Error::Invalid`].
+pub(super) fn refuse_other_than(
+    there: &[NumaNode],
+    mut nodes: impl Iterator<Item = NumaNode>,
+) -> Result<()> {
+    nodes.find(|node| !there.contains(node)).map_or(Ok(()), |node| {
+        Err(Error::invalid(format!(
+            "NUMA node {node} has no memory for the pool; the machine, within the cpuset of the daemon, has {}",
+            NumaNode::list(there)
+        )))
+    })
 }

@@ -27,11 +27,14 @@ fn adopt_all(pool: &Pool, files: &mut [Holding]) {
     pool.adopt(adoption).unwrap();
 }
 
-fn pool_of_two_nodes() -> Pool {
+/// A pool with a part of six pages on each of two nodes.
+pub fn pool_of_two_nodes() -> Pool {
     let reserves = NODES.map(|node| {
         let sealed = Sealed::create(Reach::Private, None).expect("root makes superblocks");
         let reserve = Reserve::new(node, sealed);
-        reserve.grow(bytes_of(PART, SIZE), |_| Ok(())).expect("root takes 16 MiB");
+        reserve
+            .grow(bytes_of(PART, SIZE), Source::Anywhere, |_| Ok(()))
+            .expect("root takes 16 MiB");
         reserve
     });
     let account = Account::of_free_pages(PART, SIZE.bytes());
@@ -122,7 +125,8 @@ fn carry_out(
     }
 }
 
-fn assert_sound(pool: &Pool, files: &[Holding]) {
+/// Asserts that all accounts hold for a pool with these files.
+pub fn assert_sound(pool: &Pool, files: &[Holding]) {
     let held: Held = files.iter().map(Holding::held).sum();
     assert_eq!(pool.check(&held), Vec::<String>::new());
     files.iter().for_each(|file| assert_eq!(file.check().unwrap(), Vec::<String>::new()));
@@ -208,7 +212,7 @@ fn a_gigantic_page_moves_whole_or_comes_back() {
     let size = PageSize::Gigantic;
     let reserves = NODES.map(|node| {
         let reserve = Reserve::new(node, Sealed::create(Reach::Private, None).unwrap());
-        reserve.grow(bytes_of(1, size), |_| Ok(())).expect("root takes 2 GiB");
+        reserve.grow(bytes_of(1, size), Source::Anywhere, |_| Ok(())).expect("root takes 2 GiB");
         reserve
     });
     let account = Account::of_free_pages(1, size.bytes());

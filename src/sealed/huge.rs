@@ -6,15 +6,6 @@ use crate::error::{Error, Result};
 use crate::sys::mapping::Window;
 use crate::units::{FOLIO_SIZE, Folio, NumaNode, Range, SUBPAGE_SIZE};
 
-/// The folios of a file that no program has touched.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Untouched {
-    /// Folios in one piece.
-    pub huge: u64,
-    /// Folios that are known to lie on another NUMA node than was asked for.
-    pub elsewhere: u64,
-}
-
 impl Sealed {
     /// Puts `folio` into one piece, if it is in small pages.
     ///
@@ -124,17 +115,16 @@ impl Sealed {
         }
     }
 
-    /// Puts memory that came in small pages into folios. With `node`, counts the folios that lie on
-    /// other nodes.
+    /// Puts memory that came in small pages into folios. Returns the number of folios in one piece.
     ///
     /// This is for memory that no program has touched: the function maps the memory, but neither
     /// reads nor clears it.
     ///
     /// # Errors
     /// The errors of mmap(2) and of ioctl(2) on the page map.
-    pub fn collapse_untouched(&self, node: Option<NumaNode>) -> Result<Untouched> {
+    pub fn collapse_untouched(&self) -> Result<u64> {
         if self.folios.is_empty() {
-            return Ok(Untouched::default());
+            return Ok(0);
         }
         let window = Window::new(&self.data, Range::new(0, self.folios.len() as u64 * FOLIO_SIZE))?;
         for folio in self.folios() {
@@ -142,13 +132,38 @@ impl Sealed {
                 log::debug!("folio {} stays in small pages: {error}", folio.0);
             }
         }
-        let huge = window.huge_ranges()?.iter().map(|range| range.len() / FOLIO_SIZE).sum();
-        let starts: Vec<u64> = self.folios().map(|folio| folio.range().start).collect();
-        let is_elsewhere = |on: &Option<NumaNode>| on.is_some() && *on != node;
-        let elsewhere = match node {
-            Some(_) => window.nodes_of(&starts).iter().filter(|on| is_elsewhere(on)).count() as u64,
-            None => 0,
+        Ok(window.huge_ranges()?.iter().map(|range| range.len() / FOLIO_SIZE).sum())
+    }
+
+    /// Bytes of `range` that lie on another NUMA node than `node`. All of `range` has memory, which
+    /// no program has touched, as for [`Sealed::collapse_untouched`]. A folio that stays in small
+    /// pages is cleared, and each of its pages is looked at.
+    ///
+    /// # Errors
+    /// The errors of mmap(2) and madvise(2). [`Error::Again`] if the kernel does not tell the node.
+    pub fn bytes_elsewhere(&self, range: Range, node: NumaNode) -> Result<u64> {
+        let window = Window::new(&self.data, range)?;
+        for folio in range.folios() {
+            if window.collapse(folio).is_err() {
+                window.populate(folio.range())?;
+            }
+        }
+        let huge = window.huge_ranges()?;
+        let grain = |folio: &Folio| match huge.iter().any(|range| range.covers(folio.range())) {
+            true => FOLIO_SIZE,
+            false => SUBPAGE_SIZE,
         };
-        Ok(Untouched { huge, elsewhere })
+        let pages: Vec<Range> =
+            range.folios().flat_map(|folio| folio.range().steps(grain(&folio))).collect();
+        let starts: Vec<u64> = pages.iter().map(|page| page.start).collect();
+        let mut elsewhere = 0;
+        for (page, on) in pages.iter().zip(window.nodes_of(&starts)) {
+            match on {
+                Some(on) if on == node => {}
+                Some(_) => elsewhere += page.len(),
+                None => return Err(Error::Again),
+            }
+        }
+        Ok(elsewhere)
     }
 }

@@ -124,6 +124,18 @@ fn a_policy_of_a_program_is_void_where_memory_is_taken() {
     assert_eq!(policy_of(&map), "default");
 }
 
+/// The machine of this test has a node 0, and may have others.
+#[test]
+fn memory_tells_the_node_on_which_it_lies() {
+    let mut reserve = Sealed::create(Reach::Private, Some(NumaNode(0))).unwrap();
+    reserve.take(folios(3), 3 * FOLIO_SIZE).unwrap();
+    let last = Range::at(2 * FOLIO_SIZE, FOLIO_SIZE);
+    let on = |range, node| reserve.bytes_elsewhere(range, NumaNode(node)).unwrap();
+    assert_eq!((on(folios(3), 0), on(last, 0)), (0, 0));
+    assert_eq!((on(folios(3), 1), on(last, 1)), (3 * FOLIO_SIZE, FOLIO_SIZE));
+    assert_sealed(&reserve);
+}
+
 #[test]
 fn what_came_in_small_pages_is_put_into_folios() {
     let mut reserve = Sealed::create(Reach::Private, None).expect("root makes superblocks");
@@ -134,7 +146,7 @@ fn what_came_in_small_pages_is_put_into_folios() {
     }
     let whole: u64 = reserve.huge_ranges(folios(4)).unwrap().iter().map(|range| range.len()).sum();
     assert_eq!(whole, 3 * FOLIO_SIZE, "one folio was to be in small pages");
-    assert_eq!(reserve.collapse_untouched(None).unwrap().huge, 4);
+    assert_eq!(reserve.collapse_untouched().unwrap(), 4);
     assert_sealed(&reserve);
 }
 

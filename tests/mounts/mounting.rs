@@ -4,7 +4,7 @@
 use crate::support::limits;
 use crate::support::place::{Namespace, Place};
 use crate::support::{
-    CHECK, Daemon, FOLIO, Pool, SIZE, Toucher, await_text, counters, end, get, hugetlb2,
+    CHECK, Daemon, FOLIO, OPTIONS, Pool, SIZE, Toucher, await_text, counters, end, get, hugetlb2,
     mount_hugetlb2, run, set, start_until, status_and_error, text, umount_hugetlb2,
 };
 use rustix::io::Errno;
@@ -881,9 +881,13 @@ fn a_pool_of_named_nodes_is_mounted_and_resized() {
     for (options, status, word) in [
         ("nodes=0:4M", FAILED, "3 of the 10 pages of NUMA node 0 are in use"),
         ("nodes=0:99T", FAILED, "NUMA node 0 cannot give"),
-        ("nodes=0:8M,999:8M", USAGE, "the pool has the NUMA nodes 0, and keeps them"),
-        ("nodes=0,999", USAGE, "the pool has the NUMA nodes 0, and keeps them"),
+        ("nodes=0:8M,999:8M", FAILED, "NUMA node 999 has no memory for the pool; the machine"),
+        ("nodes=0,999", FAILED, "NUMA node 999 has no memory for the pool; the machine"),
+        ("nodes=999:8M", FAILED, "NUMA node 999 has no memory for the pool; the machine"),
+        ("nodes=0:0", FAILED, "a pool without pages; unmount it"),
         ("nodes=0:1M", USAGE, "less than one page"),
+        ("nodes=0:8M,size=20M", USAGE, "make them agree (a remount has the options of fstab, too)"),
+        ("nodes=0-31,size=20M", USAGE, "each node gives a page at least"),
         ("nodes=zero", USAGE, "names no nodes"),
     ] {
         let (found, error) = status_and_error(&mut namespace.remount(&place, options));
@@ -897,10 +901,54 @@ fn a_pool_of_named_nodes_is_mounted_and_resized() {
         ("nodes=0,999,size=4M", FAILED, "NUMA node 999 has no memory for the pool"),
         ("nodes=0:4M,999:4M", FAILED, "NUMA node 999 has no memory for the pool"),
         ("nodes=0:4M,size=8M", USAGE, "make them agree"),
+        ("nodes=0:4M,1:0", USAGE, "node 1 has size 0; leave it out"),
+        ("nodes=0-2,size=4M", USAGE, "3 nodes, and a pool of 2 pages of 2M"),
+        ("nodes=0:99T", FAILED, "NUMA node 0 cannot give"),
     ] {
         let mut mount = elsewhere.mount(&format!("pagesize=2M,{options}"));
         elsewhere.assert_refused(&mut mount, status, word);
     }
+}
+
+/// mount(8) puts the options of fstab before those of its command line. The last value of an option
+/// is in force.
+#[test]
+fn fstab_can_name_nodes_and_a_remount_their_sizes() {
+    const FSTAB: &str = "mount -t tmpfs etc /mnt; cp -a /etc/. /mnt; mount --move /mnt /etc";
+    const HELPERS: &str = "mount -t tmpfs helpers /usr/sbin
+        for name in mount.hugetlb2 mount.fuse.hugetlb2; do ln -s \"$0\" /usr/sbin/$name; done";
+    let (place, namespace) = (Place::new(), Namespace::prepared_by(&format!("{FSTAB}\n{HELPERS}")));
+    let mount_point = place.mount_point();
+    let write_fstab = |options: &str| {
+        let line = format!("pool0 {} hugetlb2 {options} 0 0\n", mount_point.display());
+        std::fs::write(namespace.path(Path::new("/etc/fstab")), line).unwrap();
+    };
+    let status = || {
+        let options = get(namespace.path(&mount_point), OPTIONS).unwrap();
+        let nodes = options.lines().find_map(|line| line.strip_prefix("nodes ").map(str::to_owned));
+        (nodes, namespace.pages(&place))
+    };
+    for nodes in ["nodes=0:16M", "nodes=\"0:16M\""] {
+        write_fstab(&place.with_log(&format!("pagesize=2M,{nodes},nofail")));
+        run(namespace.command("mount").arg(&mount_point));
+        assert_eq!(status(), (Some("0".to_owned()), 8), "{nodes}");
+        for (options, pages) in [("nodes=0:8M", 4), ("nodes=\"0:12M\"", 6), ("nosuid", 8)] {
+            run(&mut namespace.remount(&place, options));
+            assert_eq!(status(), (Some("0".to_owned()), pages), "{options}");
+        }
+        let (found, error) = status_and_error(&mut namespace.remount(&place, "size=8M"));
+        assert!(found == USAGE && error.contains("the options of fstab, too"), "{error}");
+        run(namespace.command("umount").arg(&mount_point));
+    }
+    write_fstab(&place.with_log("pagesize=2M,size=16M,nodes=0"));
+    run(namespace.command("mount").arg(&mount_point));
+    run(&mut namespace.remount(&place, "size=8M"));
+    assert_eq!(status(), (Some("0".to_owned()), 4));
+    run(&mut namespace.remount(&place, "size=12M,nodes=0:12M"));
+    assert_eq!(status(), (Some("0".to_owned()), 6));
+    let shown = run(hugetlb2().arg("status").arg(namespace.path(&mount_point)));
+    assert!(shown.contains("node 0      6, 12 MiB: 0 used, 6 free"), "{shown}");
+    run(namespace.command("umount").arg(&mount_point));
 }
 
 #[test]
