@@ -648,6 +648,17 @@ const SITUATIONS: &[Situation] = &[
         change: |pool| set(pool.path(), SIZE_OF_POOL, (4 * FOLIO).to_string()).unwrap(),
         verify: |pool| assert_eq!((pool.counter("pages_total"), pool.free_pages()), (4, 1)),
     },
+    Situation {
+        name: "resize the part of a node",
+        options: ",nodes=0",
+        prepare: sevens,
+        change: |pool| {
+            for pages in [12, 3] {
+                set(pool.path(), SIZE_OF_POOL, format!("0:{}", pages * FOLIO)).unwrap();
+            }
+        },
+        verify: |pool| assert_eq!((pool.counter("pages_total_node0"), pool.free_pages()), (3, 0)),
+    },
 ];
 
 /// The place of the program's stores, in the subpage that is quarantined.

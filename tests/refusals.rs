@@ -714,6 +714,16 @@ const OPERATIONS: &[Operation] = &[
         },
     },
     Operation {
+        name: "resize the part of a node",
+        options: MEDIATED,
+        prepare: sevens,
+        change: |stage| set(stage.pool.path(), SIZE_OF_POOL, format!("0:{}", 12 * FOLIO)),
+        verify: |pool| {
+            assert_free(pool, 9);
+            set(pool.path(), SIZE_OF_POOL, format!("0:{}", PAGES * FOLIO)).unwrap();
+        },
+    },
+    Operation {
         name: "poll for a quarantine",
         options: MEDIATED,
         prepare: sevens,

@@ -68,6 +68,11 @@ impl Adoption {
         }
     }
 
+    /// The parts that are meant to have pages.
+    fn with_pages(&self) -> impl Iterator<Item = (&NumaNode, &Part)> {
+        self.nodes.iter().filter(|(_, part)| part.total > 0)
+    }
+
     fn part(&mut self, node: NumaNode) -> &mut Part {
         self.nodes.get_mut(&node).expect("the pool has memory of this node")
     }
@@ -75,14 +80,14 @@ impl Adoption {
     /// Chooses homes for pages of which no memory tells: on the nodes with the most pages that no
     /// file has. The caller then counts the file ([`Adoption::add`]).
     pub fn homes_for(&self, pages: &[Run]) -> Vec<(Run, NumaNode)> {
-        let spare: Vec<_> = self.nodes.iter().map(|(node, part)| (*node, part.spare())).collect();
+        let spare: Vec<_> = self.with_pages().map(|(node, part)| (*node, part.spare())).collect();
         homes_for(pages, &spare)
     }
 
     /// Counts a file of which only the sums are known, on the node that lacks the most memory.
     /// Returns what was counted.
     pub fn charge(&mut self, pages: u64, bytes: u64) -> Held {
-        let lacking = self.nodes.iter().min_by_key(|(_, part)| part.surplus(self.page_size));
+        let lacking = self.with_pages().min_by_key(|(_, part)| part.surplus(self.page_size));
         let node = *lacking.expect("a pool has memory of some node").0;
         let held = Held {
             pages: PerNode::on(node, pages),
@@ -250,6 +255,36 @@ mod tests {
         assert_eq!(parts, [(8, 5, 0), (4, 4, 0)]);
     }
 
+    /// Parts of six pages each become `after`; files have two pages of node 1. The worker has died
+    /// when the sizes `noted` were noted, and the reserves had `reserves`.
+    #[track_caller]
+    fn assert_settled(noted: [u64; 2], reserves: [u64; 2]) {
+        let mut adoption = adoption(noted, reserves);
+        adoption.add(&held([0, 2]));
+        let (accounts, surplus) = adoption.finish().unwrap();
+        let [zero, one] = noted;
+        assert_eq!(free_and_short(&accounts), [(zero, zero, 0), (one, one - 2, 0)]);
+        let has =
+            |node: usize, pages| reserves[node] + if node == 1 { 2 * PAGE } else { 0 } - pages;
+        assert_eq!(surplus, on([has(0, all(zero)), has(1, all(one))]), "the rest is given back");
+    }
+
+    #[test]
+    fn a_death_amid_a_change_of_parts_leaves_the_sizes_that_are_noted() {
+        let files = 2 * PAGE;
+        for after in [[2, 9], [0, 12], [9, 2], [9, 9], [2, 3]] {
+            let [zero, one] = after;
+            let (grown, cut) = ([all(zero.max(6)), all(one.max(6))], [all(zero), all(one)]);
+            let partly = |from: u64, to: u64| from - (from - to) / 2 / PAGE * PAGE;
+            assert_settled([6, 6], [all(6), all(6) - files]);
+            assert_settled([6, 6], [partly(grown[0], all(6)), partly(grown[1], all(6)) - files]);
+            assert_settled([6, 6], [grown[0], grown[1] - files]);
+            assert_settled(after, [grown[0], grown[1] - files]);
+            assert_settled(after, [partly(grown[0], cut[0]), partly(grown[1], cut[1]) - files]);
+            assert_settled(after, [cut[0], cut[1] - files]);
+        }
+    }
+
     #[test]
     fn a_part_without_pages_gets_some_for_the_pages_of_files_only() {
         // Another process has caught a page of node 0, and the kernel gave one of node 1 for it.
@@ -267,6 +302,8 @@ mod tests {
         assert_eq!(adoption.charge(3, 3 * PAGE), held([0, 3]));
         let (accounts, _) = adoption.finish().unwrap();
         assert_eq!(free_and_short(&accounts), [(8, 8, 0), (4, 1, 0)]);
+        let mut adoption = self::adoption([0, 4], [0, all(4)]);
+        assert_eq!(adoption.charge(3, 0), Held { pages: on([0, 3]), ..Held::default() });
     }
 
     #[test]

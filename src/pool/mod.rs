@@ -241,6 +241,16 @@ impl Pool {
         self.reserves.iter().map(|reserve| reserve.node).collect()
     }
 
+    /// The nodes that give the memory that a part lacks.
+    fn source(&self) -> Source {
+        self.source_of(self.asked())
+    }
+
+    /// True if `node` can give `bytes` and keeps its share of the machine's margin.
+    fn has_room(&self, node: NumaNode, bytes: u64) -> bool {
+        room_on(node, self.reserves.len()).is_ok_and(|room| room >= bytes)
+    }
+
     /// True if the part of `node` has pages.
     fn has_pages_of(&self, node: NumaNode) -> bool {
         self.accounts().of(node).total > 0

@@ -43,7 +43,7 @@
 //! `free_frozen_page_commit`), and serves the very next allocation from that list.
 
 use super::plan::Transfer;
-use super::{Account, Opened, Pool, Reserve, Token};
+use super::{Account, Opened, Pool, Reserve, Source, Token};
 use crate::error::{Error, Result};
 use crate::sealed::Sealed;
 use crate::steps::{self, Step};
@@ -154,15 +154,21 @@ impl Pool {
     /// the machine had them.
     fn refill_step(&self, reserve: &Reserve, _moving: &Moving<'_>) -> bool {
         let short = self.account_of(reserve.node).short;
-        let affordable = |step: &u64| *step > 0 && refuse_more_than_available(*step).is_ok();
+        let affordable = |step: &u64| *step > 0 && self.can_give(reserve.node, *step);
         let step = [short.min(PIECE), short.min(FOLIO_SIZE)].into_iter().find(affordable);
         step.is_some_and(|step| self.take_lacking(reserve, step))
+    }
+
+    /// True if the machine can give `bytes` now, of `node` if only that may give them.
+    fn can_give(&self, node: NumaNode, bytes: u64) -> bool {
+        let machine = refuse_more_than_available(bytes);
+        machine.is_ok() && (self.source() == Source::Anywhere || self.has_room(node, bytes))
     }
 
     /// Takes `bytes` of the lacking bytes. Returns true if the machine had them. No piece moves
     /// meanwhile.
     fn take_lacking(&self, reserve: &Reserve, bytes: u64) -> bool {
-        if let Err(error) = lengthen(&mut reserve.lock(), bytes) {
+        if let Err(error) = reserve.take(bytes, self.source()) {
             log::warn!("the pool lacks {bytes} bytes still: {error}");
             return false;
         }

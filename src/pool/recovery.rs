@@ -86,7 +86,11 @@ impl Pool {
 
     /// Chooses homes for pages of a file of which no memory tells, after the adoption.
     pub fn homes_for(&self, pages: &[Run]) -> Vec<(Run, NumaNode)> {
-        homes_for(pages, &self.accounts().available())
+        let accounts = self.accounts();
+        let with_pages = accounts.iter().filter(|(_, account)| account.total > 0);
+        let available: Vec<_> =
+            with_pages.map(|(node, account)| (node, account.available())).collect();
+        homes_for(pages, &available)
     }
 
     /// Completes the accounts with those of `adoption`, which has all files. Memory beyond P1 goes

@@ -197,6 +197,14 @@ impl Pool {
         if self.names_nodes { Asked::ByName } else { Asked::ByPool }
     }
 
+    /// The nodes from which a part takes memory that was asked for so.
+    pub(super) fn source_of(&self, asked: Asked) -> Source {
+        match asked {
+            Asked::ByName if !self.is_alone => Source::ItsNode,
+            Asked::ByName | Asked::ByPool => Source::Anywhere,
+        }
+    }
+
     /// The reserves take `bytes` from the machine: all or none. Tells `progress` the bytes of each
     /// step.
     ///
@@ -212,8 +220,7 @@ impl Pool {
             refuse_full_nodes(bytes)?;
         }
         refuse_more_than_available(bytes.total())?;
-        let its_node = asked == Asked::ByName && !self.is_alone;
-        let source = if its_node { Source::ItsNode } else { Source::Anywhere };
+        let source = self.source_of(asked);
         let mut added = PerNode::default();
         let grown = bytes.iter().try_for_each(|(node, bytes)| {
             self.reserve_of(node).grow(bytes, source, |step| {

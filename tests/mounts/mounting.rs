@@ -4,8 +4,9 @@
 use crate::support::limits;
 use crate::support::place::{Namespace, Place};
 use crate::support::{
-    CHECK, Daemon, FOLIO, OPTIONS, Pool, SIZE, Toucher, await_text, counters, end, get, hugetlb2,
-    mount_hugetlb2, run, set, start_until, status_and_error, text, umount_hugetlb2,
+    CHECK, Daemon, FOLIO, OPTIONS, Pool, REFUSAL, SIZE, Toucher, await_text, counters, end, get,
+    hugetlb2, kill_worker, mount_hugetlb2, run, set, start_until, status_and_error, text,
+    umount_hugetlb2,
 };
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
@@ -908,6 +909,33 @@ fn a_pool_of_named_nodes_is_mounted_and_resized() {
         let mut mount = elsewhere.mount(&format!("pagesize=2M,{options}"));
         elsewhere.assert_refused(&mut mount, status, word);
     }
+}
+
+#[test]
+fn a_daemon_that_takes_over_knows_that_nodes_were_named() {
+    let mut pool = Pool::mount("pagesize=2M,nodes=0:8M");
+    for takes_over in [
+        |pool: &mut Pool| kill_worker(pool),
+        |pool: &mut Pool| {
+            run(hugetlb2().arg("upgrade").arg(pool.path()));
+            pool.note_new_daemon();
+        },
+    ] {
+        takes_over(&mut pool);
+        assert!(get(pool.path(), OPTIONS).unwrap().contains("nodes 0\n"));
+        for size in ["0:12M", "16M"] {
+            set(pool.path(), SIZE, size).unwrap();
+        }
+        for size in ["0:99T", "99T"] {
+            assert_eq!(set(pool.path(), SIZE, size), Err(Errno::NOSPC));
+            let why = get(pool.path(), REFUSAL).unwrap();
+            let is_named = why.contains("NUMA node 0 cannot give");
+            assert!(is_named || size == "99T", "{size}: {why}");
+        }
+        assert_eq!(pool.counter("pages_total_node0"), 8);
+        pool.check();
+    }
+    pool.unmount();
 }
 
 /// mount(8) puts the options of fstab before those of its command line. The last value of an option

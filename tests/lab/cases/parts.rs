@@ -3,8 +3,13 @@
 use super::cases;
 use super::placement::nodes;
 use crate::support::place::Place;
-use crate::support::{CHECK, FOLIO, PLACEMENT, Pool, get, kill_worker, run, set, status_and_error};
+use crate::support::{
+    CHECK, FOLIO, GIB, OPTIONS, PLACEMENT, Pool, REFUSAL, SIZE, TARGETS, get, kill_worker, limits,
+    run, set, status_and_error,
+};
+use rustix::io::Errno;
 use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 const MIB: u64 = 1 << 20;
@@ -13,8 +18,10 @@ const FAILED: i32 = 32;
 
 cases! {
     TWO_NODES: a_pool_has_the_parts_that_nodes_names,
-        a_node_that_cannot_give_its_part_refuses_the_mount, parts_are_resized_one_by_one;
-    FOUR_NODES: memory_without_processors_is_taken_by_name_only;
+        a_node_that_cannot_give_its_part_refuses_the_mount, parts_are_resized_one_by_one,
+        workers_are_killed_while_parts_are_resized;
+    FOUR_NODES: memory_without_processors_is_taken_by_name_only, nodes_join_and_leave_a_pool;
+    TWO_LARGE_NODES: a_gigantic_page_lies_on_each_named_node;
 }
 
 fn free_on(node: u32) -> u64 {
@@ -164,6 +171,129 @@ fn memory_without_processors_is_taken_by_name_only() {
     let file = file_on(&pool.path(), "file", "strict:bind:2", 4);
     assert_eq!(nodes(&pool.join("file")), [2; 4]);
     pool.check();
+    drop(file);
+    pool.unmount();
+}
+
+/// The refusal of the size `size`, whose errno is `errno`.
+fn refusal(pool: &Pool, size: &str, errno: Errno) -> String {
+    assert_eq!(set(pool.path(), SIZE, size), Err(errno), "{size}");
+    get(pool.path(), REFUSAL).unwrap()
+}
+
+fn nodes_in_force(pool: &Pool) -> String {
+    let options = get(pool.path(), OPTIONS).unwrap();
+    options.lines().find_map(|line| line.strip_prefix("nodes ")).expect("the option").to_owned()
+}
+
+fn nodes_join_and_leave_a_pool() {
+    let pool = Pool::mount("pagesize=2M,nodes=0:8M,1:8M");
+    let before = free_on(2);
+    set(pool.path(), SIZE, "0:8M,1:8M,2:32M").unwrap();
+    assert_eq!(parts(&pool.path()), [(0, 4, 4), (1, 4, 4), (2, 16, 16)]);
+    assert!(free_on(2) + 32 * MIB <= before, "the memory is node 2's");
+    assert_eq!(nodes_in_force(&pool), "0,1,2");
+    let file = file_on(&pool.path(), "file", "strict:bind:2", 3);
+    file.write_all_at(&[7; 3 * FOLIO as usize], 0).unwrap();
+    let all = file_on(&pool.path(), "all", "interleave:all", 3);
+    assert_eq!(nodes(&pool.join("file")), [2; 3]);
+    assert_eq!(nodes(&pool.join("all")), [0, 1, 2], "a placement knows the node");
+    kill_worker(&pool);
+    assert_eq!(parts(&pool.path()), [(0, 4, 3), (1, 4, 3), (2, 16, 12)]);
+    let why = refusal(&pool, "0:8M,1:8M,2:0", Errno::BUSY);
+    assert!(why.starts_with("4 of the 16 pages of NUMA node 2 are in use"), "{why}");
+    set(pool.join("file"), PLACEMENT, "strict:bind:0").unwrap();
+    set(pool.join("all"), PLACEMENT, "strict:bind:1").unwrap();
+    set(pool.path(), SIZE, "0:8M,1:8M,2:0").unwrap();
+    assert_eq!(parts(&pool.path()), [(0, 4, 1), (1, 4, 1)]);
+    assert!(fs::read(pool.join("file")).unwrap() == [7; 3 * FOLIO as usize]);
+    assert_eq!(nodes_in_force(&pool), "0,1");
+    let targets = get(pool.path(), TARGETS).unwrap();
+    assert!(targets.lines().all(|line| !line.starts_with("2 ")), "{targets}");
+    let placed = set(pool.join("file"), PLACEMENT, "bind:2");
+    assert_eq!(placed, Err(Errno::INVAL), "the pool has no memory there");
+    let mut remount = crate::support::mount_hugetlb2();
+    run(remount.arg("source").arg(pool.path()).args(["-o", "remount,nodes=0-3,size=40M"]));
+    assert_eq!(parts(&pool.path()), [(0, 5, 2), (1, 5, 2), (2, 5, 5), (3, 5, 5)]);
+    kill_worker(&pool);
+    assert_eq!(nodes_in_force(&pool), "0,1,2,3");
+    pool.check();
+    drop((file, all));
+    pool.unmount();
+}
+
+/// Sizes of the parts, in turn, and the pages that each part has then. Parts grow and shrink in one
+/// change, and node 0 leaves and joins.
+const TURNS: [(&str, &[(u32, u64)]); 3] = [
+    ("0:80M,1:12M", &[(0, 40), (1, 6)]),
+    ("0:0,1:72M", &[(1, 36)]),
+    ("0:8M,1:24M", &[(0, 4), (1, 12)]),
+];
+
+/// Asserts that the pool has these parts, of which node 1 has the three pages of a file.
+fn assert_parts(pool: &Pool, expected: &[(u32, u64)]) {
+    let free = |(node, total): &(u32, u64)| (*node, *total, total - 3 * u64::from(*node == 1));
+    assert_eq!(parts(&pool.path()), expected.iter().map(free).collect::<Vec<_>>());
+    pool.check();
+    assert_eq!(nodes(&pool.join("file")), [1; 3]);
+}
+
+fn workers_are_killed_while_parts_are_resized() {
+    const ROUNDS: usize = 24;
+    let pool = Pool::mount("pagesize=2M,nodes=0:8M,1:24M");
+    let file = file_on(&pool.path(), "file", "strict:bind:1", 3);
+    let mut halfway = 0;
+    for round in 0..ROUNDS {
+        let (size, expected) = TURNS[round % TURNS.len()];
+        let before = [free_on(0), free_on(1)];
+        std::thread::scope(|scope| {
+            let resized = scope.spawn(|| set(pool.path(), SIZE, size));
+            let moved = |node: u32| free_on(node).abs_diff(before[node as usize]);
+            let has_begun = || moved(0).max(moved(1)) >= round as u64 % 8 * 8 * MIB;
+            limits::until(limits::ANSWER, "memory that moves", || {
+                resized.is_finished() || has_begun()
+            });
+            halfway += u32::from(!resized.is_finished());
+            kill_worker(&pool);
+            kill_worker(&pool);
+            resized.join().expect("it is no panic").unwrap();
+        });
+        assert_parts(&pool, expected);
+    }
+    println!("{halfway} of {ROUNDS} workers died before the answer");
+    drop(file);
+    pool.unmount();
+}
+
+fn a_gigantic_page_lies_on_each_named_node() {
+    let pool = Pool::mount("nodes=0:1G,1:1G");
+    assert_eq!(parts(&pool.path()), [(0, 1, 1), (1, 1, 1)]);
+    let file = file_on(&pool.path(), "file", "strict:bind:1", 2);
+    assert_eq!(nodes(&pool.join("file")), [1; 2]);
+    let second = File::create(pool.join("second")).unwrap();
+    set(pool.join("second"), PLACEMENT, "strict:bind:1").unwrap();
+    assert!(second.set_len(FOLIO).is_err(), "node 1 has one page");
+    let why = refusal(&pool, "0:1G,1:0", Errno::BUSY);
+    assert!(why.starts_with("1 of the 1 pages of NUMA node 1 are in use"), "{why}");
+    let why = refusal(&pool, "0:1G,1:2G", Errno::NOSPC);
+    assert!(why.starts_with("NUMA node 1 cannot give"), "{why}");
+    kill_worker(&pool);
+    assert_eq!(parts(&pool.path()), [(0, 1, 1), (1, 1, 0)]);
+    fs::remove_file(pool.join("file")).unwrap();
+    drop((file, second));
+    pool.wait_for_free_pages(2);
+    let before = free_on(1);
+    set(pool.path(), SIZE, "0:1G,1:0").unwrap();
+    assert_eq!(parts(&pool.path()), [(0, 1, 1)]);
+    assert!(free_on(1) >= before + GIB / 2, "the memory is given back");
+    set(pool.path(), SIZE, "0:1G,1:1G").unwrap();
+    assert_eq!(parts(&pool.path()), [(0, 1, 1), (1, 1, 1)]);
+    pool.check();
+    pool.unmount();
+    let pool = Pool::mount("nodes=1,size=1G");
+    assert_eq!(parts(&pool.path()), [(1, 1, 1)]);
+    let file = file_on(&pool.path(), "file", "caller", 2);
+    assert_eq!(nodes(&pool.join("file")), [1; 2]);
     drop(file);
     pool.unmount();
 }
