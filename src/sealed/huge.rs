@@ -5,6 +5,12 @@ use super::holes::between;
 use crate::error::{Error, Result};
 use crate::sys::mapping::Window;
 use crate::units::{FOLIO_SIZE, Folio, NumaNode, Range, SUBPAGE_SIZE};
+use std::time::Duration;
+
+/// Tries to move a folio before it counts as pinned, and the pause between two. A thread that
+/// faults on the folio refers to it until it has got a processor, so one failure proves nothing.
+const MIGRATE_TRIES: u32 = 10;
+const MIGRATE_NAP: Duration = Duration::from_millis(2);
 
 impl Sealed {
     /// Puts `folio` into one piece, if it is in small pages.
@@ -88,10 +94,20 @@ impl Sealed {
             pages.truncate(if is_huge(&folio) { 1 } else { pages.len() });
             pages
         });
-        window.migrate(&pages.collect::<Vec<_>>(), node)?;
+        let pages: Vec<u64> = pages.collect();
         let offsets: Vec<u64> = firsts.iter().map(|(_, first)| *first).collect();
-        let nodes = window.nodes_of(&offsets).into_iter().zip(firsts);
-        Ok(nodes.filter(|(on, _)| *on == Some(node)).map(|(_, (folio, _))| folio).collect())
+        let mut tries = 0;
+        let nodes = loop {
+            window.migrate(&pages, node)?;
+            let nodes = window.nodes_of(&offsets);
+            tries += 1;
+            if tries == MIGRATE_TRIES || nodes.iter().all(|on| *on == Some(node)) {
+                break nodes;
+            }
+            std::thread::sleep(MIGRATE_NAP);
+        };
+        let moved = nodes.into_iter().zip(firsts).filter(|(on, _)| *on == Some(node));
+        Ok(moved.map(|(_, (folio, _))| folio).collect())
     }
 
     /// Maps the subpages of `folio` that have memory and no memory error. Returns their offsets.
