@@ -65,22 +65,35 @@ impl Image {
 /// The files of the initramfs: for each a path there, and the file of the host. The programs lie in
 /// its root, and the libraries where the host has them.
 fn files(programs: &Path, suites: &[PathBuf]) -> Result<Vec<(String, PathBuf)>, String> {
-    let mut files = vec![
+    let mut built = vec![
         ("init".to_owned(), programs.join("examples/lab-guest")),
         ("handler-c".to_owned(), handlers::build_c()?),
         ("handler-rust".to_owned(), handlers::build_rust()?),
     ];
     let own = ["hugetlb2", "hugetlb2fsd", "toucher"];
-    files.extend(own.map(|name| (name.to_owned(), programs.join(name))));
+    built.extend(own.map(|name| (name.to_owned(), programs.join(name))));
     let suites = SUITES.iter().zip(suites);
-    files.extend(suites.map(|(suite, program)| (format!("suite-{suite}"), program.clone())));
+    built.extend(suites.map(|(suite, program)| (format!("suite-{suite}"), program.clone())));
     let mut libraries = BTreeSet::new();
-    for (_, program) in &files {
-        libraries.extend(libraries_of(program)?);
+    let mut files = Vec::new();
+    for (name, program) in built {
+        libraries.extend(libraries_of(&program)?);
+        files.push((name.clone(), without_debug_information(&name, &program)?));
     }
     let path = |library: &PathBuf| library.to_string_lossy().trim_start_matches('/').to_owned();
     files.extend(libraries.into_iter().map(|library| (path(&library), library)));
     Ok(files)
+}
+
+/// A copy of a program without what only a debugger needs. That is more than half of it, and the
+/// machine keeps it in memory, all on one NUMA node.
+fn without_debug_information(name: &str, program: &Path) -> Result<PathBuf, String> {
+    let stripped = directory().join("stripped");
+    fs::create_dir_all(&stripped)
+        .map_err(|error| format!("making {}: {error}", stripped.display()))?;
+    let copy = stripped.join(name);
+    run(Command::new("strip").arg("--strip-debug").arg("-o").arg(&copy).arg(program))?;
+    Ok(copy)
 }
 
 /// The libraries of a program, and the loader of these (ldd(1)).

@@ -34,7 +34,7 @@ pub struct Machine {
 impl Machine {
     pub const SMALL: Self = Self { memory: 640, nodes: 1, hmat: false, command_line: "" };
     pub const TWO_NODES: Self = Self { memory: 1024, nodes: 2, hmat: true, command_line: "" };
-    pub const FOUR_NODES: Self = Self { memory: 768, nodes: 4, hmat: true, command_line: "" };
+    pub const FOUR_NODES: Self = Self { memory: 1024, nodes: 4, hmat: true, command_line: "" };
     pub const DISTANT_NODES: Self = Self { memory: 768, nodes: 3, hmat: false, command_line: "" };
     /// Each node has memory for a page of 1 GiB, and for the same size of others.
     pub const TWO_LARGE_NODES: Self = Self { memory: 4096, ..Self::TWO_NODES };
