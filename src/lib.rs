@@ -78,7 +78,9 @@
 //!   for the microseconds of a quarantine or repair; for gaps that a touch may fill, in a file
 //!   without soft holes; and after MADV_REMOVE until the daemon has taken that memory back.
 //! - **P1** ([`pool`]) For each NUMA node's part of the pool: pages of files + promised pages +
-//!   free pages = the part's size. The same holds in bytes of memory, with the float.
+//!   free pages = the part's size. The same holds in bytes of memory, with the float. After a
+//!   program has moved memory to another node, the agent of [`agents::policies`] moves the account
+//!   or the memory within a while.
 //! - **P2** ([`fs`]) Every object belongs to a regular file of the index. A file without an object
 //!   is empty.
 //! - **Q1** ([`sealed`]) A subpage is a soft hole if and only if the ledger's record of its folio
@@ -116,7 +118,7 @@
 //! | [`quarantine`] | the texts of ranges and requests; pure | [`quarantine::parse_repair`] |
 //! | [`index`] | the tree of names | [`index::Index`] |
 //! | [`fs`] | the filesystem as users see it, without FUSE: P2 | [`fs::Fs`] |
-//! | [`agents`] | threads that nothing has asked: patrol, collapse | [`agents::patrol`] |
+//! | [`agents`] | threads that nothing has asked: patrol, collapse, policies | [`agents::patrol`] |
 //! | [`fuse`] | FUSE to [`fs`] and back, jobs, the session | [`fuse::Connection`] |
 //! | [`mount_protocol`] | the lines between mount helper and daemon | [`mount_protocol::Message`] |
 //! | [`session_record`] | the session record | [`session_record::SessionRecord`] |
@@ -163,6 +165,8 @@
 //!   which programs reach it ([`targets`]).
 //! - **pool**: all pages, and the account of them. **part**: the pages of the pool on one NUMA
 //!   node. **home**: the node whose part has a page. **reserve**: the free memory of a part.
+//!   **misplaced**: a page whose home is not as wished. **displaced**: a page whose memory a
+//!   program has moved away from its home.
 //! - **promised**: pages in a **token**, which no other change can have. **span**: of a file, the
 //!   pages from its start on that are its own or released.
 //! - **plan**, **transfer**: the parts of a file that get memory, each from one reserve.

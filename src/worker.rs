@@ -152,7 +152,8 @@ fn serve(
         _ => take_over(options, device, repaired, start.after),
     };
     let served = connected.and_then(|(fs, connection)| {
-        let patrol = agents::patrol::start(fs).map_err(no_thread)?;
+        let patrol = agents::patrol::start(fs.clone()).map_err(no_thread)?;
+        let follower = agents::policies::start(fs).map_err(no_thread)?;
         fuse::rehearse_threads().map_err(no_thread)?;
         let told = start.control.take().map(|mut control| control.send(&Message::Serving));
         if start.mounting && told.is_none_or(|told| told.is_err()) {
@@ -162,7 +163,7 @@ fn serve(
         let served = connection
             .serve()
             .map_err(|error| format!("the connection to the kernel broke: {error}"));
-        drop(patrol);
+        drop((patrol, follower));
         served
     });
     // Everything that could report a repair is gone by now, so the agent ends.

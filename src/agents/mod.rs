@@ -3,3 +3,4 @@
 
 pub mod collapse;
 pub mod patrol;
+pub mod policies;

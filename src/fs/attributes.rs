@@ -12,7 +12,7 @@ use crate::faults;
 use crate::index::Kind;
 use crate::logging::{self, Excerpt};
 use crate::options::{Nodes, Size};
-use crate::pool::Sizes;
+use crate::pool::{EVERY_PAGE, Sizes};
 use crate::sealed::STRAYS_SHUT;
 #[cfg(debug_assertions)]
 use crate::steps::{self, Step};
@@ -319,7 +319,7 @@ impl Fs {
                 self.set_user_attribute(node, name, text, by, request)?;
                 match relocation {
                     Some((object, placement)) => {
-                        object.relocate(&placement, &self.pool, &Pace::of(request))
+                        object.relocate(EVERY_PAGE, &placement, &self.pool, &Pace::of(request))
                     }
                     None => Ok(()),
                 }

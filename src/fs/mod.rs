@@ -32,6 +32,7 @@ mod orphans;
 mod pace;
 mod places;
 mod placing;
+mod policies;
 mod pollers;
 mod recovery;
 mod refusals;
@@ -44,6 +45,7 @@ pub use contents::Position;
 pub use object::{Allocation, Context, Extent, Object, State, Summary};
 pub use pace::Pace;
 pub use places::refuse_too_few_descriptors;
+pub use policies::Policies;
 pub use pollers::Waker;
 pub use requests::{NewValue, RequestContext};
 
@@ -391,7 +393,7 @@ impl Fs {
     ) -> T {
         let repaired = |folio: Folio| self.report_repaired(object.clone(), folio.range());
         let (recovery_write, keep_punched) = (self.recovery_write, self.keep_punched);
-        let placement = || self.placement_of_growth(object.node(), request);
+        let placement = |offset: u64| self.placement_of_growth(object.node(), offset, request);
         let (pool, pace) = (&self.pool, &Pace::of(request));
         run(Context {
             pool,

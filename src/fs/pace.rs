@@ -16,6 +16,8 @@ use super::object::Locked;
 use crate::error::{Error, Result};
 use crate::sys::process::is_killed;
 use std::cell::Cell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// The shortest time between two looks at the caller. A look reads a file in /proc, which takes
@@ -30,17 +32,24 @@ pub struct Pace {
     /// The thread that waits for the answer. 0 if the daemon does not know it.
     caller: u32,
     looked: Cell<Instant>,
+    /// Set when the agent whose work this is has to end.
+    stopped: Option<Arc<AtomicBool>>,
 }
 
 impl Pace {
     /// The pace of a request.
     pub fn of(request: RequestContext) -> Self {
-        Self { brief: request.brief, caller: request.thread, looked: Cell::new(Instant::now()) }
+        Self { brief: request.brief, caller: request.thread, ..Self::steady() }
     }
 
     /// The pace of the daemon's own work, which the death of no caller ends.
     pub fn steady() -> Self {
-        Self { brief: false, caller: 0, looked: Cell::new(Instant::now()) }
+        Self { brief: false, caller: 0, looked: Cell::new(Instant::now()), stopped: None }
+    }
+
+    /// The pace of an agent's work, which ends early once `stopped` is set.
+    pub fn until(stopped: Arc<AtomicBool>) -> Self {
+        Self { stopped: Some(stopped), ..Self::steady() }
     }
 
     /// Refuses long work on a thread for which other requests wait. The caller must not have
@@ -68,7 +77,8 @@ impl Pace {
     /// them. The file may be different when this returns.
     ///
     /// # Errors
-    /// [`Error::Interrupted`] if the caller was killed. The change must end, or be undone.
+    /// [`Error::Interrupted`] if the caller was killed, or the agent has to end. The change must
+    /// end, or be undone.
     pub fn give_way(&self, file: &mut Locked<'_>) -> Result<()> {
         if !self.brief {
             file.let_others_go_first();
@@ -81,6 +91,9 @@ impl Pace {
     /// # Errors
     /// The errors of [`Pace::give_way`].
     pub fn go_on(&self) -> Result<()> {
+        if self.stopped.as_ref().is_some_and(|stopped| stopped.load(Ordering::Relaxed)) {
+            return Err(Error::Interrupted);
+        }
         if self.caller == 0 || self.looked.get().elapsed() < BETWEEN_LOOKS {
             return Ok(());
         }
@@ -108,6 +121,15 @@ mod tests {
     fn a_caller_that_lives_or_is_unknown_is_not_interrupted() {
         assert!(look(&of(std::process::id(), false)).is_ok());
         assert!(look(&of(0, false)).is_ok());
+    }
+
+    #[test]
+    fn the_work_of_an_agent_ends_when_the_agent_has_to() {
+        let stopped = Arc::new(AtomicBool::new(false));
+        let pace = Pace::until(stopped.clone());
+        assert!(pace.go_on().is_ok());
+        stopped.store(true, Ordering::Relaxed);
+        assert!(matches!(pace.go_on(), Err(Error::Interrupted)));
     }
 
     #[test]

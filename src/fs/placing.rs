@@ -88,7 +88,7 @@ impl Placer {
         self.resolve_for(placement, self.look(&placement.wish, request).as_ref())
     }
 
-    fn resolve_for(&self, placement: &Placement, caller: Option<&Caller>) -> Resolved {
+    pub(super) fn resolve_for(&self, placement: &Placement, caller: Option<&Caller>) -> Resolved {
         let (surroundings, nodes) = (self.surroundings.read(), self.nodes());
         placement.resolve(
             caller,
@@ -143,7 +143,7 @@ impl Placer {
 
 impl Fs {
     /// The placement of a file or directory: its own, or that of a node without one.
-    fn placement(&self, node: InodeId) -> Result<Placement> {
+    pub(super) fn placement(&self, node: InodeId) -> Result<Placement> {
         match self.index.attribute(node, OsStr::new(PLACEMENT)) {
             Ok(text) => Placement::parse(&text),
             Err(Error::Os(Errno::NODATA)) => Ok(Placement::default()),
@@ -151,13 +151,20 @@ impl Fs {
         }
     }
 
-    /// The nodes that the pages of a growth want, on a pool of several nodes.
+    /// The nodes that the pages of a growth from `offset` on want, on a pool of several nodes. A
+    /// policy that a program has set for those bytes comes before the thread's own, as on tmpfs.
+    /// With `strict:` it does not: each program that may read a file can set one, and would make
+    /// the growth of others fail.
     pub(super) fn placement_of_growth(
         &self,
         node: InodeId,
+        offset: u64,
         request: RequestContext,
     ) -> Result<Resolved> {
-        Ok(self.placer.resolve(&self.placement(node)?, request))
+        let placement = self.placement(node)?;
+        let is_free = placement == Placement::default();
+        let ahead = is_free.then(|| self.wished_ahead(node, offset)).flatten();
+        Ok(ahead.unwrap_or_else(|| self.placer.resolve(&placement, request)))
     }
 
     /// The placement that is set. Its text is the canonical form of the words.

@@ -53,9 +53,9 @@ mod tests;
 
 pub use account::{Account, Accounts, Held, Token};
 pub use adoption::Adoption;
-pub use holding::{Change, Holding, Progress};
+pub use holding::{Change, Displaced, Holding, Progress};
 pub use moves::PIECE;
-pub use page_set::Run;
+pub use page_set::{EVERY_PAGE, Run};
 pub use per_node::PerNode;
 pub use recovery::RESERVES;
 pub use sizes::Sizes;
@@ -229,6 +229,11 @@ impl Pool {
     /// The NUMA nodes that the pool has pages of, ascending.
     pub fn nodes(&self) -> Vec<NumaNode> {
         self.accounts().totals().iter().map(|(node, _)| node).collect()
+    }
+
+    /// True if the machine has one NUMA node with memory.
+    pub fn is_alone(&self) -> bool {
+        self.is_alone
     }
 
     /// True if the mount has named the nodes.

@@ -384,6 +384,29 @@ impl Pool {
         Ok((piece, moved))
     }
 
+    /// Moves the first part of `range`, which a program has moved to another node behind the
+    /// account's back, to `home`: the node that the account has it on. The reserve of `home` hands
+    /// over as much first, so that each folio finds a free piece and moves whole, and takes as much
+    /// again. So neither the reserve nor the account changes. Returns the piece and the folios of
+    /// it that lie on `home` then.
+    pub(super) fn bring_piece_home(
+        &self,
+        sealed: &Sealed,
+        range: Range,
+        home: NumaNode,
+    ) -> Result<(Range, Vec<Folio>)> {
+        let reserve = self.reserve_of(home);
+        let begun = self.begin_piece(reserve)?;
+        let piece = Range::at(range.start, range.len().min(begun.most));
+        give_piece(&mut reserve.lock(), piece.len())?;
+        steps::reached(Step::RelocateGiven);
+        let moved = sealed.migrate(piece, home);
+        steps::reached(Step::RelocateMoved);
+        self.take_back(&mut reserve.lock(), piece.len());
+        steps::reached(Step::RelocateTaken);
+        Ok((piece, moved?))
+    }
+
     /// A reserve takes the memory that was given just now. If another process has taken it first,
     /// the pool is short of it.
     fn take_back(&self, reserve: &mut Opened<'_>, bytes: u64) {

@@ -7,6 +7,9 @@ use std::ops::Range;
 /// Pages that follow one another.
 pub type Run = Range<Page>;
 
+/// All pages that a file can have.
+pub const EVERY_PAGE: Run = Page(0)..Page(u64::MAX);
+
 /// Bytes of one run as it is stored with a file: its first page and its length, 32 bits each,
 /// little-endian.
 const RUN_BYTES: usize = 8;

@@ -97,7 +97,7 @@ fn begin<'pool>(
             &Resolved::default(),
         ),
         Operation::Release { first, count } => file.begin_release(pool, pages(first, count)),
-        Operation::Relocate(node) => file.begin_relocation(pool, &wish(NODES[node])),
+        Operation::Relocate(node) => file.begin_relocation(pool, EVERY_PAGE, &wish(NODES[node])),
         Operation::Die => unreachable!("no change of a file"),
     }
 }
@@ -198,7 +198,7 @@ fn pages_move_to_the_node_that_is_wished_for_them() {
     let pages = |files: &[Holding]| NODES.map(|node| files[0].held().pages.of(node));
     assert_eq!(pages(&files), [PART, 8 - PART], "as many as the node has");
     let strict = Resolved { strict: true, ..wish(NODES[0]) };
-    let refused = files[0].begin_relocation(&pool, &strict).map(drop);
+    let refused = files[0].begin_relocation(&pool, EVERY_PAGE, &strict).map(drop);
     assert!(matches!(refused, Err(Error::NodeFull(_))), "{refused:?}");
     let relocation = begin(&pool, &mut files[0], &Operation::Relocate(1)).unwrap();
     carry_out(&pool, &mut files, 0, relocation, None);
@@ -221,7 +221,7 @@ fn a_gigantic_page_moves_whole_or_comes_back() {
     let growth = files[0].begin_growth(&pool, Range::new(0, 0), GIB - 5000, &wish(NODES[1]));
     files[0].complete(growth.unwrap()).unwrap();
     assert_eq!(files[0].held().pages, PerNode::on(NODES[1], 1));
-    let mut relocation = files[0].begin_relocation(&pool, &wish(NODES[0])).unwrap();
+    let mut relocation = files[0].begin_relocation(&pool, EVERY_PAGE, &wish(NODES[0])).unwrap();
     for _ in 0..4 {
         assert_eq!(relocation.advance(&mut files[0]).unwrap(), Progress::More);
         assert_sound(&pool, &files);
@@ -230,10 +230,10 @@ fn a_gigantic_page_moves_whole_or_comes_back() {
     files[0].stop_for_tests(relocation);
     assert_sound(&pool, &files);
     // The next change settles the holding first: the part comes back.
-    let relocation = files[0].begin_relocation(&pool, &wish(NODES[1])).unwrap();
+    let relocation = files[0].begin_relocation(&pool, EVERY_PAGE, &wish(NODES[1])).unwrap();
     assert_eq!(files[0].held().bytes, PerNode::on(NODES[1], GIB));
     carry_out(&pool, &mut files, 0, relocation, None);
-    let relocation = files[0].begin_relocation(&pool, &wish(NODES[0])).unwrap();
+    let relocation = files[0].begin_relocation(&pool, EVERY_PAGE, &wish(NODES[0])).unwrap();
     carry_out(&pool, &mut files, 0, relocation, None);
     assert_eq!(files[0].held().pages, PerNode::on(NODES[0], 1));
     assert_eq!(files[0].held().bytes, PerNode::on(NODES[0], GIB));

@@ -5,7 +5,7 @@
 //! [`View`] lasts. The kernel copies from it when it delivers the bytes of a read. File bytes go
 //! through system calls alone, where a memory error is an errno and not a signal.
 
-use super::policy::{self, Policy};
+use super::policy::{self, Policy, RangePolicy};
 use super::shortage::{patiently, with_effort};
 use super::{meaning, sigbus};
 use crate::error::{Error, Result};
@@ -107,6 +107,15 @@ impl Window {
         if let Err(error) = set(Policy::Local).and_then(|()| set(Policy::Default)) {
             log::debug!("a policy of a program may be in force: {error}"); // a kernel without CONFIG_NUMA
         }
+    }
+
+    /// The policy that a program has set for the file at `offset` ([`policy::of_address`]).
+    ///
+    /// # Errors
+    /// ENOSYS on a kernel without CONFIG_NUMA.
+    pub fn policy_at(&self, offset: u64) -> Result<Option<RangePolicy>> {
+        let (start, _) = self.position(Range::at(offset, 1));
+        policy::of_address(self.map.as_ptr() as usize + start)
     }
 
     /// Puts `folio` into one 2 MiB page (MADV_COLLAPSE, Linux 6.1). Other processes map it as one

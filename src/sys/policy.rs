@@ -24,6 +24,28 @@ pub enum Policy {
     Bind(NumaNode),
 }
 
+/// A policy of a range that prefers some nodes to others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RangePolicy {
+    /// The use that the kernel makes of the nodes.
+    pub mode: Mode,
+    /// The nodes, ascending, at least one.
+    pub nodes: Vec<NumaNode>,
+}
+
+/// The use that the kernel makes of the nodes of a [`RangePolicy`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// These nodes only (MPOL_BIND).
+    Bind,
+    /// These nodes, and others where they are full (MPOL_PREFERRED, MPOL_PREFERRED_MANY).
+    Prefer,
+    /// These nodes in turn (MPOL_INTERLEAVE).
+    Interleave,
+    /// These nodes in turn, by the machine's weights (MPOL_WEIGHTED_INTERLEAVE).
+    WeightedInterleave,
+}
+
 const MAX_NODES: usize = 1024; // MAX_NUMNODES of every distribution's kernel or more
 
 type Mask = [u64; MAX_NODES / 64];
@@ -110,4 +132,80 @@ pub fn set_for_range(address: usize, length: usize, policy: Policy) -> Result<()
         )
     };
     if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
+}
+
+/// The policy that a program has set by mbind(2) for the mapped file at `address` (get_mempolicy(2)
+/// with MPOL_F_ADDR). Takes no memory and touches none. `None` without a policy, for a policy that
+/// names no nodes, and for one whose nodes are relative to the program's cpuset
+/// (MPOL_F_RELATIVE_NODES): that cpuset is not known.
+///
+/// # Errors
+/// EFAULT for an address that is not mapped; ENOSYS on a kernel without CONFIG_NUMA.
+pub fn of_address(address: usize) -> Result<Option<RangePolicy>> {
+    const MPOL_F_ADDR: libc::c_ulong = 1 << 1; // linux/mempolicy.h
+    let (mut mode, mut mask): (libc::c_int, Mask) = (0, [0; MAX_NODES / 64]);
+    // SAFETY: both places are alive for the call, and the mask has the number of bits that the call
+    // names (the kernel writes one bit less). The call does not look at the memory at the address.
+    #[allow(unsafe_code)]
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_get_mempolicy,
+            &raw mut mode,
+            mask.as_mut_ptr(),
+            MAX_NODES + 1,
+            address,
+            MPOL_F_ADDR,
+        )
+    };
+    if result != 0 {
+        return Err(std::io::Error::last_os_error().into());
+    }
+    Ok(meaning_of(mode, &mask))
+}
+
+fn meaning_of(mode: libc::c_int, mask: &Mask) -> Option<RangePolicy> {
+    // linux/mempolicy.h; the last two are since Linux 5.15 and 6.9
+    const PREFERRED_MANY: libc::c_int = 5;
+    const WEIGHTED_INTERLEAVE: libc::c_int = 6;
+    const BALANCING: libc::c_int = 1 << 13;
+    const STATIC_NODES: libc::c_int = 1 << 15;
+    let mode = match mode & !(BALANCING | STATIC_NODES) {
+        libc::MPOL_BIND => Mode::Bind,
+        libc::MPOL_PREFERRED | PREFERRED_MANY => Mode::Prefer,
+        libc::MPOL_INTERLEAVE => Mode::Interleave,
+        WEIGHTED_INTERLEAVE => Mode::WeightedInterleave,
+        _ => return None,
+    };
+    let is_set = |node: &usize| mask[node / 64] & (1 << (node % 64)) != 0;
+    let nodes: Vec<_> = (0..MAX_NODES).filter(is_set).map(|node| NumaNode(node as u32)).collect();
+    (!nodes.is_empty()).then_some(RangePolicy { mode, nodes })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_policy_is_read_with_its_flags_and_nodes() {
+        let mut mask = [0; MAX_NODES / 64];
+        mask[0] = 0b101;
+        mask[1] = 1;
+        let nodes = [0, 2, 64].map(NumaNode).to_vec();
+        let rows = [
+            (libc::MPOL_BIND, Some(Mode::Bind)),
+            (libc::MPOL_BIND | 1 << 15, Some(Mode::Bind)),
+            (libc::MPOL_BIND | 1 << 14, None),
+            (libc::MPOL_PREFERRED, Some(Mode::Prefer)),
+            (5, Some(Mode::Prefer)),
+            (libc::MPOL_INTERLEAVE, Some(Mode::Interleave)),
+            (6, Some(Mode::WeightedInterleave)),
+            (libc::MPOL_DEFAULT, None),
+            (libc::MPOL_LOCAL, None),
+        ];
+        for (number, mode) in rows {
+            let expected = mode.map(|mode| RangePolicy { mode, nodes: nodes.clone() });
+            assert_eq!(meaning_of(number, &mask), expected, "{number:#x}");
+        }
+        assert_eq!(meaning_of(libc::MPOL_BIND, &[0; MAX_NODES / 64]), None);
+    }
 }

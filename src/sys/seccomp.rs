@@ -28,6 +28,7 @@ pub const NEEDED: &[(&str, c_long)] = &[
     ("setfsuid", libc::SYS_setfsuid),
     ("setfsgid", libc::SYS_setfsgid),
     ("set_mempolicy", libc::SYS_set_mempolicy),
+    ("get_mempolicy", libc::SYS_get_mempolicy),
     ("move_pages", libc::SYS_move_pages),
     ("madvise", libc::SYS_madvise),
     ("fallocate", libc::SYS_fallocate),

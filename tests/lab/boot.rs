@@ -192,7 +192,7 @@ fn command(image: &Image, machine: Machine, console: &std::path::Path) -> Comman
         .arg("-kernel")
         .arg(&image.kernel)
         .arg("-initrd")
-        .arg(&image.initramfs)
+        .arg(if machine.programs { &image.with_programs } else { &image.initramfs })
         .arg("-append")
         .arg(format!("{COMMAND_LINE} {}", machine.command_line))
         .arg("-serial")

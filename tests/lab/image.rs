@@ -14,6 +14,14 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 /// Test programs of the host that also run in the machine.
 pub const SUITES: &[&str] = &["quarantine"];
 
+/// Debian's programs of [`Machine::programs`](crate::cases::Machine): the place of each in the
+/// initramfs, and its path here. QEMU loads its emulator of processors at run time.
+const PROGRAMS: &[(&str, &str)] = &[
+    ("numactl", "/usr/bin/numactl"),
+    ("qemu-system-x86_64", "/usr/bin/qemu-system-x86_64"),
+    ("lib/qemu/accel-tcg-x86_64.so", "/usr/lib/x86_64-linux-gnu/qemu/accel-tcg-x86_64.so"),
+];
+
 /// The package is built as for a release, without the kill points and the failing of system calls.
 /// Other packages are those of this test's own build: only the code that is tested has to differ.
 const AS_IN_A_RELEASE: [&str; 3] =
@@ -27,6 +35,8 @@ const BUILD: Duration = Duration::from_secs(1800);
 pub struct Image {
     pub kernel: PathBuf,
     pub initramfs: PathBuf,
+    /// An initramfs that has [`PROGRAMS`], too.
+    pub with_programs: PathBuf,
     /// The programs of [`SUITES`].
     pub suites: Vec<PathBuf>,
 }
@@ -54,17 +64,21 @@ impl Image {
         let programs = build()?;
         let suites =
             SUITES.iter().map(|suite| build_suite(suite)).collect::<Result<Vec<_>, _>>()?;
-        let initramfs = directory().join("initramfs");
-        let files = files(&programs, &suites)?;
-        write_archive(&initramfs, &files)
-            .map_err(|error| format!("writing {}: {error}", initramfs.display()))?;
-        Ok(Self { kernel, initramfs, suites })
+        let own = own_programs(&programs, &suites)?;
+        let initramfs = write_initramfs("initramfs", &own)?;
+        let others = PROGRAMS.iter().map(|(place, path)| ((*place).to_owned(), path.into()));
+        let all: Vec<_> = own.into_iter().chain(others).collect();
+        let with_programs = write_initramfs("initramfs-programs", &all)?;
+        Ok(Self { kernel, initramfs, with_programs, suites })
     }
 }
 
-/// The files of the initramfs: for each a path there, and the file of the host. The programs lie in
-/// its root, and the libraries where the host has them.
-fn files(programs: &Path, suites: &[PathBuf]) -> Result<Vec<(String, PathBuf)>, String> {
+/// The name of a program in the root of an initramfs, and its path on the host.
+type Program = (String, PathBuf);
+
+/// Our programs, without what only a debugger needs. That is more than half of them, and the
+/// machine keeps them in memory, all on one NUMA node.
+fn own_programs(programs: &Path, suites: &[PathBuf]) -> Result<Vec<Program>, String> {
     let mut built = vec![
         ("init".to_owned(), programs.join("examples/lab-guest")),
         ("handler-c".to_owned(), handlers::build_c()?),
@@ -74,26 +88,30 @@ fn files(programs: &Path, suites: &[PathBuf]) -> Result<Vec<(String, PathBuf)>, 
     built.extend(own.map(|name| (name.to_owned(), programs.join(name))));
     let suites = SUITES.iter().zip(suites);
     built.extend(suites.map(|(suite, program)| (format!("suite-{suite}"), program.clone())));
-    let mut libraries = BTreeSet::new();
-    let mut files = Vec::new();
-    for (name, program) in built {
-        libraries.extend(libraries_of(&program)?);
-        files.push((name.clone(), without_debug_information(&name, &program)?));
-    }
-    let path = |library: &PathBuf| library.to_string_lossy().trim_start_matches('/').to_owned();
-    files.extend(libraries.into_iter().map(|library| (path(&library), library)));
-    Ok(files)
-}
-
-/// A copy of a program without what only a debugger needs. That is more than half of it, and the
-/// machine keeps it in memory, all on one NUMA node.
-fn without_debug_information(name: &str, program: &Path) -> Result<PathBuf, String> {
     let stripped = directory().join("stripped");
     fs::create_dir_all(&stripped)
         .map_err(|error| format!("making {}: {error}", stripped.display()))?;
-    let copy = stripped.join(name);
-    run(Command::new("strip").arg("--strip-debug").arg("-o").arg(&copy).arg(program))?;
-    Ok(copy)
+    let strip = |(name, program): Program| {
+        let copy = stripped.join(&name);
+        run(Command::new("strip").arg("--strip-debug").arg("-o").arg(&copy).arg(program))?;
+        Ok((name, copy))
+    };
+    built.into_iter().map(strip).collect()
+}
+
+/// Writes an initramfs of programs and their libraries, which lie there where the host has them.
+/// Returns its path.
+fn write_initramfs(name: &str, programs: &[Program]) -> Result<PathBuf, String> {
+    let mut files = programs.to_vec();
+    let mut libraries = BTreeSet::new();
+    for (_, program) in programs {
+        libraries.extend(libraries_of(program)?);
+    }
+    let place = |library: &PathBuf| library.to_string_lossy().trim_start_matches('/').to_owned();
+    files.extend(libraries.into_iter().map(|library| (place(&library), library)));
+    let path = directory().join(name);
+    write_archive(&path, &files).map_err(|error| format!("writing {}: {error}", path.display()))?;
+    Ok(path)
 }
 
 /// The libraries of a program, and the loader of these (ldd(1)).

@@ -22,7 +22,7 @@
 //! after the other. After a case that failed or did not end in time, the lab gives the machine up.
 //!
 //! Every case is a test of its own here: `cargo test --test lab NAME`. The lab needs its kernel
-//! (`tests/lab/fetch-kernel`) and Debian's qemu-system-x86; `tests/run` installs both.
+//! (`tests/lab/fetch-kernel`), and Debian's qemu-system-x86 and numactl; `tests/run` installs all.
 
 mod boot;
 mod cases;

@@ -12,6 +12,8 @@
 //!   huge                                          count N         (2 MiB entries that map it, smaps)
 //!   advise OFFSET LENGTH ADVICE                   ok              (madvise(2), by number)
 //!   bind OFFSET LENGTH NODE                       ok              (mbind(2), MPOL_BIND)
+//!   mbind OFFSET LENGTH MODE NODES FLAGS          ok              (mbind(2), by number; NODES is a mask)
+//!   move OFFSET LENGTH NODE                       ok              (move_pages(2), MPOL_MF_MOVE)
 //!   keep-binding OFFSET LENGTH NODE               ok              (a thread does so and undoes it until the program ends)
 //!   occupy NODE BYTES                             ok              (takes so much memory from that NUMA node only, and keeps it)
 //!   hammer OFFSET [BYTE]                          ok              (a thread stores there until stop: BYTE, or what it loads)
@@ -126,6 +128,8 @@ impl Toucher {
             "huge" => self.huge(),
             "advise" => done(self.mapping()?.advise_range(range(words)?, number(words)?)),
             "bind" => bind(self.mapping()?, range(words)?, number(words)?),
+            "mbind" => mbind(self.mapping()?, words),
+            "move" => done(self.mapping()?.move_to(range(words)?, NumaNode(number(words)?))),
             "keep-binding" => self.keep_binding(range(words)?, number(words)?),
             "occupy" => self.occupy(number(words)?, number(words)?),
             "hammer" => self.hammer(number(words)?, number(words).ok()),
@@ -233,6 +237,10 @@ fn release<T>(held: &mut Option<T>) -> String {
 
 fn bind(mapping: &Mapping, range: Range, node: u32) -> Answer {
     done(mapping.set_policy(range, Policy::Bind(NumaNode(node))))
+}
+
+fn mbind(mapping: &Mapping, words: &mut Words<'_>) -> Answer {
+    done(mapping.bind(range(words)?, number(words)?, number(words)?, number(words)?))
 }
 
 /// The number of 2 MiB entries that map the mapping at `address` (proc(5), smaps).

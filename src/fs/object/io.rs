@@ -94,7 +94,7 @@ impl Object {
     }
 
     fn write_alone(&self, bytes: &[u8], range: Range, context: Context<'_>) -> Result<usize> {
-        let ahead = self.placement_ahead(range, range.end, context)?;
+        let ahead = self.placement_ahead(range, context)?;
         let _one_at_a_time = self.begin(context.pace)?;
         let mut holding = self.lock(context.pace)?;
         context.pace.refuse_if(|| {
@@ -119,7 +119,7 @@ impl Object {
             // Before the file grows: cutting it again would split a folio.
             return Err(Error::Quarantined);
         }
-        let placement = placement_now(ahead, &holding, range.end, context)?;
+        let placement = placement_now(ahead, &holding, range, context)?;
         let growth = holding.begin_growth(context.pool, range, range.end, &placement)?;
         carry_out(&mut holding, growth, context.pace)?;
         let (written, ended) = match writable_prefix(&holding, range, context.recovery_write) {

@@ -19,12 +19,14 @@
 //! stat(2) and poll(2) wait for no change.
 //!
 //! `io` reads and writes, `sizes` changes size and pages, `quarantine` quarantines and repairs,
-//! `map` tells how a file is mapped and collapses folios, `descriptors` keeps what the kernel and
-//! programs hold of a file, `summary` has the summary and the lock.
+//! `map` tells how a file is mapped and collapses folios, `policies` reads the NUMA policies that
+//! programs have set, `descriptors` keeps what the kernel and programs hold of a file, `summary`
+//! has the summary and the lock.
 
 mod descriptors;
 mod io;
 mod map;
+mod policies;
 mod quarantine;
 mod sizes;
 mod summary;
@@ -82,9 +84,9 @@ pub struct Context<'a> {
     pub recovery_write: bool,
     /// Punched pages stay the file's (`punch=keep`).
     pub keep_punched: bool,
-    /// Called before a growth takes pages: the NUMA nodes that these pages want. A growth is
-    /// refused if that cannot be read. `None` for a pool of one node.
-    pub placement: Option<&'a (dyn Fn() -> Result<Resolved> + Sync)>,
+    /// Called before a growth takes pages, with the offset of the first one: the NUMA nodes that
+    /// these pages want. A growth is refused if that cannot be read. `None` for a pool of one node.
+    pub placement: Option<&'a (dyn Fn(u64) -> Result<Resolved> + Sync)>,
     /// Called for each folio that has become whole again.
     pub repaired: &'a (dyn Fn(Folio) + Sync),
     /// Asked between two pieces of a long change.
@@ -184,26 +186,21 @@ impl Object {
         Ok(Locked { object: self, holding })
     }
 
-    /// The nodes that the pages want of a growth up to `end`, which touches the bytes in `touched`.
-    /// `None` if the growth takes no page, as far as is known before the file is locked.
+    /// The nodes that the pages want of a growth that touches the bytes in `touched`. `None` if the
+    /// growth takes no page, as far as is known before the file is locked.
     ///
     /// This holds no lock when it reads them: such a read can last as long as the calling program
     /// likes ([`crate::sys::callers`]).
-    fn placement_ahead(
-        &self,
-        touched: Range,
-        end: u64,
-        context: Context<'_>,
-    ) -> Result<Option<Resolved>> {
+    fn placement_ahead(&self, touched: Range, context: Context<'_>) -> Result<Option<Resolved>> {
         let Some(read) = context.placement else { return Ok(None) };
         let holding = self.share(context.pace)?;
-        if !holding.may_take_pages(end) {
+        if !holding.may_take_pages(touched.end) {
             return Ok(None);
         }
-        let size = end.max(holding.size());
+        let (size, start) = (touched.end.max(holding.size()), touched.start.min(holding.size()));
         context.pace.refuse_if(|| takes_long(&holding, touched, size, context.pool))?;
         drop(holding);
-        read().map(Some)
+        read(start).map(Some)
     }
 
     /// Excludes other changes of size or pages.
@@ -314,17 +311,20 @@ fn carry_out(holding: &mut Locked<'_>, mut change: Change<'_>, pace: &Pace) -> R
     Ok(())
 }
 
-/// The nodes that the pages of a growth up to `end` want, of a file that is locked. They are read
-/// now only if another request has taken pages away since [`Object::placement_ahead`].
+/// The nodes that the pages want of a growth that touches the bytes in `touched`, of a file that is
+/// locked. They are read now only if another request has taken pages away since
+/// [`Object::placement_ahead`].
 fn placement_now(
     ahead: Option<Resolved>,
     holding: &Holding,
-    end: u64,
+    touched: Range,
     context: Context<'_>,
 ) -> Result<Resolved> {
     match (ahead, context.placement) {
         (Some(ahead), _) => Ok(ahead),
-        (None, Some(read)) if holding.may_take_pages(end) => read(),
+        (None, Some(read)) if holding.may_take_pages(touched.end) => {
+            read(touched.start.min(holding.size()))
+        }
         (None, _) => Ok(Resolved::default()),
     }
 }

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::error::{Error, Result};
 use crate::placement::Resolved;
-use crate::pool::{Holding, Pool};
+use crate::pool::{EVERY_PAGE, Holding, Pool, Run};
 use crate::sealed::Content;
 use crate::steps::insist;
 use crate::sys::tmpfs;
@@ -41,17 +41,16 @@ impl Object {
     /// [`Error::Full`] with nothing changed; [`Error::Busy`] if soft holes forbid it.
     pub fn truncate(&self, size: u64, context: Context<'_>) -> Result<()> {
         checked_range(0, size)?;
-        let ahead = self.placement_ahead(Range::new(size, size), size, context)?;
+        let end = Range::new(size, size);
+        let ahead = self.placement_ahead(end, context)?;
         let _one_at_a_time = self.begin(context.pace)?;
         let mut holding = self.lock(context.pace)?;
-        context
-            .pace
-            .refuse_if(|| takes_long(&holding, Range::new(size, size), size, context.pool))?;
+        context.pace.refuse_if(|| takes_long(&holding, end, size, context.pool))?;
         mend(&mut holding, context.pace)?;
         let change = match holding.size() {
             now if size <= now => holding.begin_shrinking(context.pool, size)?,
             now => {
-                let placement = placement_now(ahead, &holding, size, context)?;
+                let placement = placement_now(ahead, &holding, end, context)?;
                 holding.begin_growth(context.pool, Range::new(now, now), size, &placement)?
             }
         };
@@ -75,7 +74,7 @@ impl Object {
         };
         let ahead = match what {
             Allocation::Punch => None,
-            _ => self.placement_ahead(range, range.end, context)?,
+            _ => self.placement_ahead(range, context)?,
         };
         let _one_at_a_time = self.begin(context.pace)?;
         let mut holding = self.lock(context.pace)?;
@@ -93,11 +92,11 @@ impl Object {
         }
         let change = match what {
             Allocation::Extend | Allocation::Zero => {
-                let placement = placement_now(ahead, &holding, range.end, context)?;
+                let placement = placement_now(ahead, &holding, range, context)?;
                 holding.begin_growth(context.pool, range, range.end, &placement)?
             }
             Allocation::KeepSize | Allocation::ZeroKeepSize => {
-                let placement = placement_now(ahead, &holding, range.end, context)?;
+                let placement = placement_now(ahead, &holding, range, context)?;
                 holding.begin_allocation(context.pool, range, &placement)?
             }
             Allocation::Punch => holding.begin_release(context.pool, range)?,
@@ -117,19 +116,30 @@ impl Object {
     /// # Errors
     /// [`Error::Full`].
     pub fn refuse_relocation(&self, placement: &Resolved, pool: &Pool, pace: &Pace) -> Result<()> {
-        self.share(pace)?.refuse_relocation(pool, placement)
+        self.share(pace)?.refuse_relocation(pool, EVERY_PAGE, placement)
     }
 
-    /// Moves the pages to the NUMA nodes that `placement` wishes for them, as far as these have
-    /// free pages. Programs go on to use the file.
+    /// True if `placement` wishes another NUMA node for one of `pages`.
+    pub fn are_misplaced(&self, pages: Run, placement: &Resolved) -> bool {
+        self.read_lock().are_misplaced(pages, placement)
+    }
+
+    /// Moves the file's pages among `pages` to the NUMA nodes that `placement` wishes for them, as
+    /// far as these have free pages. Programs go on to use the file.
     ///
     /// # Errors
     /// [`Error::Full`] for a strict placement whose nodes have too few free pages, with nothing
     /// changed; [`Error::NoMemory`] after some pages have moved.
-    pub fn relocate(&self, placement: &Resolved, pool: &Pool, pace: &Pace) -> Result<()> {
+    pub fn relocate(
+        &self,
+        pages: Run,
+        placement: &Resolved,
+        pool: &Pool,
+        pace: &Pace,
+    ) -> Result<()> {
         let _one_at_a_time = self.begin(pace)?;
         let mut holding = self.lock(pace)?;
-        let relocation = holding.begin_relocation(pool, placement)?;
+        let relocation = holding.begin_relocation(pool, pages, placement)?;
         carry_out(&mut holding, relocation, pace)
     }
 

@@ -82,6 +82,7 @@ use crate::steps::{self, Step};
 use crate::units::{FOLIO_SIZE, Folio, Page, PageSize, Range, Subpage};
 use growth::Growth;
 use release::Release;
+pub use relocation::Displaced;
 use relocation::{HalfMoved, Relocation};
 use settling::Settling;
 use shrinking::Shrinking;
@@ -482,8 +483,8 @@ impl Holding {
         Ok(self.begun(Kind::Release(Release::new(self, pool, runs))))
     }
 
-    /// Begins to give each page a home that `placement` wishes for it, as far as these nodes have
-    /// free pages, and to move the memory there. Programs go on to use the file.
+    /// Begins to give each of `pages` a home that `placement` wishes for it, as far as these nodes
+    /// have free pages, and to move the memory there. Programs go on to use the file.
     ///
     /// # Errors
     /// [`Error::Full`] for a strict placement whose nodes have too few free pages. Nothing has
@@ -492,23 +493,24 @@ impl Holding {
     pub fn begin_relocation<'pool>(
         &mut self,
         pool: &'pool Pool,
+        pages: Run,
         placement: &Resolved,
     ) -> Result<Change<'pool>> {
         self.ready(pool)?;
         if pool.nodes().len() == 1 {
             return Ok(Change(Kind::Nothing));
         }
-        self.refuse_relocation(pool, placement)?;
-        Ok(self.begun(Kind::Relocation(Relocation::new(pool, placement))))
+        self.refuse_relocation(pool, pages.clone(), placement)?;
+        Ok(self.begun(Kind::Relocation(Relocation::new(pool, pages, placement))))
     }
 
-    /// Refuses a strict placement whose nodes have too few free pages.
+    /// Refuses a strict placement whose nodes have too few free pages for `pages`.
     ///
     /// # Errors
     /// [`Error::Full`] or [`Error::Returning`].
-    pub fn refuse_relocation(&self, pool: &Pool, placement: &Resolved) -> Result<()> {
+    pub fn refuse_relocation(&self, pool: &Pool, pages: Run, placement: &Resolved) -> Result<()> {
         if placement.strict {
-            let misplaced = self.misplaced(placement, Page(0)).map(|(run, _)| run).collect();
+            let misplaced = self.misplaced(placement, pages).map(|(run, _)| run).collect();
             drop(pool.promise_pages(&misplaced, placement)?);
         }
         Ok(())

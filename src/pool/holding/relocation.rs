@@ -33,14 +33,24 @@ pub struct HalfMoved {
     moved: Range,
 }
 
+/// A page whose memory a program has moved away from the NUMA node that it counts as, by mbind(2)
+/// or move_pages(2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Displaced {
+    /// The page.
+    pub page: Page,
+    /// The node that has all of its memory. `None` if several nodes have some.
+    pub on: Option<NumaNode>,
+}
+
 /// A relocation that is under way.
 #[derive(Debug)]
 pub struct Relocation<'pool> {
     pool: &'pool Pool,
     /// The wished nodes, and no others.
     placement: Resolved,
-    /// Pages from here on have not been looked at.
-    next: Page,
+    /// The pages that have not been looked at.
+    rest: Run,
     batch: Option<Batch<'pool>>,
     stop: Option<Error>,
 }
@@ -58,9 +68,9 @@ struct Batch<'pool> {
 }
 
 impl<'pool> Relocation<'pool> {
-    pub fn new(pool: &'pool Pool, placement: &Resolved) -> Self {
+    pub fn new(pool: &'pool Pool, pages: Run, placement: &Resolved) -> Self {
         let placement = Resolved { strict: true, ..placement.clone() };
-        Self { pool, placement, next: Page(0), batch: None, stop: None }
+        Self { pool, placement, rest: pages, batch: None, stop: None }
     }
 
     pub fn give_up(&mut self, why: Error) {
@@ -78,14 +88,13 @@ impl<'pool> Relocation<'pool> {
         if let Some(why) = &self.stop {
             return Err(why.clone());
         }
-        let Some((pages, from)) = holding.misplaced(&self.placement, self.next).next() else {
-            return Ok(Progress::Done);
-        };
+        let misplaced = holding.misplaced(&self.placement, self.rest.clone()).next();
+        let Some((pages, from)) = misplaced else { return Ok(Progress::Done) };
         let Some((token, pages, to)) = self.promise(pages.clone()) else {
-            self.next = pages.end; // the wished nodes are full
+            self.rest.start = pages.end; // the wished nodes are full
             return Ok(Progress::More);
         };
-        self.next = pages.end;
+        self.rest.start = pages.end;
         let at = holding.page_size.bytes_of(&pages).start;
         if holding.page_size != PageSize::Huge {
             holding.note_half_moved(pages.start, from, to)?;
@@ -173,15 +182,16 @@ impl Holding {
 }
 
 impl Holding {
-    /// The pages from `next` on whose homes `placement` does not wish for them, ascending, in runs
-    /// of one home with no more pages than a batch.
+    /// Those of `pages` whose homes `placement` does not wish for them, ascending, in runs of one
+    /// home with no more pages than a batch.
     pub(super) fn misplaced<'a>(
         &'a self,
         placement: &'a Resolved,
-        next: Page,
+        pages: Run,
     ) -> impl Iterator<Item = (Run, NumaNode)> + 'a {
         let most = (PIECE / self.page_size.bytes()).max(1);
-        self.homes.within(next..self.span().end).flat_map(move |(run, node)| {
+        let end = pages.end.min(self.span().end);
+        self.homes.within(pages.start.min(end)..end).flat_map(move |(run, node)| {
             let mut at = run.start.0;
             std::iter::from_fn(move || {
                 let is_misplaced = |page: &u64| !placement.wishes(Page(*page), node);
@@ -191,6 +201,58 @@ impl Holding {
                 Some((Page(first)..Page(at), node))
             })
         })
+    }
+
+    /// True if `placement` wishes another home for one of `pages`.
+    pub fn are_misplaced(&self, pages: Run, placement: &Resolved) -> bool {
+        self.misplaced(placement, pages).next().is_some()
+    }
+
+    /// Those of `pages` whose memory a program has moved away from the node that it counts as.
+    pub fn displaced_among(&self, pages: &Run) -> Vec<Displaced> {
+        let located = self.located(pages);
+        let of_page = located.chunk_by(|(one, _), (other, _)| self.page(*one) == self.page(*other));
+        let displaced = |part: &[(Folio, Option<NumaNode>)]| {
+            let (first, on) = *part.first()?;
+            let on = on.filter(|_| part.iter().all(|(_, other)| *other == on));
+            let is_displaced = part.iter().any(|one| self.is_displaced(one));
+            is_displaced.then(|| Displaced { page: self.page(first), on })
+        };
+        of_page.filter_map(displaced).collect()
+    }
+
+    /// The folios of `pages` whose memory a program has moved away from the node that it counts as.
+    pub fn displaced_folios(&self, pages: &Run) -> Vec<Folio> {
+        let displaced = self.located(pages).into_iter().filter(|one| self.is_displaced(one));
+        displaced.map(|(folio, _)| folio).collect()
+    }
+
+    fn located(&self, pages: &Run) -> Vec<(Folio, Option<NumaNode>)> {
+        self.sealed.nodes_of(self.page_size.bytes_of(pages).intersect(self.memory_range()))
+    }
+
+    fn is_displaced(&self, (folio, on): &(Folio, Option<NumaNode>)) -> bool {
+        on.is_some_and(|node| node != self.node_counted(*folio))
+    }
+
+    fn page(&self, folio: Folio) -> Page {
+        self.page_size.pages_touching(folio.range()).start
+    }
+
+    /// Moves the memory of a displaced folio back to the node that it counts as. Returns false if
+    /// it has stayed, as a device has pinned it.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`] where nothing is left to put at stake; the errors of
+    /// [`Sealed::migrate`](crate::sealed::Sealed::migrate).
+    pub fn bring_home(&self, pool: &Pool, folio: Folio) -> Result<bool> {
+        let located = self.sealed.nodes_of(folio.range().intersect(self.memory_range()));
+        if !located.iter().any(|one| self.is_displaced(one)) {
+            return Ok(false); // it has gone home, or has no memory any more
+        }
+        let home = self.node_counted(folio);
+        let (_, moved) = pool.bring_piece_home(&self.sealed, folio.range(), home)?;
+        Ok(!moved.is_empty())
     }
 
     /// Moves a piece of memory from one node to another: the first part of `range`. Returns the

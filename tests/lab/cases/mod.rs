@@ -14,6 +14,7 @@ mod mixture;
 mod nodes;
 mod parts;
 mod placement;
+mod policies;
 mod pools;
 mod targets;
 
@@ -27,15 +28,19 @@ pub struct Machine {
     pub nodes: u64,
     /// The firmware tells latencies and bandwidths (HMAT), and not only distances.
     pub hmat: bool,
+    /// Other people's programs are there, too: QEMU and numactl(8).
+    pub programs: bool,
     /// Further words for the kernel's command line.
     pub command_line: &'static str,
 }
 
 impl Machine {
-    pub const SMALL: Self = Self { memory: 640, nodes: 1, hmat: false, command_line: "" };
-    pub const TWO_NODES: Self = Self { memory: 1024, nodes: 2, hmat: true, command_line: "" };
-    pub const FOUR_NODES: Self = Self { memory: 1024, nodes: 4, hmat: true, command_line: "" };
-    pub const DISTANT_NODES: Self = Self { memory: 768, nodes: 3, hmat: false, command_line: "" };
+    pub const SMALL: Self =
+        Self { memory: 640, nodes: 1, hmat: false, programs: false, command_line: "" };
+    pub const TWO_NODES: Self = Self { memory: 1024, nodes: 2, hmat: true, ..Self::SMALL };
+    pub const TWO_NODES_WITH_PROGRAMS: Self = Self { programs: true, ..Self::TWO_NODES };
+    pub const FOUR_NODES: Self = Self { memory: 1024, nodes: 4, hmat: true, ..Self::SMALL };
+    pub const DISTANT_NODES: Self = Self { memory: 768, nodes: 3, ..Self::SMALL };
     /// Each node has memory for a page of 1 GiB, and for the same size of others.
     pub const TWO_LARGE_NODES: Self = Self { memory: 4096, ..Self::TWO_NODES };
     /// Its cases run in the initramfs: process 1 stays there.
@@ -92,6 +97,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         homes::CASES,
         nodes::CASES,
         placement::CASES,
+        policies::CASES,
         targets::CASES,
     ];
     by_kernel

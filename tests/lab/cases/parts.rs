@@ -32,7 +32,7 @@ fn free_on(node: u32) -> u64 {
 }
 
 /// Pages and free pages of each node's part.
-fn parts(mount_point: &Path) -> Vec<(u32, u64, u64)> {
+pub fn parts(mount_point: &Path) -> Vec<(u32, u64, u64)> {
     let counters = crate::support::counters(mount_point);
     let part = |node: u32| {
         let total = *counters.get(&format!("pages_total_node{node}"))?;

@@ -47,12 +47,12 @@ pub fn nodes(path: &Path) -> Vec<u64> {
 }
 
 /// The lines behind the words.
-fn told(path: &Path) -> Vec<String> {
+pub fn told(path: &Path) -> Vec<String> {
     get(path, PLACEMENT).unwrap().lines().skip(1).map(str::to_owned).collect()
 }
 
 /// Runs `run` on a thread on the processor of this number: the number of its node.
-fn on_processor<T: Send>(number: usize, run: impl FnOnce() -> T + Send) -> T {
+pub fn on_processor<T: Send>(number: usize, run: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
         let pinned = scope.spawn(move || {
             let mut set = CpuSet::new();
@@ -205,7 +205,7 @@ fn memory_on_another_node_is_told_with_the_reason() {
 }
 
 /// A file of eight pages on node 0, each byte of which tells its page, and the bytes.
-fn numbered(pool: &Pool) -> (std::path::PathBuf, Vec<u8>) {
+pub fn numbered(pool: &Pool) -> (std::path::PathBuf, Vec<u8>) {
     let path = pool.join("file");
     File::create(&path).unwrap();
     set(&path, PLACEMENT, "bind:0").unwrap();

@@ -8,7 +8,7 @@ pub mod userfault;
 use hugetlb2fs::error::Result;
 use hugetlb2fs::sys::policy::{self, Policy};
 use hugetlb2fs::sys::sigbus::{Hit, Touchable, expecting_news};
-use hugetlb2fs::units::Range;
+use hugetlb2fs::units::{NumaNode, Range, SUBPAGE_SIZE};
 use memmap2::{MmapOptions, MmapRaw};
 use std::fs::File;
 use std::ops::Deref;
@@ -157,6 +157,51 @@ impl Mapping {
     pub fn set_policy(&self, part: Range, policy: Policy) -> Result<()> {
         let start = self.pointer(part.start, part.len());
         policy::set_for_range(start as usize, part.len() as usize, policy)
+    }
+
+    /// mbind(2) of the mapped file in `part`, with the numbers of linux/mempolicy.h. Bit N of
+    /// `nodes` is node N.
+    ///
+    /// # Errors
+    /// The errors of mbind(2).
+    pub fn bind(&self, part: Range, mode: i32, nodes: u64, flags: u32) -> Result<()> {
+        let (start, length) = (self.pointer(part.start, part.len()), part.len());
+        let nodes: *const u64 = &raw const nodes;
+        // SAFETY: the mask is alive for the call, which changes no byte. The kernel reads one bit
+        // less than the number says.
+        #[allow(unsafe_code)]
+        let result =
+            unsafe { libc::syscall(libc::SYS_mbind, start, length, mode, nodes, 64_u64, flags) };
+        if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
+    }
+
+    /// Moves the memory of `part` to a NUMA node, as far as this process has mapped it
+    /// (move_pages(2), MPOL_MF_MOVE).
+    ///
+    /// # Errors
+    /// The errors of move_pages(2).
+    pub fn move_to(&self, part: Range, NumaNode(node): NumaNode) -> Result<()> {
+        const MPOL_MF_MOVE: libc::c_int = 1 << 1;
+        let subpages = part.steps(SUBPAGE_SIZE);
+        let pages: Vec<_> =
+            subpages.map(|subpage| self.pointer(subpage.start, subpage.len())).collect();
+        let nodes = vec![node as libc::c_int; pages.len()];
+        let mut statuses = vec![0 as libc::c_int; pages.len()];
+        // SAFETY: all arrays have as many entries as the call names, and are alive for the call,
+        // which changes no byte.
+        #[allow(unsafe_code)]
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_move_pages,
+                0,
+                pages.len(),
+                pages.as_ptr(),
+                nodes.as_ptr(),
+                statuses.as_mut_ptr(),
+                MPOL_MF_MOVE,
+            )
+        };
+        if result >= 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
     }
 }
 
