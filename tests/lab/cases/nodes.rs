@@ -2,7 +2,10 @@
 //! memory of the other node. The OOM killer kills no process.
 
 use super::cases;
-use crate::support::{COLLAPSE, FOLIO, Pool, SIZE, Toucher, kill_worker, limits, set};
+use crate::support::place::Place;
+use crate::support::{
+    COLLAPSE, FOLIO, Pool, REFUSAL, SIZE, Toucher, get, kill_worker, limits, set,
+};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use std::fs::{self, File};
@@ -17,7 +20,7 @@ cases! {
     TWO_NODES: a_pool_is_mounted_beside_a_full_node, a_pool_grows_beside_a_full_node,
         files_grow_and_shrink_beside_a_full_node, a_policy_of_a_program_kills_nobody,
         a_policy_set_over_and_over_kills_nobody, no_thread_of_the_daemon_asks_for_the_oom_killer,
-        a_pool_stays_within_its_cpuset;
+        a_pool_stays_within_its_cpuset, a_named_node_that_is_full_is_refused_and_kills_nobody;
 }
 
 /// The number in the line `... NAME NUMBER` or `... NAME: NUMBER kB` of a file.
@@ -36,7 +39,7 @@ fn free_on(node: u32) -> u64 {
 }
 
 /// Processes that the OOM killer has killed since the machine started.
-fn killed() -> u64 {
+pub fn killed() -> u64 {
     number_in("/proc/vmstat", "oom_kill")
 }
 
@@ -79,6 +82,29 @@ fn a_pool_grows_beside_a_full_node() {
     set(pool.path(), SIZE, (80 * FOLIO).to_string()).unwrap();
     stranger.assert_alive();
     assert_eq!(pool.free_pages(), 80);
+    pool.check();
+    pool.unmount();
+}
+
+fn a_named_node_that_is_full_is_refused_and_kills_nobody() {
+    const WHY: &str = "NUMA node 0 cannot give ";
+    let pool = Pool::mount("pagesize=2M,nodes=0:8M,1:8M");
+    let place = Place::new();
+    let mut stranger = Stranger::who_leaves(LEFT);
+    let before = (pool.counters(), free_on(1));
+    for size in ["0:80M,1:8M", "0:80M,1:4M", "0:80M,1:64M"] {
+        assert_eq!(set(pool.path(), SIZE, size), Err(Errno::NOSPC), "{size}");
+        let why = get(pool.path(), REFUSAL).unwrap();
+        assert!(why.starts_with(WHY) && why.contains("are available now"), "{size}: {why}");
+        assert_eq!(pool.counters(), before.0, "{size}");
+        stranger.assert_alive();
+    }
+    for options in ["nodes=0:80M,1:8M", "nodes=0,1,size=160M", "nodes=0,size=80M"] {
+        place.assert_refused(&mut place.mount(&format!("pagesize=2M,{options}")), 32, WHY);
+        stranger.assert_alive();
+    }
+    assert!(free_on(1) + 16 * MIB > before.1, "the memory of node 1 is given back");
+    set(pool.path(), SIZE, "0:8M,1:64M").unwrap();
     pool.check();
     pool.unmount();
 }

@@ -1,7 +1,8 @@
 //! The parts that a pool has on NUMA nodes, as `nodes=` names them.
 
 use super::cases;
-use super::placement::nodes;
+use super::nodes::killed;
+use super::placement::{nodes, on_processor};
 use crate::support::place::Place;
 use crate::support::{
     CHECK, FOLIO, GIB, OPTIONS, PLACEMENT, Pool, REFUSAL, SIZE, TARGETS, get, kill_worker, limits,
@@ -9,6 +10,7 @@ use crate::support::{
 };
 use rustix::io::Errno;
 use std::fs::{self, File};
+use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -19,7 +21,7 @@ const FAILED: i32 = 32;
 cases! {
     TWO_NODES: a_pool_has_the_parts_that_nodes_names,
         a_node_that_cannot_give_its_part_refuses_the_mount, parts_are_resized_one_by_one,
-        workers_are_killed_while_parts_are_resized;
+        workers_are_killed_while_parts_are_resized, page_cache_makes_room_for_a_part;
     FOUR_NODES: memory_without_processors_is_taken_by_name_only, nodes_join_and_leave_a_pool;
     TWO_LARGE_NODES: a_gigantic_page_lies_on_each_named_node;
 }
@@ -294,6 +296,34 @@ fn a_gigantic_page_lies_on_each_named_node() {
     assert_eq!(parts(&pool.path()), [(1, 1, 1)]);
     let file = file_on(&pool.path(), "file", "caller", 2);
     assert_eq!(nodes(&pool.join("file")), [1; 2]);
+    drop(file);
+    pool.unmount();
+}
+
+/// Reads from the disk until its cache has taken the memory of node 0, but for `left` bytes.
+fn fill_with_page_cache(left: u64) {
+    let mut disk = File::open("/dev/nvme0n1").expect("the machine has a disk");
+    on_processor(0, || {
+        let mut buffer = vec![0; MIB as usize];
+        while free_on(0) > left {
+            disk.read_exact(&mut buffer).expect("the disk is larger than the node");
+        }
+    });
+    println!("free on node 0: {} MiB, on node 1: {} MiB", free_on(0) / MIB, free_on(1) / MIB);
+}
+
+fn page_cache_makes_room_for_a_part() {
+    let killed_before = killed();
+    fill_with_page_cache(48 * MIB);
+    let pool = Pool::mount("pagesize=2M,nodes=0:144M,1:8M");
+    fill_with_page_cache(48 * MIB);
+    set(pool.path(), SIZE, "0:200M,1:8M").unwrap();
+    assert_eq!(parts(&pool.path()), [(0, 100, 100), (1, 4, 4)]);
+    assert_eq!(killed(), killed_before, "the OOM killer has killed processes");
+    println!("{} MiB are in folios", pool.counter("huge_bytes_at_mount") / MIB);
+    let file = file_on(&pool.path(), "file", "strict:bind:0", 100);
+    assert_eq!(nodes(&pool.join("file")), [0; 100]);
+    pool.check();
     drop(file);
     pool.unmount();
 }
