@@ -90,8 +90,9 @@ enum Action {
     /// Show or choose the NUMA nodes from which a file takes its memory
     ///
     /// Shows what is asked for, and the bytes that the file has on each node: with `full` behind
-    /// them if the nodes that are asked for have no room for them, and with `earlier` if these had
-    /// none when the file grew. A placement counts when a file grows. Words for a file move the
+    /// them if the nodes that are asked for have no room for them, with `pinned` if they could not
+    /// be moved as a device held them, and with `earlier` if the nodes had no room when the file
+    /// grew. A placement counts when a file grows. Words for a file move the
     /// memory that it has, while programs use it. What is made in a directory inherits the
     /// placement that the directory has at that time.
     #[command(after_help = PLACEMENT_WORDS)]

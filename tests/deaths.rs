@@ -746,7 +746,7 @@ fn a_death_after_any_step_leaves_no_trace() {
     let deaths: usize = led_there.values().map(Vec::len).sum();
     println!("{deaths} deaths at {} steps in {} situations", led_there.len(), SITUATIONS.len());
     assert!(led_there.len() >= FEWEST_STEPS, "there are {} steps only", led_there.len());
-    // Pages move to another NUMA node on machines with several: tests/lab/cases/placement.rs.
+    // Pages move to another NUMA node on machines with several: tests/lab/cases/moves.rs.
     led_there.retain(|step, _| !step.starts_with("relocate: "));
     let without: Vec<_> =
         led_there.iter().filter(|(_, situations)| situations.is_empty()).collect();

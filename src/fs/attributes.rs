@@ -390,7 +390,6 @@ impl Fs {
             let _as_they_are = self.pool.keep_size();
             self.placer.know(self.pool.nodes());
         }
-        self.targets.forget();
         log::info!("the pool has {} pages now", sizes.pages());
         Ok(())
     }

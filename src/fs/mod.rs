@@ -42,7 +42,7 @@ mod unavailable;
 
 pub use attributes::Reading;
 pub use contents::Position;
-pub use object::{Allocation, Context, Extent, Object, State, Summary};
+pub use object::{Allocation, Context, Extent, Located, Object, State, Summary};
 pub use pace::Pace;
 pub use places::refuse_too_few_descriptors;
 pub use policies::Policies;
@@ -66,7 +66,6 @@ use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CString, OsStr};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
-use targets::Targets;
 use unavailable::Unavailable;
 
 /// The directory of the daemon's mount namespace where the superblocks of the objects are mounted.
@@ -108,7 +107,6 @@ pub struct Fs {
     failures_in_pool: Mutex<Option<u64>>,
     nodes: Vec<NumaNode>,
     placer: Placer,
-    targets: Targets,
 }
 
 /// The changes that setattr asks for.
@@ -194,7 +192,6 @@ impl Fs {
             failures_in_pool,
             nodes: memory_nodes()?,
             placer,
-            targets: Targets::default(),
         })
     }
 

@@ -6,14 +6,15 @@
 
 use super::callers::{Callers, Known};
 use super::gate::Gate;
-use super::{Fs, Object, Pace, RequestContext};
+use super::targets::{KnownTopology, Topology};
+use super::{Fs, Located, Object, Pace, RequestContext};
 use crate::attributes::PLACEMENT;
 use crate::error::{Error, Result};
 use crate::placement::{
     Caller, Machine, POLICY_BYTES, Placement, Resolved, Wish, parse_policy, parse_processor,
 };
-use crate::sys::topology::{Processors, weight_of};
-use crate::targets::{self, Target, best};
+use crate::sys::topology::weight_of;
+use crate::targets::best;
 use crate::units::{FOLIO_SIZE, InodeId, NumaNode};
 use parking_lot::RwLock;
 use rustix::io::Errno;
@@ -26,31 +27,9 @@ use std::sync::Arc;
 pub struct Placer {
     /// The nodes of the pool, ascending.
     nodes: RwLock<Arc<[NumaNode]>>,
-    surroundings: RwLock<Surroundings>,
+    pub(super) topology: KnownTopology,
     callers: Callers,
     gate: Gate,
-}
-
-/// The facts about the machine that seldom change.
-#[derive(Default)]
-struct Surroundings {
-    processors: Processors,
-    targets: Vec<Target>,
-}
-
-impl Surroundings {
-    fn read() -> Self {
-        let targets = targets::read().inspect_err(|error| {
-            log::warn!("no placement knows the distance or the quality of a node: {error}");
-        });
-        Self { processors: Processors::read(), targets: targets.unwrap_or_default() }
-    }
-
-    /// The distance from one node to another. A pair that is not known is as far as can be.
-    fn distance(&self, from: NumaNode, to: NumaNode) -> u32 {
-        let target = self.targets.iter().find(|target| target.node == to);
-        target.map_or(u32::MAX, |target| target.distance(Some(from)))
-    }
 }
 
 impl Placer {
@@ -58,7 +37,7 @@ impl Placer {
     pub fn new(nodes: Vec<NumaNode>) -> Self {
         let placer = Self {
             nodes: RwLock::new([].into()),
-            surroundings: RwLock::default(),
+            topology: KnownTopology::default(),
             callers: Callers::default(),
             gate: Gate::default(),
         };
@@ -66,12 +45,20 @@ impl Placer {
         placer
     }
 
-    /// The pool has other nodes now: `nodes`.
+    /// The pool has been resized, and has pages of `nodes`. A growth then finds the topology read.
     pub fn know(&self, nodes: Vec<NumaNode>) {
-        if nodes.len() > 1 && *self.nodes() != *nodes {
-            *self.surroundings.write() = Surroundings::read();
-        }
         *self.nodes.write() = nodes.into();
+        self.topology.forget();
+        if self.has_choice() {
+            self.topology();
+        }
+    }
+
+    fn topology(&self) -> Arc<Topology> {
+        self.topology.get(&Pace::steady()).unwrap_or_else(|error| {
+            log::warn!("no placement knows the distance or the quality of a node: {error}");
+            Arc::default()
+        })
     }
 
     fn nodes(&self) -> Arc<[NumaNode]> {
@@ -89,14 +76,14 @@ impl Placer {
     }
 
     pub(super) fn resolve_for(&self, placement: &Placement, caller: Option<&Caller>) -> Resolved {
-        let (surroundings, nodes) = (self.surroundings.read(), self.nodes());
+        let (topology, nodes) = (self.topology(), self.nodes());
         placement.resolve(
             caller,
             Machine {
                 nodes: &nodes,
-                distance: &|from, to| surroundings.distance(from, to),
+                distance: &|from, to| topology.distance(from, to),
                 weight: &weight_of,
-                best: &|quality, near| best(&surroundings.targets, quality, near),
+                best: &|quality, near| best(&topology.targets, quality, near),
             },
         )
     }
@@ -131,14 +118,22 @@ impl Placer {
     /// come to the machine since.
     fn near(&self, stat: &[u8]) -> Option<Option<NumaNode>> {
         let processor = parse_processor(stat)?;
-        let known = self.surroundings.read().processors.node_of(processor);
+        let known = self.topology().processors.node_of(processor);
         Some(known.or_else(|| {
-            let anew = Surroundings::read();
-            let near = anew.processors.node_of(processor);
-            *self.surroundings.write() = anew;
-            near
+            self.topology.forget();
+            self.topology().processors.node_of(processor)
         }))
     }
+}
+
+/// The place of memory, for the words of its file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Place {
+    AsWished,
+    /// On another node than was asked for, as it could not be moved.
+    Pinned,
+    /// On another node than was asked for.
+    Elsewhere,
 }
 
 impl Fs {
@@ -204,34 +199,42 @@ impl Fs {
         let placement = self.placement(node)?;
         let mut text = format!("{placement}\n");
         if let Some(object) = self.known_object(node) {
-            for ((on, is_wished), bytes) in self.memory_by_node(&object, &placement, pace)? {
+            for ((on, place), bytes) in self.memory_by_node(&object, &placement, pace)? {
                 let on = on.map_or("-".to_owned(), |node| node.to_string());
-                let why = if is_wished { "" } else { self.why_elsewhere(&placement) };
+                let why = match place {
+                    Place::AsWished => "",
+                    Place::Pinned => " pinned",
+                    Place::Elsewhere => self.why_elsewhere(&placement),
+                };
                 let _ = writeln!(text, "{on} {bytes}{why}");
             }
         }
         Ok(text)
     }
 
-    /// Bytes of memory on each node, as wished and not.
+    /// Bytes of memory on each node, by the kind of place that this is for them.
     fn memory_by_node(
         &self,
         object: &Object,
         placement: &Placement,
         pace: &Pace,
-    ) -> Result<BTreeMap<(Option<NumaNode>, bool), u64>> {
+    ) -> Result<BTreeMap<(Option<NumaNode>, Place), u64>> {
         let mut bytes = BTreeMap::new();
         if let [only] = self.placer.nodes()[..] {
             let memory = object.summary().memory;
-            bytes.extend((memory > 0).then_some(((Some(only), true), memory)));
+            bytes.extend((memory > 0).then_some(((Some(only), Place::AsWished), memory)));
             return Ok(bytes);
         }
         pace.refuse_if(|| Ok(true))?;
         let (wished, page_size) = (self.wished(placement), self.pool.page_size());
-        object.locate(pace, |folio, on| {
+        object.locate(pace, |Located { folio, on, is_pinned }| {
             let page = page_size.pages_touching(folio.range()).start;
-            let is_wished = on.is_none_or(|node| wished.wishes(page, node));
-            *bytes.entry((on, is_wished)).or_default() += FOLIO_SIZE;
+            let place = match on.is_none_or(|node| wished.wishes(page, node)) {
+                true => Place::AsWished,
+                false if is_pinned => Place::Pinned,
+                false => Place::Elsewhere,
+            };
+            *bytes.entry((on, place)).or_default() += FOLIO_SIZE;
         })?;
         Ok(bytes)
     }
@@ -245,8 +248,8 @@ impl Fs {
         }
     }
 
-    /// The reason, behind a space, why memory is not on the nodes that are asked for: these are
-    /// full, or they were when the file grew, or the memory was pinned when it was asked.
+    /// The reason, behind a space, why memory that is not pinned is not on the nodes that are asked
+    /// for: these are full, or they were when the file grew.
     fn why_elsewhere(&self, placement: &Placement) -> &'static str {
         let (wished, balances) = (self.wished(placement).nodes(), self.pool.balances());
         let mut with_room = balances.iter().filter(|(_, account)| account.available() > 0);

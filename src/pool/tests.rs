@@ -198,7 +198,7 @@ fn pages_move_to_the_node_that_is_wished_for_them() {
     let pages = |files: &[Holding]| NODES.map(|node| files[0].held().pages.of(node));
     assert_eq!(pages(&files), [PART, 8 - PART], "as many as the node has");
     let strict = Resolved { strict: true, ..wish(NODES[0]) };
-    let refused = files[0].begin_relocation(&pool, EVERY_PAGE, &strict).map(drop);
+    let refused = files[0].refuse_relocation(&pool, EVERY_PAGE, &strict);
     assert!(matches!(refused, Err(Error::NodeFull(_))), "{refused:?}");
     let relocation = begin(&pool, &mut files[0], &Operation::Relocate(1)).unwrap();
     carry_out(&pool, &mut files, 0, relocation, None);

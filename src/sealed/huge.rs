@@ -110,16 +110,23 @@ impl Sealed {
         Ok(moved.map(|(_, (folio, _))| folio).collect())
     }
 
-    /// Maps the subpages of `folio` that have memory and no memory error. Returns their offsets.
+    /// Maps the subpages of `folio` that have memory and no memory error. Returns their offsets. The
+    /// ledger may not know of an error yet.
     fn map_around_lost(&self, window: &Window, folio: Folio) -> Result<Vec<u64>> {
         let mut mapped = Vec::new();
         for part in between(folio.range(), self.lost_runs_in(folio.range())) {
             for present in self.present(part)? {
-                window.populate(present)?;
-                mapped.extend(present.steps(SUBPAGE_SIZE).map(|subpage| subpage.start));
+                match window.populate(present) {
+                    Ok(()) => mapped.extend(present.steps(SUBPAGE_SIZE)),
+                    Err(Error::Quarantined) => {
+                        let is_sound = |subpage: &Range| window.populate(*subpage).is_ok();
+                        mapped.extend(present.steps(SUBPAGE_SIZE).filter(is_sound));
+                    }
+                    Err(error) => return Err(error),
+                }
             }
         }
-        Ok(mapped)
+        Ok(mapped.into_iter().map(|subpage| subpage.start).collect())
     }
 
     /// Voids the policies that programs have set for `range` by mbind(2), so that they do not apply

@@ -22,6 +22,12 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("lib/qemu/accel-tcg-x86_64.so", "/usr/lib/x86_64-linux-gnu/qemu/accel-tcg-x86_64.so"),
 ];
 
+/// Our programs as the tests of the host have them: a worker dies where it is told to.
+const KILLABLE: [(&str, &str); 2] = [
+    ("lib/killable/hugetlb2", env!("CARGO_BIN_EXE_hugetlb2")),
+    ("lib/killable/hugetlb2fsd", env!("CARGO_BIN_EXE_hugetlb2fsd")),
+];
+
 /// The package is built as for a release, without the kill points and the failing of system calls.
 /// Other packages are those of this test's own build: only the code that is tested has to differ.
 const AS_IN_A_RELEASE: [&str; 3] =
@@ -64,20 +70,21 @@ impl Image {
         let programs = build()?;
         let suites =
             SUITES.iter().map(|suite| build_suite(suite)).collect::<Result<Vec<_>, _>>()?;
-        let own = own_programs(&programs, &suites)?;
+        let own = without_debug_information(own_programs(&programs, &suites)?)?;
         let initramfs = write_initramfs("initramfs", &own)?;
         let others = PROGRAMS.iter().map(|(place, path)| ((*place).to_owned(), path.into()));
-        let all: Vec<_> = own.into_iter().chain(others).collect();
+        let killable = KILLABLE.map(|(place, path)| (place.to_owned(), path.into()));
+        let killable = without_debug_information(killable.to_vec())?;
+        let all: Vec<_> = own.into_iter().chain(killable).chain(others).collect();
         let with_programs = write_initramfs("initramfs-programs", &all)?;
         Ok(Self { kernel, initramfs, with_programs, suites })
     }
 }
 
-/// The name of a program in the root of an initramfs, and its path on the host.
+/// The place of a program in an initramfs, and its path on the host.
 type Program = (String, PathBuf);
 
-/// Our programs, without what only a debugger needs. That is more than half of them, and the
-/// machine keeps them in memory, all on one NUMA node.
+/// The programs that are built for the machine.
 fn own_programs(programs: &Path, suites: &[PathBuf]) -> Result<Vec<Program>, String> {
     let mut built = vec![
         ("init".to_owned(), programs.join("examples/lab-guest")),
@@ -88,15 +95,21 @@ fn own_programs(programs: &Path, suites: &[PathBuf]) -> Result<Vec<Program>, Str
     built.extend(own.map(|name| (name.to_owned(), programs.join(name))));
     let suites = SUITES.iter().zip(suites);
     built.extend(suites.map(|(suite, program)| (format!("suite-{suite}"), program.clone())));
+    Ok(built)
+}
+
+/// Copies of programs without what only a debugger needs. That is more than half of them, and the
+/// machine keeps them in memory, all on one NUMA node.
+fn without_debug_information(programs: Vec<Program>) -> Result<Vec<Program>, String> {
     let stripped = directory().join("stripped");
     fs::create_dir_all(&stripped)
         .map_err(|error| format!("making {}: {error}", stripped.display()))?;
-    let strip = |(name, program): Program| {
-        let copy = stripped.join(&name);
+    let strip = |(place, program): Program| {
+        let copy = stripped.join(place.replace('/', "-"));
         run(Command::new("strip").arg("--strip-debug").arg("-o").arg(&copy).arg(program))?;
-        Ok((name, copy))
+        Ok((place, copy))
     };
-    built.into_iter().map(strip).collect()
+    programs.into_iter().map(strip).collect()
 }
 
 /// Writes an initramfs of programs and their libraries, which lie there where the host has them.

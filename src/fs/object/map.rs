@@ -31,6 +31,17 @@ pub enum State {
     Punched,
 }
 
+/// A folio with memory, and the place of that memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Located {
+    /// The folio.
+    pub folio: Folio,
+    /// The NUMA node of its memory, as far as the kernel tells it.
+    pub on: Option<NumaNode>,
+    /// The memory could not be moved where it should be, as a device or the kernel held it.
+    pub is_pinned: bool,
+}
+
 impl State {
     /// The word for it in the map attribute.
     pub fn name(self) -> &'static str {
@@ -105,12 +116,11 @@ impl Object {
         }
     }
 
-    /// Calls `each` for each folio that has memory, ascending, with the NUMA node of the memory as
-    /// far as the kernel tells it.
+    /// Calls `each` for each folio that has memory, ascending.
     ///
     /// # Errors
     /// [`Error::Interrupted`].
-    pub fn locate(&self, pace: &Pace, mut each: impl FnMut(Folio, Option<NumaNode>)) -> Result<()> {
+    pub fn locate(&self, pace: &Pace, mut each: impl FnMut(Located)) -> Result<()> {
         let mut at = 0;
         loop {
             pace.go_on()?;
@@ -122,7 +132,9 @@ impl Object {
                 return Ok(());
             }
             at = window.end;
-            sealed.nodes_of(window).into_iter().for_each(|(folio, node)| each(folio, node));
+            for (folio, on) in sealed.nodes_of(window) {
+                each(Located { folio, on, is_pinned: holding.is_pinned(folio, on) });
+            }
         }
     }
 

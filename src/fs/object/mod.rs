@@ -31,7 +31,7 @@ mod quarantine;
 mod sizes;
 mod summary;
 
-pub use map::{Extent, State};
+pub use map::{Extent, Located, State};
 pub use sizes::Allocation;
 pub use summary::{Locked, Summary};
 

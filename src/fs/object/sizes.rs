@@ -128,8 +128,7 @@ impl Object {
     /// far as these have free pages. Programs go on to use the file.
     ///
     /// # Errors
-    /// [`Error::Full`] for a strict placement whose nodes have too few free pages, with nothing
-    /// changed; [`Error::NoMemory`] after some pages have moved.
+    /// [`Error::NoMemory`] after some pages have moved.
     pub fn relocate(
         &self,
         pages: Run,

@@ -121,6 +121,9 @@ pub struct Holding {
     memory: PerNode,
     /// A page that is on its way to another home.
     half_moved: Option<HalfMoved>,
+    /// Pages that the last relocation left at their homes, as their memory is pinned. Users ask
+    /// for this.
+    pinned: PageSet,
 }
 
 /// The state of a [`Change`] after a piece.
@@ -208,6 +211,7 @@ impl Holding {
             owned: PerNode::default(),
             memory: PerNode::default(),
             half_moved: None,
+            pinned: PageSet::default(),
         }
     }
 
@@ -427,7 +431,10 @@ impl Holding {
             self.sealed.update(|header| header.undo_size = Some(before))?;
             steps::reached(Step::AllocateAnnounced);
         }
-        homes.into_iter().for_each(|(run, node)| self.homes.insert(run, node));
+        for (run, node) in homes {
+            self.pinned.remove(run.clone());
+            self.homes.insert(run, node);
+        }
         let growth = Growth::new(self, token, missing, wanted, size);
         Ok(self.begun(Kind::Growth(growth)))
     }
@@ -487,9 +494,8 @@ impl Holding {
     /// have free pages, and to move the memory there. Programs go on to use the file.
     ///
     /// # Errors
-    /// [`Error::Full`] for a strict placement whose nodes have too few free pages. Nothing has
-    /// changed. The change itself fails with [`Error::NoMemory`] where nothing is left to put at
-    /// stake; some pages have moved.
+    /// Those of settling the file. The change itself fails with [`Error::NoMemory`] where nothing
+    /// is left to put at stake; some pages have moved.
     pub fn begin_relocation<'pool>(
         &mut self,
         pool: &'pool Pool,
@@ -500,7 +506,6 @@ impl Holding {
         if pool.nodes().len() == 1 {
             return Ok(Change(Kind::Nothing));
         }
-        self.refuse_relocation(pool, pages.clone(), placement)?;
         Ok(self.begun(Kind::Relocation(Relocation::new(pool, pages, placement))))
     }
 

@@ -90,6 +90,7 @@ impl<'pool> Relocation<'pool> {
         }
         let misplaced = holding.misplaced(&self.placement, self.rest.clone()).next();
         let Some((pages, from)) = misplaced else { return Ok(Progress::Done) };
+        holding.pinned.remove(pages.clone());
         let Some((token, pages, to)) = self.promise(pages.clone()) else {
             self.rest.start = pages.end; // the wished nodes are full
             return Ok(Progress::More);
@@ -122,11 +123,13 @@ impl<'pool> Relocation<'pool> {
         };
         match holding.exchange(self.pool, range, batch.from, batch.to) {
             Ok((_, folios)) if folios.is_empty() && holding.half_moved.is_some() => {
-                return holding.forget_half_moved().map(|()| Progress::More); // it is pinned
+                holding.pinned.insert(batch.pages);
+                return holding.forget_half_moved().map(|()| Progress::More);
             }
             Ok((piece, folios)) => {
                 batch.at = piece.end;
                 if holding.half_moved.is_none() {
+                    holding.pinned.insert(holding.page_size.pages_touching(piece));
                     holding.change_homes(&mut batch, folios.into_iter().map(page_of));
                 }
             }
@@ -227,6 +230,14 @@ impl Holding {
         displaced.map(|(folio, _)| folio).collect()
     }
 
+    /// True if memory of a folio, which lies on the node `on`, could not be moved where it should
+    /// be, as a device has pinned it.
+    pub fn is_pinned(&self, folio: Folio, on: Option<NumaNode>) -> bool {
+        let page = self.page(folio);
+        self.is_displaced(&(folio, on))
+            || self.pinned.within(page..Page(page.0 + 1)).next().is_some()
+    }
+
     fn located(&self, pages: &Run) -> Vec<(Folio, Option<NumaNode>)> {
         self.sealed.nodes_of(self.page_size.bytes_of(pages).intersect(self.memory_range()))
     }
@@ -291,7 +302,10 @@ impl Holding {
         );
         let (old, new) =
             (PerNode::on(batch.from, pages.count()), PerNode::on(batch.to, pages.count()));
-        pages.runs().for_each(|run| self.homes.insert(run.clone(), batch.to));
+        for run in pages.runs() {
+            self.pinned.remove(run.clone());
+            self.homes.insert(run.clone(), batch.to);
+        }
         batch.token.hand_over(&new);
         self.own(&new);
         self.disown(&old);

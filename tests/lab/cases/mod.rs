@@ -11,6 +11,7 @@ mod homes;
 mod hw;
 mod kernel;
 mod mixture;
+mod moves;
 mod nodes;
 mod parts;
 mod placement;
@@ -28,7 +29,7 @@ pub struct Machine {
     pub nodes: u64,
     /// The firmware tells latencies and bandwidths (HMAT), and not only distances.
     pub hmat: bool,
-    /// Other people's programs are there, too: QEMU and numactl(8).
+    /// Further programs are there: QEMU, numactl(8), and ours with kill points (/lib/killable).
     pub programs: bool,
     /// Further words for the kernel's command line.
     pub command_line: &'static str,
@@ -42,7 +43,7 @@ impl Machine {
     pub const FOUR_NODES: Self = Self { memory: 1024, nodes: 4, hmat: true, ..Self::SMALL };
     pub const DISTANT_NODES: Self = Self { memory: 768, nodes: 3, ..Self::SMALL };
     /// Each node has memory for a page of 1 GiB, and for the same size of others.
-    pub const TWO_LARGE_NODES: Self = Self { memory: 4096, ..Self::TWO_NODES };
+    pub const TWO_LARGE_NODES: Self = Self { memory: 4096, programs: true, ..Self::TWO_NODES };
     /// Its cases run in the initramfs: process 1 stays there.
     pub const INITRAMFS: Self = Self { command_line: IN_THE_INITRAMFS, ..Self::SMALL };
     /// With a page of 1 GiB for hugetlbfs, and memory for one of ours.
@@ -98,6 +99,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         nodes::CASES,
         placement::CASES,
         policies::CASES,
+        moves::CASES,
         targets::CASES,
     ];
     by_kernel
