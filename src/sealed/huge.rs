@@ -110,8 +110,8 @@ impl Sealed {
         Ok(moved.map(|(_, (folio, _))| folio).collect())
     }
 
-    /// Maps the subpages of `folio` that have memory and no memory error. Returns their offsets. The
-    /// ledger may not know of an error yet.
+    /// Maps the subpages of `folio` that have memory and no memory error. Returns their offsets.
+    /// The ledger may not know of an error yet.
     fn map_around_lost(&self, window: &Window, folio: Folio) -> Result<Vec<u64>> {
         let mut mapped = Vec::new();
         for part in between(folio.range(), self.lost_runs_in(folio.range())) {
