@@ -1,5 +1,5 @@
-//! Memory that moves to another NUMA node while a worker dies at each step, a device holds a part of
-//! it, and memory errors hit it.
+//! Memory that moves to another NUMA node while a worker dies at each step, a device holds a part
+//! of it, and memory errors hit it.
 
 use super::cases;
 use super::hw::{inject, listed};
