@@ -134,7 +134,7 @@ fn a_gigantic_page_moves_but_for_what_is_pinned() {
     assert_eq!(parts(&pool.path()), [(0, 1, 1), (1, 1, 0)], "the page counts as moved");
     pool.check();
     assert_eq!(program.ask("unpin"), "ok");
-    // What was pinned follows by itself.
+    // The agent moves the rest once it is free.
     limits::until(limits::ANSWER, "the rest", || told(&path) == [format!("1 {}", 64 * FOLIO)]);
     pool.check();
     drop((file, program));
