@@ -3,7 +3,7 @@
 use super::Sealed;
 use super::holes::between;
 use crate::error::{Error, Result};
-use crate::sys::mapping::Window;
+use crate::sys::mapping::{PoliciesAside, Window};
 use crate::units::{FOLIO_SIZE, Folio, NumaNode, Range, SUBPAGE_SIZE};
 use std::time::Duration;
 
@@ -129,12 +129,15 @@ impl Sealed {
         Ok(mapped.into_iter().map(|subpage| subpage.start).collect())
     }
 
-    /// Voids the policies that programs have set for `range` by mbind(2), so that they do not apply
-    /// to the memory that `range` gets next.
-    pub(super) fn void_policy(&self, range: Range) {
+    /// Sets aside the policies that programs have set for `range` by mbind(2), until the guard is
+    /// dropped, so that they do not apply to the memory that `range` gets meanwhile.
+    pub(super) fn set_policies_aside(&self, range: Range) -> Option<PoliciesAside> {
         match Window::new(&self.data, range) {
-            Ok(window) => window.void_policy(),
-            Err(error) => log::debug!("a policy of a program may be in force: {error}"),
+            Ok(window) => Some(window.set_policies_aside()),
+            Err(error) => {
+                log::debug!("a policy of a program may be in force: {error}");
+                None
+            }
         }
     }
 

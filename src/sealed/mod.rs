@@ -330,9 +330,8 @@ impl Sealed {
     /// touch of a hole takes a block for an instant before the touch fails. No count shows this
     /// block; the next try finds it free again.
     fn fill(&mut self, range: Range) -> Result<()> {
-        if self.reach == Reach::Programs {
-            self.void_policy(range);
-        }
+        let is_mapped = self.reach == Reach::Programs;
+        let _aside = is_mapped.then(|| self.set_policies_aside(range)).flatten();
         match self.try_fill(range) {
             Err(Error::Full) => {
                 let fill = || drop(self.try_fill(range));
@@ -502,7 +501,7 @@ impl Sealed {
     /// end of file lies in the bad subpage, it stays quarantined, and its rest needs no zeros.
     fn zero_around_hw_errors(&mut self, range: Range) -> Result<()> {
         const ZEROS: Bytes = [0; SUBPAGE_SIZE as usize];
-        self.void_policy(range);
+        let _aside = self.set_policies_aside(range);
         for subpage in range.subpages_out().steps(SUBPAGE_SIZE) {
             let piece = subpage.intersect(range);
             let zeros = &ZEROS[..piece.len() as usize];

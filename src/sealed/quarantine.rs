@@ -246,7 +246,7 @@ impl Sealed {
     /// Fills the holes `runs`, for which there are blocks, and strikes them out of the record: the
     /// file's copy is now the true one.
     fn fill_and_strike(&mut self, runs: &[Range], content: Content<'_>) -> Result<()> {
-        self.void_policy(runs[0]);
+        let _aside = self.set_policies_aside(runs[0]);
         runs.iter().try_for_each(|run| self.fill_run(*run, runs, content))?;
         steps::reached(Step::RepairFilled);
         self.ledger.strike(runs)?;
@@ -285,7 +285,7 @@ impl Sealed {
     fn replace_bad(&mut self, subpage: Subpage, content: Content<'_>) -> Result<()> {
         let inside = subpage.range().intersect(Range::new(0, self.size()));
         let mut patience = Patience::new();
-        self.void_policy(subpage.range());
+        let _aside = self.set_policies_aside(subpage.range());
         loop {
             tmpfs::punch(self.data(), subpage.range())?;
             match insist(|| tmpfs::write_all_at(self.data(), content.of(inside), inside.start)) {

@@ -107,21 +107,25 @@ fn policy_of(map: &MmapRaw) -> String {
 }
 
 #[test]
-fn a_policy_of_a_program_is_void_where_memory_is_taken() {
+fn a_policy_of_a_program_waits_while_memory_is_taken() {
     let mut sealed = sealed(FOLIO_SIZE);
     let behind = Range::at(FOLIO_SIZE, FOLIO_SIZE);
     let map = map(&sealed, behind);
-    let bind =
-        || policy::set_for_range(map.as_ptr() as usize, map.len(), Policy::Bind(NumaNode(0)));
-    bind().unwrap();
-    assert_eq!(policy_of(&map), "bind:0");
-    sealed.take(behind, 2 * FOLIO_SIZE).unwrap();
+    let set = |policy| policy::set_for_range(map.as_ptr() as usize, map.len(), policy).unwrap();
+    set(Policy::Bind(NumaNode(0)));
+    let aside = sealed.set_policies_aside(behind);
     assert_eq!(policy_of(&map), "default");
+    drop(aside);
+    assert_eq!(policy_of(&map), "bind:0");
+    let aside = sealed.set_policies_aside(behind);
+    set(Policy::Prefer(NumaNode(0)));
+    drop(aside);
+    assert_eq!(policy_of(&map), "prefer:0", "the newer one stays");
+    sealed.take(behind, 2 * FOLIO_SIZE).unwrap();
     let place = Subpage::containing(behind.start);
     sealed.quarantine(place.range(), TIME).unwrap();
-    bind().unwrap();
     sealed.repair(place.range(), Content::Zero).unwrap();
-    assert_eq!(policy_of(&map), "default");
+    assert_eq!(policy_of(&map), "prefer:0");
 }
 
 /// The machine of this test has a node 0, and may have others.

@@ -5,7 +5,7 @@
 //! [`View`] lasts. The kernel copies from it when it delivers the bytes of a read. File bytes go
 //! through system calls alone, where a memory error is an errno and not a signal.
 
-use super::policy::{self, Policy, RangePolicy};
+use super::policy::{self, Policy, RangePolicy, Told};
 use super::shortage::{patiently, with_effort};
 use super::{meaning, sigbus};
 use crate::error::{Error, Result};
@@ -95,13 +95,26 @@ impl Window {
         }
     }
 
-    /// Voids the policies that programs have set for the mapped part of the file by mbind(2). New
-    /// memory then comes from the NUMA node that the asking thread wants. With a program's policy
-    /// the kernel would take it from the program's node, however little memory that node has.
-    ///
+    /// Sets aside the policies that programs have set for the mapped part of the file by mbind(2),
+    /// until the guard is dropped. New memory then comes from the NUMA node that the asking thread
+    /// wants. With a program's policy the kernel would take it from the program's node, however
+    /// little memory that node has.
+    pub fn set_policies_aside(self) -> PoliciesAside {
+        let mut policies: Vec<(Range, Told)> = Vec::new();
+        for range in self.range.folios().map(Folio::range) {
+            let Ok(Some(told)) = self.told_at(range.start) else { continue };
+            match policies.last_mut() {
+                Some((run, last)) if run.end == range.start && *last == told => run.end = range.end,
+                _ => policies.push((range, told)),
+            }
+        }
+        self.void_policy();
+        PoliciesAside { window: self, policies }
+    }
+
     /// This takes two calls. The kernel passes over a policy that the mapping itself already has,
     /// and a new mapping has the default (mm/mempolicy.c, mbind_range, Linux 6.18).
-    pub fn void_policy(&self) {
+    fn void_policy(&self) {
         let set =
             |policy| policy::set_for_range(self.map.as_ptr() as usize, self.map.len(), policy);
         if let Err(error) = set(Policy::Local).and_then(|()| set(Policy::Default)) {
@@ -109,13 +122,18 @@ impl Window {
         }
     }
 
-    /// The policy that a program has set for the file at `offset` ([`policy::of_address`]).
+    fn told_at(&self, offset: u64) -> Result<Option<Told>> {
+        let (start, _) = self.position(Range::at(offset, 1));
+        policy::of_address(self.map.as_ptr() as usize + start)
+    }
+
+    /// The policy that a program has set for the file at `offset` by mbind(2)
+    /// ([`Told::meaning`](policy::Told::meaning)).
     ///
     /// # Errors
     /// ENOSYS on a kernel without CONFIG_NUMA.
     pub fn policy_at(&self, offset: u64) -> Result<Option<RangePolicy>> {
-        let (start, _) = self.position(Range::at(offset, 1));
-        policy::of_address(self.map.as_ptr() as usize + start)
+        Ok(self.told_at(offset)?.and_then(|told| told.meaning()))
     }
 
     /// Puts `folio` into one 2 MiB page (MADV_COLLAPSE, Linux 6.1). Other processes map it as one
@@ -264,6 +282,27 @@ impl Window {
         };
         // A positive number counts pages that did not move.
         if result >= 0 { Ok(statuses) } else { Err(std::io::Error::last_os_error().into()) }
+    }
+}
+
+/// The guard that [`Window::set_policies_aside`] returns. Where a program has set another policy
+/// meanwhile, that one stays.
+#[must_use = "the policies are in force again when the guard is dropped"]
+pub struct PoliciesAside {
+    window: Window,
+    policies: Vec<(Range, Told)>,
+}
+
+impl Drop for PoliciesAside {
+    fn drop(&mut self) {
+        for (range, told) in &self.policies {
+            let (start, length) = self.window.position(*range);
+            let is_free = |told| matches!(told, Ok(None));
+            let set = || told.set_for_range(self.window.map.as_ptr() as usize + start, length);
+            if let Err(error) = is_free(self.window.told_at(range.start)).then(set).transpose() {
+                log::debug!("a program has lost the policy of {range}: {error}");
+            }
+        }
     }
 }
 

@@ -116,32 +116,32 @@ impl Drop for Preference {
 /// # Errors
 /// Those of [`set_for_thread`], and ENOMEM.
 pub fn set_for_range(address: usize, length: usize, policy: Policy) -> Result<()> {
-    let mask = policy.nodes()?;
+    bind(address, length, policy.mode(), &policy.nodes()?)
+}
+
+fn bind(address: usize, length: usize, mode: libc::c_int, mask: &Mask) -> Result<()> {
     // SAFETY: the mask is as above. The call changes no byte and no mapping: the kernel refuses a
     // range that is not mapped.
     #[allow(unsafe_code)]
     let result = unsafe {
-        libc::syscall(
-            libc::SYS_mbind,
-            address,
-            length,
-            policy.mode(),
-            mask.as_ptr(),
-            MAX_NODES + 1,
-            0,
-        )
+        libc::syscall(libc::SYS_mbind, address, length, mode, mask.as_ptr(), MAX_NODES + 1, 0)
     };
     if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
 }
 
+/// A policy of a range as the kernel tells it, with its flags.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Told {
+    mode: libc::c_int,
+    mask: Mask,
+}
+
 /// The policy that a program has set by mbind(2) for the mapped file at `address` (get_mempolicy(2)
-/// with MPOL_F_ADDR). Takes no memory and touches none. `None` without a policy, for a policy that
-/// names no nodes, and for one whose nodes are relative to the program's cpuset
-/// (MPOL_F_RELATIVE_NODES): that cpuset is not known.
+/// with MPOL_F_ADDR). Takes no memory and touches none. `None` without a policy.
 ///
 /// # Errors
 /// EFAULT for an address that is not mapped; ENOSYS on a kernel without CONFIG_NUMA.
-pub fn of_address(address: usize) -> Result<Option<RangePolicy>> {
+pub fn of_address(address: usize) -> Result<Option<Told>> {
     const MPOL_F_ADDR: libc::c_ulong = 1 << 1; // linux/mempolicy.h
     let (mut mode, mut mask): (libc::c_int, Mask) = (0, [0; MAX_NODES / 64]);
     // SAFETY: both places are alive for the call, and the mask has the number of bits that the call
@@ -160,25 +160,39 @@ pub fn of_address(address: usize) -> Result<Option<RangePolicy>> {
     if result != 0 {
         return Err(std::io::Error::last_os_error().into());
     }
-    Ok(meaning_of(mode, &mask))
+    Ok((mode != libc::MPOL_DEFAULT).then_some(Told { mode, mask }))
 }
 
-fn meaning_of(mode: libc::c_int, mask: &Mask) -> Option<RangePolicy> {
-    // linux/mempolicy.h; the last two are since Linux 5.15 and 6.9
-    const PREFERRED_MANY: libc::c_int = 5;
-    const WEIGHTED_INTERLEAVE: libc::c_int = 6;
-    const BALANCING: libc::c_int = 1 << 13;
-    const STATIC_NODES: libc::c_int = 1 << 15;
-    let mode = match mode & !(BALANCING | STATIC_NODES) {
-        libc::MPOL_BIND => Mode::Bind,
-        libc::MPOL_PREFERRED | PREFERRED_MANY => Mode::Prefer,
-        libc::MPOL_INTERLEAVE => Mode::Interleave,
-        WEIGHTED_INTERLEAVE => Mode::WeightedInterleave,
-        _ => return None,
-    };
-    let is_set = |node: &usize| mask[node / 64] & (1 << (node % 64)) != 0;
-    let nodes: Vec<_> = (0..MAX_NODES).filter(is_set).map(|node| NumaNode(node as u32)).collect();
-    (!nodes.is_empty()).then_some(RangePolicy { mode, nodes })
+impl Told {
+    /// The nodes that the policy prefers. `None` for a policy that names no nodes, and for one
+    /// whose nodes are relative to the program's cpuset (MPOL_F_RELATIVE_NODES): that cpuset is not
+    /// known.
+    pub fn meaning(&self) -> Option<RangePolicy> {
+        // linux/mempolicy.h; the first two are since Linux 5.15 and 6.9
+        const PREFERRED_MANY: libc::c_int = 5;
+        const WEIGHTED_INTERLEAVE: libc::c_int = 6;
+        const BALANCING: libc::c_int = 1 << 13;
+        const STATIC_NODES: libc::c_int = 1 << 15;
+        let mode = match self.mode & !(BALANCING | STATIC_NODES) {
+            libc::MPOL_BIND => Mode::Bind,
+            libc::MPOL_PREFERRED | PREFERRED_MANY => Mode::Prefer,
+            libc::MPOL_INTERLEAVE => Mode::Interleave,
+            WEIGHTED_INTERLEAVE => Mode::WeightedInterleave,
+            _ => return None,
+        };
+        let is_set = |node: &usize| self.mask[node / 64] & (1 << (node % 64)) != 0;
+        let nodes: Vec<_> =
+            (0..MAX_NODES).filter(is_set).map(|node| NumaNode(node as u32)).collect();
+        (!nodes.is_empty()).then_some(RangePolicy { mode, nodes })
+    }
+
+    /// Sets this policy for `length` bytes of the mapping from `address` on.
+    ///
+    /// # Errors
+    /// Those of [`set_for_range`].
+    pub fn set_for_range(&self, address: usize, length: usize) -> Result<()> {
+        bind(address, length, self.mode, &self.mask)
+    }
 }
 
 #[cfg(test)]
@@ -204,8 +218,10 @@ mod tests {
         ];
         for (number, mode) in rows {
             let expected = mode.map(|mode| RangePolicy { mode, nodes: nodes.clone() });
-            assert_eq!(meaning_of(number, &mask), expected, "{number:#x}");
+            let told = Told { mode: number, mask };
+            assert_eq!(told.meaning(), expected, "{number:#x}");
         }
-        assert_eq!(meaning_of(libc::MPOL_BIND, &[0; MAX_NODES / 64]), None);
+        let without_nodes = Told { mode: libc::MPOL_BIND, mask: [0; MAX_NODES / 64] };
+        assert_eq!(without_nodes.meaning(), None);
     }
 }

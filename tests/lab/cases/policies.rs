@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 use std::process::Stdio;
+use std::time::Duration;
 
 /// Pages of the pool; each node has half of them.
 const PAGES: u64 = 40;
@@ -20,6 +21,7 @@ const STRICT_AND_MOVE: u32 = 1 | 2;
 cases! {
     TWO_NODES: memory_follows_a_policy_that_is_set_after_sizing,
         a_policy_of_a_part_moves_that_part, a_policy_ahead_of_the_size_counts,
+        a_policy_set_while_a_file_grows_counts,
         memory_is_counted_where_a_program_moved_it, memory_goes_home_where_it_has_no_place,
         a_placement_comes_before_what_programs_do, policies_are_followed_beside_deaths,
         a_full_node_gets_the_memory_later;
@@ -103,6 +105,30 @@ fn a_policy_ahead_of_the_size_counts() {
     assert_eq!(nodes(&strict), [0; 8]);
     pool.check();
     drop((file, strict_file, program));
+    pool.unmount();
+}
+
+fn a_policy_set_while_a_file_grows_counts() {
+    const GROWN: u64 = 16;
+    let pool = Pool::small(PAGES);
+    let path = pool.join("file");
+    let file = File::create(&path).unwrap();
+    for round in 0..8 {
+        file.set_len(FOLIO).unwrap();
+        let mut program = Toucher::mapping(&path, GROWN * FOLIO);
+        let (node, processor) = (round % 2, 1 - round as usize % 2);
+        std::thread::scope(|scope| {
+            let grown = scope.spawn(|| on_processor(processor, || file.set_len(GROWN * FOLIO)));
+            std::thread::sleep(Duration::from_millis(2 * round)); // another moment in each round
+            let mask = 1 << node;
+            assert_eq!(program.ask(&format!("mbind 0 {} {BIND} {mask} 0", GROWN * FOLIO)), "ok");
+            println!("round {round}: the growth is over: {}", grown.is_finished());
+            grown.join().expect("it is no panic").unwrap();
+        });
+        wait_for(&path, &[node; GROWN as usize]);
+        pool.check();
+    }
+    drop(file);
     pool.unmount();
 }
 
