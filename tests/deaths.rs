@@ -217,6 +217,15 @@ fn kill_at_random(pool: &Pool, users: &[Progress]) -> Vec<Duration> {
     stalls
 }
 
+/// Stops the users when it is dropped, also by a panic: the test would wait for them.
+struct Stopping<'a>(&'a AtomicBool);
+
+impl Drop for Stopping<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn three_hundred_random_deaths_fail_no_call_and_lose_no_byte() {
     println!("seed {SEED:#x}");
@@ -239,8 +248,9 @@ fn three_hundred_random_deaths_fail_no_call_and_lose_no_byte() {
                 })
             })
             .collect();
+        let stopping = Stopping(&stop);
         let stalls = kill_at_random(&pool, &progress);
-        stop.store(true, Ordering::Relaxed);
+        drop(stopping);
         for user in users {
             fs::remove_file(user.join().expect("it has found nothing wrong")).unwrap();
         }

@@ -47,8 +47,9 @@ impl Object {
         if !is_whole || sealed.has_free_blocks()? {
             return Ok(None);
         }
+        let Some(mapped) = self.collapsing.try_read() else { return Ok(None) };
         let view = self.view_up_to(range.end)?.filter(|view| view.populate(range).is_ok());
-        Ok(view.map(|view| Viewed { _unchanged: holding, view, range }))
+        Ok(view.map(|view| Viewed { _unchanged: holding, _mapped: mapped, view, range }))
     }
 
     /// The file's view, mapped anew if it is too short; none if all files together have too many
@@ -186,9 +187,13 @@ impl Object {
     }
 }
 
-/// A part of a file without quarantined subpages. No request changes that while this is held.
+/// A part of a file without quarantined subpages. No request changes that while this is held, and
+/// the part stays mapped. If the daemon were killed while the kernel faults a page in again, the
+/// kernel would not copy on: the read would end with EIO in place of waiting for the next worker
+/// (mm/gup.c, __get_user_pages; fs/fuse/dev.c, fuse_dev_do_write).
 pub struct Viewed<'a> {
     _unchanged: RwLockReadGuard<'a, Holding>,
+    _mapped: RwLockReadGuard<'a, ()>,
     view: Arc<View>,
     range: Range,
 }

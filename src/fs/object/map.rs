@@ -181,7 +181,7 @@ impl Object {
     }
 
     fn collapse_one(&self, sealed: &Sealed, folio: Folio) -> Result<()> {
-        let _one_at_a_time = self.collapsing.lock().expect("no panic while a folio is collapsed");
+        let _one_at_a_time = self.collapsing.write();
         sealed.collapse(folio)
     }
 }

@@ -8,7 +8,8 @@
 //!   need pages.
 //! - `holding`, a reader-writer lock. Requests that only move bytes share it; a change of sizes,
 //!   pages or the quarantine has it alone.
-//! - `collapsing`, held for one folio.
+//! - `collapsing`, a reader-writer lock, held alone while a folio is collapsed. The kernel's copy out
+//!   of a view shares it ([`Viewed`]).
 //!
 //! Programs that map the file need none of them.
 //!
@@ -64,9 +65,9 @@ pub struct Object {
     changing: FairMutex<()>,
     holding: RwLock<Holding>,
     summary: Mutex<Published>,
-    /// Held while a folio is collapsed. Two threads would hold its pages against each other, and
-    /// both would fail.
-    collapsing: Mutex<()>,
+    /// Held alone while a folio is collapsed. Two threads would hold its pages against each other,
+    /// and both would fail. A collapse takes the folio out of the daemon's view, too.
+    collapsing: RwLock<()>,
     natives: NativeReaders,
     mtime: Mtime,
     view: Mutex<Option<Arc<View>>>,
@@ -104,7 +105,7 @@ impl Object {
         }
         let summary = Mutex::new(Published::new(Summary::of(&holding), orphaned));
         let holding = RwLock::new(holding);
-        let (collapsing, pollers) = (Mutex::default(), Pollers::default());
+        let (collapsing, pollers) = (RwLock::default(), Pollers::default());
         let (backing, changing) = (OnceLock::new(), FairMutex::default());
         let is_stuck_open = AtomicBool::new(false);
         Self {

@@ -64,7 +64,7 @@ impl Object {
         let mut returned = 0;
         let displaced = self.share(pace)?.displaced_folios(pages);
         for folio in displaced {
-            returned += u64::from(self.share(pace)?.bring_home(pool, folio)?);
+            returned += u64::from(self.lock(pace)?.bring_home(pool, folio)?);
             pace.go_on()?;
         }
         Ok(returned)
