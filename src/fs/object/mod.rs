@@ -8,8 +8,8 @@
 //!   need pages.
 //! - `holding`, a reader-writer lock. Requests that only move bytes share it; a change of sizes,
 //!   pages or the quarantine has it alone.
-//! - `collapsing`, a reader-writer lock, held alone while a folio is collapsed. The kernel's copy out
-//!   of a view shares it ([`Viewed`]).
+//! - `collapsing`, a reader-writer lock, held alone while a folio is collapsed. The kernel's copy
+//!   out of a view shares it (`io::Viewed`).
 //!
 //! Programs that map the file need none of them.
 //!

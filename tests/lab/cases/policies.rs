@@ -111,9 +111,9 @@ fn a_policy_ahead_of_the_size_counts() {
 fn a_policy_set_while_a_file_grows_counts() {
     const GROWN: u64 = 16;
     let pool = Pool::small(PAGES);
-    let path = pool.join("file");
-    let file = File::create(&path).unwrap();
     for round in 0..8 {
+        let path = pool.join(format!("file{round}")); // the moves of one file come ever later
+        let file = File::create(&path).unwrap();
         file.set_len(FOLIO).unwrap();
         let mut program = Toucher::mapping(&path, GROWN * FOLIO);
         let (node, processor) = (round % 2, 1 - round as usize % 2);
@@ -127,8 +127,10 @@ fn a_policy_set_while_a_file_grows_counts() {
         });
         wait_for(&path, &[node; GROWN as usize]);
         pool.check();
+        std::fs::remove_file(path).unwrap();
+        drop((file, program));
+        pool.wait_for_free_pages(PAGES);
     }
-    drop(file);
     pool.unmount();
 }
 
