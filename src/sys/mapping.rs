@@ -108,7 +108,10 @@ impl Window {
                 _ => policies.push((range, told)),
             }
         }
-        self.void_policy();
+        // Without one, nothing is voided: else a policy that is set at this moment would be lost.
+        if !policies.is_empty() {
+            self.void_policy();
+        }
         PoliciesAside { window: self, policies }
     }
 
