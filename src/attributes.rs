@@ -223,6 +223,8 @@ pub enum Counter {
     PagesTotal,
     /// Pages that a file can take.
     PagesFree,
+    /// Pages whose memory is cleared ahead, out of those that are free.
+    PagesReady,
     /// Pages of files.
     PagesUsed,
     /// Pages that are promised to requests under way.
@@ -288,6 +290,7 @@ impl Counter {
             Self::PageSize => "page_size",
             Self::PagesTotal => "pages_total",
             Self::PagesFree => "pages_free",
+            Self::PagesReady => "pages_ready",
             Self::PagesUsed => "pages_used",
             Self::PagesReserved => "pages_reserved",
             Self::PagesOrphaned => "pages_orphaned",

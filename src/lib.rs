@@ -118,7 +118,7 @@
 //! | [`quarantine`] | the texts of ranges and requests; pure | [`quarantine::parse_repair`] |
 //! | [`index`] | the tree of names | [`index::Index`] |
 //! | [`fs`] | the filesystem as users see it, without FUSE: P2 | [`fs::Fs`] |
-//! | [`agents`] | threads that nothing has asked: patrol, collapse, policies | [`agents::patrol`] |
+//! | [`agents`] | threads that nothing has asked: patrol, collapse and more | [`agents::patrol`] |
 //! | [`fuse`] | FUSE to [`fs`] and back, jobs, the session | [`fuse::Connection`] |
 //! | [`mount_protocol`] | the lines between mount helper and daemon | [`mount_protocol::Message`] |
 //! | [`session_record`] | the session record | [`session_record::SessionRecord`] |
@@ -167,6 +167,9 @@
 //!   node. **home**: the node whose part has a page. **reserve**: the free memory of a part.
 //!   **misplaced**: a page whose home is not as wished. **displaced**: a page whose memory a
 //!   program has moved away from its home.
+//! - **ahead**: pages of a file behind its end that no program has asked for, with cleared memory.
+//!   **ready**: a file without a name that has such pages; **shelf**: the ready files; **lent**: a
+//!   ready file that has become the object of a new file ([`fs`], [`agents::steward`]).
 //! - **promised**: pages in a **token**, which no other change can have. **span**: of a file, the
 //!   pages from its start on that are its own or released.
 //! - **plan**, **transfer**: the parts of a file that get memory, each from one reserve.

@@ -30,6 +30,8 @@ pub struct Options {
     /// A punched page stays the file's, and the next touch fills it. Otherwise the page goes back
     /// to the pool.
     pub keep_punched: bool,
+    /// The time at which memory is cleared.
+    pub clear: Clear,
     /// The file that the daemon logs to; without one, the system log.
     pub log: Option<String>,
 }
@@ -48,6 +50,7 @@ impl Default for Options {
             recovery_write: true,
             io: Io::Auto,
             keep_punched: false,
+            clear: Clear::Demand,
             log: None,
         }
     }
@@ -63,6 +66,32 @@ pub enum Io {
     Native,
     /// The daemon.
     Mediated,
+}
+
+/// The time at which the pool clears free memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Clear {
+    /// When a file takes it.
+    Demand,
+    /// Before, in the background.
+    Ahead,
+}
+
+impl Clear {
+    fn parse(text: &str) -> Result<Self, String> {
+        match text {
+            "demand" => Ok(Self::Demand),
+            "ahead" => Ok(Self::Ahead),
+            _ => Err(format!("{text:?} is neither demand nor ahead")),
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Demand => "demand",
+            Self::Ahead => "ahead",
+        }
+    }
 }
 
 impl Io {
@@ -404,6 +433,15 @@ pub const TABLE: &[Row] = &[
             the next touch, but the machine has their memory until then: a touch may find none (OOM killer, SIGBUS)",
         set: |options, text| parse_punch(text).map(|keep| options.keep_punched = keep),
         get: |options| Some(if options.keep_punched { "keep" } else { "release" }.to_owned()),
+    },
+    Row {
+        name: "clear",
+        value: "demand|ahead",
+        default: Some("demand"),
+        help: "when free memory is cleared: as a file takes it (demand), or before, in the background, so that a new file of a \
+               usual size gets its memory at once (ahead)",
+        set: |options, text| Clear::parse(text).map(|clear| options.clear = clear),
+        get: |options| Some(options.clear.name().to_owned()),
     },
     Row {
         name: "log",

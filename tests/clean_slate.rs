@@ -100,6 +100,43 @@ fn first_seen(mapping: &Mapping, range: Range) -> Option<(u64, u8)> {
     None
 }
 
+/// The attacker maps what may lie behind the end of his file before the file has a size.
+#[test]
+fn memory_that_is_ready_shows_zeros_before_and_after_a_file_has_its_size() {
+    const PAGES: u64 = 32;
+    dirty_the_machine();
+    let pool = Pool::mount(&format!("pagesize=2M,size={},clear=ahead", PAGES * FOLIO));
+    for round in 0..10 {
+        dirty(&pool, PAGES / 2);
+        let is_ready = || pool.counter("pages_ready") >= 4;
+        support::limits::until(support::limits::ANSWER, "memory that is ready", is_ready);
+        let path = pool.join("file");
+        let file = open(&path);
+        let reach = Range::new(0, PAGES / 2 * FOLIO);
+        let mapping = mapped(&file, reach);
+        for folio in reach.folios() {
+            let _ = mapping.advise_range(folio.range(), MADV_COLLAPSE);
+        }
+        assert_eq!(first_seen(&mapping, reach), None, "round {round}: before it has a size");
+        if round % 3 == 0 {
+            let worker = pool.counter("worker_pid") as i32;
+            kill_process(Pid::from_raw(worker).unwrap(), Signal::KILL).unwrap();
+        }
+        let size = (round + 1) * FOLIO - 77 * round;
+        file.set_len(size).unwrap();
+        for folio in reach.folios() {
+            let _ = mapping.advise_range(folio.range(), MADV_COLLAPSE);
+        }
+        assert_eq!(first_seen(&mapping, reach), None, "round {round}: after it has one");
+        assert_holds(&file, &[], &format!("round {round}"));
+        drop((mapping, file));
+        std::fs::remove_file(&path).unwrap();
+        pool.wait_for_free_pages(PAGES);
+        pool.check();
+    }
+    pool.unmount();
+}
+
 /// Sizes around every boundary.
 const SIZES: [u64; 12] = [
     1,

@@ -365,6 +365,24 @@ const SITUATIONS: &[Situation] = &[
         },
     },
     Situation {
+        name: "create and size a file that is ready",
+        options: ",clear=ahead",
+        prepare: |pool| {
+            limits::until(limits::ANSWER, "memory that is ready", || {
+                pool.counter("pages_ready") > 0
+            })
+        },
+        change: |pool| {
+            let file = File::create_new(file(pool)).unwrap();
+            file.set_len(FOLIO - 5000).unwrap();
+            file.set_len(3 * FOLIO).unwrap();
+        },
+        verify: |pool| {
+            assert!(fs::read(file(pool)).unwrap() == vec![0; 3 * FOLIO as usize]);
+            pool.wait_for_free_pages(5);
+        },
+    },
+    Situation {
         name: "open to read natively",
         options: "",
         prepare: sevens,

@@ -230,6 +230,11 @@ fn each_name_that_outlives_a_process_is_documented() {
     seen.look(&pool);
     drop(pool);
 
+    let pool = Pool::mount(&format!("pagesize=2M,size={},clear=ahead", 4 * FOLIO));
+    limits::until(limits::ANSWER, "memory that is ready", || pool.counter("pages_ready") > 0);
+    seen.look(&pool);
+    drop(pool);
+
     let orphan = |(name, kind): (String, String)| {
         let kind = if name == "/index/.orphans/<id>" { "any".to_owned() } else { kind };
         (name, kind)

@@ -4,3 +4,4 @@
 pub mod collapse;
 pub mod patrol;
 pub mod policies;
+pub mod steward;

@@ -1,6 +1,7 @@
 //! The extended attributes that are this filesystem's interface, beside the attributes that users
 //! set.
 
+use super::ready::Ready;
 use super::{Fs, NewValue, Object, Pace, RequestContext, in_force};
 use crate::attributes::{
     Attribute, Counter, LONGEST_VALUE, OfEntry, OfFile, OfRoot, PLACEMENT, POISON, find,
@@ -199,8 +200,9 @@ impl Fs {
 
     /// The counters of the pool, one a line: `<name> <value>`.
     fn pool_text(&self, pace: &Pace) -> Result<String> {
-        let account = self.pool.balance();
-        let objects = self.all_objects();
+        let (account, ahead) = (self.pool.balance(), self.pages_ahead());
+        let mut objects = self.all_objects();
+        objects.retain(|object| !Ready::is_number(object.node()));
         let counts = objects.iter().map(|object| object.summary());
         let (soft, hw) =
             counts.fold((0, 0), |sum, counts| (sum.0 + counts.soft, sum.1 + counts.hw));
@@ -212,8 +214,9 @@ impl Fs {
         };
         line(Counter::PageSize, self.pool.page_size().bytes());
         line(Counter::PagesTotal, account.total);
-        line(Counter::PagesFree, account.available());
-        line(Counter::PagesUsed, account.held());
+        line(Counter::PagesFree, account.available() + ahead);
+        line(Counter::PagesReady, self.pages_ready());
+        line(Counter::PagesUsed, account.held().saturating_sub(ahead));
         line(Counter::PagesReserved, account.promised);
         line(Counter::PagesOrphaned, self.pool.orphaned().load(Ordering::Relaxed));
         line(Counter::PagesMissing, account.missing);
@@ -385,7 +388,10 @@ impl Fs {
     fn resize(&self, value: &[u8]) -> Result<()> {
         let text = std::str::from_utf8(value).map_err(|_| Error::invalid("not text"))?;
         let sizes = self.sizes(text.trim_end_matches(['\0', '\n'])).map_err(Error::Invalid)?;
-        self.pool.resize(&sizes)?;
+        match self.pool.resize(&sizes) {
+            Err(_) if self.recall_ready() => self.pool.resize(&sizes)?,
+            result => result?,
+        }
         {
             let _as_they_are = self.pool.keep_size();
             self.placer.know(self.pool.nodes());

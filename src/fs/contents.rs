@@ -25,13 +25,18 @@ const DISMANTLING_PATIENCE: Duration = Duration::from_secs(5);
 
 impl Fs {
     /// Repeats `request` while it fails for something that is on its way. After
-    /// [`Error::Returning`], pages come back by [`Fs::forget`]. After [`Error::OpenNatively`], a
+    /// [`Error::Returning`], pages that are ready come back at once, and those of removed files by
+    /// [`Fs::forget`]. After [`Error::OpenNatively`], a
     /// native reader is closed by [`Fs::close_natively`]. The caller must leave another thread free
     /// for these calls.
     ///
     /// # Errors
     /// The error of the last run of `request`.
     pub fn patiently<T>(&self, mut request: impl FnMut() -> Result<T>) -> Result<T> {
+        let mut request = || match request() {
+            Err(Error::Returning) if self.recall_ready() => request(),
+            result => result,
+        };
         let started = Instant::now();
         let deadline = started + CLOSING_PATIENCE;
         loop {
@@ -99,8 +104,8 @@ impl Fs {
     ) -> Result<usize> {
         let object = self.object(node)?;
         self.contents_change(&object, request.unprivileged)?;
-        let write =
-            || self.with_context(&object, request, |context| object.write(bytes, offset, context));
+        let write = |context: Context<'_>| object.write(bytes, offset, context);
+        let write = || self.with_pages_ahead(self.with_context(&object, request, write));
         self.heeding_hw_errors(&object, request, write)
     }
 
@@ -119,7 +124,10 @@ impl Fs {
         let object = self.object(node)?;
         self.contents_change(&object, request.unprivileged)?;
         let allocate = |context: Context<'_>| object.allocate(what, offset, length, context);
-        self.heeding_hw_errors(&object, request, || self.with_context(&object, request, allocate))
+        let allocate = || self.with_pages_ahead(self.with_context(&object, request, allocate));
+        self.heeding_hw_errors(&object, request, allocate)?;
+        self.learn_size(&object);
+        Ok(())
     }
 
     /// copy_file_range(2): copies up to `length` bytes, perhaps fewer.

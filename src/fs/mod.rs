@@ -34,6 +34,7 @@ mod places;
 mod placing;
 mod policies;
 mod pollers;
+mod ready;
 mod recovery;
 mod refusals;
 mod requests;
@@ -60,11 +61,13 @@ use hw_errors::{FAILURES, FAILURES_IN_POOL};
 use native::Closings;
 use places::Places;
 use placing::Placer;
+use ready::Ready;
 use refusals::Refusals;
 use rustix::io::Errno;
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CString, OsStr};
 use std::os::fd::OwnedFd;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard};
 use unavailable::Unavailable;
 
@@ -107,6 +110,7 @@ pub struct Fs {
     failures_in_pool: Mutex<Option<u64>>,
     nodes: Vec<NumaNode>,
     placer: Placer,
+    ready: Ready,
 }
 
 /// The changes that setattr asks for.
@@ -171,6 +175,7 @@ impl Fs {
         let failures = Mutex::new(index.kept(FAILURES)?);
         let failures_in_pool = Mutex::new(index.kept(FAILURES_IN_POOL)?);
         let placer = Placer::new(pool.nodes());
+        let ready = Ready::new(options.clear, pool.is_alone());
         Ok(Self {
             index,
             pool,
@@ -192,6 +197,7 @@ impl Fs {
             failures_in_pool,
             nodes: memory_nodes()?,
             placer,
+            ready,
         })
     }
 
@@ -246,9 +252,10 @@ impl Fs {
         if let Some(size) = changes.size {
             let object = self.object(node)?;
             self.contents_change(&object, request.unprivileged)?;
-            let truncate =
-                || self.with_context(&object, request, |context| object.truncate(size, context));
+            let truncate = |context: Context<'_>| object.truncate(size, context);
+            let truncate = || self.with_pages_ahead(self.with_context(&object, request, truncate));
             self.heeding_hw_errors(&object, request, truncate)?;
+            self.learn_size(&object);
         }
         self.inode_changed(node, || self.change_inode(&inode, changes))?;
         self.index.attributes_of(&inode).and_then(|attributes| self.with_contents(attributes))
@@ -319,14 +326,14 @@ impl Fs {
     /// # Errors
     /// The errors of fstatfs(2).
     pub fn statistics(&self) -> Result<Statistics> {
-        let account = self.pool.balance();
+        let (account, ahead) = (self.pool.balance(), self.pages_ahead());
         let (most, left) = self.index.inodes()?;
-        let free_inodes = left.min(self.places.left()?);
+        let free_inodes = left.min(self.places.left()? + self.ready_files());
         let inodes = most.saturating_sub(left) + free_inodes;
         Ok(Statistics {
             page_size: self.pool.page_size().bytes(),
             pages: account.total,
-            free_pages: account.available(),
+            free_pages: account.available() + ahead,
             inodes,
             free_inodes,
         })
@@ -364,10 +371,17 @@ impl Fs {
             Kind::Directory => return Err(Error::Os(Errno::ISDIR)),
             _ => return Err(Error::invalid("only regular files have contents")),
         }
+        if let Some(object) = self.lend(node) {
+            return Ok(object);
+        }
         let holding = self.places.make(node, || Holding::create(self.pool.page_size()))?;
-        let object = Arc::new(Object::new(node, holding, self.pool.orphaned().clone()));
+        let object = Arc::new(Object::new(node, holding, self.orphaned()));
         self.objects().insert(node, object.clone());
         Ok(object)
+    }
+
+    fn orphaned(&self) -> Arc<AtomicU64> {
+        self.pool.orphaned().clone()
     }
 
     fn making(&self, node: InodeId) -> MutexGuard<'_, ()> {

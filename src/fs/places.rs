@@ -91,6 +91,24 @@ impl Places {
         Ok(holding)
     }
 
+    /// The object at the place of `from` gets the place of `to`.
+    ///
+    /// # Errors
+    /// The errors of mkdir(2) and move_mount(2). Nothing has changed then.
+    pub fn rename(&self, from: InodeId, to: InodeId) -> Result<()> {
+        let (from, to) = (path(from), path(to));
+        calls::mkdir(&*to, Mode::from_raw_mode(0o700))?;
+        steps::reached(Step::CreatePlace);
+        tmpfs::rename(text(&from), text(&to)).inspect_err(|_| {
+            let _ = calls::rmdir(&*to);
+        })?;
+        steps::reached(Step::CreateAttached);
+        if let Err(error) = insist(|| Ok(calls::rmdir(&*from)?)) {
+            log::error!("the directory of a ready file stays: {error}");
+        }
+        Ok(())
+    }
+
     fn refuse_the_last_descriptors(&self) -> Result<()> {
         let now = descriptors()?;
         if descriptors_for_files(now) > 0 {

@@ -43,6 +43,7 @@ impl Fs {
         fs.balance()?;
         fs.index.orphans().into_iter().for_each(|node| fs.note_orphan(Some(node)));
         fs.stranded().iter().for_each(|object| object.note_orphaned());
+        fs.note_lent();
         // The agent has died with its worker, and its list of folios with it. So all folios are
         // reported.
         for object in fs.all_objects() {

@@ -265,27 +265,30 @@ impl Pool {
     }
 
     /// Moves a piece of memory from the reserve of a node into `target`, for the start of the
-    /// transfer. Makes `target` longer for that, up to `size` bytes. Returns the length of the
-    /// piece.
+    /// transfer: at most `most` bytes. `take` takes the memory. Returns the length of the piece.
     ///
     /// # Errors
     /// [`Error::NoMemory`] where nothing is left to put at stake, or where other processes have
-    /// taken the memory that was given. No memory has moved, but `target` may be longer.
+    /// taken the memory that was given. No memory has moved, but `take` may have made `target`
+    /// longer.
     pub(super) fn move_piece_out(
         &self,
         target: &mut Sealed,
         transfer: Transfer,
-        size: u64,
+        most: u64,
+        take: impl Fn(&mut Sealed, Range) -> Result<()>,
     ) -> Result<u64> {
         let Transfer { range, node } = transfer;
         let reserve = self.reserve_of(node);
         let begun = self.begin_piece(reserve)?;
         let mut source = reserve.lock();
         let _preferred = prefer(node);
-        let piece = range.len().min(begun.most).min(source.size());
-        match self.exchange(&mut source, target, Range::at(range.start, piece), size) {
+        let piece = range.len().min(begun.most).min(source.size()).min(most);
+        let mut exchange =
+            |bytes| self.exchange(&mut source, target, Range::at(range.start, bytes), &take);
+        match exchange(piece) {
             Err(Error::NoMemory) if piece > FOLIO_SIZE && !self.is_float_used_up(node) => {
-                self.exchange(&mut source, target, Range::at(range.start, FOLIO_SIZE), size)
+                exchange(FOLIO_SIZE)
             }
             result => result,
         }
@@ -298,11 +301,11 @@ impl Pool {
         source: &mut Opened<'_>,
         target: &mut Sealed,
         piece: Range,
-        size: u64,
+        take: impl Fn(&mut Sealed, Range) -> Result<()>,
     ) -> Result<u64> {
         give_piece(source, piece.len())?;
         steps::reached(Step::MoveOutGiven);
-        if let Err(error) = target.take(piece, size) {
+        if let Err(error) = take(target, piece) {
             self.take_back(source, piece.len());
             return Err(error);
         }

@@ -250,7 +250,8 @@ mod tests {
         let (pool, mut holding) = three_of_eight();
         holding.sealed_for_tests().update(|header| header.undo_size = Some(SIZE)).unwrap();
         let transfer = Transfer { range: Range::new(SIZE, 2 * SIZE), node: pool.nodes()[0] };
-        pool.move_piece_out(holding.sealed_for_tests(), transfer, 2 * SIZE).unwrap();
+        let take = |sealed: &mut Sealed, piece| sealed.take(piece, 2 * SIZE);
+        pool.move_piece_out(holding.sealed_for_tests(), transfer, SIZE, take).unwrap();
         come_back(&pool, &holding);
     }
 

@@ -42,8 +42,15 @@
 //! see it. fallocate(2) would be faster, as it clears nothing. But a program that calls
 //! MADV_COLLAPSE on an uncleared folio maps it with the bytes of its former user, even beyond the
 //! end of file (Linux 6.18: `collapse_pte_mapped_thp` does not look at the uptodate flag). So the
-//! daemon calls fallocate(2) only for memory that no program can map ([`Reach::Private`]), and for
-//! parts of a folio, which MADV_COLLAPSE leaves alone.
+//! daemon calls fallocate(2) only for memory that no program can map ([`Reach::Private`]), for
+//! parts of a folio, which MADV_COLLAPSE leaves alone, and for a file that no program has opened
+//! yet.
+//!
+//! **Memory ahead.** Such a file can have memory behind its end: fallocate(2) takes it, and a
+//! second fallocate(2) clears it in place. It counts as memory of the file (S1). When the file gets
+//! longer, the end of file moves over it. A program that has the file open can reach it by
+//! MADV_COLLAPSE, and even store there; so it goes back to the reserve like any other memory, and
+//! is cleared again before another file gets it.
 //!
 //! **Gaps.** In a file without soft holes, S1 has nothing to keep shut. [`Sealed::punch`] punches
 //! memory out of such a file and leaves the blocks free. A touch, a write or userfaultfd(2) fills
@@ -315,6 +322,32 @@ impl Sealed {
         taken
     }
 
+    /// Takes cleared memory behind the end of file for the folios of `range`, none of which has
+    /// memory. The size stays as it is: [`Sealed::grow_size`] then makes the memory part of the
+    /// file, in the time of one system call. No program may have the file open: the memory comes
+    /// uncleared, and is cleared in place.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`] or [`Error::Full`]. Everything is as before.
+    pub fn take_ahead(&mut self, range: Range) -> Result<()> {
+        assert!(range.folios().all(|folio| !self.has_memory(folio)), "{range} has memory already");
+        assert_eq!(range, range.folios_out(), "memory is taken by whole folios");
+        assert!(range.start >= self.size, "{range} is behind the end of file");
+        self.mark(range, true);
+        let taken = self
+            .set_limit(0)
+            .inspect(|()| steps::reached(Step::TakeLimit))
+            .and_then(|()| tmpfs::allocate(&self.data, range))
+            .and_then(|()| tmpfs::clear(&self.data, range))
+            .inspect(|()| steps::reached(Step::TakeFilled));
+        if taken.is_err() {
+            self.mark(range, false);
+            self.undo_take(range, self.size);
+        }
+        self.assert_sealed();
+        taken
+    }
+
     fn undo_take(&mut self, range: Range, size: u64) {
         let cut = if self.size > size {
             self.cut(size)
@@ -433,8 +466,9 @@ impl Sealed {
         Ok(())
     }
 
-    /// Makes `data` `size` bytes long, within the folio that holds the end of file. A `size` that
-    /// is not larger than before changes nothing.
+    /// Makes `data` `size` bytes long, within the folio that holds the end of file, or within the
+    /// memory behind it ([`Sealed::take_ahead`]). A `size` that is not larger than before changes
+    /// nothing.
     ///
     /// # Errors
     /// The errors of pwrite(2), fallocate(2) and ftruncate(2). The size is as before.

@@ -145,6 +145,17 @@ impl Sealed {
                 self.mark(folio.range(), true);
             }
         }
+        self.find_memory_ahead()
+    }
+
+    /// Finds the folios behind the end of file ([`Sealed::take_ahead`]). There is none behind the
+    /// first one without memory.
+    fn find_memory_ahead(&mut self) -> Result<()> {
+        let mut folio = Folio(self.size.div_ceil(FOLIO_SIZE));
+        while self.reach == Reach::Programs && tmpfs::resident(&self.data, folio.range())? > 0 {
+            self.mark(folio.range(), true);
+            folio = Folio(folio.0 + 1);
+        }
         Ok(())
     }
 

@@ -74,6 +74,16 @@ pub fn attach(mount: impl AsFd, path: &str) -> Result<()> {
     Ok(move_mount(mount, "", rustix::fs::CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
 }
 
+/// Moves a mount from one path to another.
+///
+/// # Errors
+/// The errors of move_mount(2).
+#[track_caller]
+pub fn rename(from: &str, to: &str) -> Result<()> {
+    let cwd = rustix::fs::CWD;
+    Ok(move_mount(cwd, from, cwd, to, MoveMountFlags::empty())?)
+}
+
 /// Takes a mount away from its path. The mount ends with its last user.
 ///
 /// # Errors

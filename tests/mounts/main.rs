@@ -18,6 +18,7 @@ mod mounting;
 mod native;
 mod placement;
 mod prepared;
+mod ready;
 mod removal;
 mod semantics;
 mod smoke;

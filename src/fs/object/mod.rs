@@ -289,6 +289,35 @@ impl Object {
         self.write_lock().find_homes(choose);
     }
 
+    /// The holding, without its file.
+    pub fn into_holding(self) -> Holding {
+        self.holding.into_inner()
+    }
+
+    /// Moves a piece of cleared memory behind the end of a file that no program has opened.
+    ///
+    /// # Errors
+    /// Those of [`Holding::fill_ahead`].
+    pub fn fill_ahead(&self, pool: &Pool) -> Result<Progress> {
+        let _one_at_a_time = self.changing.lock();
+        self.write_lock().fill_ahead(pool)
+    }
+
+    /// Gives the pages back that no program has asked for.
+    ///
+    /// # Errors
+    /// ENOMEM if the machine has no memory for a step. The next change tries again.
+    pub fn return_ahead(&self, pool: &Pool) -> Result<()> {
+        let _one_at_a_time = self.changing.lock();
+        let mut holding = self.write_lock();
+        if holding.pages_ahead() == 0 {
+            return Ok(());
+        }
+        let size = holding.size();
+        let returning = holding.begin_shrinking(pool, size)?;
+        carry_out(&mut holding, returning, &Pace::steady())
+    }
+
     /// Gives all pages back to the pool.
     ///
     /// # Errors

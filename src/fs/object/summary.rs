@@ -29,6 +29,8 @@ pub struct Summary {
     pub punched: bool,
     /// Pages of the pool that are the file's.
     pub pages: u64,
+    /// Those of them that no program has asked for.
+    pub ahead: u64,
 }
 
 impl Summary {
@@ -36,14 +38,16 @@ impl Summary {
         let (sealed, size) = (holding.sealed(), holding.size());
         let (soft, hw) = (sealed.holes().count(), sealed.hw_errors().len() as u64);
         let memory = match sealed.lost_count() {
-            0 => holding.bytes(),
+            // A holding that is being opened has no pages yet.
+            0 => holding.bytes().saturating_sub(holding.bytes_ahead()),
             lost => {
                 let released: u64 = holding.released_in(Range::new(0, size)).map(Range::len).sum();
                 (size - released).saturating_sub(lost * SUBPAGE_SIZE)
             }
         };
         let (alarm, punched) = (sealed.header().alarm, sealed.is_punched());
-        Self { size, memory, soft, hw, alarm, punched, pages: holding.pages() }
+        let (pages, ahead) = (holding.pages(), holding.pages_ahead());
+        Self { size, memory, soft, hw, alarm, punched, pages, ahead }
     }
 }
 

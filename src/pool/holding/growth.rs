@@ -7,7 +7,7 @@ use crate::pool::plan::Plan;
 use crate::pool::{PerNode, Token};
 use crate::sealed::Sealed;
 use crate::steps::{self, Step};
-use crate::units::{FOLIO_SIZE, Page, Range};
+use crate::units::{Page, Range};
 
 /// A growth or an allocation that is under way.
 #[derive(Debug)]
@@ -19,6 +19,8 @@ pub struct Growth<'pool> {
     /// The end of the pages that the file will own.
     end: Page,
     before: u64,
+    /// The end of the memory that the file had before, with the memory ahead.
+    memory_end: u64,
     size: u64,
     /// The parts that still need memory: released pages first, then the part behind the old memory.
     plan: Plan,
@@ -37,19 +39,21 @@ impl<'pool> Growth<'pool> {
         end: Page,
         size: u64,
     ) -> Self {
-        let memory_end = holding.memory_end();
-        let memory = Range::new(0, memory_end);
+        let ahead = holding.ahead();
+        let (memory, memory_end) = (Range::new(0, holding.memory_end()), ahead.end);
         let inside = missing.runs().map(|run| holding.page_size.bytes_of(run).intersect(memory));
-        let behind = Range::new(memory_end, size).folios_out();
+        let behind = Range::new(memory_end, size.max(memory_end)).folios_out();
         let plan = Plan::new(inside.chain([behind]));
         Self {
             token: Some(token),
             missing,
             end,
             before: holding.size(),
+            memory_end,
             size,
             plan,
-            filled: Vec::new(),
+            // If the growth is undone, the memory ahead goes back, too.
+            filled: if size > holding.size() { vec![ahead] } else { Vec::new() },
             are_taken: false,
             failure: None,
         }
@@ -73,11 +77,10 @@ impl<'pool> Growth<'pool> {
     }
 
     fn fill(&mut self, holding: &mut Holding) -> Result<Progress> {
-        let memory_end = self.before.next_multiple_of(FOLIO_SIZE);
         let next = self.plan.next(&holding.homes);
-        let is_behind = next.is_none_or(|transfer| transfer.range.start >= memory_end);
+        let is_behind = next.is_none_or(|transfer| transfer.range.start >= self.memory_end);
         if is_behind {
-            holding.sealed.grow_size(self.size.min(memory_end))?;
+            holding.sealed.grow_size(self.size.min(self.memory_end))?;
         }
         let Some(transfer) = next else { return self.commit(holding) };
         let size = if is_behind { self.size } else { self.before };
@@ -119,6 +122,7 @@ impl<'pool> Growth<'pool> {
         self.token_mut().hand_over(&rest);
         holding.own(&rest);
         debug_assert_eq!(self.token().pages().total(), 0, "each page is the file's");
+        holding.forget_used_ahead();
         Ok(Progress::Done)
     }
 

@@ -60,6 +60,7 @@
 //! MADV_REMOVE. Its blocks stay free for the program's touches until [`Sealed::resume`] has filled
 //! them.
 
+mod ahead;
 mod check;
 mod growth;
 mod opening;
@@ -121,6 +122,8 @@ pub struct Holding {
     memory: PerNode,
     /// A page that is on its way to another home.
     half_moved: Option<HalfMoved>,
+    /// The file has pages behind its end that no program has asked for ([`ahead`]).
+    has_ahead: bool,
     /// Pages that the last relocation left at their homes, as their memory is pinned. Users ask
     /// for this.
     pinned: PageSet,
@@ -211,6 +214,7 @@ impl Holding {
             owned: PerNode::default(),
             memory: PerNode::default(),
             half_moved: None,
+            has_ahead: false,
             pinned: PageSet::default(),
         }
     }
@@ -321,6 +325,7 @@ impl Holding {
         self.is_settled()
             && range.end > size
             && range.end <= self.memory_end()
+            && !self.has_ahead
             && self.sealed.has_memory(folio)
             && self.sealed.holes().is_empty()
             && self
@@ -380,6 +385,9 @@ impl Holding {
         placement: &Resolved,
     ) -> Result<Change<'pool>> {
         self.ready(pool)?;
+        if !self.size().is_multiple_of(FOLIO_SIZE) {
+            self.return_ahead(pool)?; // the folio with the end is to be zeroed, which can fail
+        }
         let before = self.size();
         let size = size.max(before);
         let inside = self.released_touching(range.intersect(Range::new(0, size)));
@@ -403,6 +411,7 @@ impl Holding {
         placement: &Resolved,
     ) -> Result<Change<'pool>> {
         self.ready(pool)?;
+        self.return_ahead(pool)?;
         let size = self.size();
         let missing = self.released_touching(range);
         if !self.released_touching(range.intersect(Range::new(0, size))).is_empty() {
@@ -440,8 +449,8 @@ impl Holding {
     }
 
     /// Begins to shorten the file to `size` bytes and to give back the pages behind. Quarantines
-    /// behind the new end are forgotten. If the file has this size already, no memory moves, and
-    /// soft holes do not forbid the change.
+    /// behind the new end are forgotten. If the file has this size already, memory ahead moves at
+    /// most, and soft holes do not forbid the change.
     ///
     /// # Errors
     /// [`Error::Busy`] where soft holes before the new end forbid it. The change itself fails with
@@ -474,6 +483,7 @@ impl Holding {
         range: Range,
     ) -> Result<Change<'pool>> {
         self.ready(pool)?;
+        self.return_ahead(pool)?;
         let within = self.page_size.pages_within(range);
         let bytes = self.page_size.bytes_of(&within);
         let runs = self.released.gaps_within(within.start..within.end.min(self.span().end));
@@ -503,6 +513,7 @@ impl Holding {
         placement: &Resolved,
     ) -> Result<Change<'pool>> {
         self.ready(pool)?;
+        self.return_ahead(pool)?;
         if pool.nodes().len() == 1 {
             return Ok(Change(Kind::Nothing));
         }

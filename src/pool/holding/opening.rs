@@ -21,6 +21,7 @@ impl Holding {
             sealed.notes().kept(RELEASED)?.map(|runs| PageSet::decode(&runs)).unwrap_or_default();
         let mut holding = Self::of(sealed, page_size);
         holding.released = noted.clone();
+        holding.recall_ahead()?;
         // The dead worker gave them up.
         holding.released.remove(holding.span().end..Page(u64::MAX));
         // Other pages of the file lack memory if a program took it out by MADV_REMOVE. The program

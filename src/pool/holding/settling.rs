@@ -46,6 +46,9 @@ impl<'pool> Settling<'pool> {
 
     fn shorten(&mut self, holding: &mut Holding) -> Result<Progress> {
         let size = holding.size();
+        if holding.sealed.size() > size && holding.give_ahead(self.pool)?.is_some() {
+            return Ok(Progress::More); // the end of file goes back over what lies before this
+        }
         let behind = Range::new(size.next_multiple_of(FOLIO_SIZE), holding.sealed.size());
         let cut = |sealed: &mut Sealed, piece: Range| sealed.cut(piece.start);
         if holding.give_piece(self.pool, behind, cut)?.is_some() {

@@ -30,6 +30,14 @@ impl<'pool> Shrinking<'pool> {
         if self.failure.is_some() {
             return self.finish(holding);
         }
+        match holding.give_ahead(self.pool) {
+            Ok(None) => {}
+            Ok(Some(_)) => return Ok(Progress::More),
+            Err(error) => {
+                self.give_up(error);
+                return Ok(Progress::More);
+            }
+        }
         let gone = Range::new(self.size.next_multiple_of(FOLIO_SIZE), holding.sealed.size());
         let piece = holding.end_with_few_holes(gone);
         match holding.give_piece(self.pool, piece, |sealed, piece| sealed.cut(piece.start)) {
@@ -56,6 +64,7 @@ impl<'pool> Shrinking<'pool> {
         }
         steps::reached(Step::ShrinkCut);
         holding.give_up_pages_behind_end(self.pool)?;
+        holding.forget_ahead();
         debug_assert!(self.failure.is_some() || holding.size() <= self.size, "it is shortened");
         debug_assert!(holding.size() >= self.size, "no byte before the new end is cut off");
         if holding.sealed.size() == 0 {

@@ -488,7 +488,64 @@ fn the_check_names_memory_that_moved_without_its_page() {
         let size = holding.sealed.size();
         let transfer =
             Transfer { range: Range::at(2 * FOLIO_SIZE, FOLIO_SIZE), node: pool.nodes()[0] };
-        pool.move_piece_out(&mut holding.sealed, transfer, size).unwrap();
+        let take = |sealed: &mut Sealed, piece| sealed.take(piece, size);
+        pool.move_piece_out(&mut holding.sealed, transfer, FOLIO_SIZE, take).unwrap();
     });
     assert!(moved.contains("folio 2 is released and has memory"), "{moved}");
+}
+
+/// An empty file with the memory of five pages behind its end.
+fn five_ahead(pool: &Pool) -> Holding {
+    let mut holding = Holding::create(SIZE).expect("root makes superblocks");
+    holding.own_ahead(pool, 5).unwrap();
+    while holding.fill_ahead(pool).unwrap() == Progress::More {
+        assert_sound(pool, &holding);
+    }
+    assert_eq!((holding.size(), holding.pages_ahead()), (0, 5));
+    assert_eq!(holding.held().bytes.total(), 5 * FOLIO_SIZE);
+    assert_settled(pool, &holding);
+    holding
+}
+
+#[test]
+fn memory_ahead_becomes_the_files_without_a_move() {
+    let pool = pool();
+    for (count, ahead) in [(3, 2), (5, 0), (7, 0)] {
+        let mut holding = five_ahead(&pool);
+        grow(&pool, &mut holding, count).unwrap();
+        assert_eq!((holding.pages(), holding.pages_ahead()), (count.max(5), ahead));
+        assert_settled(&pool, &holding);
+        let mut bytes = vec![1; (count * FOLIO_SIZE) as usize];
+        assert_eq!(tmpfs::read_at(holding.sealed.data(), &mut bytes, 0).unwrap(), bytes.len());
+        assert!(bytes.iter().all(|byte| *byte == 0), "it is cleared");
+        holding.return_ahead(&pool).unwrap();
+        assert_eq!((holding.pages(), holding.pages_ahead()), (count, 0));
+        assert_settled(&pool, &holding);
+        let shrinking = holding.begin_shrinking(&pool, 0).unwrap();
+        holding.complete(shrinking).unwrap();
+        assert_settled(&pool, &holding);
+    }
+}
+
+/// The worker dies, or the growth is given up, after each piece.
+#[test]
+fn memory_ahead_survives_what_ends_a_growth_early() {
+    for (pieces, dies) in (0..2).flat_map(|pieces| [(pieces, false), (pieces, true)]) {
+        let pool = pool();
+        let mut holding = five_ahead(&pool);
+        let placement = Resolved::default();
+        let size = PAGES * FOLIO_SIZE;
+        let mut growth = holding.begin_growth(&pool, Range::new(0, 0), size, &placement).unwrap();
+        assert!(advance(&mut growth, &mut holding, pieces), "it is under way");
+        let mut holding = if dies {
+            after_death_in(&pool, holding, growth)
+        } else {
+            give_up(growth, &mut holding);
+            holding
+        };
+        assert_eq!(holding.size(), 0);
+        holding.return_ahead(&pool).unwrap();
+        assert_eq!(holding.pages(), 0);
+        assert_settled(&pool, &holding);
+    }
 }

@@ -5,7 +5,7 @@ use super::Holding;
 use crate::error::Result;
 use crate::pool::page_set::Run;
 use crate::pool::plan::Transfer;
-use crate::pool::{PerNode, Pool};
+use crate::pool::{PIECE, PerNode, Pool};
 use crate::sealed::{Header, Sealed};
 use crate::steps::{self, Step, insist};
 use crate::units::{FOLIO_SIZE, Folio, NumaNode, Page, Range};
@@ -18,7 +18,8 @@ impl Holding {
     /// Those of [`Pool::move_piece_out`].
     pub(super) fn take_piece(&mut self, pool: &Pool, transfer: Transfer, size: u64) -> Result<u64> {
         let before = self.sealed.folio_count();
-        let moved = pool.move_piece_out(&mut self.sealed, transfer, size);
+        let take = |sealed: &mut Sealed, piece| sealed.take(piece, size);
+        let moved = pool.move_piece_out(&mut self.sealed, transfer, PIECE, take);
         self.count_memory(transfer.node, before);
         moved
     }
