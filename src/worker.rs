@@ -96,6 +96,7 @@ fn raise_descriptor_limit() -> Result<(), Error> {
 /// Runs a worker on `device` (/dev/fuse), in the process that was forked for the worker. Returns
 /// the exit status.
 pub fn run(options: &Options, device: &OwnedFd, role: Role) -> i32 {
+    sys::policy::stay_mapped();
     sys::allocator::keep_memory_at_hand();
     let writes = logging::start_writer().map_err(no_thread);
     let done = match role {

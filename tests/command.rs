@@ -100,7 +100,8 @@ fn status_shows_the_counters_of_a_pool() {
     let options =
         lines[6].strip_prefix("  options       pagesize=2M,mode=755,uid=0,gid=0,").unwrap();
     assert!(
-        options.starts_with("collapse=on,recovery_write=on,io=auto,punch=release,log=/"),
+        options
+            .starts_with("collapse=on,recovery_write=on,io=auto,punch=release,clear=demand,log=/"),
         "{options}"
     );
     assert_eq!(lines.len(), 7);

@@ -84,6 +84,17 @@ pub fn set_for_thread(policy: Policy) -> Result<()> {
     if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
 }
 
+/// Has the kernel leave the memory of this thread, and of those that it starts, mapped. Where the
+/// kernel balances NUMA nodes, it takes the mappings of memory with the default policy away now and
+/// then, to see who touches them (mm/mempolicy.c, vma_policy_mof). If the worker is killed at that
+/// time, the kernel does not copy a request or an answer, and ends the request with EIO
+/// ([`super::allocator`]). New memory comes from the same node as by default.
+pub fn stay_mapped() {
+    if let Err(error) = set_for_thread(Policy::Local) {
+        log::debug!("the kernel may unmap this process's memory: {error}"); // without CONFIG_NUMA
+    }
+}
+
 /// Until the guard is dropped, the kernel takes new memory of this thread from `node`, as far as
 /// that node has some. `None` if the process's cpuset does not allow the node any more, and on a
 /// kernel without NUMA.
@@ -104,7 +115,7 @@ pub struct Preference(());
 
 impl Drop for Preference {
     fn drop(&mut self) {
-        if let Err(error) = set_for_thread(Policy::Default) {
+        if let Err(error) = set_for_thread(Policy::Local) {
             log::error!("a thread goes on preferring a NUMA node: {error}");
         }
     }

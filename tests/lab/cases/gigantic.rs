@@ -84,7 +84,10 @@ fn a_gigantic_page_that_moves_survives_deaths() {
     for round in 0..4 {
         let words = format!("bind:{}", (round + 1) % 2);
         std::thread::scope(|scope| {
-            let moved = scope.spawn(|| set(&path, PLACEMENT, &words));
+            let moved = scope.spawn(|| {
+                let moved = set(&path, PLACEMENT, &words);
+                moved.map_err(|errno| (errno, get(&path, REFUSAL)))
+            });
             kill_worker(&pool);
             kill_worker(&pool);
             moved.join().unwrap().unwrap();

@@ -20,7 +20,8 @@ cases! {
     TWO_NODES: a_pool_is_mounted_beside_a_full_node, a_pool_grows_beside_a_full_node,
         files_grow_and_shrink_beside_a_full_node, a_policy_of_a_program_kills_nobody,
         a_policy_set_over_and_over_kills_nobody, no_thread_of_the_daemon_asks_for_the_oom_killer,
-        a_pool_stays_within_its_cpuset, a_named_node_that_is_full_is_refused_and_kills_nobody;
+        a_pool_stays_within_its_cpuset, the_kernel_leaves_the_daemons_memory_mapped,
+        a_named_node_that_is_full_is_refused_and_kills_nobody;
 }
 
 /// The number in the line `... NAME NUMBER` or `... NAME: NUMBER kB` of a file.
@@ -106,6 +107,23 @@ fn a_named_node_that_is_full_is_refused_and_kills_nobody() {
     assert!(free_on(1) + 16 * MIB > before.1, "the memory of node 1 is given back");
     set(pool.path(), SIZE, "0:8M,1:64M").unwrap();
     pool.check();
+    pool.unmount();
+}
+
+/// A kernel that balances NUMA nodes unmaps memory with the default policy now and then.
+fn the_kernel_leaves_the_daemons_memory_mapped() {
+    let pool = Pool::small(8);
+    let worker = pool.counter("worker_pid");
+    let threads = fs::read_dir(format!("/proc/{worker}/task")).unwrap();
+    let mut seen = 0;
+    for thread in threads.map(|thread| thread.unwrap().path()) {
+        let maps = fs::read_to_string(thread.join("numa_maps")).unwrap();
+        for line in maps.lines().filter(|line| line.contains(" anon=")) {
+            assert!(line.contains(" local "), "{}: {line}", thread.display());
+            seen += 1;
+        }
+    }
+    assert!(seen > 0, "it has memory of its own");
     pool.unmount();
 }
 
