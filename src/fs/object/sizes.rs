@@ -11,12 +11,19 @@ use crate::sealed::Content;
 use crate::steps::insist;
 use crate::sys::tmpfs;
 use crate::units::{FOLIO_SIZE, Range};
+use std::time::Duration;
 
 /// Largest size of a file, chosen so that rounding up cannot overflow.
 const LARGEST_SIZE: u64 = i64::MAX as u64 / FOLIO_SIZE * FOLIO_SIZE;
 
 /// Bytes that are punched and kept in one piece. The kernel drops memory in some 15 ms per GiB.
 const PUNCHED_AT_ONCE: u64 = 128 << 20;
+
+/// Passes of a move over the pages that could not be moved, and the pause between two passes. A
+/// thread that is about to touch a folio holds a reference until it gets a processor.
+const PASSES: u32 = 5;
+
+const BETWEEN_PASSES: Duration = Duration::from_millis(20);
 
 /// The wish of a fallocate(2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,9 +144,16 @@ impl Object {
         pace: &Pace,
     ) -> Result<()> {
         let _one_at_a_time = self.begin(pace)?;
-        let mut holding = self.lock(pace)?;
-        let relocation = holding.begin_relocation(pool, pages, placement)?;
-        carry_out(&mut holding, relocation, pace)
+        for pass in 1.. {
+            let mut holding = self.lock(pace)?;
+            let relocation = holding.begin_relocation(pool, pages.clone(), placement)?;
+            carry_out(&mut holding, relocation, pace)?;
+            if !holding.has_pinned() || pass == PASSES {
+                break;
+            }
+            holding.rest(BETWEEN_PASSES);
+        }
+        Ok(())
     }
 
     /// Punches; the pages stay the file's, and a touch fills the gaps. A free block would open soft

@@ -230,6 +230,11 @@ impl Holding {
         displaced.map(|(folio, _)| folio).collect()
     }
 
+    /// True if the last relocation has left pages at their homes, as their memory is pinned.
+    pub fn has_pinned(&self) -> bool {
+        !self.pinned.is_empty()
+    }
+
     /// True if memory of a folio, which lies on the node `on`, could not be moved where it should
     /// be, as a device has pinned it.
     pub fn is_pinned(&self, folio: Folio, on: Option<NumaNode>) -> bool {
