@@ -229,7 +229,7 @@
 //! and a row of "Counters" in docs/OPERATIONS.md.
 //!
 //! **An agent.** A file in `agents`: `start` takes the [`fs::Fs`] and returns a value whose drop
-//! stops the thread ([`agents::patrol`]). The thread only waits and calls; the decision is a
+//! stops the thread ([`agents::rounds`]). The thread only waits and calls; the decision is a
 //! function of [`fs`] or below. [`faults::exempt`] keeps its system calls out of the tests' count.
 //! `serve` in [`worker`] starts it once the filesystem is there.
 //!

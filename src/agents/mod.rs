@@ -4,4 +4,5 @@
 pub mod collapse;
 pub mod patrol;
 pub mod policies;
+pub mod rounds;
 pub mod steward;

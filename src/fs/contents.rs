@@ -26,9 +26,8 @@ const DISMANTLING_PATIENCE: Duration = Duration::from_secs(5);
 impl Fs {
     /// Repeats `request` while it fails for something that is on its way. After
     /// [`Error::Returning`], pages that are ready come back at once, and those of removed files by
-    /// [`Fs::forget`]. After [`Error::OpenNatively`], a
-    /// native reader is closed by [`Fs::close_natively`]. The caller must leave another thread free
-    /// for these calls.
+    /// [`Fs::forget`]. After [`Error::OpenNatively`], a native reader is closed by
+    /// [`Fs::close_natively`]. The caller must leave another thread free for these calls.
     ///
     /// # Errors
     /// The error of the last run of `request`.

@@ -195,7 +195,7 @@ impl Fs {
     }
 
     fn is_misplaced_by_policy(&self, object: &Object, pages: &Run) -> Result<bool> {
-        let policies = self.policies_to_follow(object, pages)?;
+        let Some(policies) = self.policies_to_follow(object, pages)? else { return Ok(false) };
         let is_misplaced = |(run, policy): &(Run, RangePolicy)| {
             let wished = self.wished_by(policy);
             wished.is_some_and(|wished| object.are_misplaced(run.clone(), &wished))
@@ -203,12 +203,17 @@ impl Fs {
         Ok(policies.iter().any(is_misplaced))
     }
 
-    /// The policies of `pages`. A file with a placement of its own has none that count.
-    fn policies_to_follow(&self, object: &Object, pages: &Run) -> Result<Vec<(Run, RangePolicy)>> {
+    /// The policies of `pages`. `None` for a file that follows no program: it has a placement of
+    /// its own, or there is one node to which memory can move.
+    fn policies_to_follow(
+        &self,
+        object: &Object,
+        pages: &Run,
+    ) -> Result<Option<Vec<(Run, RangePolicy)>>> {
         if !self.placer.has_choice() || self.placement(object.node())? != Placement::default() {
-            return Ok(Vec::new());
+            return Ok(None);
         }
-        object.policies_of(pages, self.pool.page_size())
+        object.policies_of(pages, self.pool.page_size()).map(Some)
     }
 
     /// Moves the memory of a file, a part at a time.
@@ -228,12 +233,12 @@ impl Fs {
 
     fn follow_part(&self, object: &Object, part: &Run, pace: &Pace) -> Result<()> {
         let policies = self.policies_to_follow(object, part)?;
-        for (run, policy) in &policies {
+        for (run, policy) in policies.iter().flatten() {
             self.move_to(object, run, policy, pace)?;
         }
         let displaced = object.displaced_among(part, pace)?;
-        if self.placement(object.node())? == Placement::default() {
-            for (page, node) in settled_elsewhere(&displaced, &policies) {
+        if let Some(policies) = &policies {
+            for (page, node) in settled_elsewhere(&displaced, policies) {
                 let there = RangePolicy { mode: Mode::Bind, nodes: vec![node] };
                 self.move_to(object, &(page..Page(page.0 + 1)), &there, pace)?;
             }

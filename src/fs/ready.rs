@@ -124,7 +124,7 @@ impl State {
     }
 
     /// The files that may have pages ahead.
-    fn with_pages_ahead(&self) -> Vec<InodeId> {
+    fn files_ahead(&self) -> Vec<InodeId> {
         let ready = self.shelf.keys().chain(&self.unfinished);
         ready.chain(self.new.keys()).copied().collect()
     }
@@ -174,7 +174,7 @@ impl Fs {
         if !self.ready.is_on {
             return 0;
         }
-        let nodes = self.ready.state().with_pages_ahead();
+        let nodes = self.ready.state().files_ahead();
         let objects = self.objects();
         nodes.iter().filter_map(|node| objects.get(node)).map(|object| object.summary().ahead).sum()
     }
@@ -247,7 +247,7 @@ impl Fs {
         let nodes = {
             let mut state = self.ready.state();
             state.held_off = Some(Instant::now());
-            let nodes = state.with_pages_ahead();
+            let nodes = state.files_ahead();
             state.new.clear();
             nodes
         };

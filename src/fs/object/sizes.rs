@@ -148,7 +148,7 @@ impl Object {
             let mut holding = self.lock(pace)?;
             let relocation = holding.begin_relocation(pool, pages.clone(), placement)?;
             carry_out(&mut holding, relocation, pace)?;
-            if !holding.has_pinned() || pass == PASSES {
+            if !holding.are_pinned(pages.clone()) || pass == PASSES {
                 break;
             }
             holding.rest(BETWEEN_PASSES);

@@ -230,17 +230,17 @@ impl Holding {
         displaced.map(|(folio, _)| folio).collect()
     }
 
-    /// True if the last relocation has left pages at their homes, as their memory is pinned.
-    pub fn has_pinned(&self) -> bool {
-        !self.pinned.is_empty()
+    /// True if the last relocation has left some of `pages` at their homes, as their memory is
+    /// pinned.
+    pub fn are_pinned(&self, pages: Run) -> bool {
+        self.pinned.within(pages).next().is_some()
     }
 
     /// True if memory of a folio, which lies on the node `on`, could not be moved where it should
     /// be, as a device has pinned it.
     pub fn is_pinned(&self, folio: Folio, on: Option<NumaNode>) -> bool {
         let page = self.page(folio);
-        self.is_displaced(&(folio, on))
-            || self.pinned.within(page..Page(page.0 + 1)).next().is_some()
+        self.is_displaced(&(folio, on)) || self.are_pinned(page..Page(page.0 + 1))
     }
 
     fn located(&self, pages: &Run) -> Vec<(Folio, Option<NumaNode>)> {
