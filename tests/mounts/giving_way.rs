@@ -221,10 +221,8 @@ fn writers_that_wait_for_pages_are_bounded() {
         });
         println!("{threads} threads, then {most}; {memory} KiB, then {largest}");
         assert!(most > threads, "some have waited");
-        assert!(
-            most <= threads + MOST_OF_USER && largest < memory + MOST_KIB,
-            "{most}, {largest} KiB"
-        );
+        let bound = threads + MOST_OF_USER + WRITERS / 8; // threads end after their place is free
+        assert!(most <= bound && largest < memory + MOST_KIB, "{most}, {largest} KiB");
     });
     println!("{written:?} have written, {refused:?} were refused");
     assert!(written.into_inner() > 0);
