@@ -125,6 +125,17 @@ enum Action {
         /// Any byte of the subpage, decimal or 0x hexadecimal
         offset: String,
     },
+    /// Show how much free memory is cleared ahead, or wait until enough is
+    ///
+    /// A pool that is mounted with clear=ahead clears up to half of its free memory in the
+    /// background, for the files that come next.
+    Ready {
+        /// The mount point
+        directory: PathBuf,
+        /// Wait until nothing more is to be cleared; a terminal shows how much is
+        #[arg(long)]
+        wait: bool,
+    },
     /// Verify a pool while it is in use; exit status 1 if something does not hold
     Check {
         /// The mount point
@@ -191,6 +202,7 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
         Action::Placement { path, words } => placement(&path, words.as_deref(), cli.json),
         Action::Move { file, to } => move_memory(&file, &to, cli.json),
         Action::Inject { file, offset } => inject(&file, &offset, cli.json),
+        Action::Ready { directory, wait } => ready(&directory, wait, cli.json),
         Action::Check { directory } => check(&directory, cli.json),
         Action::Upgrade { directory, binary } => upgrade(&directory, binary, cli.json),
         Action::Demo => return demo::main(cli.json),
@@ -376,6 +388,9 @@ fn describe_pool(
             format!("{total}, {mebibytes} MiB: {used} used, {free} free"),
         );
     }
+    if clears_ahead(options) {
+        row("ready", describe_ready(counters));
+    }
     let huge = of(Counter::HugeBytesAtMount) / MIB;
     row("in folios", format!("{huge} MiB were in 2 MiB folios when it was mounted"));
     let (objects, orphans) = (of(Counter::Objects), of(Counter::Orphans));
@@ -438,6 +453,55 @@ fn targets(directory: &Path, json: bool) -> Done {
         print(table.to_text())?
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The time between two looks at the memory that is cleared.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(100);
+
+fn ready(directory: &Path, wait: bool, json: bool) -> Done {
+    let failed = |why: String| format!("{}: {why}", directory.display());
+    let mut pool = counters(directory).map_err(failed)?;
+    let options = attributes::options(directory).unwrap_or_default();
+    if !clears_ahead(&options) {
+        let why = "no memory is cleared ahead; mount the pool with -o clear=ahead for that";
+        return Err(failed(why.to_owned()));
+    }
+    let meter = Meter::new("clearing memory");
+    let bytes = |pool: &attributes::Counters, pages| {
+        pool.get(pages).unwrap_or(0) * pool.get(Counter::PageSize).unwrap_or(0)
+    };
+    while wait && is_clearing(&pool) {
+        meter.show(bytes(&pool, Counter::PagesReady), bytes(&pool, Counter::PagesFree) / 2);
+        std::thread::sleep(BETWEEN_LOOKS);
+        pool = counters(directory).map_err(failed)?;
+    }
+    drop(meter);
+    if json {
+        print_json(&json!({
+            "bytes_ready": bytes(&pool, Counter::PagesReady),
+            "bytes_free": bytes(&pool, Counter::PagesFree),
+            "clearing": is_clearing(&pool),
+        }))?;
+    } else {
+        print(describe_ready(&pool))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn clears_ahead(options: &[(String, String)]) -> bool {
+    options.iter().any(|(name, value)| name == "clear" && value == "ahead")
+}
+
+fn is_clearing(pool: &attributes::Counters) -> bool {
+    pool.get(Counter::Clearing) == Some(1)
+}
+
+/// The free pages that are cleared ahead.
+fn describe_ready(pool: &attributes::Counters) -> String {
+    let of = |counter| pool.get(counter).unwrap_or(0);
+    let more = if is_clearing(pool) { ", more are being cleared" } else { "" };
+    let (ready, free) = (of(Counter::PagesReady), of(Counter::PagesFree));
+    format!("{ready} of {free} free pages are cleared ahead{more}")
 }
 
 fn check(directory: &Path, json: bool) -> Done {

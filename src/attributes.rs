@@ -225,6 +225,8 @@ pub enum Counter {
     PagesFree,
     /// Pages whose memory is cleared ahead, out of those that are free.
     PagesReady,
+    /// 1 while more memory is to be cleared ahead, or else 0.
+    Clearing,
     /// Pages of files.
     PagesUsed,
     /// Pages that are promised to requests under way.
@@ -291,6 +293,7 @@ impl Counter {
             Self::PagesTotal => "pages_total",
             Self::PagesFree => "pages_free",
             Self::PagesReady => "pages_ready",
+            Self::Clearing => "clearing",
             Self::PagesUsed => "pages_used",
             Self::PagesReserved => "pages_reserved",
             Self::PagesOrphaned => "pages_orphaned",

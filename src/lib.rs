@@ -169,7 +169,8 @@
 //!   program has moved away from its home.
 //! - **ahead**: pages of a file behind its end that no program has asked for, with cleared memory.
 //!   **ready**: a file without a name that has such pages; **shelf**: the ready files; **lent**: a
-//!   ready file that has become the object of a new file ([`fs`], [`agents::steward`]).
+//!   ready file that has become the object of a new file; **steward**: the thread of a NUMA node
+//!   that makes them ([`fs`], [`agents::steward`]).
 //! - **promised**: pages in a **token**, which no other change can have. **span**: of a file, the
 //!   pages from its start on that are its own or released.
 //! - **plan**, **transfer**: the parts of a file that get memory, each from one reserve.

@@ -32,6 +32,9 @@ pub struct Options {
     pub keep_punched: bool,
     /// The time at which memory is cleared.
     pub clear: Clear,
+    /// With [`Clear::Ahead`], the part of a processor of each NUMA node that clears memory, in
+    /// percent: 1 to 100.
+    pub cpu: u32,
     /// The file that the daemon logs to; without one, the system log.
     pub log: Option<String>,
 }
@@ -51,6 +54,7 @@ impl Default for Options {
             io: Io::Auto,
             keep_punched: false,
             clear: Clear::Demand,
+            cpu: DEFAULT_CPU,
             log: None,
         }
     }
@@ -67,6 +71,9 @@ pub enum Io {
     /// The daemon.
     Mediated,
 }
+
+/// The part of a processor that clears memory ahead, in percent.
+const DEFAULT_CPU: u32 = 50;
 
 /// The time at which the pool clears free memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -444,6 +451,14 @@ pub const TABLE: &[Row] = &[
         get: |options| Some(options.clear.name().to_owned()),
     },
     Row {
+        name: "cpu",
+        value: "PERCENT",
+        default: Some("50%"),
+        help: "with clear=ahead: the part of one processor of each NUMA node that clears memory, 1% to 100%; programs come first",
+        set: |options, text| parse_percent(text).map(|percent| options.cpu = percent),
+        get: |options| (options.clear == Clear::Ahead).then(|| format!("{}%", options.cpu)),
+    },
+    Row {
         name: "log",
         value: "FILE",
         default: Some("the system log"),
@@ -476,6 +491,12 @@ fn parse_inodes(text: &str) -> Result<u64, String> {
             u32::MAX
         )),
     }
+}
+
+fn parse_percent(text: &str) -> Result<u32, String> {
+    let percent = parse_number(text.strip_suffix('%').unwrap_or(text));
+    let percent = percent.filter(|percent| (1..=100).contains(percent));
+    percent.map(|percent| percent as u32).ok_or_else(|| format!("{text:?} is not from 1% to 100%"))
 }
 
 fn parse_switch(text: &str) -> Result<bool, String> {

@@ -155,7 +155,7 @@ fn serve(
     let served = connected.and_then(|(fs, connection)| {
         let patrol = agents::patrol::start(fs.clone()).map_err(no_thread)?;
         let follower = agents::policies::start(fs.clone()).map_err(no_thread)?;
-        let steward = agents::steward::start(fs).map_err(no_thread)?;
+        let steward = agents::steward::start(&fs).map_err(no_thread)?;
         fuse::rehearse_threads().map_err(no_thread)?;
         let told = start.control.take().map(|mut control| control.send(&Message::Serving));
         if start.mounting && told.is_none_or(|told| told.is_err()) {

@@ -108,6 +108,33 @@ fn status_shows_the_counters_of_a_pool() {
 }
 
 #[test]
+fn ready_tells_how_much_is_cleared_ahead_and_waits_for_it() {
+    let pool = Pool::mount("pagesize=2M,size=64M,clear=ahead,cpu=100%");
+    let said = output(&["ready"], &pool.path(), &["--wait"]);
+    assert_eq!(said, "15 of 32 free pages are cleared ahead\n"); // 8, 4, 2 and 1
+    let status = output(&["status"], &pool.path(), &[]);
+    assert!(
+        status.contains("\n  ready         15 of 32 free pages are cleared ahead\n"),
+        "{status}"
+    );
+    assert!(status.contains(",clear=ahead,cpu=100%,"), "{status}");
+    let value = json_output(&["ready"], &pool.path(), &[]);
+    assert_eq!(
+        value,
+        json!({ "bytes_ready": 15 * FOLIO, "bytes_free": 32 * FOLIO, "clearing": false })
+    );
+    pool.unmount();
+    let other = Pool::small(1);
+    assert_refused(&["ready"], &other.path(), &[], "no memory is cleared ahead; mount the pool");
+    assert_refused(
+        &["ready"],
+        Path::new("/proc"),
+        &["--wait"],
+        "no hugetlb2 pool is mounted there",
+    );
+}
+
+#[test]
 fn status_in_json_has_every_counter_as_a_number() {
     let (pool, _) = pool_with_file();
     let value = json_output(&["status"], &pool.path(), &[]);

@@ -200,7 +200,7 @@ impl Fs {
 
     /// The counters of the pool, one a line: `<name> <value>`.
     fn pool_text(&self, pace: &Pace) -> Result<String> {
-        let (account, ahead) = (self.pool.balance(), self.pages_ahead());
+        let account = self.pool.balance();
         let mut objects = self.all_objects();
         objects.retain(|object| !Ready::is_number(object.node()));
         let counts = objects.iter().map(|object| object.summary());
@@ -214,9 +214,10 @@ impl Fs {
         };
         line(Counter::PageSize, self.pool.page_size().bytes());
         line(Counter::PagesTotal, account.total);
-        line(Counter::PagesFree, account.available() + ahead);
+        line(Counter::PagesFree, account.free_for_users());
         line(Counter::PagesReady, self.pages_ready());
-        line(Counter::PagesUsed, account.held().saturating_sub(ahead));
+        line(Counter::Clearing, u64::from(self.is_getting_ready()));
+        line(Counter::PagesUsed, account.used());
         line(Counter::PagesReserved, account.promised);
         line(Counter::PagesOrphaned, self.pool.orphaned().load(Ordering::Relaxed));
         line(Counter::PagesMissing, account.missing);
@@ -225,8 +226,8 @@ impl Fs {
         line(Counter::HugeBytesAtMount, self.huge_at_mount());
         for (node, account) in self.pool.balances().iter().filter(|(_, part)| part.total > 0) {
             line(Counter::PagesTotalOn { node }, account.total);
-            line(Counter::PagesFreeOn { node }, account.available());
-            line(Counter::PagesUsedOn { node }, account.held());
+            line(Counter::PagesFreeOn { node }, account.free_for_users());
+            line(Counter::PagesUsedOn { node }, account.used());
         }
         for (node, bytes) in self.pool.reserves() {
             line(Counter::ReserveBytes { node }, bytes);

@@ -104,7 +104,7 @@ impl Fs {
         let object = self.object(node)?;
         self.contents_change(&object, request.unprivileged)?;
         let write = |context: Context<'_>| object.write(bytes, offset, context);
-        let write = || self.with_pages_ahead(self.with_context(&object, request, write));
+        let write = || self.with_context(&object, request, write);
         self.heeding_hw_errors(&object, request, write)
     }
 
@@ -123,7 +123,7 @@ impl Fs {
         let object = self.object(node)?;
         self.contents_change(&object, request.unprivileged)?;
         let allocate = |context: Context<'_>| object.allocate(what, offset, length, context);
-        let allocate = || self.with_pages_ahead(self.with_context(&object, request, allocate));
+        let allocate = || self.with_context(&object, request, allocate);
         self.heeding_hw_errors(&object, request, allocate)?;
         self.learn_size(&object);
         Ok(())

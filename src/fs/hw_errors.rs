@@ -29,6 +29,7 @@ impl Fs {
     /// Looks for memory errors in all files, if the kernel has met any since the last time.
     pub fn look_for_hw_errors(&self) {
         self.if_memory_failed(&self.failures, FAILURES, || {
+            self.recall_ready(); // an error behind the end of a file shows itself to nobody
             let look = |object: &Arc<Object>| {
                 let looked = object.look_for_hw_errors(&Pace::steady()).map(drop);
                 looked.inspect_err(|error| {

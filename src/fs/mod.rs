@@ -175,7 +175,7 @@ impl Fs {
         let failures = Mutex::new(index.kept(FAILURES)?);
         let failures_in_pool = Mutex::new(index.kept(FAILURES_IN_POOL)?);
         let placer = Placer::new(pool.nodes());
-        let ready = Ready::new(options.clear, pool.is_alone());
+        let ready = Ready::new(options.clear, options.cpu);
         Ok(Self {
             index,
             pool,
@@ -199,6 +199,11 @@ impl Fs {
             placer,
             ready,
         })
+    }
+
+    /// The NUMA nodes that have memory, ascending.
+    pub fn nodes(&self) -> &[NumaNode] {
+        &self.nodes
     }
 
     /// Bytes of the pool that were in 2 MiB folios when it was mounted.
@@ -253,7 +258,7 @@ impl Fs {
             let object = self.object(node)?;
             self.contents_change(&object, request.unprivileged)?;
             let truncate = |context: Context<'_>| object.truncate(size, context);
-            let truncate = || self.with_pages_ahead(self.with_context(&object, request, truncate));
+            let truncate = || self.with_context(&object, request, truncate);
             self.heeding_hw_errors(&object, request, truncate)?;
             self.learn_size(&object);
         }
@@ -326,14 +331,14 @@ impl Fs {
     /// # Errors
     /// The errors of fstatfs(2).
     pub fn statistics(&self) -> Result<Statistics> {
-        let (account, ahead) = (self.pool.balance(), self.pages_ahead());
+        let account = self.pool.balance();
         let (most, left) = self.index.inodes()?;
         let free_inodes = left.min(self.places.left()? + self.ready_files());
         let inodes = most.saturating_sub(left) + free_inodes;
         Ok(Statistics {
             page_size: self.pool.page_size().bytes(),
             pages: account.total,
-            free_pages: account.available() + ahead,
+            free_pages: account.free_for_users(),
             inodes,
             free_inodes,
         })

@@ -73,7 +73,7 @@ impl Fs {
                 let made = self.index.finish_making(parent, name, new)?;
                 self.with_contents(made)
             }
-            result => result,
+            result => result.inspect(|made| self.note_new(made, parent, request)),
         }
     }
 

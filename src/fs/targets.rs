@@ -64,12 +64,11 @@ impl Fs {
     pub(super) fn targets_text(&self, pace: &Pace) -> Result<String> {
         let topology = self.placer.topology.get(pace)?;
         let (accounts, page) = (self.pool.balances(), self.pool.page_size().bytes());
-        let ahead = self.pages_ahead(); // there are some only if the machine has one node
         let line = |target: &Target| {
             let is_its = |(node, part): &(_, &Account)| *node == target.node && part.total > 0;
             let (_, account) = accounts.iter().find(is_its)?;
             let share =
-                Share { bytes: account.total * page, free: (account.available() + ahead) * page };
+                Share { bytes: account.total * page, free: account.free_for_users() * page };
             Some(targets::format(target, share) + "\n")
         };
         Ok(topology.targets.iter().filter_map(line).collect())

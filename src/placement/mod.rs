@@ -20,6 +20,7 @@ pub use resolve::Machine;
 pub use words::{Nodes, Placement, Quality, Weights, Wish};
 
 use crate::units::{NumaNode, Page};
+use std::ops::Range;
 
 /// The nodes that a page wants.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -61,6 +62,16 @@ impl Resolved {
             Order::Prefer(nodes) => nodes.clone(),
             Order::Interleave(turns) => turns.iter().map(|(node, _)| *node).collect(),
         }
+    }
+
+    /// True if each page of these runs is on a node that it asks for.
+    pub fn suits(&self, homes: &[(Range<Page>, NumaNode)]) -> bool {
+        homes.iter().all(|(run, node)| match &self.order {
+            Order::Even | Order::Prefer(_) => self.wishes(run.start, *node),
+            Order::Interleave(_) => {
+                (run.start.0..run.end.0).all(|page| self.wishes(Page(page), *node))
+            }
+        })
     }
 
     /// True if `page` is as asked for on `node`.

@@ -11,6 +11,7 @@
 use super::moves::{bytes_of, float_of};
 use super::{PerNode, Pool};
 use crate::error::{Error, Result};
+use crate::placement::Resolved;
 use crate::units::{NumaNode, PageSize};
 use std::collections::BTreeMap;
 use std::iter::Sum;
@@ -27,6 +28,8 @@ pub struct Account {
     pub free: u64,
     /// Pages that are promised.
     pub promised: u64,
+    /// Pages of holdings that no program has asked for: their memory is cleared ahead of use.
+    pub ahead: u64,
     /// Pages of live tokens. With the pages that holdings keep promised ([`Token::keep`]), they
     /// make up `promised`.
     pub(super) in_tokens: u64,
@@ -49,6 +52,16 @@ impl Account {
     /// Free pages that the pool can hand out.
     pub fn available(&self) -> u64 {
         self.free.saturating_sub(self.missing)
+    }
+
+    /// Pages that users can have: those that the pool can hand out, and those ahead.
+    pub fn free_for_users(&self) -> u64 {
+        self.available() + self.ahead
+    }
+
+    /// Pages of holdings that programs have asked for.
+    pub fn used(&self) -> u64 {
+        self.held() - self.ahead
     }
 
     /// Pages that holdings have.
@@ -93,6 +106,12 @@ impl Account {
         self.assert_sound();
     }
 
+    /// Sets the pages ahead that a holding has here, which had `before`.
+    pub(super) fn set_ahead(&mut self, before: u64, now: u64) {
+        assert!(before <= self.ahead, "{before} pages ahead of a holding: {self:?}");
+        self.ahead = self.ahead - before + now;
+    }
+
     /// `pages` promised pages have a token again.
     pub(super) fn promise_again(&mut self, pages: u64) {
         let kept = self.promised - self.in_tokens;
@@ -120,6 +139,7 @@ impl Account {
         let owned = self.free.checked_add(self.promised).expect("pages are counted");
         assert!(owned <= self.total, "more pages than the pool has: {self:?}");
         assert!(self.in_tokens <= self.promised, "a token without pages: {self:?}");
+        assert!(self.ahead <= self.held(), "pages ahead that no holding has: {self:?}");
         assert!(self.missing == 0 || self.short > 0, "pages are missing, and no memory: {self:?}");
     }
 }
@@ -130,6 +150,7 @@ impl Sum for Account {
             total: sum.total + one.total,
             free: sum.free + one.free,
             promised: sum.promised + one.promised,
+            ahead: sum.ahead + one.ahead,
             in_tokens: sum.in_tokens + one.in_tokens,
             short: sum.short + one.short,
             missing: sum.missing + one.missing.min(one.free),
@@ -179,6 +200,13 @@ impl Accounts {
     /// Pages that can be handed out.
     pub(super) fn available(&self) -> Vec<(NumaNode, u64)> {
         self.iter().map(|(node, account)| (node, account.available())).collect()
+    }
+
+    /// True if pages are ahead on a node that `placement` asks for.
+    pub(super) fn has_ahead_for(&self, placement: &Resolved) -> bool {
+        let asked = placement.nodes();
+        let mut ahead = self.iter().filter(|(_, account)| account.ahead > 0);
+        ahead.any(|(node, _)| asked.contains(&node))
     }
 
     /// The size of each node's part, in pages.
@@ -392,6 +420,8 @@ pub struct Held {
     pub bytes: PerNode,
     /// Pages that stay promised because their memory is stuck in a holding.
     pub stuck: PerNode,
+    /// Those of `pages` that no program has asked for.
+    pub ahead: PerNode,
 }
 
 impl Sum for Held {
@@ -400,6 +430,7 @@ impl Sum for Held {
             pages: sum.pages.and(&held.pages),
             bytes: sum.bytes.and(&held.bytes),
             stuck: sum.stuck.and(&held.stuck),
+            ahead: sum.ahead.and(&held.ahead),
         })
     }
 }
@@ -437,7 +468,7 @@ mod tests {
         let held = |node, pages: u64| Held {
             pages: PerNode::on(node, pages),
             bytes: PerNode::on(node, pages * FOLIO_SIZE),
-            stuck: PerNode::default(),
+            ..Held::default()
         };
         let accounts = || {
             let mut accounts = Accounts::new(

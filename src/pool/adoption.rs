@@ -92,7 +92,7 @@ impl Adoption {
         let held = Held {
             pages: PerNode::on(node, pages),
             bytes: PerNode::on(node, bytes),
-            stuck: PerNode::default(),
+            ..Held::default()
         };
         self.add(&held);
         debug_assert_eq!(held.pages.total(), pages, "each page is counted");
@@ -213,7 +213,7 @@ mod tests {
     fn held(pages: [u64; 2]) -> Held {
         let pages = on(pages);
         let bytes = pages.iter().map(|(node, pages)| (node, pages * PAGE)).collect();
-        Held { pages, bytes, stuck: PerNode::default() }
+        Held { pages, bytes, ..Held::default() }
     }
 
     fn free_and_short(accounts: &Accounts) -> Vec<(u64, u64, u64)> {

@@ -69,7 +69,7 @@ use account::Books;
 use moves::bytes_of;
 use page_set::{PageSet, length};
 use shares::Node;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -295,7 +295,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`Error::Full`], or [`Error::NodeFull`] for a strict placement; [`Error::Returning`] where
-    /// the pages of unlinked files would suffice.
+    /// the pages of unlinked files would suffice, or pages ahead would be a better choice.
     pub fn promise_pages(
         &self,
         wanted: &PageSet,
@@ -304,6 +304,9 @@ impl Pool {
         let mut accounts = self.accounts();
         let homes = choose(wanted.runs().cloned(), &accounts.available(), placement);
         let homes = homes.map_err(|Full| self.full(&accounts, wanted.count(), placement))?;
+        if accounts.has_ahead_for(placement) && !placement.suits(&homes) {
+            return Err(Error::Returning);
+        }
         let pages_of = |(run, node): &(Run, NumaNode)| (*node, length(run));
         let pages: PerNode = homes.iter().map(pages_of).collect();
         assert_eq!(pages.total(), wanted.count(), "each page has one home");
@@ -335,14 +338,24 @@ impl Pool {
     }
 
     fn full(&self, accounts: &Accounts, wanted: u64, placement: &Resolved) -> Error {
-        let available = accounts.sum().available();
-        let orphaned = self.orphaned.load(Ordering::Relaxed);
-        match orphaned > 0 && available + orphaned >= wanted {
+        let sum = accounts.sum();
+        let available = sum.available();
+        let returning = self.orphaned.load(Ordering::Relaxed) + sum.ahead;
+        match returning > 0 && available + returning >= wanted {
             true => Error::Returning,
             false if placement.strict && available >= wanted => {
                 strictly_full(accounts, wanted, placement)
             }
             false => Error::Full,
+        }
+    }
+
+    /// A holding has `now` pages ahead, and had `before`.
+    fn set_ahead(&self, before: &PerNode, now: &PerNode) {
+        let mut accounts = self.accounts();
+        let nodes: BTreeSet<_> = before.iter().chain(now.iter()).map(|(node, _)| node).collect();
+        for node in nodes {
+            accounts.of_mut(node).set_ahead(before.of(node), now.of(node));
         }
     }
 
@@ -485,6 +498,13 @@ impl Pool {
         if account.held() != pages {
             wrong
                 .push(format!("files have {pages} pages, and the account says {}", account.held()));
+        }
+        if account.ahead != held.ahead.of(node) {
+            wrong.push(format!(
+                "{} pages are ahead, and the account says {}",
+                held.ahead.of(node),
+                account.ahead
+            ));
         }
         if bytes + short != meant {
             wrong.push(format!("{bytes} bytes are there, and {short} are short, of {meant}"));

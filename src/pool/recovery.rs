@@ -147,6 +147,7 @@ impl Pool {
     pub(super) fn forget_account(&self) {
         for (_, account) in self.accounts().iter_mut() {
             (account.promised, account.free, account.in_tokens) = (account.total, 0, 0);
+            account.ahead = 0;
             account.set_short(0, self.page_size.bytes());
         }
     }

@@ -322,10 +322,10 @@ impl Sealed {
         taken
     }
 
-    /// Takes cleared memory behind the end of file for the folios of `range`, none of which has
-    /// memory. The size stays as it is: [`Sealed::grow_size`] then makes the memory part of the
-    /// file, in the time of one system call. No program may have the file open: the memory comes
-    /// uncleared, and is cleared in place.
+    /// Takes memory behind the end of file for the folios of `range`, none of which has memory. The
+    /// size stays as it is: [`Sealed::grow_size`] then makes the memory part of the file, in the
+    /// time of one system call. The memory comes *uncleared*: no program may have the file open
+    /// before [`tmpfs::clear`] has cleared the memory in place.
     ///
     /// # Errors
     /// [`Error::NoMemory`] or [`Error::Full`]. Everything is as before.
@@ -338,7 +338,6 @@ impl Sealed {
             .set_limit(0)
             .inspect(|()| steps::reached(Step::TakeLimit))
             .and_then(|()| tmpfs::allocate(&self.data, range))
-            .and_then(|()| tmpfs::clear(&self.data, range))
             .inspect(|()| steps::reached(Step::TakeFilled));
         if taken.is_err() {
             self.mark(range, false);

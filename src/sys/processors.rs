@@ -5,7 +5,11 @@
 //! kernel wakes the daemon, and the daemon wakes the program. So threads with long work leave one
 //! processor to the threads that answer at once.
 
-use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use super::topology::Processors;
+use crate::units::NumaNode;
+use rustix::thread::{CpuSet, Pid, sched_getaffinity, sched_setaffinity};
+use rustix::time::{ClockId, clock_gettime};
+use std::time::Duration;
 
 /// Keeps the calling thread, and the threads that it starts, off the last of its allowed
 /// processors, if it is allowed more than one. If the kernel refuses that, the log says so, and
@@ -53,6 +57,66 @@ impl Drop for All {
     }
 }
 
+/// Keeps the calling thread on the processors of `node`, as far as it may use them. The thread
+/// stays where it is if that are none: a node can have memory only.
+pub fn stay_on(node: NumaNode) {
+    let own: Vec<u32> = Processors::read().of(node).collect();
+    let stay = sched_getaffinity(None).and_then(|mut allowed| {
+        let is_far = |number: &usize| !own.contains(&(*number as u32));
+        (0..CpuSet::MAX_CPU).filter(is_far).for_each(|number| allowed.unset(number));
+        if allowed.count() > 0 { sched_setaffinity(None, &allowed) } else { Ok(()) }
+    });
+    if let Err(errno) = stay {
+        log::debug!("a thread works on memory of a far node {node}: {errno}");
+    }
+}
+
+/// The time that the calling thread has had a processor.
+pub fn cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// While this value lives, the calling thread runs only when no other thread wants its processor
+/// (SCHED_IDLE, sched(7)). It must hold no lock that others wait for, or [`hurry`] ends this state.
+#[derive(Debug)]
+pub struct Idle(());
+
+impl Idle {
+    /// `None` where the kernel refuses that.
+    pub fn enter() -> Option<Self> {
+        set_class(None, libc::SCHED_IDLE).then_some(Self(()))
+    }
+
+    /// True if a thread can leave the state again. It needs CAP_SYS_NICE or RLIMIT_NICE for that.
+    pub fn is_possible() -> bool {
+        let try_it = || Self::enter().is_some_and(|_idle| set_class(None, libc::SCHED_OTHER));
+        std::thread::spawn(try_it).join().unwrap_or(false)
+    }
+}
+
+impl Drop for Idle {
+    fn drop(&mut self) {
+        set_class(None, libc::SCHED_OTHER); // it was possible before
+    }
+}
+
+/// A thread of this process runs as others do from now on.
+pub fn hurry(thread: Pid) {
+    set_class(Some(thread), libc::SCHED_OTHER); // refused if the thread has ended
+}
+
+/// Sets the scheduling class of a thread, or of the calling one. Returns true if the kernel does
+/// it.
+fn set_class(thread: Option<Pid>, class: libc::c_int) -> bool {
+    let thread = thread.map_or(0, |thread| thread.as_raw_nonzero().get());
+    let priority = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the structure is as large as the kernel reads it, and outlives the call.
+    #[allow(unsafe_code)]
+    let result = unsafe { libc::sched_setscheduler(thread, class, &raw const priority) };
+    result == 0
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -67,6 +131,43 @@ mod tests {
     fn the_last_of_several_processors_is_left() {
         assert_eq!(but_the_last(set(&[1, 4, 70])), Some(set(&[1, 4])));
         assert_eq!(but_the_last(set(&[3])), None, "the only one");
+    }
+
+    #[test]
+    fn a_thread_stays_on_the_processors_of_its_node() {
+        let beside = || {
+            let before = sched_getaffinity(None).unwrap();
+            stay_on(NumaNode(1023));
+            assert_eq!(sched_getaffinity(None), Ok(before), "no such node");
+            stay_on(NumaNode(0));
+            let own: Vec<u32> = Processors::read().of(NumaNode(0)).collect();
+            let allowed = sched_getaffinity(None).unwrap();
+            let mut numbers = (0..CpuSet::MAX_CPU).filter(|number| allowed.is_set(*number));
+            assert!(numbers.all(|number| own.contains(&(number as u32))));
+        };
+        std::thread::spawn(beside).join().unwrap();
+    }
+
+    #[test]
+    fn a_thread_is_idle_until_it_has_done_or_is_told_to_hurry() {
+        let class = || {
+            // SAFETY: the call has no argument but a number.
+            #[allow(unsafe_code)]
+            unsafe {
+                libc::sched_getscheduler(0)
+            }
+        };
+        assert!(Idle::is_possible(), "root may do that");
+        let beside = move || {
+            let idle = Idle::enter().unwrap();
+            assert_eq!(class(), libc::SCHED_IDLE);
+            hurry(rustix::thread::gettid());
+            assert_eq!(class(), libc::SCHED_OTHER);
+            drop(idle);
+            drop(Idle::enter().unwrap());
+            assert_eq!(class(), libc::SCHED_OTHER);
+        };
+        std::thread::spawn(beside).join().unwrap();
     }
 
     #[test]

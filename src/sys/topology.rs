@@ -17,6 +17,12 @@ impl Processors {
         Self(online.into_iter().map(row).collect())
     }
 
+    /// The processors of `node`, ascending.
+    pub fn of(&self, node: NumaNode) -> impl Iterator<Item = u32> {
+        let own = self.0.iter().filter(move |(of, _)| *of == node);
+        own.flat_map(|(_, ranges)| ranges.iter().cloned().flatten())
+    }
+
     /// The node of a processor. `None` for a processor that was not online.
     pub fn node_of(&self, processor: u32) -> Option<NumaNode> {
         let has = |ranges: &[RangeInclusive<u32>]| ranges.iter().any(|r| r.contains(&processor));

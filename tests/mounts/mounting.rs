@@ -63,6 +63,8 @@ fn each_wrong_option_is_refused_with_the_right_form() {
         ("size=16M,pagesize=2M,uid=x", "option uid: \"x\" is not a numeric"),
         ("size=16M,pagesize=2M,gid=-1", "option gid: \"-1\" is not a numeric"),
         ("size=16M,pagesize=2M,collapse=maybe", "option collapse: \"maybe\" is neither on nor off"),
+        ("size=16M,pagesize=2M,cpu=0", "option cpu: \"0\" is not from 1% to 100%"),
+        ("size=16M,pagesize=2M,cpu=101%", "option cpu: \"101%\" is not from 1% to 100%"),
         (
             "size=16M,pagesize=2M,frobnicate",
             "unknown option \"frobnicate\"; there are size, nodes, pagesize",

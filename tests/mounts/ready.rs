@@ -63,6 +63,39 @@ fn a_new_file_gets_its_size_while_no_memory_can_move() {
     pool.unmount();
 }
 
+/// Waits until nothing more is to be cleared.
+fn wait_until_cleared(pool: &Pool) {
+    limits::until(limits::ANSWER, "all to be cleared", || pool.counter("clearing") == 0);
+}
+
+/// The latest file of each directory says what the next one gets.
+#[test]
+fn each_directory_has_files_of_its_own_sizes_ready() {
+    const SIZES: [(&str, u64); 2] = [("large/file", 10), ("small/file", 3)];
+    let pool = pool();
+    let size_all = || {
+        for (name, pages) in SIZES {
+            create(&pool, name).set_len(pages * FOLIO).unwrap();
+        }
+    };
+    let remove_all =
+        || SIZES.iter().for_each(|(name, _)| fs::remove_file(pool.join(name)).unwrap());
+    fs::create_dir(pool.join("large")).unwrap();
+    fs::create_dir(pool.join("small")).unwrap();
+    size_all();
+    remove_all();
+    pool.wait_for_free_pages(PAGES);
+    wait_until_cleared(&pool);
+    let held = Held::at(&pool, "move out: the reserve has given a piece");
+    size_all();
+    drop(held);
+    let pages = pool.counter("pages_used");
+    assert_eq!(pages, 13, "each file got a ready one that has its size, and no more");
+    pool.check();
+    remove_all();
+    pool.unmount();
+}
+
 #[test]
 fn pages_that_are_ready_are_free_for_every_file() {
     let pool = pool();

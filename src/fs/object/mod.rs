@@ -45,6 +45,7 @@ use crate::placement::Resolved;
 use crate::pool::{Adoption, Change, Holding, PIECE, Pool, Progress, Run};
 use crate::sealed::{Notes, Sealed};
 use crate::sys::mapping::View;
+use crate::sys::tmpfs;
 use crate::units::{Folio, InodeId, NumaNode, Range, STAT_BLOCK};
 use parking_lot::{Mutex as FairMutex, MutexGuard as FairGuard, RwLock, RwLockReadGuard};
 use std::fs::File;
@@ -294,13 +295,28 @@ impl Object {
         self.holding.into_inner()
     }
 
-    /// Moves a piece of cleared memory behind the end of a file that no program has opened.
+    /// Takes a piece of memory behind the end of a file that no program has opened, and calls
+    /// `clear` with it. Returns false if all of the memory is there. Only other changes of the file
+    /// wait for `clear`.
     ///
     /// # Errors
-    /// Those of [`Holding::fill_ahead`].
-    pub fn fill_ahead(&self, pool: &Pool) -> Result<Progress> {
+    /// Those of [`Holding::take_ahead`] and of `clear`.
+    pub fn fill_ahead(&self, pool: &Pool, clear: impl FnOnce(Range) -> Result<()>) -> Result<bool> {
         let _one_at_a_time = self.changing.lock();
-        self.write_lock().fill_ahead(pool)
+        let piece = self.write_lock().take_ahead(pool)?;
+        match piece {
+            Some(piece) => clear(piece)?,
+            None => self.write_lock().end_ahead(),
+        }
+        Ok(piece.is_some())
+    }
+
+    /// Clears memory behind the end of a file that no program has opened.
+    ///
+    /// # Errors
+    /// Those of fallocate(2).
+    pub fn clear_behind_end(&self, range: Range) -> Result<()> {
+        tmpfs::clear(&self.data, range)
     }
 
     /// Gives the pages back that no program has asked for.

@@ -2,7 +2,8 @@
 //! once.
 //!
 //! ```text
-//!   own_ahead, fill_ahead      no program has the file open; the pages are the file's
+//!   own_ahead, take_ahead,     no program has the file open; the pages are the file's
+//!   tmpfs::clear, end_ahead
 //!        |
 //!        v   begin_growth      the end of file moves over the memory; no memory moves
 //!   +----------------+--------------------+
@@ -15,61 +16,92 @@
 //! ```
 //!
 //! The pages ahead are the file's, though no program has asked for them. So the account and the
-//! invariants are those of any file. A note with the file ([`AHEAD`]) says that it has such pages.
-//! The note comes before the pages, and goes after them.
+//! invariants are those of any file, and the account says how many of its pages are ahead. A note
+//! with the file ([`AHEAD`]) says that it has such pages. The note comes before the pages, and goes
+//! after them.
+//!
+//! A growth uses the memory only if this worker has cleared it, if it lies on the NUMA nodes that
+//! the growth asks for, and if the kernel has met no memory error since it was taken. Else the
+//! memory goes back first.
 
-use super::{Holding, Progress};
+use super::Holding;
 use crate::error::Result;
 use crate::placement::Resolved;
-use crate::pool::Pool;
-use crate::pool::page_set::PageSet;
+use crate::pool::page_set::{PageSet, Run};
 use crate::pool::plan::Plan;
+use crate::pool::{PerNode, Pool};
 use crate::sealed::Sealed;
-use crate::units::{FOLIO_SIZE, Page, Range};
+use crate::sys::memory_failures;
+use crate::units::{FOLIO_SIZE, NumaNode, Page, Range};
 
 /// The name of the note. Its content says nothing.
 const AHEAD: &str = "ahead";
 
-/// The most memory that is cleared at once: other moves wait for it.
+/// The most memory that is taken and cleared at once: who recalls it waits for that.
 const MOST: u64 = 4 << 20;
 
+/// The pages ahead of a file, and the state of their memory.
+#[derive(Debug, Default)]
+pub(super) struct Ahead {
+    /// The pages, by home, as the account has them.
+    pub(super) pages: PerNode,
+    /// The kernel's count of memory errors before the memory was taken.
+    failures: Option<u64>,
+    /// This worker has cleared all of the memory.
+    is_clear: bool,
+}
+
 impl Holding {
-    /// Gives an empty file that no program has opened `pages` pages, without memory.
+    /// Gives an empty file that no program has opened `pages` pages, without memory, on the nodes
+    /// that `placement` asks for. Returns the home of each page.
     ///
     /// # Errors
-    /// [`Error::Full`](crate::error::Error::Full); the errors of setxattr(2). Nothing has changed,
-    /// but for the note.
-    pub fn own_ahead(&mut self, pool: &Pool, pages: u64) -> Result<()> {
+    /// Those of [`Pool::promise_pages`], and of setxattr(2). Nothing has changed, but for the note.
+    pub fn own_ahead(
+        &mut self,
+        pool: &Pool,
+        pages: u64,
+        placement: &Resolved,
+    ) -> Result<Vec<(Run, NumaNode)>> {
         assert!(self.size() == 0 && self.span().is_empty(), "the file is new");
         let wanted = PageSet::from_iter([Page(0)..Page(pages)]);
-        let (mut token, homes) = pool.promise_pages(&wanted, &Resolved::default())?;
+        let (mut token, homes) = pool.promise_pages(&wanted, placement)?;
         self.sealed.notes().keep(AHEAD, AHEAD.as_bytes())?;
-        self.has_ahead = true;
+        self.ahead = Some(Ahead { failures: memory_failures(), ..Ahead::default() });
         self.sealed.update(|header| header.owned_pages = pages)?;
-        homes.into_iter().for_each(|(run, node)| self.homes.insert(run, node));
+        homes.iter().cloned().for_each(|(run, node)| self.homes.insert(run, node));
         let all = token.pages().clone();
         token.hand_over(&all);
         self.own(&all);
+        self.count_ahead(pool);
         self.assert_sound();
-        Ok(())
+        Ok(homes)
     }
 
-    /// Moves a piece of memory behind the end of file, for the pages of [`Holding::own_ahead`].
-    /// Done when all of them have memory, or when the pages have been given back.
+    /// Takes a piece of memory behind the end of file, for the pages of [`Holding::own_ahead`].
+    /// The caller clears it before it takes the next one. Returns the piece, or `None` if all pages
+    /// have memory or have been given back.
     ///
     /// # Errors
     /// Those of [`Pool::move_piece_out`].
-    pub fn fill_ahead(&mut self, pool: &Pool) -> Result<Progress> {
+    pub fn take_ahead(&mut self, pool: &Pool) -> Result<Option<Range>> {
         let end = self.page_size.bytes_of(&self.span()).end;
         let lacking = Range::new(self.ahead().end, end.max(self.ahead().end));
-        let Some(transfer) = Plan::new([lacking]).next(&self.homes).filter(|_| self.has_ahead)
-        else {
-            return Ok(Progress::Done);
+        let is_wanted = self.ahead.is_some();
+        let Some(transfer) = Plan::new([lacking]).next(&self.homes).filter(|_| is_wanted) else {
+            return Ok(None);
         };
         let before = self.sealed.folio_count();
         let moved = pool.move_piece_out(&mut self.sealed, transfer, MOST, Sealed::take_ahead);
         self.count_memory(transfer.node, before);
-        moved.map(|_| Progress::More)
+        moved.map(|bytes| Some(Range::at(transfer.range.start, bytes)))
+    }
+
+    /// The memory of all pages ahead is there, and the caller has cleared it.
+    pub fn end_ahead(&mut self) {
+        if let Some(ahead) = &mut self.ahead {
+            ahead.is_clear = true;
+        }
     }
 
     /// The memory behind the folio with the end of file. Empty where there is none.
@@ -77,10 +109,33 @@ impl Holding {
         Range::new(self.memory_end(), self.sealed.memory_span().max(self.memory_end()))
     }
 
+    /// True if a growth by `placement` may use the memory ahead, or there is none.
+    pub(super) fn is_ahead_fit_for(&self, placement: &Resolved) -> bool {
+        let Some(ahead) = &self.ahead else { return true };
+        ahead.is_clear
+            && self.size().is_multiple_of(FOLIO_SIZE) // else a folio is to be zeroed, which can fail
+            && placement.suits(&self.homes.within(self.behind_end()).collect::<Vec<_>>())
+            && ahead.failures == memory_failures()
+    }
+
+    /// The pages behind the end of file.
+    fn behind_end(&self) -> Run {
+        let end = Page(self.page_size.pages_up(self.size()));
+        end..self.span().end.max(end)
+    }
+
+    /// Tells the account how many pages are ahead.
+    pub(super) fn count_ahead(&mut self, pool: &Pool) {
+        let pages = self.homes.count(self.released.gaps_within(self.behind_end()));
+        if let Some(ahead) = &mut self.ahead {
+            pool.set_ahead(&ahead.pages, &pages);
+            ahead.pages = pages;
+        }
+    }
+
     /// Pages behind the end of file that no program has asked for.
     pub fn pages_ahead(&self) -> u64 {
-        let end = self.page_size.pages_up(self.size());
-        if self.has_ahead { self.span().end.0.saturating_sub(end) } else { 0 }
+        self.ahead.as_ref().map_or(0, |ahead| ahead.pages.total())
     }
 
     /// Bytes of [`Holding::pages_ahead`].
@@ -100,7 +155,7 @@ impl Holding {
     /// # Errors
     /// [`Error::NoMemory`](crate::error::Error::NoMemory) where nothing is left to put at stake.
     pub fn return_ahead(&mut self, pool: &Pool) -> Result<()> {
-        if !self.has_ahead {
+        if self.ahead.is_none() {
             return Ok(());
         }
         let size = self.size();
@@ -110,10 +165,11 @@ impl Holding {
 
     /// No page is ahead any more. A note that stays says so of no page.
     pub(super) fn forget_ahead(&mut self) {
-        if std::mem::take(&mut self.has_ahead)
-            && let Err(error) = self.sealed.notes().discard(AHEAD)
-        {
-            log::debug!("a file stays noted as one with pages ahead: {error}");
+        if let Some(ahead) = self.ahead.take() {
+            debug_assert_eq!(ahead.pages, PerNode::default(), "no page is ahead");
+            if let Err(error) = self.sealed.notes().discard(AHEAD) {
+                log::debug!("a file stays noted as one with pages ahead: {error}");
+            }
         }
     }
 
@@ -124,9 +180,10 @@ impl Holding {
         }
     }
 
-    /// Finds out if another process has left pages ahead.
+    /// Finds out if another process has left pages ahead. [`Holding::count_ahead`] counts them when
+    /// the file is settled.
     pub(super) fn recall_ahead(&mut self) -> Result<()> {
-        self.has_ahead = self.sealed.notes().kept(AHEAD)?.is_some();
+        self.ahead = self.sealed.notes().kept(AHEAD)?.map(|_| Ahead::default());
         Ok(())
     }
 }

@@ -122,6 +122,7 @@ impl<'pool> Growth<'pool> {
         self.token_mut().hand_over(&rest);
         holding.own(&rest);
         debug_assert_eq!(self.token().pages().total(), 0, "each page is the file's");
+        holding.count_ahead(self.token().pool);
         holding.forget_used_ahead();
         Ok(Progress::Done)
     }

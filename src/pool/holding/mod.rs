@@ -81,6 +81,7 @@ use crate::placement::Resolved;
 use crate::sealed::{Hole, Reach, Sealed};
 use crate::steps::{self, Step};
 use crate::units::{FOLIO_SIZE, Folio, Page, PageSize, Range, Subpage};
+use ahead::Ahead;
 use growth::Growth;
 use release::Release;
 pub use relocation::Displaced;
@@ -122,8 +123,8 @@ pub struct Holding {
     memory: PerNode,
     /// A page that is on its way to another home.
     half_moved: Option<HalfMoved>,
-    /// The file has pages behind its end that no program has asked for ([`ahead`]).
-    has_ahead: bool,
+    /// The pages behind the end of file that no program has asked for.
+    ahead: Option<Ahead>,
     /// Pages that the last relocation left at their homes, as their memory is pinned. Users ask
     /// for this.
     pinned: PageSet,
@@ -214,7 +215,7 @@ impl Holding {
             owned: PerNode::default(),
             memory: PerNode::default(),
             half_moved: None,
-            has_ahead: false,
+            ahead: None,
             pinned: PageSet::default(),
         }
     }
@@ -313,9 +314,11 @@ impl Holding {
         range.end <= self.size() && self.released_in(range).next().is_none()
     }
 
-    /// True if a growth or an allocation up to `end` may take pages of the pool.
+    /// True if a growth or an allocation up to `end` may take pages of the pool, or pages ahead.
     pub fn may_take_pages(&self, end: u64) -> bool {
-        self.has_released() || self.span().end < Page(self.page_size.pages_up(end))
+        self.has_released()
+            || self.span().end < Page(self.page_size.pages_up(end))
+            || (self.ahead.is_some() && end > self.size())
     }
 
     /// True if a write of `range` lengthens the file within the memory that it has, so that no
@@ -325,7 +328,7 @@ impl Holding {
         self.is_settled()
             && range.end > size
             && range.end <= self.memory_end()
-            && !self.has_ahead
+            && self.ahead.is_none()
             && self.sealed.has_memory(folio)
             && self.sealed.holes().is_empty()
             && self
@@ -347,6 +350,7 @@ impl Holding {
             pages: self.owned.clone(),
             bytes: self.memory.clone(),
             stuck: self.unsettled.clone().unwrap_or_default(),
+            ahead: self.ahead.as_ref().map(|ahead| ahead.pages.clone()).unwrap_or_default(),
         }
     }
 
@@ -385,8 +389,8 @@ impl Holding {
         placement: &Resolved,
     ) -> Result<Change<'pool>> {
         self.ready(pool)?;
-        if !self.size().is_multiple_of(FOLIO_SIZE) {
-            self.return_ahead(pool)?; // the folio with the end is to be zeroed, which can fail
+        if !self.is_ahead_fit_for(placement) {
+            self.return_ahead(pool)?;
         }
         let before = self.size();
         let size = size.max(before);

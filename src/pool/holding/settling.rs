@@ -94,6 +94,7 @@ impl<'pool> Settling<'pool> {
         holding.sealed.update(|header| header.undo_size = None)?;
         holding.end_unsettled(self.pool); // the memory of these pages has gone back
         holding.forget_other_homes();
+        holding.count_ahead(self.pool);
         debug_assert!(holding.half_moved.is_none(), "no page is on its way");
         debug_assert!(holding.unsettled.is_none(), "no memory is stuck");
         Ok(Progress::Done)

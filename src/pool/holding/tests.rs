@@ -497,10 +497,12 @@ fn the_check_names_memory_that_moved_without_its_page() {
 /// An empty file with the memory of five pages behind its end.
 fn five_ahead(pool: &Pool) -> Holding {
     let mut holding = Holding::create(SIZE).expect("root makes superblocks");
-    holding.own_ahead(pool, 5).unwrap();
-    while holding.fill_ahead(pool).unwrap() == Progress::More {
+    holding.own_ahead(pool, 5, &Resolved::default()).unwrap();
+    while let Some(piece) = holding.take_ahead(pool).unwrap() {
+        tmpfs::clear(holding.sealed.data(), piece).unwrap();
         assert_sound(pool, &holding);
     }
+    holding.end_ahead();
     assert_eq!((holding.size(), holding.pages_ahead()), (0, 5));
     assert_eq!(holding.held().bytes.total(), 5 * FOLIO_SIZE);
     assert_settled(pool, &holding);

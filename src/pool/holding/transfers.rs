@@ -88,6 +88,7 @@ impl Holding {
         }
         steps::reached(Step::ShrinkDone);
         self.homes.remove(end..Page(u64::MAX));
+        self.count_ahead(pool);
         self.disown(&given_up);
         pool.release(&given_up);
         debug_assert!(self.span().end <= end, "no page behind the end is the file's");

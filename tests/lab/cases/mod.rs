@@ -17,6 +17,7 @@ mod parts;
 mod placement;
 mod policies;
 mod pools;
+mod ready;
 mod targets;
 
 /// The properties of a machine besides its two processors.
@@ -44,6 +45,8 @@ impl Machine {
     pub const DISTANT_NODES: Self = Self { memory: 768, nodes: 3, ..Self::SMALL };
     /// Each node has memory for a page of 1 GiB, and for the same size of others.
     pub const TWO_LARGE_NODES: Self = Self { memory: 4096, programs: true, ..Self::TWO_NODES };
+    /// The kernel does not clear memory when it is taken; Debian's does, if it is not told so.
+    pub const UNCLEARED: Self = Self { command_line: "init_on_alloc=0", ..Self::SMALL };
     /// Its cases run in the initramfs: process 1 stays there.
     pub const INITRAMFS: Self = Self { command_line: IN_THE_INITRAMFS, ..Self::SMALL };
     /// With a page of 1 GiB for hugetlbfs, and memory for one of ours.
@@ -94,6 +97,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
     let by_kernel = [
         kernel::CASES,
         pools::CASES,
+        ready::CASES,
         parts::CASES,
         homes::CASES,
         nodes::CASES,

@@ -27,7 +27,7 @@ cases! {
 }
 
 /// Mounts a pool by programs that were built for tests: a worker dies where it is told to.
-fn with_kill_points(options: &str) -> Pool {
+pub fn with_kill_points(options: &str) -> Pool {
     let mut mount = Command::new("/lib/killable/hugetlb2");
     mount.arg0("mount.hugetlb2");
     Pool::mount_by(mount, options)

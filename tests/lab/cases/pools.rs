@@ -3,47 +3,15 @@
 use super::cases;
 use crate::support::place::Place;
 use crate::support::{
-    COLLAPSE, FOLIO, GIB, MAP, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, limits, poison, set,
+    COLLAPSE, FOLIO, GIB, MAP, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, poison, set,
 };
 use std::os::unix::fs::FileExt;
 
 cases! {
-    SMALL: a_pool_mounts_and_serves, a_quarantine_takes_one_subpage_and_repair_returns_it,
-        ready_memory_shows_no_foreign_bytes;
+    SMALL: a_pool_mounts_and_serves, a_quarantine_takes_one_subpage_and_repair_returns_it;
     TWO_NODES: a_pool_takes_evenly_from_two_nodes_and_files_give_back;
     GIGANTIC: a_pool_of_one_gigantic_page_serves;
     INITRAMFS: an_initramfs_is_named_as_what_cannot_be_left;
-}
-
-/// The attacker maps what may lie behind the end of his file before the file has a size.
-fn ready_memory_shows_no_foreign_bytes() {
-    const MADV_COLLAPSE: u32 = 25;
-    const READY: u64 = 4;
-    let pool = Pool::mount(&format!("pagesize=2M,size={},clear=ahead", 4 * READY * FOLIO));
-    let path = pool.join("file");
-    for round in 0..4 {
-        std::fs::write(pool.join("dirt"), vec![0xab; (2 * READY * FOLIO) as usize]).unwrap();
-        std::fs::remove_file(pool.join("dirt")).unwrap();
-        let is_ready = || pool.counter("pages_ready") >= READY;
-        limits::until(limits::ANSWER, "memory that is ready", is_ready);
-        let file = std::fs::File::create_new(&path).unwrap();
-        let mut attacker = Toucher::mapping(&path, READY * FOLIO);
-        let attack = |attacker: &mut Toucher| {
-            for at in (0..READY).map(|folio| folio * FOLIO) {
-                attacker.ask(&format!("advise {at} {FOLIO} {MADV_COLLAPSE}"));
-            }
-        };
-        attack(&mut attacker);
-        file.set_len(READY * FOLIO).unwrap();
-        attack(&mut attacker);
-        let foreign = attacker.count(&format!("differ 0 {} 0", READY * FOLIO));
-        assert_eq!(foreign, 0, "round {round}");
-        drop((attacker, file));
-        std::fs::remove_file(&path).unwrap();
-        pool.wait_for_free_pages(4 * READY);
-        pool.check();
-    }
-    pool.unmount();
 }
 
 fn a_pool_mounts_and_serves() {
