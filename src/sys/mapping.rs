@@ -6,6 +6,7 @@
 //! through system calls alone, where a memory error is an errno and not a signal.
 
 use super::policy::{self, Policy, RangePolicy, Told};
+use super::processors::{at_once, threads_for};
 use super::shortage::{patiently, with_effort};
 use super::{meaning, sigbus};
 use crate::error::{Error, Result};
@@ -59,7 +60,8 @@ impl Window {
     }
 
     /// Faults `range` in for writing (MADV_POPULATE_WRITE, Linux 5.14), so that the range has
-    /// memory. The kernel clears the memory before any program can see it.
+    /// memory. The kernel clears the memory before any program can see it. Several processors clear
+    /// a large range.
     ///
     /// The machine's free memory may be in pieces smaller than 2 MiB. A fault waits for 2 MiB, and
     /// does not take small pages at once, only in a mapping with MADV_HUGEPAGE
@@ -71,9 +73,20 @@ impl Window {
     /// before `range` does.
     #[track_caller]
     pub fn populate_write(&self, range: Range) -> Result<()> {
-        let (start, length) = self.position(range);
+        self.populate_by(range, threads_for(range.len()))
+    }
+
+    /// As [`Window::populate_write`], by so many threads.
+    #[track_caller]
+    fn populate_by(&self, range: Range, threads: u64) -> Result<()> {
         attempt(Want::Room).map_err(meaning)?;
         self.map.advise(Advice::HugePage)?;
+        let part = range.len().div_ceil(threads).next_multiple_of(FOLIO_SIZE);
+        at_once(range.steps(part), |part| self.populate_part(part))
+    }
+
+    fn populate_part(&self, part: Range) -> Result<()> {
+        let (start, length) = self.position(part);
         patiently(|| self.map.advise_range(Advice::PopulateWrite, start, length)).map_err(|error| {
             match Errno::from_io_error(&error) {
                 Some(Errno::FAULT) => Error::Full,
@@ -445,4 +458,36 @@ fn scan_huge(
         return Err(std::io::Error::last_os_error().into());
     }
     Ok((count as usize, argument.walk_end.max(start + 1)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::{calls, tmpfs};
+    use crate::units::SUBPAGE_SIZE;
+    use rustix::fs::{Mode, OFlags};
+
+    #[test]
+    fn several_threads_fill_a_range_or_say_that_it_does_not_fit() {
+        const SIZE: u64 = 16 * FOLIO_SIZE;
+        for (blocks, threads) in [(SIZE, 1), (SIZE, 3), (SIZE, 16), (SIZE - FOLIO_SIZE, 3)] {
+            let options = tmpfs::Options {
+                blocks: Some(blocks / SUBPAGE_SIZE),
+                huge: true,
+                ..Default::default()
+            };
+            let mount = tmpfs::create(&options).expect("root makes superblocks");
+            let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC;
+            let file = calls::openat(&mount, c"file", flags, Mode::from_raw_mode(0o600)).unwrap();
+            let file = File::from(file);
+            tmpfs::set_size(&file, SIZE).unwrap();
+            let all = Range::new(0, SIZE);
+            let filled = Window::new(&file, all).unwrap().populate_by(all, threads);
+            let resident = tmpfs::resident(&file, all).unwrap() * SUBPAGE_SIZE;
+            match blocks {
+                SIZE => assert!(filled.is_ok() && resident == SIZE, "{threads}: {filled:?}"),
+                _ => assert!(matches!(filled, Err(Error::Full)), "{filled:?}, {resident} bytes"),
+            }
+        }
+    }
 }

@@ -6,9 +6,11 @@
 //! processor to the threads that answer at once.
 
 use super::topology::Processors;
+use crate::error::Result;
 use crate::units::NumaNode;
 use rustix::thread::{CpuSet, Pid, sched_getaffinity, sched_setaffinity};
 use rustix::time::{ClockId, clock_gettime};
+use std::thread::ScopedJoinHandle;
 use std::time::Duration;
 
 /// Keeps the calling thread, and the threads that it starts, off the last of its allowed
@@ -24,6 +26,45 @@ pub fn leave_one() {
             "this thread runs on all processors, and may delay who is answered at once: {errno}"
         );
     }
+}
+
+/// The number of threads that fill `bytes` of memory at once: one for each processor that the
+/// calling thread may use, as far as each has enough to do.
+pub fn threads_for(bytes: u64) -> u64 {
+    let allowed = sched_getaffinity(None).map_or(1, |allowed| allowed.count());
+    threads_within(bytes, u64::from(allowed))
+}
+
+fn threads_within(bytes: u64, allowed: u64) -> u64 {
+    const LEAST: u64 = 8 << 20; // cleared in half a millisecond; a thread starts in a tenth of that
+    (bytes / LEAST).clamp(1, allowed.max(1))
+}
+
+/// Runs `work` on each of `parts` at the same time: the first one on the calling thread, and the
+/// others on threads that inherit its processors and its memory policy (fork(2)). Where no thread
+/// can be started, the calling thread does that part, too.
+///
+/// # Errors
+/// The first error of `work`, after all parts have ended.
+pub fn at_once<T: Copy + Send + Sync>(
+    parts: impl IntoIterator<Item = T>,
+    work: impl Fn(T) -> Result<()> + Sync,
+) -> Result<()> {
+    let mut parts = parts.into_iter();
+    let (first, work) = (parts.next(), &work);
+    std::thread::scope(|scope| {
+        let start = |part| {
+            let builder = std::thread::Builder::new().name("filler".into());
+            builder.spawn_scoped(scope, move || work(part)).map_err(|_| part)
+        };
+        let started: Vec<_> = parts.map(start).collect();
+        let own = first.map_or(Ok(()), work);
+        let end = |begun: std::result::Result<ScopedJoinHandle<'_, Result<()>>, T>| match begun {
+            Ok(thread) => thread.join().expect("a thread that panics ends the process"),
+            Err(part) => work(part),
+        };
+        started.into_iter().map(end).fold(own, Result::and)
+    })
 }
 
 /// All processors of `allowed` except the last. `None` where no processor would be left.
@@ -131,6 +172,29 @@ mod tests {
     fn the_last_of_several_processors_is_left() {
         assert_eq!(but_the_last(set(&[1, 4, 70])), Some(set(&[1, 4])));
         assert_eq!(but_the_last(set(&[3])), None, "the only one");
+    }
+
+    #[test]
+    fn each_thread_has_enough_to_do_and_a_processor() {
+        let rows = [(0, 16, 1), (15, 16, 1), (16, 16, 2), (64, 16, 8), (64, 3, 3), (64, 0, 1)];
+        for (mebibytes, allowed, threads) in rows {
+            assert_eq!(threads_within(mebibytes << 20, allowed), threads, "{mebibytes} {allowed}");
+        }
+    }
+
+    #[test]
+    fn each_part_is_worked_on_once_and_an_error_is_told() {
+        let done = std::sync::Mutex::new(Vec::new());
+        let work = |part: u32| {
+            done.lock().unwrap().push(part);
+            if part == 3 { Err(crate::error::Error::Full) } else { Ok(()) }
+        };
+        assert!(at_once([1, 2], work).is_ok());
+        assert!(matches!(at_once([4, 3, 5], work), Err(crate::error::Error::Full)));
+        assert!(at_once([], work).is_ok());
+        let mut done = done.into_inner().unwrap();
+        done.sort_unstable();
+        assert_eq!(done, [1, 2, 3, 4, 5]);
     }
 
     #[test]
