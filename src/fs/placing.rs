@@ -188,6 +188,7 @@ impl Fs {
         let pace = Pace::of(request);
         pace.refuse_if(|| Ok(true))?;
         let placement = self.placer.resolve(placement, request);
+        self.recall_ready(); // the nodes have room for what is in use before what may be
         object.refuse_relocation(&placement, &self.pool, &pace)?;
         Ok(Some((object, placement)))
     }

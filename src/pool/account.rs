@@ -13,7 +13,7 @@ use super::{PerNode, Pool};
 use crate::error::{Error, Result};
 use crate::placement::Resolved;
 use crate::units::{NumaNode, PageSize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::iter::Sum;
 use std::ops::{Deref, DerefMut};
 use std::sync::MutexGuard;
@@ -61,7 +61,7 @@ impl Account {
 
     /// Pages of holdings that programs have asked for.
     pub fn used(&self) -> u64 {
-        self.held() - self.ahead
+        self.held().saturating_sub(self.ahead) // some may still be promised
     }
 
     /// Pages that holdings have.
@@ -139,7 +139,7 @@ impl Account {
         let owned = self.free.checked_add(self.promised).expect("pages are counted");
         assert!(owned <= self.total, "more pages than the pool has: {self:?}");
         assert!(self.in_tokens <= self.promised, "a token without pages: {self:?}");
-        assert!(self.ahead <= self.held(), "pages ahead that no holding has: {self:?}");
+        assert!(self.ahead <= self.total - self.free, "pages ahead that are free: {self:?}");
         assert!(self.missing == 0 || self.short > 0, "pages are missing, and no memory: {self:?}");
     }
 }
@@ -200,6 +200,14 @@ impl Accounts {
     /// Pages that can be handed out.
     pub(super) fn available(&self) -> Vec<(NumaNode, u64)> {
         self.iter().map(|(node, account)| (node, account.available())).collect()
+    }
+
+    /// A holding, or its token, has `now` pages ahead, and had `before`.
+    pub(super) fn set_ahead(&mut self, before: &PerNode, now: &PerNode) {
+        let nodes: BTreeSet<_> = before.iter().chain(now.iter()).map(|(node, _)| node).collect();
+        for node in nodes {
+            self.of_mut(node).set_ahead(before.of(node), now.of(node));
+        }
     }
 
     /// True if pages are ahead on a node that `placement` asks for.

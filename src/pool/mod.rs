@@ -69,7 +69,7 @@ use account::Books;
 use moves::bytes_of;
 use page_set::{PageSet, length};
 use shares::Node;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -302,11 +302,46 @@ impl Pool {
         placement: &Resolved,
     ) -> Result<(Token<'_>, Vec<(Run, NumaNode)>)> {
         let mut accounts = self.accounts();
-        let homes = choose(wanted.runs().cloned(), &accounts.available(), placement);
-        let homes = homes.map_err(|Full| self.full(&accounts, wanted.count(), placement))?;
-        if accounts.has_ahead_for(placement) && !placement.suits(&homes) {
+        let available = accounts.available();
+        let is_ahead_better = accounts.has_ahead_for(placement)
+            && choose(wanted.runs().cloned(), &available, placement)
+                .is_ok_and(|homes| !placement.suits(&homes));
+        if is_ahead_better {
             return Err(Error::Returning);
         }
+        self.promise_from(&mut accounts, wanted, placement)
+    }
+
+    /// As [`Pool::promise_pages`], out of the pages that are free now.
+    fn promise_free_pages(
+        &self,
+        wanted: &PageSet,
+        placement: &Resolved,
+    ) -> Result<(Token<'_>, Vec<(Run, NumaNode)>)> {
+        self.promise_from(&mut self.accounts(), wanted, placement)
+    }
+
+    /// As [`Pool::promise_pages`], for pages that will be ahead. The account says so at once: no
+    /// other thread finds these pages neither free nor ahead.
+    fn promise_ahead(
+        &self,
+        wanted: &PageSet,
+        placement: &Resolved,
+    ) -> Result<(Token<'_>, Vec<(Run, NumaNode)>)> {
+        let mut accounts = self.accounts();
+        let promised = self.promise_from(&mut accounts, wanted, placement)?;
+        accounts.set_ahead(&PerNode::default(), promised.0.pages());
+        Ok(promised)
+    }
+
+    fn promise_from(
+        &self,
+        accounts: &mut Accounts,
+        wanted: &PageSet,
+        placement: &Resolved,
+    ) -> Result<(Token<'_>, Vec<(Run, NumaNode)>)> {
+        let homes = choose(wanted.runs().cloned(), &accounts.available(), placement);
+        let homes = homes.map_err(|Full| self.full(accounts, wanted.count(), placement))?;
         let pages_of = |(run, node): &(Run, NumaNode)| (*node, length(run));
         let pages: PerNode = homes.iter().map(pages_of).collect();
         assert_eq!(pages.total(), wanted.count(), "each page has one home");
@@ -352,11 +387,7 @@ impl Pool {
 
     /// A holding has `now` pages ahead, and had `before`.
     fn set_ahead(&self, before: &PerNode, now: &PerNode) {
-        let mut accounts = self.accounts();
-        let nodes: BTreeSet<_> = before.iter().chain(now.iter()).map(|(node, _)| node).collect();
-        for node in nodes {
-            accounts.of_mut(node).set_ahead(before.of(node), now.of(node));
-        }
+        self.accounts().set_ahead(before, now);
     }
 
     /// A token for pages that [`Token::keep`] left promised.
@@ -406,7 +437,16 @@ impl Pool {
 
     /// A holding has given up `pages` pages. Their memory is back in the reserves.
     fn release(&self, pages: &PerNode) {
-        self.accounts().give_back(pages);
+        self.release_ahead(pages, &PerNode::default(), &PerNode::default());
+    }
+
+    /// As [`Pool::release`]. The holding has `now` pages ahead, and had `before`. Both change in
+    /// one step: no other thread finds these pages neither free nor ahead.
+    fn release_ahead(&self, pages: &PerNode, before: &PerNode, now: &PerNode) {
+        let mut accounts = self.accounts();
+        accounts.set_ahead(before, now);
+        accounts.give_back(pages);
+        drop(accounts);
         self.announce_free_pages();
     }
 

@@ -31,6 +31,7 @@ use crate::faults::{Want, attempt};
 use crate::units::NumaNode;
 use rustix::io::Errno;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::OnceLock;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The meaning of an errno of tmpfs, from a call that takes memory.
@@ -186,13 +187,21 @@ fn meminfo(name: &str) -> Result<u64, Error> {
     kib.map(|kib| kib * 1024).ok_or_else(|| Error::Corrupt(format!("/proc/meminfo has no {name}")))
 }
 
-/// Memory errors that the kernel has handled since it started, in all NUMA nodes (Linux 6.3,
+/// Memory errors that the kernel has handled since it started, in all NUMA nodes that had memory
+/// when this process asked first (Linux 6.3,
 /// /sys/devices/system/node/node*/memory_failure/total). `None` where the kernel cannot handle them
 /// (no CONFIG_MEMORY_FAILURE).
 pub fn memory_failures() -> Option<u64> {
-    let nodes = numa::memory_nodes().ok()?;
+    static NODES: OnceLock<Vec<NumaNode>> = OnceLock::new();
+    let nodes = match NODES.get() {
+        Some(known) => known,
+        None => {
+            let found = numa::memory_nodes().ok()?;
+            NODES.get_or_init(|| found)
+        }
+    };
     let total = |node| {
         std::fs::read_to_string(format!("/sys/devices/system/node/node{node}/memory_failure/total"))
     };
-    nodes.into_iter().map(|node| total(node).ok()?.trim().parse::<u64>().ok()).sum()
+    nodes.iter().map(|node| total(node).ok()?.trim().parse::<u64>().ok()).sum()
 }

@@ -24,7 +24,7 @@ mod history;
 mod shelf;
 
 use super::{Fs, Object, Pace, RequestContext};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::index::{Attributes, Kind};
 use crate::options::Clear;
 use crate::placement::Resolved;
@@ -81,6 +81,13 @@ struct New {
     directory: InodeId,
     /// The nodes of its memory if it gets its size from the thread that has made it.
     placement: Resolved,
+}
+
+impl State {
+    /// True if pages are not to be made ready now.
+    fn is_held_off(&self) -> bool {
+        self.held_off.is_some_and(|since| since.elapsed() < HELD_OFF)
+    }
 }
 
 impl Ready {
@@ -253,9 +260,8 @@ impl Fs {
     /// The errors of making a file, and of moving memory.
     pub fn tend_shelf(&self, on: NumaNode, pace: &Pace) -> Result<bool> {
         self.tend_new_files();
-        let held_off = self.ready.state().held_off;
         match self.plan_shelf(on) {
-            Work::Make(_) if held_off.is_some_and(|since| since.elapsed() < HELD_OFF) => Ok(false),
+            Work::Make(_) if self.ready.state().is_held_off() => Ok(false),
             Work::Make(wish) => self.make_ready(wish, pace),
             Work::Empty(number) => {
                 self.strand(number);
@@ -295,7 +301,10 @@ impl Fs {
         let object = {
             let mut state = self.ready.state();
             let mut objects = self.objects(); // held, so that a check sees the pages exactly once
-            let owned = holding.own_ahead(&self.pool, wish.pages, &wish.placement);
+            let owned = match state.is_held_off() {
+                true => Err(Error::Full), // a growth needs the pages that are free now
+                false => holding.own_ahead(&self.pool, wish.pages, &wish.placement),
+            };
             let homes = owned.inspect_err(|_| self.places.remove(number))?;
             let object = Arc::new(Object::new(number, holding, self.orphaned()));
             objects.insert(number, object.clone());

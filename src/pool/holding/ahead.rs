@@ -65,17 +65,25 @@ impl Holding {
     ) -> Result<Vec<(Run, NumaNode)>> {
         assert!(self.size() == 0 && self.span().is_empty(), "the file is new");
         let wanted = PageSet::from_iter([Page(0)..Page(pages)]);
-        let (mut token, homes) = pool.promise_pages(&wanted, placement)?;
-        self.sealed.notes().keep(AHEAD, AHEAD.as_bytes())?;
-        self.ahead = Some(Ahead { failures: memory_failures(), ..Ahead::default() });
-        self.sealed.update(|header| header.owned_pages = pages)?;
-        homes.iter().cloned().for_each(|(run, node)| self.homes.insert(run, node));
+        let failures = memory_failures();
+        let (mut token, homes) = pool.promise_ahead(&wanted, placement)?;
         let all = token.pages().clone();
+        if let Err(error) = self.note_ahead(pages) {
+            drop(token);
+            pool.set_ahead(&all, &PerNode::default());
+            return Err(error);
+        }
+        self.ahead = Some(Ahead { failures, pages: all.clone(), is_clear: false });
+        homes.iter().cloned().for_each(|(run, node)| self.homes.insert(run, node));
         token.hand_over(&all);
         self.own(&all);
-        self.count_ahead(pool);
         self.assert_sound();
         Ok(homes)
+    }
+
+    fn note_ahead(&mut self, pages: u64) -> Result<()> {
+        self.sealed.notes().keep(AHEAD, AHEAD.as_bytes())?;
+        self.sealed.update(|header| header.owned_pages = pages)
     }
 
     /// Takes a piece of memory behind the end of file, for the pages of [`Holding::own_ahead`].
@@ -126,10 +134,17 @@ impl Holding {
 
     /// Tells the account how many pages are ahead.
     pub(super) fn count_ahead(&mut self, pool: &Pool) {
-        let pages = self.homes.count(self.released.gaps_within(self.behind_end()));
-        if let Some(ahead) = &mut self.ahead {
-            pool.set_ahead(&ahead.pages, &pages);
-            ahead.pages = pages;
+        let (before, now) = self.recount_ahead();
+        pool.set_ahead(&before, &now);
+    }
+
+    /// Counts the pages ahead anew. Returns the pages that the account has had, and those that it
+    /// has to have.
+    pub(super) fn recount_ahead(&mut self) -> (PerNode, PerNode) {
+        let now = self.homes.count(self.released.gaps_within(self.behind_end()));
+        match &mut self.ahead {
+            Some(ahead) => (std::mem::replace(&mut ahead.pages, now.clone()), now),
+            None => Default::default(),
         }
     }
 

@@ -109,7 +109,7 @@ impl<'pool> Relocation<'pool> {
         let one = pages.start..Page(pages.start.0 + 1);
         [pages, one].into_iter().find_map(|pages| {
             let wanted = PageSet::from_iter([pages]);
-            let (token, homes) = self.pool.promise_pages(&wanted, &self.placement).ok()?;
+            let (token, homes) = self.pool.promise_free_pages(&wanted, &self.placement).ok()?;
             let (pages, to) = homes.into_iter().next()?;
             let token = token.reduced_to(PerNode::on(to, length(&pages)));
             Some((token, pages, to))

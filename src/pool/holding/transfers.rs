@@ -88,9 +88,9 @@ impl Holding {
         }
         steps::reached(Step::ShrinkDone);
         self.homes.remove(end..Page(u64::MAX));
-        self.count_ahead(pool);
         self.disown(&given_up);
-        pool.release(&given_up);
+        let (before, now) = self.recount_ahead();
+        pool.release_ahead(&given_up, &before, &now);
         debug_assert!(self.span().end <= end, "no page behind the end is the file's");
         Ok(())
     }
