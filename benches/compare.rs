@@ -34,6 +34,8 @@ mod memory;
 mod mounting;
 #[path = "compare/quarantine.rs"]
 mod quarantine;
+#[path = "compare/ready.rs"]
+mod ready;
 #[path = "compare/sides.rs"]
 mod sides;
 #[path = "compare/stranger.rs"]
@@ -63,6 +65,7 @@ const PARTS: &[Part] = &[
     ("access", access::measure),
     ("quarantine", quarantine::measure),
     ("allocation", allocation::measure),
+    ("ready", ready::measure),
     ("mounting", mounting::measure),
     ("calls", calls::measure),
     ("growth", growth::measure),

@@ -16,7 +16,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 use std::fs::File;
 
 const SUBPAGE: u64 = 4096;
-const FOLIO: u64 = 2 << 20;
+pub const FOLIO: u64 = 2 << 20;
 
 /// A way in which a file gets its memory.
 struct Way {
@@ -105,7 +105,7 @@ fn lengthen(file: &File, way: &Way, bytes: u64) {
 }
 
 /// Writes to every subpage. Returns the time of the longest first write to a folio in milliseconds.
-fn touch(mapping: &Mapping, bytes: u64) -> f64 {
+pub fn touch(mapping: &Mapping, bytes: u64) -> f64 {
     let store = |at| mapping.store(at, 1).expect("no subpage is lost");
     let mut worst = 0.0f64;
     for folio in (0..bytes).step_by(FOLIO as usize) {

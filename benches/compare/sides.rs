@@ -256,13 +256,18 @@ impl Side {
 
     /// The process that a counter of the pool names (ours only).
     pub fn process(&self, counter: Counter) -> Pid {
+        Pid::from_raw(self.counter(counter) as i32).expect("a process id")
+    }
+
+    /// A counter of the pool (ours only).
+    pub fn counter(&self, counter: Counter) -> u64 {
         let mut counters = vec![0; 4096];
         let length = rustix::fs::getxattr(&self.mount_point, POOL, &mut counters[..])
             .expect("the pool attribute");
         let counters = String::from_utf8_lossy(&counters[..length]);
         let prefix = format!("{} ", counter.name());
-        let pid = counters.lines().find_map(|line| line.strip_prefix(&prefix)?.parse().ok());
-        pid.and_then(Pid::from_raw).expect("a process id")
+        let value = counters.lines().find_map(|line| line.strip_prefix(&prefix)?.parse().ok());
+        value.expect("a counter")
     }
 
     /// The number of the worker's descriptors (ours only).
