@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 const BOOT_DEADLINE: Duration = Duration::from_secs(90);
 /// The longest case takes about 10 s on an idle machine.
 const CASE_DEADLINE: Duration = Duration::from_secs(120);
+/// A machine within the machine is emulated twice.
+const NESTED_DEADLINE: Duration = Duration::from_secs(900);
 const SHUT_DOWN_DEADLINE: Duration = Duration::from_secs(20);
 
 /// `no_timer_check`: on a busy host an emulated timer is late, and the kernel would take it for
@@ -41,6 +43,8 @@ pub struct Boot {
     input: ChildStdin,
     lines: Receiver<String>,
     console: PathBuf,
+    /// The limit of a case.
+    deadline: Duration,
 }
 
 /// The result of a case.
@@ -88,7 +92,8 @@ impl Boot {
             let lines = BufReader::new(output).lines().map_while(Result::ok);
             lines.map_while(|line| sender.send(line).ok()).for_each(drop);
         });
-        Ok(Self { qemu, input, lines, console })
+        let deadline = if machine.nested { NESTED_DEADLINE } else { CASE_DEADLINE };
+        Ok(Self { qemu, input, lines, console, deadline })
     }
 
     /// Waits until the guest is ready for a case.
@@ -124,7 +129,7 @@ impl Boot {
 
     /// Runs the case `name` in the guest.
     pub fn run(&mut self, name: &str) -> Report {
-        let deadline = Instant::now() + CASE_DEADLINE;
+        let deadline = Instant::now() + self.deadline;
         let start = self.console_bytes().len();
         let mut output = String::new();
         let verdict = match writeln!(self.input, "run {name}") {
@@ -195,7 +200,7 @@ fn command(image: &Image, machine: Machine, console: &std::path::Path) -> Comman
         .arg("-kernel")
         .arg(&image.kernel)
         .arg("-initrd")
-        .arg(if machine.programs { &image.with_programs } else { &image.initramfs })
+        .arg(image.initramfs_of(machine))
         .arg("-append")
         .arg(format!("{COMMAND_LINE} {}", machine.command_line))
         .arg("-serial")
@@ -280,7 +285,7 @@ impl Report {
             (Verdict::Passed, Some(_)) => "the kernel has survived it".to_owned(),
             (Verdict::Failed(why), _) => why.clone(),
             (Verdict::Ended, _) => "the machine has ended".to_owned(),
-            (Verdict::Hung, _) => format!("no end after {} s", CASE_DEADLINE.as_secs()),
+            (Verdict::Hung, _) => "no end within the limit of a case".to_owned(),
         };
         Err(format!("{why}\n---- output\n{}---- kernel\n{}", self.output, self.console).into())
     }

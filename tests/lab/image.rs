@@ -1,6 +1,7 @@
 //! The files that a machine boots from: Debian's kernel, and an initramfs of our programs with the
 //! libraries of the host that these need.
 
+use crate::cases::Machine;
 use crate::support::limits;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -40,9 +41,11 @@ const BUILD: Duration = Duration::from_secs(1800);
 #[derive(Clone)]
 pub struct Image {
     pub kernel: PathBuf,
-    pub initramfs: PathBuf,
+    initramfs: PathBuf,
     /// An initramfs that has [`PROGRAMS`], too.
-    pub with_programs: PathBuf,
+    with_programs: PathBuf,
+    /// An initramfs that has all that a machine within needs, if that was fetched.
+    with_nested: PathBuf,
     /// The programs of [`SUITES`].
     pub suites: Vec<PathBuf>,
 }
@@ -75,10 +78,42 @@ impl Image {
         let others = PROGRAMS.iter().map(|(place, path)| ((*place).to_owned(), path.into()));
         let killable = KILLABLE.map(|(place, path)| (place.to_owned(), path.into()));
         let killable = without_debug_information(killable.to_vec())?;
-        let all: Vec<_> = own.into_iter().chain(killable).chain(others).collect();
+        let all: Vec<_> = own.iter().cloned().chain(killable).chain(others).collect();
         let with_programs = write_initramfs("initramfs-programs", &all)?;
-        Ok(Self { kernel, initramfs, with_programs, suites })
+        let with_nested = with_nested(&own, &kernel, &programs)?;
+        Ok(Self { kernel, initramfs, with_programs, with_nested, suites })
     }
+
+    /// The initramfs for a machine.
+    pub fn initramfs_of(&self, machine: Machine) -> &Path {
+        match machine {
+            Machine { nested: true, .. } => &self.with_nested,
+            Machine { programs: true, .. } => &self.with_programs,
+            _ => &self.initramfs,
+        }
+    }
+}
+
+/// Writes the initramfs of a machine that runs another one within: the files of
+/// `tests/lab/fetch-nested` as far as they are there, the kernel, and that machine's initramfs.
+fn with_nested(own: &[Program], kernel: &Path, programs: &Path) -> Result<PathBuf, String> {
+    let place = |name: &str| format!("lib/nested/{name}");
+    let fetched = directory().join("nested");
+    let Ok(entries) = fs::read_dir(&fetched) else {
+        return write_initramfs("initramfs-nested", own);
+    };
+    let init = ("init-within".to_owned(), programs.join("examples/lab-nested"));
+    let init = without_debug_information(vec![init])?.remove(0).1;
+    let within = write_initramfs("initramfs-within", &[("init".to_owned(), init)])?;
+    let mut data = vec![(place("vmlinuz"), kernel.to_owned()), (place("initramfs"), within)];
+    for entry in entries {
+        let entry = entry.map_err(|error| format!("{}: {error}", fetched.display()))?;
+        data.push((place(&entry.file_name().to_string_lossy()), entry.path()));
+    }
+    let (qemu, data): (Vec<_>, Vec<_>) =
+        data.into_iter().partition(|(place, _)| place.ends_with("/qemu-system-x86_64"));
+    let all: Vec<Program> = own.iter().cloned().chain(qemu).collect();
+    write_initramfs_with("initramfs-nested", &all, data)
 }
 
 /// The place of a program in an initramfs, and its path on the host.
@@ -115,7 +150,16 @@ fn without_debug_information(programs: Vec<Program>) -> Result<Vec<Program>, Str
 /// Writes an initramfs of programs and their libraries, which lie there where the host has them.
 /// Returns its path.
 fn write_initramfs(name: &str, programs: &[Program]) -> Result<PathBuf, String> {
-    let mut files = programs.to_vec();
+    write_initramfs_with(name, programs, Vec::new())
+}
+
+/// As [`write_initramfs`], with other files.
+fn write_initramfs_with(
+    name: &str,
+    programs: &[Program],
+    mut files: Vec<Program>,
+) -> Result<PathBuf, String> {
+    files.extend(programs.iter().cloned());
     let mut libraries = BTreeSet::new();
     for (_, program) in programs {
         libraries.extend(libraries_of(program)?);
@@ -136,7 +180,7 @@ fn libraries_of(program: &Path) -> Result<Vec<PathBuf>, String> {
 
 /// Builds our programs for the machine, and returns their directory.
 fn build() -> Result<PathBuf, String> {
-    run(package_cargo("build")?.args(["--bins", "--example=lab-guest"]))?;
+    run(package_cargo("build")?.args(["--bins", "--examples"]))?;
     Ok(build_directory().join("debug"))
 }
 

@@ -22,11 +22,13 @@
 //! after the other. After a case that failed or did not end in time, the lab gives the machine up.
 //!
 //! Every case is a test of its own here: `cargo test --test lab NAME`. The lab needs its kernel
-//! (`tests/lab/fetch-kernel`), and Debian's qemu-system-x86 and numactl; `tests/run` installs all.
+//! (`tests/lab/fetch-kernel`), for a machine within the machine KVM and QEMU 10
+//! (`tests/lab/fetch-nested`), and Debian's qemu-system-x86 and numactl; `tests/run` installs all.
 
 mod boot;
 mod cases;
 mod image;
+mod pattern;
 mod suites;
 #[path = "../support/mod.rs"]
 mod support;

@@ -6,6 +6,7 @@ mod compare;
 mod containment;
 mod errors;
 mod gigantic;
+mod guests;
 mod handlers;
 mod homes;
 mod hw;
@@ -32,13 +33,21 @@ pub struct Machine {
     pub hmat: bool,
     /// Further programs are there: QEMU, numactl(8), and ours with kill points (/lib/killable).
     pub programs: bool,
+    /// KVM, QEMU 10 and a machine to run within are there (/lib/nested).
+    pub nested: bool,
     /// Further words for the kernel's command line.
     pub command_line: &'static str,
 }
 
 impl Machine {
-    pub const SMALL: Self =
-        Self { memory: 640, nodes: 1, hmat: false, programs: false, command_line: "" };
+    pub const SMALL: Self = Self {
+        memory: 640,
+        nodes: 1,
+        hmat: false,
+        programs: false,
+        nested: false,
+        command_line: "",
+    };
     pub const TWO_NODES: Self = Self { memory: 1024, nodes: 2, hmat: true, ..Self::SMALL };
     pub const TWO_NODES_WITH_PROGRAMS: Self = Self { programs: true, ..Self::TWO_NODES };
     pub const FOUR_NODES: Self = Self { memory: 1024, nodes: 4, hmat: true, ..Self::SMALL };
@@ -49,6 +58,8 @@ impl Machine {
     pub const UNCLEARED: Self = Self { command_line: "init_on_alloc=0", ..Self::SMALL };
     /// Its cases run in the initramfs: process 1 stays there.
     pub const INITRAMFS: Self = Self { command_line: IN_THE_INITRAMFS, ..Self::SMALL };
+    /// It runs a machine within.
+    pub const NESTED: Self = Self { memory: 896, nested: true, ..Self::SMALL };
     /// With a page of 1 GiB for hugetlbfs, and memory for one of ours.
     pub const GIGANTIC: Self =
         Self { memory: 3072, command_line: "hugepagesz=1G hugepages=1", ..Self::SMALL };
@@ -113,6 +124,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
             hw::CASES,
             containment::CASES,
             gigantic::CASES,
+            guests::CASES,
             mixture::CASES,
             handlers::CASES,
             compare::CASES,

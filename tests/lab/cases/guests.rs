@@ -1,0 +1,186 @@
+//! A virtual machine that KVM runs within the lab's machine, with a file of ours as its memory: the
+//! processors of AMD that QEMU emulates have what KVM needs.
+
+use super::hw::inject;
+use super::{cases, skip};
+use crate::pattern;
+use crate::support::sys::{Mapping, Sharing};
+use crate::support::{POISON, Pool, REPAIR, SUBPAGE, get, poison, set};
+use hugetlb2fs::units::Range;
+use rustix::system::finit_module;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+cases! {
+    NESTED: a_guest_of_kvm_goes_on_without_the_subpage_that_it_has_lost;
+}
+
+/// The files that `tests/lab/fetch-nested` has fetched, the kernel, and the guest's programs.
+const FILES: &str = "/lib/nested";
+
+/// The memory of the guest.
+const BYTES: u64 = 128 << 20;
+
+/// QEMU's monitor.
+const MONITOR: &str = "/tmp/monitor";
+
+/// The time for an event in the guest, which is emulated twice.
+const PATIENCE: Duration = Duration::from_secs(200);
+
+/// The time that a program is watched which must not go on.
+const WATCH: Duration = Duration::from_secs(3);
+
+/// A guest, and its console.
+struct Guest {
+    qemu: Child,
+    memory: PathBuf,
+    console: PathBuf,
+}
+
+impl Guest {
+    /// Starts a guest and waits until its programs are ready.
+    fn start(memory: PathBuf) -> Self {
+        let console = PathBuf::from("/tmp/console");
+        let backend = format!(
+            "memory-backend-file,id=ram,mem-path={},size={BYTES},share=on,prealloc=on",
+            memory.display()
+        );
+        let mut command = Command::new(format!("{FILES}/qemu-system-x86_64"));
+        command.args(["-L", FILES, "-accel", "kvm", "-cpu", "host", "-nodefaults"]);
+        command.args(["-no-user-config", "-display", "none", "-no-reboot", "-object", &backend]);
+        command.args(["-machine", "pc,memory-backend=ram", "-m", "128"]);
+        command.args(["-kernel", &format!("{FILES}/vmlinuz")]);
+        command.args(["-initrd", &format!("{FILES}/initramfs"), "-append"]);
+        command
+            .arg("console=ttyS0 panic=-1 mitigations=off random.trust_cpu=on no_timer_check quiet");
+        command.arg("-serial").arg(format!("file:{}", console.display()));
+        command.arg("-monitor").arg(format!("unix:{MONITOR},server=on,wait=off"));
+        let qemu = command.stdin(Stdio::null()).spawn().expect("QEMU");
+        let guest = Self { qemu, memory, console };
+        let is_ready = |number: u64| guest.await_line(0, &format!("program {number} is ready"));
+        [1, 2, 3, 4, 9].into_iter().for_each(is_ready);
+        guest
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.console).unwrap_or_default()).replace('\r', "")
+    }
+
+    /// Waits until the console has `words` in the part behind `from` bytes.
+    fn await_line(&self, from: usize, words: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.text().get(from..).is_some_and(|text| text.contains(words)) {
+            let is_wrong = Instant::now() >= deadline || self.text().contains("WRONG BYTES");
+            assert!(!is_wrong, "{words}? The guest:\n{}", self.text());
+            std::thread::sleep(Duration::from_millis(100)); // the guest needs the processors
+        }
+    }
+
+    /// Waits until each of these programs has gone through its memory once more.
+    fn await_rounds(&self, programs: &[u64]) {
+        let now = self.text().len();
+        let goes_on = |number| self.await_line(now, &format!("program {number}: round"));
+        programs.iter().for_each(goes_on);
+    }
+
+    /// Runs `change` while no processor of the guest runs. A processor that waits for a quarantined
+    /// subpage touches it again and again, and would see zeros in the microseconds of a repair
+    /// (docs/SEMANTICS.md).
+    fn while_stopped(&self, change: impl FnOnce()) {
+        let mut monitor = UnixStream::connect(MONITOR).unwrap();
+        monitor.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut tell = |command: &str| {
+            let mut byte = [0];
+            let mut said = Vec::new();
+            while !said.ends_with(b"(qemu) ") {
+                assert_eq!(monitor.read(&mut byte).unwrap(), 1, "QEMU has ended");
+                said.push(byte[0]);
+            }
+            writeln!(monitor, "{command}").unwrap();
+        };
+        tell("stop");
+        tell("info status"); // QEMU takes this command when the guest has stopped
+        tell("info status");
+        change();
+        tell("cont");
+        tell("info status");
+    }
+
+    /// The subpage of the guest's memory that program `number` uses, as its offset in the file.
+    fn subpage_of(&self, number: u64) -> u64 {
+        let (file, meant) = (File::open(&self.memory).unwrap(), pattern::of(number, 0));
+        let mut bytes = vec![0; 1 << 20];
+        for start in (0..BYTES).step_by(bytes.len()) {
+            let length = file.read_at(&mut bytes, start).unwrap_or(0);
+            let mut subpages = (0..).zip(bytes[..length].chunks_exact(SUBPAGE as usize));
+            if let Some((at, _)) = subpages.find(|(_, subpage)| *subpage == meant) {
+                return start + at * SUBPAGE;
+            }
+        }
+        panic!("program {number} has no subpage with its bytes")
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+    }
+}
+
+fn load_kvm() {
+    if !Path::new(FILES).join("complete").exists() {
+        skip("no KVM modules and no QEMU 10 are there: tests/lab/fetch-nested fetches them");
+    }
+    for (name, parameters) in [("irqbypass", c""), ("kvm", c""), ("kvm-amd", c"nested=0")] {
+        let module = File::open(format!("{FILES}/{name}.ko")).unwrap();
+        finit_module(module, parameters, 0).unwrap_or_else(|errno| panic!("{name}: {errno}"));
+    }
+}
+
+fn a_guest_of_kvm_goes_on_without_the_subpage_that_it_has_lost() {
+    load_kvm();
+    let pool = Pool::mount(&format!("pagesize=2M,size={}", BYTES + (32 << 20)));
+    let mut guest = Guest::start(pool.join("guest"));
+    let memory = guest.memory.clone();
+    // A program that handles SIGBUS is told of the subpage.
+    let now = guest.text().len();
+    inject(&memory, guest.subpage_of(3));
+    guest.await_line(now, "program 3: SIGBUS 4 at subpage 0"); // BUS_MCEERR_AR
+    guest.await_rounds(&[1, 2, 4, 9]);
+    // One that does not is ended, and no other.
+    let now = guest.text().len();
+    inject(&memory, guest.subpage_of(1));
+    guest.await_line(now, "program 1 has ended: None Some(7)");
+    guest.await_rounds(&[2, 4, 9]);
+    assert_eq!(get(&memory, POISON).unwrap().lines().count(), 2, "two errors, two subpages");
+    // A quarantine on request: the program waits, and goes on with its bytes after the repair.
+    let lost = guest.subpage_of(2);
+    guest.while_stopped(|| poison(&memory, lost, SUBPAGE).unwrap());
+    guest.await_rounds(&[4, 9]);
+    let now = guest.text().len();
+    std::thread::sleep(WATCH);
+    assert!(!guest.text()[now..].contains("program 2"), "it goes on:\n{}", guest.text());
+    guest.await_rounds(&[4, 9]);
+    let salvage = format!("salvage {lost} {SUBPAGE}");
+    guest.while_stopped(|| set(&memory, REPAIR, salvage).unwrap());
+    guest.await_rounds(&[2, 4, 9]);
+    assert_eq!(guest.qemu.try_wait().unwrap(), None, "QEMU runs");
+    set(&memory, REPAIR, "zero all").unwrap();
+    assert_all_readable(&memory);
+    pool.check();
+    drop(guest);
+    fs::remove_file(&memory).unwrap();
+    pool.unmount();
+}
+
+fn assert_all_readable(memory: &Path) {
+    let file = File::open(memory).unwrap();
+    let mapping = Mapping::new(&file, Range::new(0, BYTES), Sharing::Shared, false).unwrap();
+    assert!((0..BYTES).step_by(SUBPAGE as usize).all(|at| mapping.load(at).is_ok()));
+}
