@@ -99,7 +99,7 @@ fn each_directory_has_files_of_its_own_sizes_ready() {
 #[test]
 fn pages_that_are_ready_are_free_for_every_file() {
     let pool = pool();
-    let idle: Vec<File> = (0..20).map(|n| create(&pool, &format!("idle{n}"))).collect();
+    let idle: Vec<File> = (0..100).map(|n| create(&pool, &format!("idle{n}"))).collect();
     assert!(idle.iter().all(|file| file.metadata().unwrap().blocks() == 0), "they are empty");
     assert_eq!(pool.free_pages(), PAGES);
     let file = create(&pool, "file");

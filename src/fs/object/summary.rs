@@ -49,10 +49,15 @@ impl Summary {
         let (pages, ahead) = (holding.pages(), holding.pages_ahead());
         Self { size, memory, soft, hw, alarm, punched, pages, ahead }
     }
+
+    /// Pages that programs have asked for. The account has the others as ahead.
+    fn used(&self) -> u64 {
+        self.pages.saturating_sub(self.ahead)
+    }
 }
 
 /// The summary of a file. While the file has no name, its pages are part of the number of orphaned
-/// pages.
+/// pages, except those ahead, which users can have already.
 pub(super) struct Published {
     summary: Summary,
     is_orphan: bool,
@@ -72,14 +77,14 @@ impl Published {
     fn set(&mut self, summary: Summary) {
         let before = std::mem::replace(&mut self.summary, summary);
         if self.is_orphan {
-            self.orphaned.fetch_add(summary.pages, Ordering::Relaxed);
-            self.orphaned.fetch_sub(before.pages, Ordering::Relaxed);
+            self.orphaned.fetch_add(summary.used(), Ordering::Relaxed);
+            self.orphaned.fetch_sub(before.used(), Ordering::Relaxed);
         }
     }
 
     pub(super) fn note_orphaned(&mut self) {
         if !std::mem::replace(&mut self.is_orphan, true) {
-            self.orphaned.fetch_add(self.summary.pages, Ordering::Relaxed);
+            self.orphaned.fetch_add(self.summary.used(), Ordering::Relaxed);
         }
     }
 }
@@ -87,7 +92,7 @@ impl Published {
 impl Drop for Published {
     fn drop(&mut self) {
         if self.is_orphan {
-            self.orphaned.fetch_sub(self.summary.pages, Ordering::Relaxed);
+            self.orphaned.fetch_sub(self.summary.used(), Ordering::Relaxed);
         }
     }
 }

@@ -99,6 +99,7 @@ fn an_error_behind_the_end_is_replaced() {
     let pool = Pool::mount(&format!("pagesize=2M,size={},clear=ahead", 24 * FOLIO));
     let path = pool.join("file");
     for round in 0..4 {
+        kill_worker(&pool); // the next one has looked for the error of the last round
         let (file, mut program) = mapped_behind_the_end(&pool, &path);
         let before = hugetlb2fs::sys::memory_failures();
         strike(&mut program, BAD);
