@@ -138,7 +138,7 @@ impl Ready {
 }
 
 /// See [`Ready::hurry`].
-struct Hurry<'a>(&'a Ready);
+pub struct Hurry<'a>(&'a Ready);
 
 impl Drop for Hurry<'_> {
     fn drop(&mut self) {
@@ -150,6 +150,12 @@ impl Fs {
     /// True if memory is cleared ahead of use.
     pub fn clears_ahead(&self) -> bool {
         self.ready.is_on
+    }
+
+    /// The stewards run as any other thread until the result is dropped. The caller waits for their
+    /// end.
+    pub fn hurry_stewards(&self) -> Hurry<'_> {
+        self.ready.hurry()
     }
 
     /// The ready files, of which each takes a place that a new file can have.
