@@ -19,9 +19,10 @@ const LARGEST_SIZE: u64 = i64::MAX as u64 / FOLIO_SIZE * FOLIO_SIZE;
 /// Bytes that are punched and kept in one piece. The kernel drops memory in some 15 ms per GiB.
 const PUNCHED_AT_ONCE: u64 = 128 << 20;
 
-/// Passes of a move over the pages that could not be moved, and the pause between two passes. A
-/// thread that is about to touch a folio holds a reference until it gets a processor.
-const PASSES: u32 = 5;
+/// Passes of a move over the pages that could not be moved, and the pause between two passes: half
+/// a second for a page that is pinned for long. A thread that is about to touch a folio holds a
+/// reference until it gets a processor, and a busy machine keeps it waiting.
+const PASSES: u32 = 25;
 
 const BETWEEN_PASSES: Duration = Duration::from_millis(20);
 
