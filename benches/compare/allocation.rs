@@ -89,15 +89,16 @@ fn once(plan: &Plan, way: &Way, bytes: u64) -> Result<Times, String> {
 }
 
 fn lengthen_and_touch(file: &File, way: &Way, bytes: u64) -> Times {
-    let ready = milliseconds(|| lengthen(file, way, bytes));
+    let ready = milliseconds(|| lengthen(file, bytes, way.by_fallocate));
     let mapping = map(file, bytes);
     let mut worst = 0.0;
     let touching = milliseconds(|| worst = touch(&mapping, bytes));
     Times { ready, touched: ready + touching, worst }
 }
 
-fn lengthen(file: &File, way: &Way, bytes: u64) {
-    if way.by_fallocate {
+/// Gives a file its size, and by fallocate(2) its memory.
+pub fn lengthen(file: &File, bytes: u64, by_fallocate: bool) {
+    if by_fallocate {
         fallocate(file, FallocateFlags::empty(), 0, bytes).expect("fallocate");
     } else {
         file.set_len(bytes).expect("ftruncate");

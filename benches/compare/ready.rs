@@ -7,14 +7,13 @@
 //! free: a row has the processor time of a file's whole life, with that of the daemon until the
 //! next file is ready.
 
-use super::allocation::{FOLIO, touch};
+use super::allocation::{FOLIO, lengthen, touch};
 use super::limits;
 use super::sides::{GIB, Kind, Side, map};
 use super::table::Samples;
 use super::{Plan, Table, microseconds, milliseconds};
 use hugetlb2fs::attributes::Counter;
 use hugetlb2fs::units::PageSize;
-use rustix::fs::{FallocateFlags, fallocate};
 use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -90,12 +89,7 @@ impl Way {
     }
 
     fn size(self, file: &File, bytes: u64) {
-        match self {
-            Self::HugetlbfsByFallocate => {
-                fallocate(file, FallocateFlags::empty(), 0, bytes).expect("fallocate");
-            }
-            _ => file.set_len(bytes).expect("ftruncate"),
-        }
+        lengthen(file, bytes, self == Self::HugetlbfsByFallocate);
     }
 }
 

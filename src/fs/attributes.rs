@@ -1,7 +1,6 @@
 //! The extended attributes that are this filesystem's interface, beside the attributes that users
 //! set.
 
-use super::ready::Ready;
 use super::{Fs, NewValue, Object, Pace, RequestContext, in_force};
 use crate::attributes::{
     Attribute, Counter, LONGEST_VALUE, OfEntry, OfFile, OfRoot, PLACEMENT, POISON, find,
@@ -201,8 +200,7 @@ impl Fs {
     /// The counters of the pool, one a line: `<name> <value>`.
     fn pool_text(&self, pace: &Pace) -> Result<String> {
         let account = self.pool.balance();
-        let mut objects = self.all_objects();
-        objects.retain(|object| !Ready::is_number(object.node()));
+        let objects = self.objects_of_files();
         let counts = objects.iter().map(|object| object.summary());
         let (soft, hw) =
             counts.fold((0, 0), |sum, counts| (sum.0 + counts.soft, sum.1 + counts.hw));

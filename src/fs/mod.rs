@@ -357,6 +357,13 @@ impl Fs {
         self.objects().values().cloned().collect()
     }
 
+    /// The objects of files, in no order: all but the ready ones.
+    fn objects_of_files(&self) -> Vec<Arc<Object>> {
+        let mut objects = self.all_objects();
+        objects.retain(|object| !Ready::is_number(object.node()));
+        objects
+    }
+
     /// The contents of a regular file. Makes its object if there is none yet.
     ///
     /// # Errors

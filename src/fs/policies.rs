@@ -18,7 +18,6 @@
 //! A move keeps the pool and the machine busy, and any program that maps a file can cause one. So
 //! after each move of a file, the next one comes later.
 
-use super::ready::Ready;
 use super::{Fs, Object, Pace};
 use crate::error::{Error, Result};
 use crate::placement::{Nodes, Placement, Resolved, Weights, Wish};
@@ -123,9 +122,8 @@ impl Fs {
     /// A round: looks at a part of the files, and has the memory of those follow in which something
     /// is to be moved. One file moves at a time.
     pub fn follow_programs(&self, policies: &mut Policies, pace: &Pace) {
-        let mut objects: HashMap<InodeId, Arc<Object>> =
-            self.all_objects().into_iter().map(|object| (object.node(), object)).collect();
-        objects.retain(|node, _| !Ready::is_number(*node));
+        let objects: HashMap<InodeId, Arc<Object>> =
+            self.objects_of_files().into_iter().map(|object| (object.node(), object)).collect();
         policies.moved.retain(|node, _| objects.contains_key(node));
         for (node, pages) in self.by_policies(policies, &objects) {
             self.follow_if(&objects[&node], policies, pace, |fs, object| {

@@ -302,14 +302,11 @@ impl Pool {
         placement: &Resolved,
     ) -> Result<(Token<'_>, Vec<(Run, NumaNode)>)> {
         let mut accounts = self.accounts();
-        let available = accounts.available();
-        let is_ahead_better = accounts.has_ahead_for(placement)
-            && choose(wanted.runs().cloned(), &available, placement)
-                .is_ok_and(|homes| !placement.suits(&homes));
-        if is_ahead_better {
+        let homes = self.choose_homes(&accounts, wanted, placement)?;
+        if accounts.has_ahead_for(placement) && !placement.suits(&homes) {
             return Err(Error::Returning);
         }
-        self.promise_from(&mut accounts, wanted, placement)
+        Ok(self.promise_homes(&mut accounts, homes))
     }
 
     /// As [`Pool::promise_pages`], out of the pages that are free now.
@@ -318,7 +315,9 @@ impl Pool {
         wanted: &PageSet,
         placement: &Resolved,
     ) -> Result<(Token<'_>, Vec<(Run, NumaNode)>)> {
-        self.promise_from(&mut self.accounts(), wanted, placement)
+        let mut accounts = self.accounts();
+        let homes = self.choose_homes(&accounts, wanted, placement)?;
+        Ok(self.promise_homes(&mut accounts, homes))
     }
 
     /// As [`Pool::promise_pages`], for pages that will be ahead. The account says so at once: no
@@ -329,24 +328,34 @@ impl Pool {
         placement: &Resolved,
     ) -> Result<(Token<'_>, Vec<(Run, NumaNode)>)> {
         let mut accounts = self.accounts();
-        let promised = self.promise_from(&mut accounts, wanted, placement)?;
+        let homes = self.choose_homes(&accounts, wanted, placement)?;
+        let promised = self.promise_homes(&mut accounts, homes);
         accounts.set_ahead(&PerNode::default(), promised.0.pages());
         Ok(promised)
     }
 
-    fn promise_from(
+    fn choose_homes(
         &self,
-        accounts: &mut Accounts,
+        accounts: &Accounts,
         wanted: &PageSet,
         placement: &Resolved,
-    ) -> Result<(Token<'_>, Vec<(Run, NumaNode)>)> {
-        let homes = choose(wanted.runs().cloned(), &accounts.available(), placement);
-        let homes = homes.map_err(|Full| self.full(accounts, wanted.count(), placement))?;
+    ) -> Result<Vec<(Run, NumaNode)>> {
+        let homes = choose(wanted.runs().cloned(), &accounts.available(), placement)
+            .map_err(|Full| self.full(accounts, wanted.count(), placement))?;
+        let pages: u64 = homes.iter().map(|(run, _)| length(run)).sum();
+        assert_eq!(pages, wanted.count(), "each page has one home");
+        Ok(homes)
+    }
+
+    fn promise_homes(
+        &self,
+        accounts: &mut Accounts,
+        homes: Vec<(Run, NumaNode)>,
+    ) -> (Token<'_>, Vec<(Run, NumaNode)>) {
         let pages_of = |(run, node): &(Run, NumaNode)| (*node, length(run));
         let pages: PerNode = homes.iter().map(pages_of).collect();
-        assert_eq!(pages.total(), wanted.count(), "each page has one home");
         pages.iter().for_each(|(node, pages)| accounts.of_mut(node).promise(pages));
-        Ok((Token::of(self, pages), homes))
+        (Token::of(self, pages), homes)
     }
 
     /// Promises `pages` pages that no file gets: all or none.
