@@ -431,7 +431,7 @@ impl Fs {
     /// Shuts the soft holes that programs have opened by madvise(2) with MADV_REMOVE. Costs one
     /// fstatfs(2) for each file with soft holes, and one cachestat(2) for each run of holes.
     pub fn shut_opened_holes(&self) {
-        self.all_objects().iter().for_each(|object| object.shut_opened_holes());
+        self.objects_of_files().iter().for_each(|object| object.shut_opened_holes());
     }
 }
 

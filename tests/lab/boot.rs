@@ -25,6 +25,11 @@ const SHUT_DOWN_DEADLINE: Duration = Duration::from_secs(20);
 const COMMAND_LINE: &str =
     "console=ttyS0 panic=-1 mitigations=off random.trust_cpu=on no_timer_check";
 
+/// The processors take turns. With a thread for each of them, the emulator can run an instruction
+/// that another processor has just replaced. The kernel replaces instructions of its own while it
+/// runs, and ends with "Oops: int3" then.
+const ACCELERATOR: &str = "tcg,thread=single";
+
 /// Without CMPXCHG16B: QEMU 7.2 leaves wrong flags (helper_cmpxchg16b_unlocked takes the
 /// flags of an earlier instruction for computed). An interrupt right after the instruction then
 /// brings the kernel to a double fault. A wait for memory, as in postcopy, makes such an interrupt
@@ -193,10 +198,11 @@ fn verdict(line: &str, name: &str) -> Option<Verdict> {
 fn command(image: &Image, machine: Machine, console: &std::path::Path) -> Command {
     let mut command = Command::new("qemu-system-x86_64");
     command
-        .args(["-accel", "tcg,thread=multi", "-cpu", PROCESSOR])
+        .args(["-accel", ACCELERATOR, "-cpu", PROCESSOR])
         .args(["-machine", if machine.hmat { "pc,hmat=on" } else { "pc" }])
         .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"])
-        .args(["-smp", "2,sockets=2", "-m", &machine.memory.to_string()])
+        .args(["-smp", &format!("{0},sockets={0}", machine.processors)])
+        .args(["-m", &machine.memory.to_string()])
         .arg("-kernel")
         .arg(&image.kernel)
         .arg("-initrd")

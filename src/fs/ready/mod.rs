@@ -317,7 +317,7 @@ impl Fs {
             state.shelf.begin(number, Memory(homes));
             object
         };
-        let filled = self.fill(&object, pace);
+        let filled = self.fill(object, pace);
         let is_ready = matches!(filled, Ok(true));
         {
             let mut state = self.ready.state();
@@ -331,8 +331,9 @@ impl Fs {
     }
 
     /// Fills a ready file. Between two pieces the thread rests, so that it takes its part of a
-    /// processor only. Returns false if the file's pages were recalled meanwhile.
-    fn fill(&self, object: &Object, pace: &Pace) -> Result<bool> {
+    /// processor only. Returns false if the file's pages were recalled meanwhile. It consumes the
+    /// steward's share of the object: only an object that the table alone has can be lent.
+    fn fill(&self, object: Arc<Object>, pace: &Pace) -> Result<bool> {
         let clear = |range: Range| self.ready.idly(|| object.clear_behind_end(range));
         let percent = self.ready.percent;
         loop {

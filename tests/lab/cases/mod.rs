@@ -26,6 +26,7 @@ mod targets;
 pub struct Machine {
     /// In MiB.
     pub memory: u64,
+    pub processors: u32,
     /// NUMA nodes, with equal shares of the memory. The first two have a processor each, and the
     /// others have memory only.
     pub nodes: u64,
@@ -42,6 +43,7 @@ pub struct Machine {
 impl Machine {
     pub const SMALL: Self = Self {
         memory: 640,
+        processors: 2,
         nodes: 1,
         hmat: false,
         programs: false,
@@ -58,8 +60,9 @@ impl Machine {
     pub const UNCLEARED: Self = Self { command_line: "init_on_alloc=0", ..Self::SMALL };
     /// Its cases run in the initramfs: process 1 stays there.
     pub const INITRAMFS: Self = Self { command_line: IN_THE_INITRAMFS, ..Self::SMALL };
-    /// It runs a machine within.
-    pub const NESTED: Self = Self { memory: 896, nested: true, ..Self::SMALL };
+    /// It runs a machine within. It has one processor, as the machine within does not go on if
+    /// QEMU takes two in turns.
+    pub const NESTED: Self = Self { memory: 896, processors: 1, nested: true, ..Self::SMALL };
     /// With a page of 1 GiB for hugetlbfs, and memory for one of ours.
     pub const GIGANTIC: Self =
         Self { memory: 3072, command_line: "hugepagesz=1G hugepages=1", ..Self::SMALL };
