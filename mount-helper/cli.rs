@@ -62,6 +62,10 @@ enum Action {
         /// First byte and number of bytes, decimal or 0x hexadecimal; nothing, to show
         #[arg(num_args = 2, value_names = ["OFFSET", "LENGTH"])]
         range: Vec<String>,
+        /// By a real memory error in each subpage, whose memory the kernel gives up for good; on a
+        /// kernel without memory errors as without this option; root only
+        #[arg(long, requires = "range")]
+        hw: bool,
     },
     /// Put quarantined memory back into use
     Repair {
@@ -195,7 +199,7 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
     let done = match cli.action {
         Action::Status { directories } => status(&directories, cli.json),
         Action::Targets { directory } => targets(&directory, cli.json),
-        Action::Poison { file, range } => poison(&file, &range, cli.json),
+        Action::Poison { file, range, hw } => poison(&file, &range, hw, cli.json),
         Action::Repair { file, verb, target } => repair(&file, verb, &target, cli.json),
         Action::Collapse { file, target } => collapse(&file, &target, cli.json),
         Action::Map { file } => map(&file, cli.json),
@@ -546,7 +550,7 @@ fn upgrade(directory: &Path, binary: Option<PathBuf>, json: bool) -> Done {
 
 // ---- files --------------------------------------------------------------------------------------
 
-fn poison(file: &Path, range: &[String], json: bool) -> Done {
+fn poison(file: &Path, range: &[String], hw: bool, json: bool) -> Done {
     let size = pool_file(file)?.len();
     if range.is_empty() {
         let text =
@@ -556,6 +560,9 @@ fn poison(file: &Path, range: &[String], json: bool) -> Done {
     }
     let value = range.join(" ");
     explain(file, quarantine::parse_poison(value.as_bytes(), size))?;
+    if hw {
+        return request(file, attributes::LOSSES, &format!("{value} hw"), json);
+    }
     request(file, attributes::POISON, &value, json)
 }
 

@@ -12,6 +12,8 @@ use std::borrow::Cow;
 
 /// Quarantined ranges.
 pub const POISON: &str = "user.hugetlb2.poison";
+/// Lists of losses, with the kind of each.
+pub const LOSSES: &str = "trusted.hugetlb2.poison";
 /// Repair requests.
 pub const REPAIR: &str = "user.hugetlb2.repair";
 /// Collapse requests.
@@ -56,6 +58,8 @@ pub const LONGEST_VALUE: usize = 64 << 10;
 pub enum OfFile {
     /// [`POISON`].
     Poison,
+    /// [`LOSSES`].
+    Losses,
     /// [`REPAIR`].
     Repair,
     /// [`COLLAPSE`].
@@ -156,6 +160,12 @@ pub const TABLE: &[Row] = &[
         File(OfFile::Poison),
         Some("quarantined ranges"),
         Some("quarantine these ranges too"),
+    ),
+    row(
+        LOSSES,
+        File(OfFile::Losses),
+        None,
+        Some("quarantine these ranges too, those of kind hw by real memory errors"),
     ),
     row(
         REPAIR,
@@ -273,6 +283,9 @@ pub enum Counter {
     QuarantinedSoft,
     /// Subpages that are quarantined for a hardware error.
     QuarantinedHw,
+    /// Good frames of memory that were given up for losses of other machines, since the worker
+    /// began.
+    FramesGivenUp,
     /// Descriptors by which the kernel reads itself.
     OpenedNatively,
     /// Lines that the log has lost.
@@ -311,6 +324,7 @@ impl Counter {
             Self::PunchedBytes => "punched_bytes",
             Self::QuarantinedSoft => "quarantined_soft",
             Self::QuarantinedHw => "quarantined_hw",
+            Self::FramesGivenUp => "frames_given_up",
             Self::OpenedNatively => "opened_natively",
             Self::LogLinesDropped => "log_lines_dropped",
             Self::HolesShutAgain => "holes_shut_again",

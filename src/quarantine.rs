@@ -90,6 +90,21 @@ pub fn parse_poison(value: &[u8], size: u64) -> Result<Vec<Range>> {
     Ok(ranges)
 }
 
+/// Parses a list of losses: `<offset> <length> hw|soft` on each line, as the poison attribute shows
+/// it. Without a kind a range is soft, and further columns are ignored.
+///
+/// # Errors
+/// [`Error::Invalid`] if the value is not valid for a file of `size` bytes.
+pub fn parse_losses(value: &[u8], size: u64) -> Result<Vec<(Range, Kind)>> {
+    let ranges = parse_poison(value, size)?;
+    let kinds = items(value)?.map(|line| match line.split_ascii_whitespace().nth(2) {
+        Some("hw") => Ok(Kind::Hw),
+        Some("soft") | None => Ok(Kind::Soft),
+        Some(other) => Err(Error::invalid(format!("{other:?} is neither hw nor soft"))),
+    });
+    ranges.into_iter().zip(kinds).map(|(range, kind)| Ok((range, kind?))).collect()
+}
+
 /// Parses a value of the repair attribute: `zero|salvage <offset> <length>` or `zero|salvage all`
 /// on each line.
 ///
@@ -254,6 +269,17 @@ mod tests {
             b"zeroall",
         ] {
             assert!(matches!(parse_repair(value, SIZE), Err(Error::Invalid(_))), "{value:?}");
+        }
+    }
+
+    #[test]
+    fn a_list_of_losses_has_kinds() {
+        let text = b"0 4096 hw 7\n0x2000 1\n0x3000 4096 soft";
+        let kinds: Vec<Kind> =
+            parse_losses(text, 16384).unwrap().into_iter().map(|(_, kind)| kind).collect();
+        assert_eq!(kinds, [Kind::Hw, Kind::Soft, Kind::Soft]);
+        for wrong in ["", "0", "0 1 hard", "0 4096 hw\n16384 1 hw", "0 1 HW"] {
+            assert!(matches!(parse_losses(wrong.as_bytes(), 16384), Err(Error::Invalid(_))));
         }
     }
 

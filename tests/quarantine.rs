@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use support::{
-    CHECK, COLLAPSE, FOLIO, GIB, INJECT, MAP, POISON, POOL, Pool, REPAIR, SUBPAGE, Toucher, get,
-    limits, poison, run, set, status_and_error,
+    CHECK, COLLAPSE, FOLIO, GIB, INJECT, LOSSES, MAP, POISON, POOL, Pool, REPAIR, SUBPAGE, Toucher,
+    get, hugetlb2, kill_worker, limits, poison, run, set, status_and_error,
 };
 
 /// A byte that differs from its neighbours in this subpage and in others.
@@ -1176,7 +1176,7 @@ fn injecting_is_refused_with_the_reason_if_the_kernel_cannot() {
     for value in ["", "hw", "soft 0", "hw 8192", "hw 0 1"] {
         assert_eq!(set(&file, INJECT, value), Err(rustix::io::Errno::INVAL), "{value:?}");
     }
-    if Path::new("/sys/devices/system/node/node0/memory_failure").exists() {
+    if has_memory_errors() {
         set(&file, INJECT, "hw 0").unwrap();
         assert!(get(&file, POISON).unwrap().starts_with("0x0 0x1000 hw "));
     } else {
@@ -1185,6 +1185,51 @@ fn injecting_is_refused_with_the_reason_if_the_kernel_cannot() {
         assert_eq!(std::fs::read(&file).unwrap(), vec![7; 8192]);
     }
     pool.check();
+}
+
+#[test]
+fn losses_become_soft_if_the_kernel_has_no_memory_errors() {
+    let pool = Pool::small(1);
+    let file = pool.join("file");
+    std::fs::write(&file, vec![7; 16384]).unwrap();
+    for value in ["", "0 4096 bad", "0 4096 hw\n16384 1 hw", "0 4096 soft\nx 1"] {
+        assert_eq!(set(&file, LOSSES, value), Err(Errno::INVAL), "{value:?}");
+    }
+    assert_eq!(get(&file, POISON), Err(Errno::NODATA));
+    run(hugetlb2().args(["poison", "--hw"]).arg(&file).args(["0", "8192"]));
+    for _ in 0..2 {
+        set(&file, LOSSES, "0x1000 4096 hw 1\n0x2000 4096 soft 2\n0x3000 1\n").unwrap();
+    }
+    let listed = get(&file, POISON).unwrap();
+    let kind = |subpage: u64| {
+        let holds = |line: &&str| {
+            let words: Vec<u64> = line.split(' ').take(2).map(number).collect();
+            (words[0]..words[0] + words[1]).contains(&(subpage * SUBPAGE))
+        };
+        listed.lines().find(holds).unwrap().split(' ').nth(2).unwrap()
+    };
+    let hw = if has_memory_errors() { "hw" } else { "soft" };
+    assert_eq!([0, 1, 2, 3].map(kind), [hw, hw, "soft", "soft"], "{listed}");
+    if !has_memory_errors() {
+        assert_eq!(pool.counter("frames_given_up"), 0);
+    }
+    // Of the lost ones no byte is known, and of the others each.
+    let salvage = |at: u64| set(&file, REPAIR, format!("salvage {at} 4096"));
+    let salvaged = [0, SUBPAGE, 2 * SUBPAGE, 3 * SUBPAGE].map(salvage);
+    assert_eq!(salvaged, [Err(Errno::NODATA), Err(Errno::NODATA), Ok(()), Ok(())]);
+    kill_worker(&pool);
+    assert_eq!(salvage(0), Err(Errno::NODATA));
+    set(&file, REPAIR, "zero all").unwrap();
+    assert_eq!(std::fs::read(&file).unwrap(), [vec![0; 8192], vec![7; 8192]].concat());
+    pool.check();
+}
+
+fn number(text: &str) -> u64 {
+    u64::from_str_radix(text.trim_start_matches("0x"), 16).unwrap()
+}
+
+fn has_memory_errors() -> bool {
+    Path::new("/sys/devices/system/node/node0/memory_failure").exists()
 }
 
 /// The worker copies and punches a whole folio at once. Subpage by subpage, 32 folios would take

@@ -1,6 +1,7 @@
 //! The extended attributes that are this filesystem's interface, beside the attributes that users
 //! set.
 
+use super::object::FRAMES_GIVEN_UP;
 use super::{Fs, NewValue, Object, Pace, RequestContext, in_force};
 use crate::attributes::{
     Attribute, Counter, LONGEST_VALUE, OfEntry, OfFile, OfRoot, PLACEMENT, POISON, find,
@@ -193,7 +194,9 @@ impl Fs {
                 }
                 Ok(text)
             }
-            OfFile::Repair | OfFile::Collapse | OfFile::Inject => Err(Error::NoData),
+            OfFile::Losses | OfFile::Repair | OfFile::Collapse | OfFile::Inject => {
+                Err(Error::NoData)
+            }
         }
     }
 
@@ -236,6 +239,7 @@ impl Fs {
         line(Counter::PunchedBytes, punched);
         line(Counter::QuarantinedSoft, soft);
         line(Counter::QuarantinedHw, hw);
+        line(Counter::FramesGivenUp, FRAMES_GIVEN_UP.load(Ordering::Relaxed));
         line(Counter::OpenedNatively, objects.iter().map(|object| object.natives() as u64).sum());
         line(Counter::LogLinesDropped, logging::dropped());
         line(Counter::HolesShutAgain, STRAYS_SHUT.load(Ordering::Relaxed));
@@ -344,6 +348,7 @@ impl Fs {
         self.look_for_hw_errors_in(&object, &pace)?;
         match attribute {
             OfFile::Poison => object.quarantine(value, &self.pool, &pace),
+            OfFile::Losses => object.import(value, &self.pool, &pace),
             OfFile::Repair => {
                 let resumed = self.was_due(request, object.is_repairable(value)?)?;
                 self.repair(&object, value, resumed, request)

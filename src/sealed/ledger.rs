@@ -233,6 +233,20 @@ impl Ledger {
         Ok(())
     }
 
+    /// Forgets the bytes that the ledger keeps of the holes in `range` of one folio. The holes stay,
+    /// and their bytes count as lost.
+    ///
+    /// # Errors
+    /// The errors of setxattr(2). Nothing has changed.
+    pub fn forget_bytes(&mut self, range: Range) -> Result<()> {
+        let folio = Subpage::containing(range.start).folio();
+        let mut checksums = self.checksums(folio)?;
+        self.holes
+            .in_range(range)
+            .for_each(|hole| checksums.copy(&Checksums::default(), hole.range));
+        self.rewrite(folio, &checksums, |_| {})
+    }
+
     /// Removes `runs` of one folio from the folio's record. When this function returns, `data` has
     /// the true copy of these subpages.
     ///
@@ -299,17 +313,18 @@ impl Ledger {
         };
         let all = is_read(range, bytes)?;
         let subpages = range.steps(SUBPAGE_SIZE).zip(bytes.chunks_exact_mut(SUBPAGE_SIZE as usize));
-        let mut lost = 0;
+        let (mut lost, mut damaged) = (0, 0);
         for (subpage, bytes) in subpages {
             let checksum = checksums.of(Subpage::containing(subpage.start));
             if !(all || is_read(subpage, bytes)?) || crc32fast::hash(bytes) != checksum {
                 bytes.fill(0);
                 lost += 1;
+                damaged += u64::from(checksum != Checksums::NONE);
             }
         }
-        if lost > 0 {
+        if damaged > 0 {
             log::error!(
-                "what was kept of {lost} quarantined subpages of {range} is lost: a memory error has hit the ledger"
+                "what was kept of {damaged} quarantined subpages of {range} is lost: a memory error has hit the ledger"
             );
         }
         Ok(lost)

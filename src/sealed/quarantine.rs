@@ -301,6 +301,14 @@ impl Sealed {
         insist(|| self.shut_strays()).map(drop)
     }
 
+    /// The bytes of the soft holes in `part`, which is of one folio, count as lost from now on.
+    ///
+    /// # Errors
+    /// The errors of setxattr(2).
+    pub fn forget_bytes(&mut self, part: Range) -> Result<()> {
+        self.ledger.forget_bytes(part)
+    }
+
     /// The bytes that the ledger keeps of a quarantined subpage.
     ///
     /// # Errors

@@ -70,18 +70,20 @@ impl Header {
     }
 }
 
-/// Checksums of the bytes that the ledger keeps, one for each subpage of a folio. 0 for a subpage
-/// of which the ledger keeps no bytes.
+/// Checksums of the bytes that the ledger keeps, one for each subpage of a folio.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Checksums(Box<[u32; SUBPAGES_PER_FOLIO as usize]>);
 
 impl Default for Checksums {
     fn default() -> Self {
-        Self(Box::new([0; SUBPAGES_PER_FOLIO as usize]))
+        Self(Box::new([Self::NONE; SUBPAGES_PER_FOLIO as usize]))
     }
 }
 
 impl Checksums {
+    /// That of a subpage of which the ledger keeps no bytes.
+    pub const NONE: u32 = 0;
+
     /// The checksum of `subpage`.
     pub fn of(&self, subpage: Subpage) -> u32 {
         self.0[Self::index(subpage)]

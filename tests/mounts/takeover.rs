@@ -94,7 +94,7 @@ fn all_that_programs_hold_survives_twenty_takeovers() {
     drop((orphan, gone));
     kill_worker(&pool);
     pool.wait_for_orphans();
-    assert_eq!(pool.free_pages(), 6);
+    pool.wait_for_free_pages(6);
     pool.check();
     drop((mapper, file));
     pool.unmount();

@@ -29,8 +29,8 @@ pub const GIB: u64 = 1 << 30;
 pub use toucher::Toucher;
 
 pub use hugetlb2fs::attributes::{
-    CHECK, COLLAPSE, DIE, FAIL, INJECT, MAP, OPTIONS, PLACEMENT, POISON, POOL, REFUSAL, REPAIR,
-    SIZE, STEPS, STOPPED, TARGETS,
+    CHECK, COLLAPSE, DIE, FAIL, INJECT, LOSSES, MAP, OPTIONS, PLACEMENT, POISON, POOL, REFUSAL,
+    REPAIR, SIZE, STEPS, STOPPED, TARGETS,
 };
 
 /// The program under test. It acts by the name under which it is called (argv[0]).

@@ -33,6 +33,7 @@ mod sizes;
 mod summary;
 
 pub use map::{Extent, Located, State};
+pub use quarantine::FRAMES_GIVEN_UP;
 pub use sizes::Allocation;
 pub use summary::{Locked, Summary};
 

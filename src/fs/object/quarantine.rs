@@ -9,7 +9,11 @@ use crate::quarantine::{self, Kind, Quarantined, Repair};
 use crate::sealed::{Content, Sealed};
 use crate::sys;
 use crate::units::{Range, SUBPAGE_SIZE, Subpage};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+
+/// Good frames that were given up for losses of other machines.
+pub static FRAMES_GIVEN_UP: AtomicU64 = AtomicU64::new(0);
 
 /// Bytes that are looked through for memory errors in one piece. That takes some milliseconds if
 /// all of them are in small pages.
@@ -103,9 +107,84 @@ impl Object {
     /// if the file has gaps that touches may fill. [`Error::Busy`] also for a pinned folio; the
     /// ranges before it in the value are quarantined then.
     pub fn quarantine(&self, value: &[u8], pool: &Pool, pace: &Pace) -> Result<()> {
+        let ranges = |holding: &Holding| quarantine::parse_poison(value, holding.size());
+        self.quarantine_ranges(ranges, pool, pace)
+    }
+
+    /// Quarantines the ranges of a list of losses: those of kind hw by a real memory error in each
+    /// subpage, which costs its frame. Where the kernel has no memory errors, they become soft
+    /// holes of which no byte is known. Subpages that have a memory error already stay as they are.
+    ///
+    /// # Errors
+    /// Those of [`Object::quarantine`]. With nothing done: [`Error::Invalid`] for a subpage of kind
+    /// hw that is punched, or is a soft hole although the kernel has memory errors.
+    /// [`Error::Interrupted`]; the subpages before that one are quarantined then.
+    pub fn import(&self, value: &[u8], pool: &Pool, pace: &Pace) -> Result<()> {
+        let losses = quarantine::parse_losses(value, self.read_lock().size())?;
+        let of_kind = |kind: Kind| -> Vec<Range> {
+            losses.iter().filter(|loss| loss.1 == kind).map(|loss| loss.0).collect()
+        };
+        let (hw, soft) = (of_kind(Kind::Hw), of_kind(Kind::Soft));
+        let has_errors = sys::memory_failures().is_some();
+        if has_errors {
+            let holding = self.read_lock();
+            subpages(&hw).try_for_each(|at| strikable(&holding, at).map(drop))?;
+        }
+        if !soft.is_empty() {
+            self.quarantine_ranges(|_| Ok(soft.clone()), pool, pace)?;
+        }
+        match has_errors {
+            _ if hw.is_empty() => Ok(()),
+            true => self.strike(&hw, pace),
+            false => self.quarantine_without_bytes(&hw, pool, pace),
+        }
+    }
+
+    /// Makes a real memory error in each subpage of `ranges` that has none.
+    fn strike(&self, ranges: &[Range], pace: &Pace) -> Result<()> {
+        for place in subpages(ranges) {
+            let holding = self.read_lock();
+            if let Some(subpage) = strikable(&holding, place)? {
+                match holding.sealed().inject(subpage) {
+                    Ok(()) => drop(FRAMES_GIVEN_UP.fetch_add(1, Ordering::Relaxed)),
+                    Err(Error::Quarantined) => {} // by an error that the kernel met just now
+                    Err(error) => return Err(error),
+                }
+            }
+            drop(holding);
+            pace.go_on()?;
+        }
+        self.look_for_hw_errors(pace)?;
+        let holding = self.read_lock();
+        let is_lost = |range: &Range| lost_bytes(holding.sealed(), *range) == range.len();
+        match ranges.iter().all(is_lost) {
+            true => Ok(()),
+            false => Err(Error::Busy("the file was changed meanwhile; try again")),
+        }
+    }
+
+    /// Makes `ranges` soft holes whose bytes count as lost.
+    fn quarantine_without_bytes(&self, ranges: &[Range], pool: &Pool, pace: &Pace) -> Result<()> {
+        self.quarantine_ranges(|_| Ok(ranges.to_vec()), pool, pace)?;
+        let _one_at_a_time = self.begin(pace)?;
+        let mut holding = self.write_lock();
+        ranges
+            .iter()
+            .flat_map(|range| parts(*range))
+            .try_for_each(|part| holding.forget_bytes(part))
+    }
+
+    /// Makes the ranges that `ranges` finds soft holes.
+    fn quarantine_ranges(
+        &self,
+        ranges: impl Fn(&Holding) -> Result<Vec<Range>>,
+        pool: &Pool,
+        pace: &Pace,
+    ) -> Result<()> {
+        let quarantinable = |holding: &Holding| quarantinable(holding, ranges(holding)?);
         let is_done = {
             let holding = self.read_lock();
-            let ranges = quarantinable(&holding, value)?;
+            let ranges = quarantinable(&holding)?;
             ranges.iter().all(|range| lost_bytes(holding.sealed(), *range) == range.len())
         };
         if is_done {
@@ -116,7 +195,7 @@ impl Object {
         if !self.natives.exclude() {
             return Err(Error::OpenNatively);
         }
-        let ranges = quarantinable(&holding, value)?;
+        let ranges = quarantinable(&holding)?;
         if holding.sealed().punched_bytes()? > 0 {
             return Err(GAPS_FORBID);
         }
@@ -255,10 +334,13 @@ fn quarantined(sealed: &Sealed) -> Vec<Quarantined> {
     quarantine::coalesce(all.into_iter())
 }
 
-/// The ranges that a value of the poison attribute names.
-fn quarantinable(holding: &Holding, value: &[u8]) -> Result<Vec<Range>> {
-    let ranges = quarantine::parse_poison(value, holding.size())?;
+/// The ranges, if all of them lie in the file and have memory.
+fn quarantinable(holding: &Holding, ranges: Vec<Range>) -> Result<Vec<Range>> {
+    let file = Range::new(0, holding.size()).subpages_out();
     for range in &ranges {
+        if !file.covers(*range) {
+            return Err(Error::invalid(format!("{range} is not in the file")));
+        }
         if holding.released_in(*range).next().is_some() {
             return Err(Error::invalid(format!(
                 "{range} was released and has no memory to quarantine"
@@ -268,8 +350,24 @@ fn quarantinable(holding: &Holding, value: &[u8]) -> Result<Vec<Range>> {
     Ok(ranges)
 }
 
+fn subpages(ranges: &[Range]) -> impl Iterator<Item = Range> {
+    ranges.iter().flat_map(|range| range.steps(SUBPAGE_SIZE))
+}
+
+/// The subpage at `place`, or none if it has a memory error already.
+fn strikable(holding: &Holding, place: Range) -> Result<Option<Subpage>> {
+    let subpage = Subpage::containing(place.start);
+    if holding.sealed().hw_errors().contains_key(&subpage) {
+        return Ok(None);
+    }
+    with_memory(holding, subpage).map(Some)
+}
+
 fn injectable(holding: &Holding, value: &[u8]) -> Result<Subpage> {
-    let subpage = quarantine::parse_inject(value, holding.size())?;
+    with_memory(holding, quarantine::parse_inject(value, holding.size())?)
+}
+
+fn with_memory(holding: &Holding, subpage: Subpage) -> Result<Subpage> {
     let sealed = holding.sealed();
     if sealed.is_lost(subpage)
         || !sealed.has_memory(subpage.folio())

@@ -53,6 +53,14 @@ impl Holding {
         self.sealed.note_hw_errors_in(range, time)
     }
 
+    /// As [`Sealed::forget_bytes`].
+    ///
+    /// # Errors
+    /// Those of [`Sealed::forget_bytes`].
+    pub fn forget_bytes(&mut self, part: Range) -> Result<()> {
+        self.sealed.forget_bytes(part)
+    }
+
     /// Ends the alarm.
     ///
     /// # Errors

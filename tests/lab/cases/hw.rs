@@ -3,8 +3,8 @@
 
 use super::cases;
 use crate::support::{
-    COLLAPSE, FOLIO, MAP, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, hugetlb2, poison, run, set,
-    status_and_error,
+    COLLAPSE, FOLIO, LOSSES, MAP, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, hugetlb2, poison,
+    run, set, status_and_error,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FallocateFlags, SeekFrom, XattrFlags, fallocate, fsetxattr, seek};
@@ -20,6 +20,7 @@ cases! {
         an_injected_error_is_listed_counted_and_logged_once,
         the_patrol_finds_an_error_that_nobody_touches,
         injection_accepts_only_one_place_with_memory,
+        a_list_of_losses_becomes_real_errors,
         an_error_costs_readers_and_mappers_its_subpage_only,
         zeroing_heals_an_error_whose_bytes_cannot_be_salvaged,
         a_write_over_an_error_repairs_it_and_over_a_part_ends_there,
@@ -130,6 +131,39 @@ fn assert_whole(pool: &Pool, path: &Path, size: u64) {
     assert_eq!(toucher.huge(), size / FOLIO);
     assert_eq!(std::fs::read(path).unwrap().len() as u64, size);
     pool.check();
+}
+
+// ---- losses of another machine ------------------------------------------------------------------
+
+fn a_list_of_losses_becomes_real_errors() {
+    let pool = pool();
+    let (path, file) = sevens(&pool, SIZE);
+    let mut toucher = Toucher::mapping(&path, SIZE);
+    let before = corrupted();
+    let import = |list: String| set(&path, LOSSES, list);
+    // Nothing is done if a line is wrong.
+    set(&path, POISON, format!("{FOLIO} 4096")).unwrap();
+    for wrong in [format!("{BAD} 4096 hw\n{SIZE} 1 hw"), format!("{BAD} 4096 hw\n{FOLIO} 1 hw")] {
+        assert_eq!(import(wrong), Err(Errno::INVAL));
+    }
+    set(&path, REPAIR, "salvage all").unwrap();
+    assert_eq!((corrupted(), listed(&path)), (before, hw(&[])));
+    let list = format!("{BAD} 4096 hw 1700000000\n{} 4096 hw\n0 4096 soft\n", SIZE - SUBPAGE);
+    for _ in 0..2 {
+        import(list.clone()).unwrap(); // the second time changes nothing
+        let soft = vec!["0x0 0x1000 soft".to_owned()];
+        assert_eq!(listed(&path), [soft, hw(&[BAD, SIZE - SUBPAGE])].concat());
+        assert_eq!(corrupted() - before, 2 * SUBPAGE, "a frame for each");
+        assert_eq!(pool.counter("frames_given_up"), 2);
+    }
+    let last = SIZE - SUBPAGE;
+    let lost = format!("hits 0:2 {BAD}:{BUS_MCEERR_AR} {last}:{BUS_MCEERR_AR}");
+    assert_eq!(toucher.ask("walk"), lost);
+    drop(toucher);
+    set(&path, REPAIR, "zero all").unwrap();
+    assert_holds(&file, SUBPAGE, BAD, 7);
+    assert_holds(&file, BAD, BAD + SUBPAGE, 0);
+    assert_whole(&pool, &path, SIZE);
 }
 
 // ---- being told ---------------------------------------------------------------------------------
