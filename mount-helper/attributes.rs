@@ -53,6 +53,21 @@ pub fn refusal(file: &Path) -> Option<String> {
     read(file, REFUSAL).ok().flatten()
 }
 
+/// The sentence for a request to `file` that failed with `errno`.
+pub fn describe(file: &Path, errno: Errno) -> String {
+    let why = match errno {
+        Errno::NODATA => "there is nothing of that kind in this range".to_owned(),
+        Errno::BUSY | Errno::INVAL | Errno::NOSPC => {
+            refusal(file).unwrap_or_else(|| errno.to_string())
+        }
+        Errno::OPNOTSUPP => "not a regular file of a hugetlb2 pool".to_owned(),
+        Errno::AGAIN => "the kernel could not do it for all of the range now; try again".to_owned(),
+        Errno::TOOBIG => "the list is longer than an extended attribute can be (64 KiB)".to_owned(),
+        other => other.to_string(),
+    };
+    format!("{}: {why}", file.display())
+}
+
 /// The counters of a pool.
 pub struct Counters(Vec<(String, u64)>);
 

@@ -3,12 +3,12 @@
 use crate::mappers::{self, Misaligned};
 use crate::targets::Table;
 use crate::terminal::{Meter, say};
-use crate::{attributes, daemons, demo, mount, mounts, session};
+use crate::{attributes, daemons, demo, migrate, mount, mounts, session};
 use clap::{Parser, Subcommand, ValueEnum};
 use hugetlb2fs::attributes::Counter;
 use hugetlb2fs::placement::Placement;
 use hugetlb2fs::quarantine;
-use rustix::fs::{major, minor, statvfs};
+use rustix::fs::statvfs;
 use rustix::io::Errno;
 use rustix::process::geteuid;
 use serde_json::{Map, Value, json};
@@ -16,7 +16,6 @@ use std::ffi::OsString;
 use std::fmt::{Display, Write as _};
 use std::fs::Metadata;
 use std::io::{ErrorKind, Write as _};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::mpsc;
@@ -140,6 +139,18 @@ enum Action {
         #[arg(long)]
         wait: bool,
     },
+    /// Move a virtual machine to another QEMU, and the losses of its memory with it
+    ///
+    /// QEMU ends by SIGBUS if it meets a quarantined subpage while it moves its memory. So `out`
+    /// gives each subpage its bytes back, as far as they are known, and moves the machine. `in`
+    /// makes subpages whose bytes are lost memory errors of the destination. A machine with lost
+    /// bytes stands still meanwhile; otherwise it runs. Both need a QMP monitor of their QEMU.
+    ///
+    /// hugetlb2 migrate out --qmp S --to tcp:HOST:PORT | ssh HOST hugetlb2 migrate in --qmp D
+    Migrate {
+        #[command(subcommand)]
+        direction: Direction,
+    },
     /// Verify a pool while it is in use; exit status 1 if something does not hold
     Check {
         /// The mount point
@@ -165,6 +176,27 @@ enum Action {
         /// The arguments of mount.hugetlb2
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
+    },
+}
+
+#[derive(Subcommand)]
+enum Direction {
+    /// At the source: move the machine away, and write its losses to standard output
+    ///
+    /// If the migration fails, the machine and its quarantines are as before.
+    Out {
+        /// The socket of QEMU's monitor (-qmp unix:SOCKET,server=on,wait=off)
+        #[arg(long, value_name = "SOCKET")]
+        qmp: PathBuf,
+        /// The address on which the other QEMU waits (-incoming), as in tcp:HOST:PORT
+        #[arg(long, value_name = "URI")]
+        to: String,
+    },
+    /// At the destination: read the losses from standard input, and have the machine go on
+    In {
+        /// The socket of QEMU's monitor
+        #[arg(long, value_name = "SOCKET")]
+        qmp: PathBuf,
     },
 }
 
@@ -207,6 +239,12 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
         Action::Move { file, to } => move_memory(&file, &to, cli.json),
         Action::Inject { file, offset } => inject(&file, &offset, cli.json),
         Action::Ready { directory, wait } => ready(&directory, wait, cli.json),
+        Action::Migrate { direction: Direction::Out { qmp, to } } => {
+            migrate::out(&qmp, &to).map(|()| ExitCode::SUCCESS)
+        }
+        Action::Migrate { direction: Direction::In { qmp } } => {
+            migrate::into(&qmp).map(|()| ExitCode::SUCCESS)
+        }
         Action::Check { directory } => check(&directory, cli.json),
         Action::Upgrade { directory, binary } => upgrade(&directory, binary, cli.json),
         Action::Demo => return demo::main(cli.json),
@@ -245,28 +283,6 @@ fn print_json(value: &Value) -> Result<(), String> {
 
 fn mount_points() -> Result<Vec<PathBuf>, String> {
     Ok(mounts::all()?.into_iter().map(|pool| pool.mount_point).collect())
-}
-
-/// The metadata of a file or directory in a pool, if it is of the kind that `is_right` accepts.
-/// Another one is refused: an ordinary filesystem would store the attributes as some text of the
-/// user's, and do nothing.
-fn of_pool(
-    path: &Path,
-    is_right: impl Fn(&Metadata) -> bool,
-    kind: &str,
-) -> Result<Metadata, String> {
-    let metadata =
-        std::fs::metadata(path).map_err(|error| format!("{}: {error}", path.display()))?;
-    let device = format!("{}:{}", major(metadata.dev()), minor(metadata.dev()));
-    if is_right(&metadata) && mounts::all()?.iter().any(|pool| pool.device == device) {
-        return Ok(metadata);
-    }
-    Err(format!("{}: not a {kind} of a hugetlb2 pool", path.display()))
-}
-
-/// The metadata of a regular file in a pool.
-fn pool_file(file: &Path) -> Result<Metadata, String> {
-    of_pool(file, Metadata::is_file, "regular file")
 }
 
 /// The time after which a worker that does not answer is said to hang.
@@ -551,10 +567,10 @@ fn upgrade(directory: &Path, binary: Option<PathBuf>, json: bool) -> Done {
 // ---- files --------------------------------------------------------------------------------------
 
 fn poison(file: &Path, range: &[String], hw: bool, json: bool) -> Done {
-    let size = pool_file(file)?.len();
+    let size = mounts::pool_file(file)?.len();
     if range.is_empty() {
-        let text =
-            attributes::read(file, attributes::POISON).map_err(|errno| describe(file, errno))?;
+        let text = attributes::read(file, attributes::POISON)
+            .map_err(|errno| attributes::describe(file, errno))?;
         show_table(text.unwrap_or_default().as_str(), &["offset", "length", "kind", "time"], json)?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -572,24 +588,24 @@ fn repair(file: &Path, verb: Verb, target: &[String], json: bool) -> Done {
         Verb::Salvage => "salvage",
     };
     let value = format!("{verb} {}", target.join(" "));
-    explain(file, quarantine::parse_repair(value.as_bytes(), pool_file(file)?.len()))?;
+    explain(file, quarantine::parse_repair(value.as_bytes(), mounts::pool_file(file)?.len()))?;
     request(file, attributes::REPAIR, &value, json)
 }
 
 fn collapse(file: &Path, target: &[String], json: bool) -> Done {
     let value = target.join(" ");
-    explain(file, quarantine::parse_collapse(value.as_bytes(), pool_file(file)?.len()))?;
+    explain(file, quarantine::parse_collapse(value.as_bytes(), mounts::pool_file(file)?.len()))?;
     request(file, attributes::COLLAPSE, &value, json)
 }
 
 fn inject(file: &Path, offset: &str, json: bool) -> Done {
     let value = format!("hw {offset}");
-    explain(file, quarantine::parse_inject(value.as_bytes(), pool_file(file)?.len()))?;
+    explain(file, quarantine::parse_inject(value.as_bytes(), mounts::pool_file(file)?.len()))?;
     attributes::write(file, attributes::INJECT, &value).map_err(|errno| match errno {
         Errno::OPNOTSUPP => {
             "this kernel has no CONFIG_MEMORY_FAILURE: it cannot handle memory errors".to_owned()
         }
-        other => describe(file, other),
+        other => attributes::describe(file, other),
     })?;
     if json {
         print_json(&json!({ "ok": true }))?;
@@ -598,8 +614,9 @@ fn inject(file: &Path, offset: &str, json: bool) -> Done {
 }
 
 fn map(file: &Path, json: bool) -> Done {
-    let metadata = pool_file(file)?;
-    let text = attributes::read(file, attributes::MAP).map_err(|errno| describe(file, errno))?;
+    let metadata = mounts::pool_file(file)?;
+    let text = attributes::read(file, attributes::MAP)
+        .map_err(|errno| attributes::describe(file, errno))?;
     show_table(text.unwrap_or_default().as_str(), &["offset", "length", "state", "node"], json)?;
     for one in mappers::of_file(&metadata) {
         say(format_args!("hugetlb2: {}", one.describe()));
@@ -609,13 +626,13 @@ fn map(file: &Path, json: bool) -> Done {
 
 fn placement(path: &Path, words: Option<&str>, json: bool) -> Done {
     let is_right = |metadata: &Metadata| metadata.is_file() || metadata.is_dir();
-    of_pool(path, is_right, "regular file or directory")?;
+    mounts::of_pool(path, is_right, "regular file or directory")?;
     if let Some(words) = words {
         explain(path, Placement::parse(words.as_bytes()))?;
         return request(path, attributes::PLACEMENT, words, json);
     }
-    let text =
-        attributes::read(path, attributes::PLACEMENT).map_err(|errno| describe(path, errno))?;
+    let text = attributes::read(path, attributes::PLACEMENT)
+        .map_err(|errno| attributes::describe(path, errno))?;
     let text = text.unwrap_or_default();
     let (words, memory) = text.split_once('\n').unwrap_or((&text, ""));
     if json {
@@ -631,7 +648,7 @@ fn placement(path: &Path, words: Option<&str>, json: bool) -> Done {
 }
 
 fn move_memory(file: &Path, words: &str, json: bool) -> Done {
-    of_pool(file, Metadata::is_file, "regular file")?;
+    mounts::of_pool(file, Metadata::is_file, "regular file")?;
     explain(file, Placement::parse(words.as_bytes()))?;
     let meter = Meter::new("moving memory");
     let moved = std::thread::scope(|scope| {
@@ -639,7 +656,7 @@ fn move_memory(file: &Path, words: &str, json: bool) -> Done {
         // The filesystem tells its reason to the thread that has asked.
         let ask = || {
             let asked = attributes::write(file, attributes::PLACEMENT, words);
-            asked.map_err(|errno| describe(file, errno))
+            asked.map_err(|errno| attributes::describe(file, errno))
         };
         scope.spawn(move || sender.send(ask()));
         loop {
@@ -677,25 +694,11 @@ fn explain<T>(file: &Path, parsed: hugetlb2fs::error::Result<T>) -> Result<(), S
 }
 
 fn request(file: &Path, attribute: &str, value: &str, json: bool) -> Done {
-    attributes::write(file, attribute, value).map_err(|errno| describe(file, errno))?;
+    attributes::write(file, attribute, value).map_err(|errno| attributes::describe(file, errno))?;
     if json {
         print_json(&json!({ "ok": true }))?;
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn describe(file: &Path, errno: Errno) -> String {
-    let why = match errno {
-        Errno::NODATA => "there is nothing of that kind in this range".to_owned(),
-        Errno::BUSY | Errno::INVAL | Errno::NOSPC => {
-            attributes::refusal(file).unwrap_or_else(|| errno.to_string())
-        }
-        Errno::OPNOTSUPP => "not a regular file of a hugetlb2 pool".to_owned(),
-        Errno::AGAIN => "the kernel could not do it for all of the range now; try again".to_owned(),
-        Errno::TOOBIG => "the list is longer than an extended attribute can be (64 KiB)".to_owned(),
-        other => other.to_string(),
-    };
-    format!("{}: {why}", file.display())
 }
 
 /// Shows the lines of an attribute: under a heading, or as JSON with numbers as numbers.

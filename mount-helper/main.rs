@@ -31,6 +31,10 @@ mod demo;
 
 mod targets;
 
+mod qemu;
+
+mod migrate;
+
 mod cli;
 
 use std::ffi::OsString;

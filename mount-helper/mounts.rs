@@ -4,11 +4,13 @@
 //! any time, also between a look at the mount and the act on it. So umount and remount go to the
 //! directory (fchdir(2)), and look and act there.
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, openat, readlinkat, statx};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, major, minor, openat, readlinkat, statx};
 use rustix::io::Errno;
 use rustix::process::fchdir;
 use std::ffi::OsString;
+use std::fs::Metadata;
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// A mounted pool.
@@ -63,6 +65,39 @@ pub fn require_pool(directory: &Path) -> Result<(), String> {
     let id = found.map_err(|errno| errno.to_string())?.stx_mnt_id;
     let is_there = all()?.iter().any(|pool| pool.id == id);
     if is_there { Ok(()) } else { Err("no hugetlb2 pool is mounted there".to_owned()) }
+}
+
+/// True if `path` is in a pool.
+pub fn is_in_pool(path: &Path) -> bool {
+    of_pool(path, |_| true, "entry").is_ok()
+}
+
+/// The metadata of a file or directory in a pool, if it is of the kind that `is_right` accepts.
+/// Another one is refused: an ordinary filesystem would store the attributes as some text of the
+/// user's, and do nothing.
+///
+/// # Errors
+/// A sentence.
+pub fn of_pool(
+    path: &Path,
+    is_right: impl Fn(&Metadata) -> bool,
+    kind: &str,
+) -> Result<Metadata, String> {
+    let metadata =
+        std::fs::metadata(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let device = format!("{}:{}", major(metadata.dev()), minor(metadata.dev()));
+    if is_right(&metadata) && all()?.iter().any(|pool| pool.device == device) {
+        return Ok(metadata);
+    }
+    Err(format!("{}: not a {kind} of a hugetlb2 pool", path.display()))
+}
+
+/// The metadata of a regular file in a pool.
+///
+/// # Errors
+/// A sentence.
+pub fn pool_file(file: &Path) -> Result<Metadata, String> {
+    of_pool(file, Metadata::is_file, "regular file")
 }
 
 /// Goes to a mounted pool, and returns the path by which it is found from now on.

@@ -233,8 +233,8 @@ impl Ledger {
         Ok(())
     }
 
-    /// Forgets the bytes that the ledger keeps of the holes in `range` of one folio. The holes stay,
-    /// and their bytes count as lost.
+    /// Forgets the bytes that the ledger keeps of the holes in `range`, which is of one folio. The
+    /// holes stay, and their bytes count as lost.
     ///
     /// # Errors
     /// The errors of setxattr(2). Nothing has changed.

@@ -4,8 +4,10 @@
 use crate::boot::{Boot, Report, Verdict};
 use crate::cases::Machine;
 use crate::support::{
-    COLLAPSE, FOLIO, MAP, Pool, REPAIR, SUBPAGE, get, huge_bytes, limits, poison, set,
+    COLLAPSE, FOLIO, LOSSES, MAP, POISON, Pool, REPAIR, SUBPAGE, get, huge_bytes, hugetlb2, limits,
+    poison, run, set, status_and_error,
 };
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -14,6 +16,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 pub const TESTS: &[(&str, fn())] = &[
@@ -30,6 +33,8 @@ pub const TESTS: &[(&str, fn())] = &[
         a_virtual_machine_goes_on_from_a_copy_of_its_memory,
     ),
     ("a_virtual_machine_moves_to_another_process", a_virtual_machine_moves_to_another_process),
+    ("a_machine_moves_with_quarantined_memory", a_machine_moves_with_quarantined_memory),
+    ("lost_memory_moves_with_its_machine", lost_memory_moves_with_its_machine),
     ("a_machine_that_cannot_move_by_postcopy_stays", a_machine_that_cannot_move_by_postcopy_stays),
     (
         "a_machine_moves_by_postcopy_with_punched_pages_kept",
@@ -68,7 +73,8 @@ impl Vm {
             ["-object", &backend, "-machine", "memory-backend=ram", "-monitor"]
                 .map(str::to_owned)
                 .to_vec();
-        more.push(format!("unix:{},server=on,wait=off", monitor.display()));
+        let socket = |path: &Path| format!("unix:{},server=on,wait=off", path.display());
+        more.extend([socket(&monitor), "-qmp".to_owned(), socket(&qmp(&monitor))]);
         more.extend(incoming.iter().flat_map(|from| ["-incoming".to_owned(), (*from).to_owned()]));
         let boot = Boot::spawn(MACHINE, &more).unwrap();
         Self { boot, monitor, memory: memory.to_owned() }
@@ -154,6 +160,11 @@ impl Vm {
     }
 }
 
+/// The place of QEMU's other monitor.
+fn qmp(monitor: &Path) -> PathBuf {
+    monitor.with_extension("qmp")
+}
+
 fn read_to_prompt(monitor: &mut UnixStream) -> String {
     let mut said = Vec::new();
     let mut byte = [0];
@@ -206,15 +217,7 @@ fn a_virtual_machine_is_ended_by_a_quarantine_of_what_it_uses() {
     let mut vm = Vm::start(&memory, work.path());
     vm.works();
     vm.tell("stop");
-    // Quarantines used subpages in the first 64 MiB, where the kernel is.
-    let file = File::open(&memory).unwrap();
-    let mut subpage = vec![0; SUBPAGE as usize];
-    for place in ((16 << 20)..(64 << 20)).step_by(64 * SUBPAGE as usize) {
-        file.read_exact_at(&mut subpage, place).unwrap();
-        if subpage.iter().any(|byte| *byte != 0) {
-            poison(&memory, place, SUBPAGE).unwrap();
-        }
-    }
+    used_subpages(&memory).iter().for_each(|place| poison(&memory, *place, SUBPAGE).unwrap());
     vm.tell("cont");
     let report = vm.boot.run(WORK);
     assert!(matches!(report.verdict, Verdict::Ended), "{}", describe(&report));
@@ -222,9 +225,21 @@ fn a_virtual_machine_is_ended_by_a_quarantine_of_what_it_uses() {
     // The bytes that the machine had in memory are not lost.
     set(&memory, REPAIR, "salvage all").unwrap();
     pool.check();
-    drop((vm, file));
+    drop(vm);
     fs::remove_file(memory).unwrap();
     pool.unmount();
+}
+
+/// Some subpages in the first 64 MiB of a machine, where its kernel is.
+fn used_subpages(memory: &Path) -> Vec<u64> {
+    let file = File::open(memory).unwrap();
+    let mut subpage = vec![0; SUBPAGE as usize];
+    let mut is_used = |place: &u64| {
+        file.read_exact_at(&mut subpage, *place).unwrap();
+        subpage.iter().any(|byte| *byte != 0)
+    };
+    let places = ((16 << 20)..(64 << 20)).step_by(64 * SUBPAGE as usize);
+    places.filter(|place| is_used(place)).collect()
 }
 
 /// With the capability x-ignore-shared, QEMU writes all but the memory to a stream; the memory is
@@ -238,9 +253,7 @@ fn a_virtual_machine_goes_on_from_a_copy_of_its_memory() {
     vm.tell("migrate_set_capability x-ignore-shared on");
     vm.tell(&format!("migrate -d \"exec:cat > {}\"", state.display()));
     vm.wait_until_gone();
-    crate::support::run(
-        std::process::Command::new("cp").arg("--sparse=never").arg(&memory).arg(&copy),
-    );
+    run(Command::new("cp").arg("--sparse=never").arg(&memory).arg(&copy));
     drop(vm);
     let mut restored = Vm::spawn(&copy, work.path(), Some("defer"));
     restored.tell("migrate_set_capability x-ignore-shared on");
@@ -282,6 +295,140 @@ fn a_virtual_machine_moves_to_another_process() {
     fs::remove_file(other).unwrap();
     pool.unmount();
 }
+
+// ---- hugetlb2 migrate ---------------------------------------------------------------------------
+
+fn migrate_out(vm: &Vm, to: &str) -> Command {
+    let mut command = hugetlb2();
+    command.args(["migrate", "out", "--to", to, "--qmp"]).arg(qmp(&vm.monitor));
+    command
+}
+
+fn migrate_in(vm: &Vm) -> Command {
+    let mut command = hugetlb2();
+    command.args(["migrate", "in", "--qmp"]).arg(qmp(&vm.monitor));
+    command
+}
+
+/// Moves the machine `vm` to `target`, which waits at `to`.
+fn migrate(vm: &Vm, target: &Vm, to: &str) {
+    target.tell("info status"); // it has a monitor now
+    let mut out = migrate_out(vm, to).stdout(Stdio::piped()).spawn().unwrap();
+    let losses = out.stdout.take().expect("a pipe");
+    let into = migrate_in(target).stdin(losses).stderr(Stdio::piped()).spawn().unwrap();
+    let into = limits::collect(limits::PROGRAM, "hugetlb2 migrate in", into).unwrap();
+    let said = String::from_utf8_lossy(&into.stderr);
+    let out = limits::exit(limits::PROGRAM, "hugetlb2 migrate out", &mut out);
+    assert!(into.status.success() && out.success(), "{out}, {}: {said}", into.status);
+}
+
+fn refused(command: &mut Command, why: &str) {
+    let (status, said) = status_and_error(command);
+    assert!(status == 1 && said.contains(why), "{status}: {said}");
+}
+
+fn state(vm: &Vm) -> String {
+    let answer = vm.tell("info status");
+    let state = answer.lines().find_map(|line| line.trim().strip_prefix("VM status: "));
+    state.expect("it has one").to_owned()
+}
+
+/// Makes a machine that waits at the address for another one to come.
+fn target(memory: &Path, work: &Path) -> (Vm, String) {
+    let to = format!("tcp:127.0.0.1:{}", free_port());
+    (Vm::spawn(memory, work, Some(&to)), to)
+}
+
+/// The bytes of the quarantined subpages are known, so the machine runs while it moves.
+fn a_machine_moves_with_quarantined_memory() {
+    let (pool, work) = (pool(2), tempfile::tempdir().unwrap());
+    let (memory, other) = (pool.join("vm0"), pool.join("vm1"));
+    let mut vm = Vm::start(&memory, work.path());
+    vm.remembers();
+    poison(&memory, vm.unused(), SUBPAGE).unwrap();
+    vm.tell("stop");
+    let used = used_subpages(&memory);
+    used.iter().for_each(|place| poison(&memory, *place, SUBPAGE).unwrap());
+    let (mut there, to) = target(&other, work.path());
+    migrate(&vm, &there, &to);
+    assert_eq!(get(&other, POISON), Err(Errno::NODATA));
+    assert_eq!(state(&there), "paused", "as at its source");
+    there.tell("cont");
+    drop(vm);
+    there.remembers();
+    there.works();
+    pool.check();
+    there.boot.shut_down();
+    fs::remove_file(memory).unwrap();
+    fs::remove_file(other).unwrap();
+    pool.unmount();
+}
+
+/// The bytes of a subpage are lost. Where the machine goes, they stay lost; where it stays, too.
+fn lost_memory_moves_with_its_machine() {
+    let (pool, work) = (pool(2), tempfile::tempdir().unwrap());
+    let (memory, other) = (pool.join("vm0"), pool.join("vm1"));
+    let mut vm = Vm::start(&memory, work.path());
+    vm.remembers();
+    let place = vm.unused();
+    let lose = || set(&memory, LOSSES, format!("{place} {SUBPAGE} hw")).unwrap();
+    let salvage = format!("salvage {place} {SUBPAGE}");
+    let is_lost = |memory: &Path| {
+        let list = get(memory, POISON).unwrap();
+        assert_eq!(list.lines().count(), 1, "{list}");
+        assert!(list.starts_with(&format!("{place:#x} 0x1000 ")), "{list}");
+        assert_eq!(set(memory, REPAIR, &salvage), Err(Errno::NODATA));
+    };
+    lose();
+    is_lost(&memory);
+    refused(&mut migrate_in(&vm), "zeros in place of lost bytes");
+    is_lost(&memory);
+    assert_eq!(state(&vm), "running");
+    vm.works();
+    // The command is asked to end, and then killed, when the memory has begun to move.
+    vm.tell("migrate_set_parameter max-bandwidth 1M");
+    for signal in [Signal::TERM, Signal::KILL] {
+        let (there, to) = target(&other, work.path());
+        there.tell("info status");
+        let mut out = migrate_out(&vm, &to).stdout(Stdio::null()).spawn().unwrap();
+        vm.wait_until_migration_is("active");
+        assert_eq!(state(&vm), "paused", "it stands still");
+        kill_process(Pid::from_child(&out), signal).unwrap();
+        assert!(!out.wait().unwrap().success());
+        if signal == Signal::KILL {
+            vm.tell("migrate_cancel");
+            vm.wait_until_migration_is("cancelled");
+        } else {
+            is_lost(&memory);
+            assert_eq!(state(&vm), "running");
+        }
+        drop(there);
+        fs::remove_file(&other).unwrap();
+    }
+    assert_eq!(get(&memory, POISON), Err(Errno::NODATA), "zeros, which the machine has not seen");
+    // No machine waits there.
+    refused(&mut migrate_out(&vm, &format!("tcp:127.0.0.1:{}", free_port())), "as it was");
+    is_lost(&memory);
+    vm.tell("migrate_set_parameter max-bandwidth 1G");
+    let (mut there, to) = target(&other, work.path());
+    there.tell("info status");
+    refused(&mut migrate_in(&there), "no losses");
+    migrate(&vm, &there, &to);
+    drop(vm);
+    is_lost(&other);
+    there.tell("cont"); // at its source it stood still, as the killed command had left it
+    there.remembers();
+    there.works();
+    is_lost(&other);
+    set(&other, REPAIR, "zero all").unwrap();
+    pool.check();
+    there.boot.shut_down();
+    fs::remove_file(memory).unwrap();
+    fs::remove_file(other).unwrap();
+    pool.unmount();
+}
+
+// ---- postcopy -----------------------------------------------------------------------------------
 
 /// For postcopy (userfaultfd), QEMU punches all of the target's memory, so that faults fill it. By
 /// default, punched pages go back to the pool, and a fault cannot ask the pool for a page. So

@@ -4,7 +4,10 @@
 use super::hw::inject;
 use super::{cases, skip};
 use crate::pattern;
-use crate::support::{FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, poison, set};
+use crate::support::{
+    FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, hugetlb2, limits, poison, run, set,
+    status_and_error,
+};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::system::finit_module;
@@ -18,6 +21,7 @@ use std::time::{Duration, Instant};
 
 cases! {
     NESTED: a_guest_of_kvm_goes_on_without_the_subpage_that_it_has_lost,
+        a_guest_of_kvm_arrives_with_its_loss,
         an_error_costs_a_guest_2_mib_of_hugetlbfs;
 }
 
@@ -26,9 +30,6 @@ const FILES: &str = "/lib/nested";
 
 /// The memory of the guest.
 const BYTES: u64 = 128 << 20;
-
-/// QEMU's monitor.
-const MONITOR: &str = "/tmp/monitor";
 
 /// The time for an event in the guest, which is emulated twice.
 const PATIENCE: Duration = Duration::from_secs(200);
@@ -41,13 +42,25 @@ struct Guest {
     qemu: Child,
     memory: PathBuf,
     console: PathBuf,
+    monitor: PathBuf,
+    /// The other monitor, for programs.
+    qmp: PathBuf,
 }
 
 impl Guest {
     /// Starts a guest and waits until its programs are ready.
     fn start(memory: PathBuf) -> Self {
-        let console = PathBuf::from("/tmp/console");
-        let _ = fs::remove_file(&console); // of another guest
+        let guest = Self::spawn(memory, &[]);
+        let is_ready = |number: u64| guest.await_line(0, &format!("program {number} is ready"));
+        [1, 2, 3, 4, 9].into_iter().for_each(is_ready);
+        guest
+    }
+
+    /// Starts a guest with these `further` arguments.
+    fn spawn(memory: PathBuf, further: &[&str]) -> Self {
+        let of_it = |kind| Path::new("/tmp").join(memory.file_name().unwrap()).with_extension(kind);
+        let (console, monitor, qmp) = (of_it("console"), of_it("monitor"), of_it("qmp"));
+        let _ = fs::remove_file(&console); // of an earlier guest
         let backend = format!(
             "memory-backend-file,id=ram,mem-path={},size={BYTES},share=on,prealloc=on",
             memory.display()
@@ -61,12 +74,10 @@ impl Guest {
         command
             .arg("console=ttyS0 panic=-1 mitigations=off random.trust_cpu=on no_timer_check quiet");
         command.arg("-serial").arg(format!("file:{}", console.display()));
-        command.arg("-monitor").arg(format!("unix:{MONITOR},server=on,wait=off"));
+        let socket = |path: &Path| format!("unix:{},server=on,wait=off", path.display());
+        command.args(["-monitor", &socket(&monitor), "-qmp", &socket(&qmp)]).args(further);
         let qemu = command.stdin(Stdio::null()).spawn().expect("QEMU");
-        let guest = Self { qemu, memory, console };
-        let is_ready = |number: u64| guest.await_line(0, &format!("program {number} is ready"));
-        [1, 2, 3, 4, 9].into_iter().for_each(is_ready);
-        guest
+        Self { qemu, memory, console, monitor, qmp }
     }
 
     fn text(&self) -> String {
@@ -94,7 +105,7 @@ impl Guest {
     /// subpage touches it again and again, and would see zeros in the microseconds of a repair
     /// (docs/SEMANTICS.md).
     fn while_stopped(&self, change: impl FnOnce()) {
-        let mut monitor = UnixStream::connect(MONITOR).unwrap();
+        let mut monitor = UnixStream::connect(&self.monitor).unwrap();
         monitor.set_read_timeout(Some(PATIENCE)).unwrap();
         let mut tell = |command: &str| {
             let mut byte = [0];
@@ -170,12 +181,53 @@ fn a_guest_of_kvm_goes_on_without_the_subpage_that_it_has_lost() {
     let salvage = format!("salvage {lost} {SUBPAGE}");
     guest.while_stopped(|| set(&memory, REPAIR, salvage).unwrap());
     guest.await_rounds(&[2, 4, 9]);
+    // QEMU moves no guest that it has told of an error. The guest stays, and its losses.
+    let mut out = hugetlb2();
+    out.args(["migrate", "out", "--to", "unix:/tmp/nowhere", "--qmp"]).arg(&guest.qmp);
+    let (status, said) = status_and_error(&mut out);
+    assert!(status == 1 && said.contains("hardware poisoned memory"), "{status}: {said}");
+    assert_eq!(get(&memory, POISON).unwrap().lines().count(), 2, "as before");
+    guest.await_rounds(&[2, 4, 9]);
     assert_eq!(guest.qemu.try_wait().unwrap(), None, "QEMU runs");
     set(&memory, REPAIR, "zero all").unwrap();
     assert_eq!(lost_of(&memory), 0);
     pool.check();
     drop(guest);
     fs::remove_file(&memory).unwrap();
+    pool.unmount();
+}
+
+/// A guest comes from a machine that has lost one of its subpages. Here, the list in the pipe names
+/// a subpage that a program of the guest uses.
+fn a_guest_of_kvm_arrives_with_its_loss() {
+    load_kvm();
+    let pool = Pool::mount(&format!("pagesize=2M,size={}", 2 * BYTES + (32 << 20)));
+    let guest = Guest::start(pool.join("guest"));
+    let lost = guest.subpage_of(3);
+    let to = "unix:/tmp/migration";
+    let mut there = Guest::spawn(pool.join("there"), &["-incoming", to]);
+    limits::until(limits::ANSWER, "the other QEMU", || {
+        Path::new("/tmp/migration").exists() && UnixStream::connect(&there.qmp).is_ok()
+    });
+    let mut into = hugetlb2();
+    into.args(["migrate", "in", "--qmp"]).arg(&there.qmp).stdin(Stdio::piped());
+    let mut into = into.spawn().unwrap();
+    let mut out = hugetlb2();
+    let losses = run(out.args(["migrate", "out", "--to", to, "--qmp"]).arg(&guest.qmp));
+    let (heading, end) = losses.split_once('\n').unwrap();
+    let list = format!("{heading}\nlost ram {lost} {SUBPAGE}\n{end}");
+    into.stdin.take().unwrap().write_all(list.as_bytes()).unwrap();
+    assert!(limits::exit(limits::PROGRAM, "hugetlb2 migrate in", &mut into).success());
+    drop(guest);
+    there.await_line(0, "program 3: SIGBUS 4 at subpage 0"); // BUS_MCEERR_AR
+    there.await_rounds(&[1, 2, 4, 9]);
+    assert_eq!(get(&there.memory, POISON).unwrap().lines().count(), 1);
+    assert_eq!(pool.counter("frames_given_up"), 1);
+    assert_eq!(there.qemu.try_wait().unwrap(), None, "QEMU runs");
+    set(&there.memory, REPAIR, "zero all").unwrap();
+    pool.check();
+    drop(there);
+    ["guest", "there"].iter().for_each(|name| fs::remove_file(pool.join(name)).unwrap());
     pool.unmount();
 }
 

@@ -62,7 +62,7 @@ impl Machine {
     pub const INITRAMFS: Self = Self { command_line: IN_THE_INITRAMFS, ..Self::SMALL };
     /// It runs a machine within. It has one processor, as the machine within does not go on if
     /// QEMU takes two in turns.
-    pub const NESTED: Self = Self { memory: 896, processors: 1, nested: true, ..Self::SMALL };
+    pub const NESTED: Self = Self { memory: 1152, processors: 1, nested: true, ..Self::SMALL };
     /// With a page of 1 GiB for hugetlbfs, and memory for one of ours.
     pub const GIGANTIC: Self =
         Self { memory: 3072, command_line: "hugepagesz=1G hugepages=1", ..Self::SMALL };

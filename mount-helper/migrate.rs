@@ -1,0 +1,397 @@
+//! `hugetlb2 migrate`: moves a machine of QEMU to another QEMU, and the losses of its memory with
+//! it. Each side has its monitor; a pipe carries the losses.
+//!
+//! ```text
+//!   out, at the source                         in, at the destination
+//!   1. stop                                    1. stop: the machine will not run by itself
+//!   2. salvage each subpage with known bytes   2. read the losses from the pipe
+//!   3. note the losses with the files
+//!   4. put zeros in their places
+//!   5. cont, if nothing is lost
+//!   6. migrate                      memory
+//!   ------------------------------------------>
+//!   7. write the losses             losses
+//!   ------------------------------------------>
+//!                                              3. quarantine them again, as hw
+//!                                              4. cont
+//! ```
+//!
+//! QEMU ends by SIGBUS if it reads a quarantined subpage, so no quarantine is left before step 6. A
+//! machine with losses stands still from step 1 to the end, so its programs never see these zeros.
+//! If a step fails, the source's quarantines come back, and its machine goes on there. If `out` is
+//! killed, the machine stands still; the note of step 3 lets the next `out` bring them back.
+
+use crate::qemu::Monitor;
+use crate::terminal::{Meter, say};
+use crate::{attributes, mounts};
+use hugetlb2fs::quarantine::parse_poison;
+use hugetlb2fs::units::{Range, SUBPAGE_SIZE};
+use rustix::fs::removexattr;
+use rustix::io::Errno;
+use rustix::process::geteuid;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use std::fmt::Write as _;
+use std::io::{Read, Write as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// The first word of the text in the pipe, and its version.
+const HEADING: &str = "hugetlb2-losses 1";
+
+/// The attribute of a file of which quarantines were taken back for a migration.
+const NOTE: &str = "user.migration.quarantines";
+
+/// The time between two looks at a migration. QEMU announces its end only if it was asked to.
+const PERIOD: Duration = Duration::from_millis(100);
+
+/// A memory backend of QEMU that is a file of a pool.
+struct Memory {
+    /// The backend's name. Source and destination have the same names.
+    name: String,
+    file: PathBuf,
+    /// Subpages whose bytes are lost.
+    lost: Vec<Range>,
+    /// Subpages that were quarantined, and have their bytes again.
+    salvaged: Vec<Range>,
+}
+
+impl Memory {
+    /// All of QEMU's.
+    fn all(monitor: &mut Monitor) -> Result<Vec<Self>, String> {
+        let mut found = Vec::new();
+        for (name, file) in monitor.memory_files()? {
+            if mounts::is_in_pool(&file) {
+                mounts::pool_file(&file)?;
+                found.push(Self { name, file, lost: Vec::new(), salvaged: Vec::new() });
+            }
+        }
+        match found.is_empty() {
+            true => Err("QEMU has no memory in a file of a hugetlb2 pool here".to_owned()),
+            false => Ok(found),
+        }
+    }
+
+    /// The quarantined subpages.
+    fn quarantined(&self) -> Result<Vec<Range>, String> {
+        let size = mounts::pool_file(&self.file)?.len();
+        let text = attributes::read(&self.file, attributes::POISON).map_err(|e| self.said(e))?;
+        let ranges = text.map_or(Ok(Vec::new()), |text| parse_poison(text.as_bytes(), size));
+        let ranges = ranges.map_err(|error| format!("{}: {error}", self.file.display()))?;
+        Ok(ranges.into_iter().flat_map(|range| range.steps(SUBPAGE_SIZE)).collect())
+    }
+
+    /// Gives each quarantined subpage its bytes back, if they are known. The others are lost.
+    fn salvage(&mut self) -> Result<(), String> {
+        for subpage in self.quarantined()? {
+            match attributes::write(&self.file, attributes::REPAIR, &format!("salvage {subpage}")) {
+                Ok(()) => self.salvaged.push(subpage),
+                Err(Errno::NODATA) => self.lost.push(subpage),
+                Err(errno) => return Err(self.said(errno)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts zeros in the places of what is lost, and notes with the file what was quarantined.
+    fn cover(&self) -> Result<(), String> {
+        if self.lost.is_empty() {
+            return Ok(());
+        }
+        if !geteuid().is_root() {
+            return Err(format!(
+                "{}: bytes of it are lost; only root can move them",
+                self.file.display()
+            ));
+        }
+        let note = self.list();
+        attributes::write(&self.file, NOTE, &note).map_err(|errno| self.said(errno))?;
+        let zeros = lines(&self.lost, |range| format!("zero {range}"));
+        attributes::write(&self.file, attributes::REPAIR, &zeros).map_err(|errno| self.said(errno))
+    }
+
+    /// The quarantines, as [`attributes::LOSSES`] takes them.
+    fn list(&self) -> String {
+        lines(&self.salvaged, |range| format!("{range} soft"))
+            + &lines(&self.lost, |range| format!("{range} hw"))
+    }
+
+    /// Quarantines again what was, after a migration that failed.
+    fn restore(&self) -> Result<(), String> {
+        let noted = attributes::read(&self.file, NOTE).map_err(|errno| self.said(errno))?;
+        if let Some(list) = noted {
+            self.quarantine(attributes::LOSSES, &list)?;
+            self.forget_note();
+        } else if !self.salvaged.is_empty() {
+            let list = lines(&self.salvaged, |range| range.to_string());
+            self.quarantine(attributes::POISON, &list)?;
+        }
+        Ok(())
+    }
+
+    fn quarantine(&self, attribute: &str, list: &str) -> Result<(), String> {
+        attributes::write(&self.file, attribute, list).map_err(|errno| self.said(errno))
+    }
+
+    fn has_note(&self) -> bool {
+        attributes::read(&self.file, NOTE).is_ok_and(|note| note.is_some())
+    }
+
+    fn forget_note(&self) {
+        match removexattr(&self.file, NOTE) {
+            Ok(()) | Err(Errno::NODATA) => {}
+            Err(errno) => say(format_args!("hugetlb2: {}", self.said(errno))),
+        }
+    }
+
+    fn said(&self, errno: Errno) -> String {
+        attributes::describe(&self.file, errno)
+    }
+}
+
+/// A line for each run of neighbouring subpages.
+fn lines(subpages: &[Range], line: impl Fn(Range) -> String) -> String {
+    let mut runs: Vec<Range> = Vec::new();
+    for subpage in subpages {
+        match runs.last_mut() {
+            Some(run) if run.end == subpage.start => run.end = subpage.end,
+            _ => runs.push(*subpage),
+        }
+    }
+    runs.into_iter().fold(String::new(), |text, run| text + &line(run) + "\n")
+}
+
+// ---- the source ---------------------------------------------------------------------------------
+
+/// Moves the machine of the monitor at `socket` to `uri`, and writes the losses to standard output.
+///
+/// # Errors
+/// A sentence. The machine is where it was, and as it was.
+pub fn out(socket: &Path, uri: &str) -> Result<(), String> {
+    let is_asked_to_end = Arc::new(AtomicBool::new(false));
+    for signal in [SIGHUP, SIGINT, SIGTERM] {
+        let registered = signal_hook::flag::register(signal, is_asked_to_end.clone());
+        registered.map_err(|error| format!("signals: {error}"))?;
+    }
+    let mut monitor = Monitor::connect(socket)?;
+    let mut memories = Memory::all(&mut monitor)?;
+    let was_running = match monitor.state()?.as_str() {
+        "running" => true,
+        "paused" => false,
+        other => return Err(format!("the machine is neither running nor paused, but {other}")),
+    };
+    restore_an_earlier_try(&memories, was_running)?;
+    let moved = prepare(&mut monitor, &mut memories, was_running)
+        .and_then(|()| follow(&mut monitor, uri, &is_asked_to_end));
+    if let Err(why) = moved {
+        return Err(give_up(&mut monitor, &memories, was_running, &why));
+    }
+    let text = losses(&memories, was_running);
+    memories.iter().for_each(Memory::forget_note);
+    let written = std::io::stdout().write_all(text.as_bytes());
+    written.map_err(|error| format!("the machine has moved and waits there, as the losses cannot be written ({error}). They are:\n{text}"))
+}
+
+/// Quarantines again what a killed `out` has left as zeros.
+fn restore_an_earlier_try(memories: &[Memory], is_running: bool) -> Result<(), String> {
+    let noted: Vec<&Memory> = memories.iter().filter(|memory| memory.has_note()).collect();
+    match noted.first() {
+        Some(memory) if is_running => Err(format!(
+            "{}: an earlier migration was cut short, and the machine goes on with zeros in place of lost bytes; \
+             the attribute {NOTE} has the places. Remove it to accept that",
+            memory.file.display()
+        )),
+        _ => noted.into_iter().try_for_each(Memory::restore),
+    }
+}
+
+/// Leaves no subpage quarantined. The machine runs at the end only if no bytes are lost.
+fn prepare(
+    monitor: &mut Monitor,
+    memories: &mut [Memory],
+    was_running: bool,
+) -> Result<(), String> {
+    let are_quarantined = |memory: &Memory| Ok(!memory.quarantined()?.is_empty());
+    let mut any = memories.iter().map(are_quarantined);
+    if !any.try_fold(false, |any, one: Result<bool, String>| one.map(|one| any || one))? {
+        return Ok(());
+    }
+    if was_running {
+        monitor.stop()?;
+    }
+    memories.iter_mut().try_for_each(Memory::salvage)?;
+    memories.iter().try_for_each(Memory::cover)?;
+    let lost: usize = memories.iter().map(|memory| memory.lost.len()).sum();
+    match lost {
+        0 if was_running => monitor.go_on(),
+        0 => Ok(()),
+        _ => {
+            say(format_args!(
+                "hugetlb2: {lost} subpages are lost; the machine stands still until it has moved"
+            ));
+            Ok(())
+        }
+    }
+}
+
+/// Moves the machine.
+fn follow(monitor: &mut Monitor, uri: &str, is_asked_to_end: &AtomicBool) -> Result<(), String> {
+    monitor.migrate(uri)?;
+    let meter = Meter::new("moving memory");
+    loop {
+        let now = monitor.migration()?;
+        match now.status.as_str() {
+            "completed" => return Ok(()),
+            "failed" => {
+                let why = now.error.unwrap_or("QEMU tells no reason".to_owned());
+                return Err(format!("the migration has failed: {why}"));
+            }
+            "cancelled" => return Err("the migration was cancelled".to_owned()),
+            _ if is_asked_to_end.swap(false, Ordering::Relaxed) => monitor.cancel_migration()?,
+            _ => {}
+        }
+        if let Some((done, total)) = now.progress {
+            meter.show(done, total);
+        }
+        std::thread::sleep(PERIOD);
+    }
+}
+
+/// Makes the source as it was. Returns the sentence about it.
+fn give_up(monitor: &mut Monitor, memories: &[Memory], was_running: bool, why: &str) -> String {
+    let restored = memories.iter().try_for_each(Memory::restore);
+    let goes_on = restored.and_then(|()| match monitor.state() {
+        Ok(state) if was_running && state != "running" => monitor.go_on(),
+        state => state.map(drop),
+    });
+    match goes_on {
+        Ok(()) => format!("{why}. The machine is as it was"),
+        Err(also) => format!("{why}. Then: {also}"),
+    }
+}
+
+/// The text for the pipe.
+fn losses(memories: &[Memory], was_running: bool) -> String {
+    let mut text = format!("{HEADING}\n");
+    for memory in memories {
+        text += &lines(&memory.lost, |range| format!("lost {} {range}", memory.name));
+    }
+    let _ = writeln!(text, "moved {}", if was_running { "running" } else { "paused" });
+    text
+}
+
+// ---- the destination ----------------------------------------------------------------------------
+
+/// Reads the losses from standard input, quarantines them in the memory of the machine that has
+/// come to the monitor at `socket`, and has the machine go on.
+///
+/// # Errors
+/// A sentence. The machine, if it has come, stands still.
+pub fn into(socket: &Path) -> Result<(), String> {
+    let mut monitor = Monitor::connect(socket)?;
+    let memories = Memory::all(&mut monitor)?;
+    match monitor.state()?.as_str() {
+        "inmigrate" => monitor.stop()?,
+        "paused" => {} // it has come, and waits
+        other => {
+            return Err(format!(
+                "the machine does not wait for a migration, but is {other}: a program of it may have seen zeros in place of lost bytes"
+            ));
+        }
+    }
+    let mut text = String::new();
+    let read = std::io::stdin().read_to_string(&mut text);
+    read.map_err(|error| format!("standard input: {error}"))?;
+    let (lists, runs) = parse(&text)?;
+    for (name, _) in &lists {
+        if !memories.iter().any(|memory| memory.name == *name) {
+            return Err(format!("QEMU has no memory backend {name} in a pool here"));
+        }
+    }
+    while monitor.state()? == "inmigrate" {
+        std::thread::sleep(PERIOD);
+    }
+    for (name, list) in &lists {
+        let mut of_it = memories.iter().filter(|memory| memory.name == *name);
+        of_it.try_for_each(|memory| memory.quarantine(attributes::LOSSES, list))?;
+    }
+    if !lists.is_empty() {
+        say(format_args!("hugetlb2: {}", prospect()));
+    }
+    if runs { monitor.go_on() } else { Ok(()) }
+}
+
+/// The sentence on what the machine will see of the losses.
+fn prospect() -> &'static str {
+    match hugetlb2fs::sys::memory_failures() {
+        Some(_) => {
+            "the lost subpages are memory errors here: under KVM, a program of the machine that uses one gets SIGBUS (BUS_MCEERR_AR)"
+        }
+        None => {
+            "the lost subpages are quarantined, as this kernel has no memory errors: QEMU ends or pauses the machine if it uses one"
+        }
+    }
+}
+
+/// Parses the text of the pipe: the list of each backend with losses, and whether the machine ran.
+///
+/// # Errors
+/// A sentence.
+fn parse(text: &str) -> Result<(Vec<(String, String)>, bool), String> {
+    let mut rows = text.lines();
+    if rows.next() != Some(HEADING) {
+        return Err(
+            "standard input has no losses of `hugetlb2 migrate out` of this version".to_owned()
+        );
+    }
+    let mut lists: Vec<(String, String)> = Vec::new();
+    for row in rows {
+        match row.split(' ').collect::<Vec<_>>()[..] {
+            ["lost", name, offset, length] => {
+                let line = format!("{offset} {length} hw\n");
+                match lists.iter_mut().find(|list| list.0 == name) {
+                    Some(list) => list.1 += &line,
+                    None => lists.push((name.to_owned(), line)),
+                }
+            }
+            ["moved", how @ ("running" | "paused")] => return Ok((lists, how == "running")),
+            _ => return Err(format!("standard input: {row:?} is not understood")),
+        }
+    }
+    Err("the machine has not moved: `hugetlb2 migrate out` has failed, and its machine stays"
+        .to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_make_one_line() {
+        let subpage = |number: u64| Range::at(number * SUBPAGE_SIZE, SUBPAGE_SIZE);
+        let text = lines(&[subpage(1), subpage(2), subpage(4)], |range| format!("{range} hw"));
+        assert_eq!(text, "0x1000 0x2000 hw\n0x4000 0x1000 hw\n");
+    }
+
+    #[test]
+    fn the_pipe_carries_losses_and_the_end() {
+        let memory = |name: &str, lost: &[u64]| Memory {
+            name: name.to_owned(),
+            file: PathBuf::new(),
+            lost: lost.iter().map(|at| Range::at(*at, SUBPAGE_SIZE)).collect(),
+            salvaged: Vec::new(),
+        };
+        let text =
+            losses(&[memory("a", &[0, 0x5000]), memory("b", &[]), memory("c", &[0x1000])], true);
+        let a = ("a".to_owned(), "0x0 0x1000 hw\n0x5000 0x1000 hw\n".to_owned());
+        let c = ("c".to_owned(), "0x1000 0x1000 hw\n".to_owned());
+        assert_eq!(parse(&text), Ok((vec![a, c], true)));
+        assert_eq!(parse(&losses(&[], false)), Ok((Vec::new(), false)));
+        let cut = text.strip_suffix("moved running\n").unwrap();
+        for wrong in ["", "moved running\n", cut, &format!("{HEADING}\nlost a 1\nmoved running\n")]
+        {
+            parse(wrong).unwrap_err();
+        }
+    }
+}
