@@ -23,6 +23,9 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("lib/qemu/accel-tcg-x86_64.so", "/usr/lib/x86_64-linux-gnu/qemu/accel-tcg-x86_64.so"),
 ];
 
+/// The directory of the initramfs for the kernel's modules of `tests/lab/fetch-kernel`.
+const MODULES: &str = "lib/memory-devices";
+
 /// Our programs as the tests of the host have them: a worker dies where it is told to.
 const KILLABLE: [(&str, &str); 2] = [
     ("lib/killable/hugetlb2", env!("CARGO_BIN_EXE_hugetlb2")),
@@ -150,7 +153,16 @@ fn without_debug_information(programs: Vec<Program>) -> Result<Vec<Program>, Str
 /// Writes an initramfs of programs and their libraries, which lie there where the host has them.
 /// Returns its path.
 fn write_initramfs(name: &str, programs: &[Program]) -> Result<PathBuf, String> {
-    write_initramfs_with(name, programs, Vec::new())
+    write_initramfs_with(name, programs, modules())
+}
+
+/// The kernel's modules, as far as they are there: the case that loads them says if not.
+fn modules() -> Vec<Program> {
+    let entries = fs::read_dir(directory().join("modules")).into_iter().flatten();
+    let named = |entry: fs::DirEntry| {
+        (format!("{MODULES}/{}", entry.file_name().to_string_lossy()), entry.path())
+    };
+    entries.filter_map(Result::ok).map(named).collect()
 }
 
 /// As [`write_initramfs`], with other files.

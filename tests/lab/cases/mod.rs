@@ -4,6 +4,7 @@
 
 mod compare;
 mod containment;
+mod devices;
 mod errors;
 mod gigantic;
 mod guests;
@@ -110,6 +111,7 @@ use cases;
 pub fn all() -> impl Iterator<Item = &'static Case> {
     let by_kernel = [
         kernel::CASES,
+        devices::CASES,
         pools::CASES,
         ready::CASES,
         parts::CASES,
