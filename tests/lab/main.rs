@@ -23,7 +23,8 @@
 //!
 //! Every case is a test of its own here: `cargo test --test lab NAME`. The lab needs its kernel
 //! (`tests/lab/fetch-kernel`), for a machine within the machine KVM and QEMU 10
-//! (`tests/lab/fetch-nested`), and Debian's qemu-system-x86 and numactl; `tests/run` installs all.
+//! (`tests/lab/fetch-nested`), and Debian's qemu-system-x86, qemu-utils and numactl;
+//! `tests/run` installs all.
 
 mod boot;
 mod cases;
@@ -33,6 +34,7 @@ mod suites;
 #[path = "../support/mod.rs"]
 mod support;
 mod vm;
+mod vm_features;
 
 use boot::{Boot, Verdict};
 use cases::Machine;
@@ -128,8 +130,9 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let lab = Arc::new(Lab::default());
     let (on_machines, failed) = on_machines();
-    let mut trials: Vec<Trial> = vm::TESTS
-        .iter()
+    let mut trials: Vec<Trial> = [vm::TESTS, vm_features::TESTS]
+        .into_iter()
+        .flatten()
         .map(|(name, run)| {
             Trial::test(*name, move || {
                 run();

@@ -42,8 +42,12 @@ pub const TESTS: &[(&str, fn())] = &[
     ),
 ];
 
-const MEBIBYTES: u64 = 512;
-const MACHINE: Machine = Machine { memory: MEBIBYTES, ..Machine::SMALL };
+pub const MEBIBYTES: u64 = 512;
+pub const MACHINE: Machine = Machine { memory: MEBIBYTES, ..Machine::SMALL };
+
+/// The documented options of the memory, besides its place and size.
+pub const DOCUMENTED: &str = "share=on,prealloc=on,align=2M";
+
 /// The machine runs this case to show that it works. Among other things, it makes a memory error of
 /// its own.
 const WORK: &str = "this_kernel_has_real_memory_errors";
@@ -55,54 +59,90 @@ const REMEMBER: &str = "memory_holds_what_was_left_in_it";
 const SIGBUS: i32 = 7;
 
 /// A machine, and QEMU's monitor.
-struct Vm {
-    boot: Boot,
+pub struct Vm {
+    pub boot: Boot,
     monitor: PathBuf,
-    memory: PathBuf,
+    pub memory: PathBuf,
 }
 
 impl Vm {
     /// Starts a machine on the file `memory`, and makes the file if there is none.
-    fn spawn(memory: &Path, work: &Path, incoming: Option<&str>) -> Self {
+    pub fn spawn(memory: &Path, work: &Path, incoming: Option<&str>) -> Self {
+        let incoming = incoming.map_or_else(Vec::new, |from| vec!["-incoming", from]);
+        Self::spawn_as(MACHINE, DOCUMENTED, memory, work, &incoming)
+    }
+
+    /// As [`Vm::spawn`], with these options for the memory, and with `more` arguments.
+    pub fn spawn_as(
+        kind: Machine,
+        options: &str,
+        memory: &Path,
+        work: &Path,
+        more: &[&str],
+    ) -> Self {
         let monitor = work.join(memory.file_name().expect("a file"));
         let backend = format!(
-            "memory-backend-file,id=ram,mem-path={},size={MEBIBYTES}M,share=on,prealloc=on,align=2M",
+            "memory-backend-file,id=ram,mem-path={},size={MEBIBYTES}M,{options}",
             memory.display()
         );
-        let mut more: Vec<String> =
-            ["-object", &backend, "-machine", "memory-backend=ram", "-monitor"]
-                .map(str::to_owned)
-                .to_vec();
         let socket = |path: &Path| format!("unix:{},server=on,wait=off", path.display());
-        more.extend([socket(&monitor), "-qmp".to_owned(), socket(&qmp(&monitor))]);
-        more.extend(incoming.iter().flat_map(|from| ["-incoming".to_owned(), (*from).to_owned()]));
-        let boot = Boot::spawn(MACHINE, &more).unwrap();
+        let (people, programs) = (socket(&monitor), socket(&qmp(&monitor)));
+        let mut all = vec!["-object", &backend, "-machine", "memory-backend=ram"];
+        all.extend(["-monitor", &people, "-qmp", &programs]);
+        all.extend(more);
+        let all: Vec<String> = all.into_iter().map(str::to_owned).collect();
+        let boot = Boot::spawn(kind, &all).unwrap();
         Self { boot, monitor, memory: memory.to_owned() }
     }
 
-    fn start(memory: &Path, work: &Path) -> Self {
+    pub fn start(memory: &Path, work: &Path) -> Self {
         let vm = Self::spawn(memory, work, None);
         vm.boot.wait_until_ready().unwrap();
         vm
     }
 
     /// Asserts that the machine works.
-    fn works(&mut self) {
+    pub fn works(&mut self) {
         self.does(WORK);
     }
 
     /// Asserts that the machine's memory holds the bytes of the first run.
-    fn remembers(&mut self) {
+    pub fn remembers(&mut self) {
         self.does(REMEMBER);
     }
 
-    fn does(&mut self, what: &str) {
+    /// Asserts that a case passes in the machine.
+    pub fn does(&mut self, what: &str) {
         let report = self.boot.run(what);
         assert!(matches!(report.verdict, Verdict::Passed), "{}", describe(&report));
     }
 
+    /// Asserts that SIGBUS ends QEMU while the machine runs a case.
+    pub fn is_ended_by_sigbus_in(&mut self, what: &str) {
+        let report = self.boot.run(what);
+        assert!(matches!(report.verdict, Verdict::Ended), "{}", describe(&report));
+        self.is_ended_by_sigbus();
+    }
+
+    /// Waits until SIGBUS has ended QEMU.
+    pub fn is_ended_by_sigbus(&mut self) {
+        assert_eq!(self.boot.wait_for_end().signal(), Some(SIGBUS));
+    }
+
+    /// Gives QEMU's monitor a command that succeeds, and returns the answer.
+    pub fn tell(&self, command: &str) -> String {
+        let answer = self.ask(command);
+        assert!(!answer.contains("Error:"), "{command}: {answer}");
+        answer
+    }
+
     /// Gives QEMU's monitor a command, and returns the answer.
-    fn tell(&self, command: &str) -> String {
+    pub fn ask(&self, command: &str) -> String {
+        read_to_prompt(&mut self.order(command))
+    }
+
+    /// Gives QEMU's monitor a command, and returns the connection on which QEMU answers.
+    pub fn order(&self, command: &str) -> UnixStream {
         let mut connected = None;
         limits::until(limits::ANSWER, "QEMU's monitor, which it makes as it starts", || {
             connected = UnixStream::connect(&self.monitor).ok();
@@ -112,13 +152,11 @@ impl Vm {
         monitor.set_read_timeout(Some(limits::ANSWER)).expect("a limit for each answer");
         read_to_prompt(&mut monitor);
         writeln!(monitor, "{command}").unwrap();
-        let answer = read_to_prompt(&mut monitor);
-        assert!(!answer.contains("Error:"), "{command}: {answer}");
-        answer
+        monitor
     }
 
     /// Waits until the machine has moved to its target.
-    fn wait_until_gone(&self) -> String {
+    pub fn wait_until_gone(&self) -> String {
         self.wait_until_migration_is("completed")
     }
 
@@ -136,7 +174,7 @@ impl Vm {
     }
 
     /// Waits until this target has received the machine, which is paused as at its source.
-    fn wait_until_there(&self) {
+    pub fn wait_until_there(&self) {
         let patience = Instant::now() + Duration::from_secs(120);
         while self.tell("info status").contains("inmigrate") {
             assert!(Instant::now() < patience, "nothing has come");
@@ -145,18 +183,20 @@ impl Vm {
     }
 
     /// Finds a subpage in the middle of memory that the machine has not written to.
-    fn unused(&self) -> u64 {
+    pub fn unused(&self) -> u64 {
+        self.unused_folios().next().expect("some memory is unused") + 77 * SUBPAGE
+    }
+
+    /// The folios that the machine has not written to, as offsets in the file, the last one first.
+    pub fn unused_folios(&self) -> impl Iterator<Item = u64> {
         let memory = File::open(&self.memory).unwrap();
         let mut folio = vec![0; FOLIO as usize];
-        let is_unused = |number: &u64| {
-            memory.read_exact_at(&mut folio, number * FOLIO).unwrap();
+        let is_unused = move |at: &u64| {
+            memory.read_exact_at(&mut folio, *at).unwrap();
             folio.iter().all(|byte| *byte == 0)
         };
-        let found = (0..(MEBIBYTES << 20) / FOLIO).rev().find({
-            let mut is_unused = is_unused;
-            move |number| is_unused(number)
-        });
-        found.expect("some memory is unused") * FOLIO + 77 * SUBPAGE
+        let folios = (0..(MEBIBYTES << 20) / FOLIO).rev().map(|number| number * FOLIO);
+        folios.filter(is_unused)
     }
 }
 
@@ -184,7 +224,7 @@ fn describe(report: &Report) -> String {
     }
 }
 
-fn pool(machines: u64) -> Pool {
+pub fn pool(machines: u64) -> Pool {
     Pool::mount(&format!("pagesize=2M,size={}M", machines * MEBIBYTES))
 }
 
@@ -219,9 +259,7 @@ fn a_virtual_machine_is_ended_by_a_quarantine_of_what_it_uses() {
     vm.tell("stop");
     used_subpages(&memory).iter().for_each(|place| poison(&memory, *place, SUBPAGE).unwrap());
     vm.tell("cont");
-    let report = vm.boot.run(WORK);
-    assert!(matches!(report.verdict, Verdict::Ended), "{}", describe(&report));
-    assert_eq!(vm.boot.wait_for_end().signal(), Some(SIGBUS));
+    vm.is_ended_by_sigbus_in(WORK);
     // The bytes that the machine had in memory are not lost.
     set(&memory, REPAIR, "salvage all").unwrap();
     pool.check();
@@ -442,7 +480,7 @@ fn a_machine_that_cannot_move_by_postcopy_stays() {
     target.tell("migrate_set_capability postcopy-ram on");
     vm.tell("migrate_set_capability postcopy-ram on");
     vm.tell(&format!("migrate -d {to}"));
-    assert_eq!(target.boot.wait_for_end().signal(), Some(SIGBUS));
+    target.is_ended_by_sigbus();
     vm.works();
     pool.check();
     vm.boot.shut_down();
