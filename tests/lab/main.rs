@@ -23,12 +23,13 @@
 //!
 //! Every case is a test of its own here: `cargo test --test lab NAME`. The lab needs its kernel
 //! (`tests/lab/fetch-kernel`), for a machine within the machine KVM and QEMU 10
-//! (`tests/lab/fetch-nested`), and Debian's qemu-system-x86, qemu-utils and numactl;
-//! `tests/run` installs all.
+//! (`tests/lab/fetch-nested`), and Debian's qemu-system-x86, qemu-utils, numactl and
+//! default-jdk-headless; `tests/run` installs all.
 
 mod boot;
 mod cases;
 mod image;
+mod java;
 mod pattern;
 mod suites;
 #[path = "../support/mod.rs"]
@@ -130,7 +131,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let lab = Arc::new(Lab::default());
     let (on_machines, failed) = on_machines();
-    let mut trials: Vec<Trial> = [vm::TESTS, vm_features::TESTS]
+    let mut trials: Vec<Trial> = [vm::TESTS, vm_features::TESTS, java::TESTS]
         .into_iter()
         .flatten()
         .map(|(name, run)| {
