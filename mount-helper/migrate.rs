@@ -183,12 +183,15 @@ pub fn out(socket: &Path, uri: &str) -> Result<(), String> {
     };
     restore_an_earlier_try(&memories, was_running)?;
     let moved = prepare(&mut monitor, &mut memories, was_running)
-        .and_then(|()| follow(&mut monitor, uri, &is_asked_to_end));
-    if let Err(why) = moved {
-        return Err(give_up(&mut monitor, &memories, was_running, &why));
+        .and_then(|()| follow(&mut monitor, uri, &is_asked_to_end))
+        .and_then(|()| monitor.state());
+    match moved.as_deref() {
+        Ok("postmigrate") => memories.iter().for_each(Memory::forget_note),
+        // A snapshot in the background: a copy of the machine has gone, and the machine stays.
+        Ok(_) => restore(&mut monitor, &memories, was_running)?,
+        Err(why) => return Err(give_up(&mut monitor, &memories, was_running, why)),
     }
     let text = losses(&memories, was_running);
-    memories.iter().for_each(Memory::forget_note);
     let written = std::io::stdout().write_all(text.as_bytes());
     written.map_err(|error| format!("the machine has moved and waits there, as the losses cannot be written ({error}). They are:\n{text}"))
 }
@@ -258,14 +261,19 @@ fn follow(monitor: &mut Monitor, uri: &str, is_asked_to_end: &AtomicBool) -> Res
     }
 }
 
-/// Makes the source as it was. Returns the sentence about it.
+/// Makes the source as it was.
+fn restore(monitor: &mut Monitor, memories: &[Memory], was_running: bool) -> Result<(), String> {
+    memories.iter().try_for_each(Memory::restore)?;
+    match monitor.state()?.as_str() {
+        "running" => Ok(()),
+        _ if was_running => monitor.go_on(),
+        _ => Ok(()),
+    }
+}
+
+/// The same after a failure. Returns the sentence about it.
 fn give_up(monitor: &mut Monitor, memories: &[Memory], was_running: bool, why: &str) -> String {
-    let restored = memories.iter().try_for_each(Memory::restore);
-    let goes_on = restored.and_then(|()| match monitor.state() {
-        Ok(state) if was_running && state != "running" => monitor.go_on(),
-        state => state.map(drop),
-    });
-    match goes_on {
+    match restore(monitor, memories, was_running) {
         Ok(()) => format!("{why}. The machine is as it was"),
         Err(also) => format!("{why}. Then: {also}"),
     }

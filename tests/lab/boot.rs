@@ -195,8 +195,17 @@ fn verdict(line: &str, name: &str) -> Option<Verdict> {
     }
 }
 
+/// The QEMU that `tests/lab/fetch-nested` fetches.
+pub fn qemu_10() -> PathBuf {
+    directory().join("nested/qemu-system-x86_64")
+}
+
 fn command(image: &Image, machine: Machine, console: &std::path::Path) -> Command {
     let mut command = Command::new("qemu-system-x86_64");
+    if machine.by_qemu_10 {
+        command = Command::new(qemu_10());
+        command.arg("-L").arg(directory().join("nested"));
+    }
     command
         .args(["-accel", ACCELERATOR, "-cpu", PROCESSOR])
         .args(["-machine", if machine.hmat { "pc,hmat=on" } else { "pc" }])

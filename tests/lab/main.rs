@@ -36,6 +36,7 @@ mod suites;
 mod support;
 mod vm;
 mod vm_features;
+mod vm_snapshots;
 
 use boot::{Boot, Verdict};
 use cases::Machine;
@@ -141,6 +142,17 @@ fn main() -> ExitCode {
             })
         })
         .collect();
+    trials.extend(vm_snapshots::TESTS.iter().map(|(name, run)| {
+        Trial::ignorable_test(*name, move || {
+            if !boot::qemu_10().exists() {
+                return Ok(Completion::ignored_with(
+                    "no QEMU 10 is there: tests/lab/fetch-nested fetches it",
+                ));
+            }
+            run();
+            Ok(Completion::Completed)
+        })
+    }));
     trials.extend(on_machines.into_iter().map(|OnMachine { name, kind, ends_kernel }| {
         let lab = lab.clone();
         Trial::ignorable_test(name.clone(), move || lab.run(&name, kind, ends_kernel))

@@ -160,7 +160,7 @@ impl Vm {
         self.wait_until_migration_is("completed")
     }
 
-    fn wait_until_migration_is(&self, stage: &str) -> String {
+    pub fn wait_until_migration_is(&self, stage: &str) -> String {
         let patience = Instant::now() + Duration::from_secs(120);
         loop {
             let status = self.tell("info migrate");
@@ -269,7 +269,7 @@ fn a_virtual_machine_is_ended_by_a_quarantine_of_what_it_uses() {
 }
 
 /// Some subpages in the first 64 MiB of a machine, where its kernel is.
-fn used_subpages(memory: &Path) -> Vec<u64> {
+pub fn used_subpages(memory: &Path) -> Vec<u64> {
     let file = File::open(memory).unwrap();
     let mut subpage = vec![0; SUBPAGE as usize];
     let mut is_used = |place: &u64| {
@@ -306,7 +306,7 @@ fn a_virtual_machine_goes_on_from_a_copy_of_its_memory() {
     pool.unmount();
 }
 
-fn free_port() -> u16 {
+pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
@@ -336,20 +336,20 @@ fn a_virtual_machine_moves_to_another_process() {
 
 // ---- hugetlb2 migrate ---------------------------------------------------------------------------
 
-fn migrate_out(vm: &Vm, to: &str) -> Command {
+pub fn migrate_out(vm: &Vm, to: &str) -> Command {
     let mut command = hugetlb2();
     command.args(["migrate", "out", "--to", to, "--qmp"]).arg(qmp(&vm.monitor));
     command
 }
 
-fn migrate_in(vm: &Vm) -> Command {
+pub fn migrate_in(vm: &Vm) -> Command {
     let mut command = hugetlb2();
     command.args(["migrate", "in", "--qmp"]).arg(qmp(&vm.monitor));
     command
 }
 
 /// Moves the machine `vm` to `target`, which waits at `to`.
-fn migrate(vm: &Vm, target: &Vm, to: &str) {
+pub fn migrate(vm: &Vm, target: &Vm, to: &str) {
     target.tell("info status"); // it has a monitor now
     let mut out = migrate_out(vm, to).stdout(Stdio::piped()).spawn().unwrap();
     let losses = out.stdout.take().expect("a pipe");
@@ -365,7 +365,7 @@ fn refused(command: &mut Command, why: &str) {
     assert!(status == 1 && said.contains(why), "{status}: {said}");
 }
 
-fn state(vm: &Vm) -> String {
+pub fn state(vm: &Vm) -> String {
     let answer = vm.tell("info status");
     let state = answer.lines().find_map(|line| line.trim().strip_prefix("VM status: "));
     state.expect("it has one").to_owned()

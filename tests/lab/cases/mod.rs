@@ -37,6 +37,8 @@ pub struct Machine {
     pub programs: bool,
     /// KVM, QEMU 10 and a machine to run within are there (/lib/nested).
     pub nested: bool,
+    /// QEMU 10 emulates it, and not Debian's.
+    pub by_qemu_10: bool,
     /// Further words for the kernel's command line.
     pub command_line: &'static str,
 }
@@ -49,6 +51,7 @@ impl Machine {
         hmat: false,
         programs: false,
         nested: false,
+        by_qemu_10: false,
         command_line: "",
     };
     pub const TWO_NODES: Self = Self { memory: 1024, nodes: 2, hmat: true, ..Self::SMALL };
