@@ -1,11 +1,13 @@
 //! Java virtual machines with a heap on a pool, of which they give memory back.
 
 use crate::support::{FOLIO, Pool, end, limits};
-use std::io::{BufRead, BufReader, Write};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 pub const TESTS: &[(&str, fn())] = &[
     ("zgc_gives_memory_back_and_takes_it_again", zgc_gives_memory_back_and_takes_it_again),
+    ("zgc_that_finds_the_pool_full_throws_an_error", zgc_that_finds_the_pool_full_throws_an_error),
     ("g1_keeps_the_memory_of_its_largest_heap", g1_keeps_the_memory_of_its_largest_heap),
 ];
 
@@ -105,6 +107,33 @@ fn zgc_gives_memory_back_and_takes_it_again() {
         pool.wait_for_free_pages(LARGEST);
         pool.unmount();
     }
+}
+
+/// Another file takes the memory that ZGC has given back.
+fn zgc_that_finds_the_pool_full_throws_an_error() {
+    let pool = Pool::small(LARGEST);
+    let mut java = Java::start(&pool, &["-XX:+UseZGC", "-XX:ZUncommitDelay=1"]);
+    java.does("fill");
+    java.does("forget");
+    limits::until(limits::ANSWER, "ZGC to give memory back", || pool.free_pages() >= ARRAYS / 2);
+    let other = File::create(pool.join("other")).unwrap();
+    limits::until(limits::ANSWER, "the other file to have all memory", || {
+        let pages = pool.free_pages() + other.metadata().unwrap().len() / FOLIO;
+        other.set_len(pages * FOLIO).unwrap();
+        pool.free_pages() == 0
+    });
+    writeln!(java.input, "fill").expect("it runs");
+    let mut said = String::new();
+    limits::within(limits::ANSWER, "the end of java", || java.output.read_to_string(&mut said))
+        .unwrap();
+    let why = "Failed to commit memory (No space left on device)";
+    assert!(said.contains(why), "{said}");
+    assert_eq!(limits::exit(limits::ANSWER, "java", &mut java.process).code(), Some(1));
+    pool.check();
+    drop((java, other));
+    std::fs::remove_file(pool.join("other")).unwrap();
+    pool.wait_for_free_pages(LARGEST);
+    pool.unmount();
 }
 
 /// The memory of a heap in a file is the collector's from the beginning, and stays so.
