@@ -1,9 +1,8 @@
 //! Features of QEMU that read, copy or punch the memory of a virtual machine, beside quarantines in
 //! the file that is the memory.
 //!
-//! A device that punches memory is of a machine whose kernel does not clear the memory that it takes
-//! (`init_on_alloc=0`), unless a test says otherwise. A kernel that does, as Debian's does by
-//! default, touches the memory before the device punches it.
+//! A kernel that clears the memory that it takes, as Debian's does by default, touches memory
+//! before a device punches it. The kernel of [`UNCLEARED`] does not.
 
 use crate::cases::Machine;
 use crate::support::{
@@ -473,7 +472,7 @@ fn assert_holds(dump: &Path, memory: &Path) {
     assert_eq!(compared, (MEBIBYTES << 20) - MEBIBYTE, "bytes in the dump");
 }
 
-/// QEMU writes a dump by write(2) from the memory itself. The kernel answers EFAULT at a quarantine.
+/// QEMU writes a dump by write(2) from the memory itself. At a quarantine, the call is EFAULT.
 fn a_dump_holds_all_memory_or_ends_at_a_quarantine() {
     const THREADS: &str = "share=on,prealloc=on,prealloc-threads=2,align=2M";
     let (pool, work) = (pool(1), tempfile::tempdir().unwrap());
