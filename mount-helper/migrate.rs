@@ -299,26 +299,30 @@ fn losses(memories: &[Memory], was_running: bool) -> String {
 pub fn into(socket: &Path) -> Result<(), String> {
     let mut monitor = Monitor::connect(socket)?;
     let memories = Memory::all(&mut monitor)?;
-    match monitor.state()?.as_str() {
-        "inmigrate" => monitor.stop()?,
-        "paused" => {} // it has come, and waits
-        other => {
-            return Err(format!(
-                "the machine does not wait for a migration, but is {other}: a program of it may have seen zeros in place of lost bytes"
-            ));
-        }
+    if monitor.state()? == "inmigrate" {
+        monitor.stop()?;
     }
     let mut text = String::new();
     let read = std::io::stdin().read_to_string(&mut text);
     read.map_err(|error| format!("standard input: {error}"))?;
     let (lists, runs) = parse(&text)?;
+    while monitor.state()? == "inmigrate" {
+        std::thread::sleep(PERIOD);
+    }
+    match monitor.state()?.as_str() {
+        "paused" => {}
+        "running" if lists.is_empty() => return Ok(()), // it has come before this command
+        other => {
+            return Err(format!(
+                "the machine has come and is {other}: its programs may have seen zeros in place \
+                 of lost bytes"
+            ));
+        }
+    }
     for (name, _) in &lists {
         if !memories.iter().any(|memory| memory.name == *name) {
             return Err(format!("QEMU has no memory backend {name} in a pool here"));
         }
-    }
-    while monitor.state()? == "inmigrate" {
-        std::thread::sleep(PERIOD);
     }
     for (name, list) in &lists {
         let mut of_it = memories.iter().filter(|memory| memory.name == *name);

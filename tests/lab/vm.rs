@@ -419,7 +419,12 @@ fn lost_memory_moves_with_its_machine() {
     };
     lose();
     is_lost(&memory);
-    refused(&mut migrate_in(&vm), "zeros in place of lost bytes");
+    let list = work.path().join("losses");
+    fs::write(&list, format!("hugetlb2-losses 1\nlost ram {place} 4096\nmoved running\n")).unwrap();
+    let into = migrate_in(&vm).stdin(File::open(&list).unwrap()).stderr(Stdio::piped()).spawn();
+    let into = limits::collect(limits::PROGRAM, "hugetlb2 migrate in", into.unwrap()).unwrap();
+    let said = String::from_utf8_lossy(&into.stderr);
+    assert!(!into.status.success() && said.contains("zeros in place of lost bytes"), "{said}");
     is_lost(&memory);
     assert_eq!(state(&vm), "running");
     vm.works();
