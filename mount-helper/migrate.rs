@@ -183,17 +183,23 @@ pub fn out(socket: &Path, uri: &str) -> Result<(), String> {
     };
     restore_an_earlier_try(&memories, was_running)?;
     let moved = prepare(&mut monitor, &mut memories, was_running)
-        .and_then(|()| follow(&mut monitor, uri, &is_asked_to_end))
-        .and_then(|()| monitor.state());
-    match moved.as_deref() {
-        Ok("postmigrate") => memories.iter().for_each(Memory::forget_note),
+        .and_then(|()| follow(&mut monitor, uri, &is_asked_to_end));
+    if let Err(why) = moved {
+        return Err(give_up(&mut monitor, &memories, was_running, &why));
+    }
+    match monitor.state().as_deref() {
+        // QEMU may end as soon as its machine has gone.
+        Ok("postmigrate") | Err(_) => memories.iter().for_each(Memory::forget_note),
         // A snapshot in the background: a copy of the machine has gone, and the machine stays.
         Ok(_) => restore(&mut monitor, &memories, was_running)?,
-        Err(why) => return Err(give_up(&mut monitor, &memories, was_running, why)),
     }
     let text = losses(&memories, was_running);
-    let written = std::io::stdout().write_all(text.as_bytes());
-    written.map_err(|error| format!("the machine has moved and waits there, as the losses cannot be written ({error}). They are:\n{text}"))
+    std::io::stdout().write_all(text.as_bytes()).map_err(|error| {
+        format!(
+            "the machine has moved and stands still, as its losses cannot be written ({error}). \
+             `migrate in` there takes them on standard input:\n{text}"
+        )
+    })
 }
 
 /// Quarantines again what a killed `out` has left as zeros.
@@ -201,8 +207,8 @@ fn restore_an_earlier_try(memories: &[Memory], is_running: bool) -> Result<(), S
     let noted: Vec<&Memory> = memories.iter().filter(|memory| memory.has_note()).collect();
     match noted.first() {
         Some(memory) if is_running => Err(format!(
-            "{}: an earlier migration was cut short, and the machine goes on with zeros in place of lost bytes; \
-             the attribute {NOTE} has the places. Remove it to accept that",
+            "{}: an earlier migration was cut short, and the machine goes on with zeros in place \
+             of lost bytes; the attribute {NOTE} has the places. Remove it to accept that",
             memory.file.display()
         )),
         _ => noted.into_iter().try_for_each(Memory::restore),
@@ -215,9 +221,11 @@ fn prepare(
     memories: &mut [Memory],
     was_running: bool,
 ) -> Result<(), String> {
-    let are_quarantined = |memory: &Memory| Ok(!memory.quarantined()?.is_empty());
-    let mut any = memories.iter().map(are_quarantined);
-    if !any.try_fold(false, |any, one: Result<bool, String>| one.map(|one| any || one))? {
+    let mut quarantined = 0;
+    for memory in &*memories {
+        quarantined += memory.quarantined()?.len();
+    }
+    if quarantined == 0 {
         return Ok(());
     }
     if was_running {
