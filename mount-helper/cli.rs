@@ -61,8 +61,8 @@ enum Action {
         /// First byte and number of bytes, decimal or 0x hexadecimal; nothing, to show
         #[arg(num_args = 2, value_names = ["OFFSET", "LENGTH"])]
         range: Vec<String>,
-        /// By a real memory error in each subpage, whose memory the kernel gives up for good; on a
-        /// kernel without memory errors as without this option; root only
+        /// By a real memory error in each subpage, whose memory the kernel gives up for good. On a
+        /// kernel without memory errors, it is a quarantine that keeps no bytes. Root only
         #[arg(long, requires = "range")]
         hw: bool,
     },

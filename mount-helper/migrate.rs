@@ -24,7 +24,7 @@
 use crate::qemu::Monitor;
 use crate::terminal::{Meter, say};
 use crate::{attributes, mounts};
-use hugetlb2fs::quarantine::parse_poison;
+use hugetlb2fs::quarantine::{Kind, coalesce, parse_poison};
 use hugetlb2fs::units::{Range, SUBPAGE_SIZE};
 use rustix::fs::removexattr;
 use rustix::io::Errno;
@@ -105,10 +105,9 @@ impl Memory {
                 self.file.display()
             ));
         }
-        let note = self.list();
-        attributes::write(&self.file, NOTE, &note).map_err(|errno| self.said(errno))?;
+        self.write(NOTE, &self.list())?;
         let zeros = lines(&self.lost, |range| format!("zero {range}"));
-        attributes::write(&self.file, attributes::REPAIR, &zeros).map_err(|errno| self.said(errno))
+        self.write(attributes::REPAIR, &zeros)
     }
 
     /// The quarantines, as [`attributes::LOSSES`] takes them.
@@ -121,17 +120,17 @@ impl Memory {
     fn restore(&self) -> Result<(), String> {
         let noted = attributes::read(&self.file, NOTE).map_err(|errno| self.said(errno))?;
         if let Some(list) = noted {
-            self.quarantine(attributes::LOSSES, &list)?;
+            self.write(attributes::LOSSES, &list)?;
             self.forget_note();
         } else if !self.salvaged.is_empty() {
             let list = lines(&self.salvaged, |range| range.to_string());
-            self.quarantine(attributes::POISON, &list)?;
+            self.write(attributes::POISON, &list)?;
         }
         Ok(())
     }
 
-    fn quarantine(&self, attribute: &str, list: &str) -> Result<(), String> {
-        attributes::write(&self.file, attribute, list).map_err(|errno| self.said(errno))
+    fn write(&self, attribute: &str, value: &str) -> Result<(), String> {
+        attributes::write(&self.file, attribute, value).map_err(|errno| self.said(errno))
     }
 
     fn has_note(&self) -> bool {
@@ -152,14 +151,8 @@ impl Memory {
 
 /// A line for each run of neighbouring subpages.
 fn lines(subpages: &[Range], line: impl Fn(Range) -> String) -> String {
-    let mut runs: Vec<Range> = Vec::new();
-    for subpage in subpages {
-        match runs.last_mut() {
-            Some(run) if run.end == subpage.start => run.end = subpage.end,
-            _ => runs.push(*subpage),
-        }
-    }
-    runs.into_iter().fold(String::new(), |text, run| text + &line(run) + "\n")
+    let runs = coalesce(subpages.iter().map(|subpage| (*subpage, Kind::Hw, 0)));
+    runs.into_iter().fold(String::new(), |text, run| text + &line(run.range) + "\n")
 }
 
 // ---- the source ---------------------------------------------------------------------------------
@@ -334,7 +327,7 @@ pub fn into(socket: &Path) -> Result<(), String> {
     }
     for (name, list) in &lists {
         let mut of_it = memories.iter().filter(|memory| memory.name == *name);
-        of_it.try_for_each(|memory| memory.quarantine(attributes::LOSSES, list))?;
+        of_it.try_for_each(|memory| memory.write(attributes::LOSSES, list))?;
     }
     if !lists.is_empty() {
         say(format_args!("hugetlb2: {}", prospect()));

@@ -1229,7 +1229,7 @@ fn number(text: &str) -> u64 {
 }
 
 fn has_memory_errors() -> bool {
-    Path::new("/sys/devices/system/node/node0/memory_failure").exists()
+    hugetlb2fs::sys::memory_failures().is_some()
 }
 
 /// The worker copies and punches a whole folio at once. Subpage by subpage, 32 folios would take

@@ -96,7 +96,18 @@ impl Vm {
     }
 
     pub fn start(memory: &Path, work: &Path) -> Self {
-        let vm = Self::spawn(memory, work, None);
+        Self::start_as(MACHINE, DOCUMENTED, memory, work, &[])
+    }
+
+    /// As [`Vm::spawn_as`]. Waits until the machine is ready for a case.
+    pub fn start_as(
+        kind: Machine,
+        options: &str,
+        memory: &Path,
+        work: &Path,
+        more: &[&str],
+    ) -> Self {
+        let vm = Self::spawn_as(kind, options, memory, work, more);
         vm.boot.wait_until_ready().unwrap();
         vm
     }
@@ -224,6 +235,15 @@ fn describe(report: &Report) -> String {
     }
 }
 
+/// Removes all files of a pool that nothing uses any more, and unmounts it.
+pub fn unmount(pool: Pool) {
+    pool.check();
+    for entry in fs::read_dir(pool.path()).unwrap() {
+        fs::remove_file(entry.unwrap().path()).unwrap();
+    }
+    pool.unmount();
+}
+
 pub fn pool(machines: u64) -> Pool {
     Pool::mount(&format!("pagesize=2M,size={}M", machines * MEBIBYTES))
 }
@@ -245,8 +265,7 @@ fn a_virtual_machine_goes_on_beside_quarantine_and_repair() {
     vm.works();
     pool.check();
     vm.boot.shut_down();
-    fs::remove_file(memory).unwrap();
-    pool.unmount();
+    unmount(pool);
 }
 
 /// Without KVM, QEMU 7.2 has no handler for SIGBUS, so the signal ends it. (With KVM, QEMU tells
@@ -264,8 +283,7 @@ fn a_virtual_machine_is_ended_by_a_quarantine_of_what_it_uses() {
     set(&memory, REPAIR, "salvage all").unwrap();
     pool.check();
     drop(vm);
-    fs::remove_file(memory).unwrap();
-    pool.unmount();
+    unmount(pool);
 }
 
 /// Some subpages in the first 64 MiB of a machine, where its kernel is.
@@ -301,9 +319,7 @@ fn a_virtual_machine_goes_on_from_a_copy_of_its_memory() {
     restored.works();
     pool.check();
     restored.boot.shut_down();
-    fs::remove_file(memory).unwrap();
-    fs::remove_file(copy).unwrap();
-    pool.unmount();
+    unmount(pool);
 }
 
 pub fn free_port() -> u16 {
@@ -329,9 +345,7 @@ fn a_virtual_machine_moves_to_another_process() {
     );
     pool.check();
     target.boot.shut_down();
-    fs::remove_file(memory).unwrap();
-    fs::remove_file(other).unwrap();
-    pool.unmount();
+    unmount(pool);
 }
 
 // ---- hugetlb2 migrate ---------------------------------------------------------------------------
@@ -342,7 +356,7 @@ pub fn migrate_out(vm: &Vm, to: &str) -> Command {
     command
 }
 
-pub fn migrate_in(vm: &Vm) -> Command {
+fn migrate_in(vm: &Vm) -> Command {
     let mut command = hugetlb2();
     command.args(["migrate", "in", "--qmp"]).arg(qmp(&vm.monitor));
     command
@@ -353,11 +367,17 @@ pub fn migrate(vm: &Vm, target: &Vm, to: &str) {
     target.tell("info status"); // it has a monitor now
     let mut out = migrate_out(vm, to).stdout(Stdio::piped()).spawn().unwrap();
     let losses = out.stdout.take().expect("a pipe");
-    let into = migrate_in(target).stdin(losses).stderr(Stdio::piped()).spawn().unwrap();
-    let into = limits::collect(limits::PROGRAM, "hugetlb2 migrate in", into).unwrap();
-    let said = String::from_utf8_lossy(&into.stderr);
+    let (has_come, said) = receive(target, losses);
     let out = limits::exit(limits::PROGRAM, "hugetlb2 migrate out", &mut out);
-    assert!(into.status.success() && out.success(), "{out}, {}: {said}", into.status);
+    assert!(has_come && out.success(), "{out}: {said}");
+}
+
+/// Runs `hugetlb2 migrate in` with these losses. Returns whether it succeeds, and its words.
+pub fn receive(vm: &Vm, losses: impl Into<Stdio>) -> (bool, String) {
+    let mut into = migrate_in(vm);
+    let into = into.stdin(losses).stderr(Stdio::piped()).spawn().unwrap();
+    let into = limits::collect(limits::PROGRAM, "hugetlb2 migrate in", into).unwrap();
+    (into.status.success(), String::from_utf8_lossy(&into.stderr).into_owned())
 }
 
 fn refused(command: &mut Command, why: &str) {
@@ -397,9 +417,7 @@ fn a_machine_moves_with_quarantined_memory() {
     there.works();
     pool.check();
     there.boot.shut_down();
-    fs::remove_file(memory).unwrap();
-    fs::remove_file(other).unwrap();
-    pool.unmount();
+    unmount(pool);
 }
 
 /// The bytes of a subpage are lost. Where the machine goes, they stay lost; where it stays, too.
@@ -421,10 +439,8 @@ fn lost_memory_moves_with_its_machine() {
     is_lost(&memory);
     let list = work.path().join("losses");
     fs::write(&list, format!("hugetlb2-losses 1\nlost ram {place} 4096\nmoved running\n")).unwrap();
-    let into = migrate_in(&vm).stdin(File::open(&list).unwrap()).stderr(Stdio::piped()).spawn();
-    let into = limits::collect(limits::PROGRAM, "hugetlb2 migrate in", into.unwrap()).unwrap();
-    let said = String::from_utf8_lossy(&into.stderr);
-    assert!(!into.status.success() && said.contains("zeros in place of lost bytes"), "{said}");
+    let (has_come, said) = receive(&vm, File::open(&list).unwrap());
+    assert!(!has_come && said.contains("zeros in place of lost bytes"), "{said}");
     is_lost(&memory);
     assert_eq!(state(&vm), "running");
     vm.works();
@@ -466,9 +482,7 @@ fn lost_memory_moves_with_its_machine() {
     set(&other, REPAIR, "zero all").unwrap();
     pool.check();
     there.boot.shut_down();
-    fs::remove_file(memory).unwrap();
-    fs::remove_file(other).unwrap();
-    pool.unmount();
+    unmount(pool);
 }
 
 // ---- postcopy -----------------------------------------------------------------------------------
@@ -490,9 +504,7 @@ fn a_machine_that_cannot_move_by_postcopy_stays() {
     pool.check();
     vm.boot.shut_down();
     drop(target);
-    fs::remove_file(memory).unwrap();
-    fs::remove_file(other).unwrap();
-    pool.unmount();
+    unmount(pool);
 }
 
 /// The machine runs at the target. The target fetches each page from the source when the machine
@@ -531,7 +543,5 @@ fn a_machine_moves_by_postcopy_with_punched_pages_kept() {
     assert!(map.lines().all(|line| line.contains(" huge ")), "{map}");
     target.works();
     target.boot.shut_down();
-    fs::remove_file(memory).unwrap();
-    fs::remove_file(other).unwrap();
-    pool.unmount();
+    unmount(pool);
 }

@@ -8,7 +8,7 @@ use crate::cases::Machine;
 use crate::support::{
     FOLIO, POISON, Pool, REPAIR, SUBPAGE, await_text, get, huge_bytes, limits, poison, run, set,
 };
-use crate::vm::{DOCUMENTED, MACHINE, MEBIBYTES, Vm, pool};
+use crate::vm::{DOCUMENTED, MACHINE, MEBIBYTES, Vm, pool, unmount};
 use rustix::fs::{FallocateFlags, fallocate};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -95,14 +95,6 @@ fn quarantine_unused(vm: &Vm) {
     quarantine(vm, [place].into_iter());
 }
 
-fn unmount(pool: Pool) {
-    pool.check();
-    for entry in fs::read_dir(pool.path()).unwrap() {
-        fs::remove_file(entry.unwrap().path()).unwrap();
-    }
-    pool.unmount();
-}
-
 // ---- options of the memory ----------------------------------------------------------------------
 
 /// The bytes that a process has of its own in its mappings of a file (proc(5), /proc/PID/smaps).
@@ -132,8 +124,7 @@ fn a_private_mapping_is_a_copy_beside_the_file() {
     const PRIVATE: &str = "share=off,prealloc=on,prealloc-threads=2,align=2M";
     let (pool, work) = (pool(1), tempfile::tempdir().unwrap());
     let memory = pool.join("vm0");
-    let mut vm = Vm::spawn_as(MACHINE, PRIVATE, &memory, work.path(), &[]);
-    vm.boot.wait_until_ready().unwrap();
+    let mut vm = Vm::start_as(MACHINE, PRIVATE, &memory, work.path(), &[]);
     vm.remembers();
     let all = MEBIBYTES << 20;
     assert_eq!(own_bytes(vm.boot.pid(), &memory), all, "a copy of each subpage");
@@ -154,8 +145,7 @@ fn a_private_mapping_has_no_zeros_in_place_of_lost_memory() {
     const PRIVATE: &str = "share=off,reserve=off,align=2M";
     let (pool, work) = (pool(1), tempfile::tempdir().unwrap());
     let memory = pool.join("vm0");
-    let mut vm = Vm::spawn_as(MACHINE, PRIVATE, &memory, work.path(), &[]);
-    vm.boot.wait_until_ready().unwrap();
+    let mut vm = Vm::start_as(MACHINE, PRIVATE, &memory, work.path(), &[]);
     vm.remembers();
     let own = own_bytes(vm.boot.pid(), &memory);
     assert!(own < MEBIBYTES << 19, "{own} bytes are copied, more than half");
@@ -173,8 +163,7 @@ const REPORTING: [&str; 2] = ["-device", "virtio-balloon-pci,free-page-reporting
 
 /// Starts a machine with a device. The machine remembers bytes.
 fn start_with(device: &[&str], kind: Machine, pool: &Pool, work: &Path) -> Vm {
-    let mut vm = Vm::spawn_as(kind, DOCUMENTED, &pool.join("vm0"), work, device);
-    vm.boot.wait_until_ready().unwrap();
+    let mut vm = Vm::start_as(kind, DOCUMENTED, &pool.join("vm0"), work, device);
     vm.remembers();
     vm
 }
@@ -288,6 +277,12 @@ impl Memory {
         ["-m".into(), limit, "-object".into(), memory, "-device".into(), device]
     }
 
+    /// Starts a machine with the device, which has these options.
+    fn start(&self, options: &str, kind: Machine, pool: &Pool, work: &Path) -> Vm {
+        let arguments = self.arguments(options);
+        start_with(&arguments.each_ref().map(String::as_str), kind, pool, work)
+    }
+
     fn request(&self, vm: &Vm, bytes: u64) {
         vm.tell(&format!("qom-set /machine/peripheral/{} requested-size {bytes}", self.name));
     }
@@ -329,9 +324,7 @@ impl Memory {
 fn virtio_mem_takes_memory_that_is_allocated_before() {
     let (pool, work) = (pool_with(256, ""), tempfile::tempdir().unwrap());
     let more = Memory::new("more", 2, &pool);
-    let arguments = more.arguments(",prealloc=on");
-    let arguments = arguments.each_ref().map(String::as_str);
-    let mut vm = start_with(&arguments, UNCLEARED, &pool, work.path());
+    let mut vm = more.start(",prealloc=on", UNCLEARED, &pool, work.path());
     let free = || pool.free_pages() * FOLIO;
     assert_eq!(free(), more.bytes(), "the pool has the memory");
     vm.does(DRIVERS);
@@ -359,9 +352,7 @@ fn virtio_mem_takes_memory_that_is_allocated_before() {
 fn virtio_mem_hands_out_memory_that_is_not_there() {
     let (pool, work) = (pool_with(128, ""), tempfile::tempdir().unwrap());
     let more = Memory::new("more", 1, &pool);
-    let arguments = more.arguments("");
-    let arguments = arguments.each_ref().map(String::as_str);
-    let mut vm = start_with(&arguments, MACHINE, &pool, work.path());
+    let mut vm = more.start("", MACHINE, &pool, work.path());
     vm.does(DRIVERS);
     more.plug(&vm);
     vm.is_ended_by_sigbus_in(FILL);
@@ -372,9 +363,7 @@ fn virtio_mem_hands_out_memory_that_is_not_there() {
 fn virtio_mem_takes_and_gives_with_punched_pages_kept() {
     let (pool, work) = (pool_with(128, ",punch=keep"), tempfile::tempdir().unwrap());
     let more = Memory::new("more", 1, &pool);
-    let arguments = more.arguments("");
-    let arguments = arguments.each_ref().map(String::as_str);
-    let mut vm = start_with(&arguments, UNCLEARED, &pool, work.path());
+    let mut vm = more.start("", UNCLEARED, &pool, work.path());
     let punched = || pool.counter("punched_bytes");
     assert_eq!(punched(), more.bytes(), "the machine has the memory");
     vm.does(DRIVERS);
@@ -476,8 +465,7 @@ fn assert_holds(dump: &Path, memory: &Path) {
 fn a_dump_holds_all_memory_or_ends_at_a_quarantine() {
     const THREADS: &str = "share=on,prealloc=on,prealloc-threads=2,align=2M";
     let (pool, work) = (pool(1), tempfile::tempdir().unwrap());
-    let mut vm = Vm::spawn_as(MACHINE, THREADS, &pool.join("vm0"), work.path(), &[]);
-    vm.boot.wait_until_ready().unwrap();
+    let mut vm = Vm::start_as(MACHINE, THREADS, &pool.join("vm0"), work.path(), &[]);
     vm.remembers();
     assert_eq!(huge_bytes(vm.boot.pid(), &vm.memory), (MEBIBYTES << 20, MEBIBYTES << 20));
     let [good, bad] = ["good", "bad"].map(|name| work.path().join(name));

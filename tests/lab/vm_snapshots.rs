@@ -1,8 +1,10 @@
 //! Migration and snapshots as QEMU 10 has them, each with a quarantined subpage.
 
 use crate::cases::Machine;
-use crate::support::{POISON, Pool, REPAIR, SUBPAGE, get, limits, poison, run, set};
-use crate::vm::{DOCUMENTED, MEBIBYTES, Vm, free_port, migrate, migrate_in, migrate_out, state};
+use crate::support::{POISON, Pool, REPAIR, SUBPAGE, get, poison, run, set};
+use crate::vm::{
+    DOCUMENTED, MEBIBYTES, Vm, free_port, migrate, migrate_out, receive, state, unmount,
+};
 use rustix::io::Errno;
 use std::fs::{self, File};
 use std::path::Path;
@@ -30,8 +32,7 @@ impl Stage {
     fn set(machines: u64) -> Self {
         let pool = Pool::mount(&format!("pagesize=2M,size={}M", machines * MEBIBYTES + 64));
         let work = tempfile::tempdir().unwrap();
-        let mut vm = spawn(&pool.join("vm0"), work.path(), DOCUMENTED, &[]);
-        vm.boot.wait_until_ready().unwrap();
+        let mut vm = Vm::start_as(MACHINE, DOCUMENTED, &pool.join("vm0"), work.path(), &[]);
         vm.remembers();
         let place = vm.unused();
         poison(&vm.memory, place, SUBPAGE).unwrap();
@@ -53,10 +54,7 @@ impl Stage {
     fn strike(self) {
         self.pool.check();
         drop(self.vm);
-        for entry in fs::read_dir(self.pool.path()).unwrap() {
-            fs::remove_file(entry.unwrap().path()).unwrap();
-        }
-        self.pool.unmount();
+        unmount(self.pool);
     }
 }
 
@@ -66,10 +64,8 @@ fn spawn(memory: &Path, work: &Path, options: &str, more: &[&str]) -> Vm {
 
 /// Has the machine that comes to `vm` go on, with the losses of the file `list`.
 fn arrive(vm: &Vm, list: &Path) {
-    let mut into = migrate_in(vm);
-    let into = into.stdin(File::open(list).unwrap()).spawn().unwrap();
-    let into = limits::collect(limits::PROGRAM, "hugetlb2 migrate in", into).unwrap();
-    assert!(into.status.success(), "{}", into.status);
+    let (has_come, said) = receive(vm, File::open(list).unwrap());
+    assert!(has_come, "{said}");
 }
 
 /// multifd: threads of their own read the memory.

@@ -1,12 +1,10 @@
 //! For machines with devices that take the guest's memory and give it back: virtio-balloon and
 //! virtio-mem. The host changes these devices, and the guest runs the cases.
 
-use super::{cases, skip};
+use super::{cases, load_module, meminfo, skip};
 use crate::support::{Dice, SUBPAGE};
 use memmap2::MmapMut;
-use rustix::io::Errno;
-use rustix::system::finit_module;
-use std::fs::{self, File};
+use std::fs;
 use std::path::Path;
 
 cases! {
@@ -24,26 +22,14 @@ fn drivers_of_memory_devices_can_be_loaded() {
         skip("no modules are there: tests/lab/fetch-kernel fetches them");
     }
     for name in DRIVERS {
-        let module = File::open(format!("{MODULES}/{name}.ko")).unwrap();
-        match finit_module(module, c"", 0) {
-            Ok(()) | Err(Errno::EXIST) => {} // an earlier run has loaded it
-            Err(errno) => panic!("{name}: {errno}"),
-        }
+        load_module(&format!("{MODULES}/{name}.ko"), c"");
     }
     let loaded = fs::read_to_string("/proc/modules").unwrap();
     assert!(DRIVERS.iter().all(|name| loaded.contains(name)), "{loaded}");
 }
 
-/// The bytes of memory that programs can take (proc(5), /proc/meminfo).
-fn available() -> u64 {
-    let text = fs::read_to_string("/proc/meminfo").unwrap();
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).expect("a line");
-    let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse().expect("a number");
-    kibibytes << 10
-}
-
 fn all_free_memory_holds_what_is_stored_in_it() {
-    let length = available() - LEFT;
+    let length = meminfo("MemAvailable") - LEFT;
     println!("{} MiB", length >> 20);
     let mut memory = MmapMut::map_anon(length as usize).expect("memory");
     let word = |subpage: u64| Dice(subpage).roll().to_le_bytes();

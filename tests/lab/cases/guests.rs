@@ -2,15 +2,13 @@
 //! processors of AMD that QEMU emulates have what KVM needs.
 
 use super::hw::inject;
-use super::{cases, skip};
+use super::{cases, load_module, skip};
 use crate::pattern;
 use crate::support::{
     FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, hugetlb2, limits, poison, run, set,
     status_and_error,
 };
-use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
-use rustix::system::finit_module;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
@@ -146,11 +144,7 @@ fn load_kvm() {
         skip("no KVM modules and no QEMU 10 are there: tests/lab/fetch-nested fetches them");
     }
     for (name, parameters) in [("irqbypass", c""), ("kvm", c""), ("kvm-amd", c"nested=0")] {
-        let module = File::open(format!("{FILES}/{name}.ko")).unwrap();
-        match finit_module(module, parameters, 0) {
-            Ok(()) | Err(Errno::EXIST) => {} // an earlier case has loaded it
-            Err(errno) => panic!("{name}: {errno}"),
-        }
+        load_module(&format!("{FILES}/{name}.ko"), parameters);
     }
 }
 

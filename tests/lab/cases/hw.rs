@@ -1,7 +1,7 @@
 //! Real memory errors in the filesystem: the processes that learn of them, the bytes that they see,
 //! and the ways to make a file whole again.
 
-use super::cases;
+use super::{cases, meminfo};
 use crate::support::{
     COLLAPSE, FOLIO, LOSSES, MAP, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, hugetlb2, poison,
     run, set, status_and_error,
@@ -113,12 +113,7 @@ fn events(file: &File, timeout: &Timespec) -> PollFlags {
 
 /// The bytes that the kernel keeps out of use for good.
 fn corrupted() -> u64 {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap();
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("HardwareCorrupted:"))
-        .expect("it is counted");
-    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+    meminfo("HardwareCorrupted")
 }
 
 /// Asserts that no trace of an error is left: all of the file can be read, mapped, and mapped huge.

@@ -149,6 +149,25 @@ pub const HANDLER_RUST: &str = "/bin/handler-rust";
 /// A case's process exits with this status to say: skipped. Its last line of output is the reason.
 pub const SKIPPED: i32 = 77;
 
+/// Loads a module of the kernel, unless an earlier case has loaded it.
+#[allow(dead_code)]
+pub fn load_module(path: &str, parameters: &std::ffi::CStr) {
+    let module = std::fs::File::open(path).unwrap();
+    match rustix::system::finit_module(module, parameters, 0) {
+        Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+        Err(errno) => panic!("{path}: {errno}"),
+    }
+}
+
+/// The bytes of a row of /proc/meminfo (proc(5)).
+#[allow(dead_code)]
+pub fn meminfo(row: &str) -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let value = |line: &str| line.strip_prefix(row)?.strip_prefix(':').map(str::to_owned);
+    let value = text.lines().find_map(value).expect("it is counted");
+    value.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+}
+
 /// Ends a case that cannot run on this kernel. A case calls it at its beginning, because it cleans
 /// nothing up.
 #[allow(dead_code)]
