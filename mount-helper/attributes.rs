@@ -13,7 +13,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 pub use hugetlb2fs::attributes::{
-    CHECK, COLLAPSE, INJECT, LOSSES, MAP, PLACEMENT, POISON, REPAIR, TARGETS,
+    CHECK, COLLAPSE, INJECT, LOSSES, MAP, OPEN, PLACEMENT, POISON, REPAIR, TARGETS,
 };
 
 /// Reads an attribute; `None` where it has no value now.

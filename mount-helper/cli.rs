@@ -3,7 +3,7 @@
 use crate::mappers::{self, Misaligned};
 use crate::targets::Table;
 use crate::terminal::{Meter, say};
-use crate::{attributes, daemons, demo, migrate, mount, mounts, session};
+use crate::{attributes, daemons, demo, door, migrate, mount, mounts, session};
 use clap::{Parser, Subcommand, ValueEnum};
 use hugetlb2fs::attributes::Counter;
 use hugetlb2fs::placement::Placement;
@@ -151,6 +151,23 @@ enum Action {
         #[command(subcommand)]
         direction: Direction,
     },
+    /// Run a program with a descriptor of a file's memory: of the file on tmpfs that programs map
+    ///
+    /// For programs that look at the filesystem of a file, as QEMU 8.1 and later does before it
+    /// migrates by postcopy: mem-path=/dev/fd/3 there. The file must be a multiple of 2 MiB long
+    /// and have no soft quarantines; as long as a program has the descriptor open or maps it,
+    /// nothing changes the file's size, pages or quarantine (EBUSY), and memory that the program
+    /// punches is the machine's. A user who may write the file may do this.
+    Open {
+        /// The file
+        file: PathBuf,
+        /// The number of the descriptor
+        #[arg(long, value_name = "NUMBER", default_value_t = 3)]
+        fd: i32,
+        /// The program and its arguments
+        #[arg(last = true, required = true)]
+        command: Vec<OsString>,
+    },
     /// Verify a pool while it is in use; exit status 1 if something does not hold
     Check {
         /// The mount point
@@ -244,6 +261,9 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
         }
         Action::Migrate { direction: Direction::In { qmp } } => {
             migrate::into(&qmp).map(|()| ExitCode::SUCCESS)
+        }
+        Action::Open { file, fd, command } => {
+            door::open(&file, fd, &command).map(|never| match never {})
         }
         Action::Check { directory } => check(&directory, cli.json),
         Action::Upgrade { directory, binary } => upgrade(&directory, binary, cli.json),

@@ -35,6 +35,8 @@ mod qemu;
 
 mod migrate;
 
+mod door;
+
 mod cli;
 
 use std::ffi::OsString;

@@ -24,6 +24,8 @@ pub const MAP: &str = "user.hugetlb2.map";
 pub const PLACEMENT: &str = "user.hugetlb2.placement";
 /// The reason for the last refusal.
 pub const REFUSAL: &str = "user.hugetlb2.refusal";
+/// Descriptors of a file's memory.
+pub const OPEN: &str = "user.hugetlb2.open";
 /// Requests for real memory errors.
 pub const INJECT: &str = "trusted.hugetlb2.inject";
 /// The counters of the pool.
@@ -66,6 +68,8 @@ pub enum OfFile {
     Collapse,
     /// [`MAP`].
     Map,
+    /// [`OPEN`].
+    Open,
     /// [`INJECT`].
     Inject,
 }
@@ -175,6 +179,12 @@ pub const TABLE: &[Row] = &[
     ),
     row(COLLAPSE, File(OfFile::Collapse), None, Some("put huge mappings back now")),
     row(MAP, File(OfFile::Map), Some("ranges, with state and NUMA node"), None),
+    row(
+        OPEN,
+        File(OfFile::Open),
+        Some("that programs have the memory open by themselves"),
+        Some("send a descriptor of the memory over this Unix socket of the caller"),
+    ),
     row(INJECT, File(OfFile::Inject), None, Some("a real memory error, for tests")),
     row(
         PLACEMENT,

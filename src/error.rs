@@ -16,6 +16,11 @@ pub enum Error {
     /// closed it.
     #[error("programs have the file open for reading natively (see the option io=)")]
     OpenNatively,
+    /// Programs have the memory of the file open by themselves ([`crate::fs::Fs::open_door`]).
+    #[error(
+        "programs have the memory of the file open (hugetlb2 open): it changes once they have ended"
+    )]
+    HasDoor,
     /// There can be no more files: each file takes resources of which the daemon or the machine has
     /// a limited number.
     #[error("there are as many files as the daemon can have")]
@@ -93,9 +98,12 @@ impl Error {
             Self::Quarantined | Self::Corrupt(_) => Errno::IO,
             // Not EAGAIN: programs ask for a collapse by setxattr(2), and there the kernel turns
             // EAGAIN into EOPNOTSUPP (fs/xattr.c, __vfs_setxattr_noperm).
-            Self::InUse(_) | Self::Busy(_) | Self::Pinned | Self::Again | Self::OpenNatively => {
-                Errno::BUSY
-            }
+            Self::InUse(_)
+            | Self::Busy(_)
+            | Self::Pinned
+            | Self::Again
+            | Self::OpenNatively
+            | Self::HasDoor => Errno::BUSY,
             Self::TakesLong => Errno::AGAIN,
             Self::Interrupted => Errno::INTR,
             Self::Invalid(_) => Errno::INVAL,

@@ -32,6 +32,7 @@
 //!           /index/.witnesses      findings of requests that cannot be told from a second time
 //!           /index/handover        options, and the terms of the session with the kernel
 //!           /objects/<node id>     a sealed file for each regular file: data, ledger
+//!           /doors/<node id>       the data of a file that programs have open by themselves
 //!           /reserve/<node>        a sealed file for each NUMA node: the pool's free memory
 //!           /proc, /sys
 //! ```
@@ -76,7 +77,8 @@
 //!
 //! - **S1** ([`sealed`]) A sealed file has no free block, with these exceptions: inside a resize;
 //!   for the microseconds of a quarantine or repair; for gaps that a touch may fill, in a file
-//!   without soft holes; and after MADV_REMOVE until the daemon has taken that memory back.
+//!   without soft holes; while programs have the data open by themselves; and after MADV_REMOVE
+//!   until the daemon has taken that memory back.
 //! - **P1** ([`pool`]) For each NUMA node's part of the pool: pages of files + promised pages +
 //!   free pages = the part's size. The same holds in bytes of memory, with the float. After a
 //!   program has moved memory to another node, the agent of [`agents::policies`] moves the account
@@ -153,6 +155,8 @@
 //!   the bytes of quarantined subpages. **record**: what the ledger says of one folio.
 //! - **superblock**: that of a tmpfs. **header**: the 40 bytes in which a sealed file describes
 //!   itself ([`sealed::Header`]).
+//! - **door**: a mount of a file's data alone, through which programs have the data open by
+//!   themselves, without FUSE; **holder**: such a program ([`fs::Fs::close_unused_doors`]).
 //! - **place**: where an object's superblock is mounted, `/objects/<node id>`; of bytes in the
 //!   ledger, where it keeps them.
 //! - **orphan**: a node without a name that the kernel still knows. **stranded**: an object whose

@@ -75,6 +75,8 @@ steps! {
     "repair": RepairRaised = "the file may have blocks for it", RepairFilled = "the file has the bytes",
         RepairStruck = "the file's copy is the true one", RepairFreed = "the ledger's blocks are free",
         RepairDone = "no block is free";
+    "door": DoorNoted = "the size to come back to is noted", DoorMounted = "the memory can be opened",
+        DoorUnmounted = "no program has it open", DoorRestored = "the size is as noted", DoorForgotten = "the note is gone";
     "enlarge the pool": EnlargeGrown = "the reserve has the memory", EnlargeNoted = "the new size is noted";
     "reduce the pool": ReduceNoted = "the new size is noted", ReduceCut = "the memory is given back";
     "dismantle": DismantleErased = "the inode is gone", DismantleEmptied = "the memory is back in the reserve",

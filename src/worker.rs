@@ -155,6 +155,7 @@ fn serve(
     let served = connected.and_then(|(fs, connection)| {
         let patrol = agents::patrol::start(fs.clone()).map_err(no_thread)?;
         let follower = agents::policies::start(fs.clone()).map_err(no_thread)?;
+        let doors = agents::doors::start(fs.clone()).map_err(no_thread)?;
         let steward = agents::steward::start(&fs).map_err(no_thread)?;
         fuse::rehearse_threads().map_err(no_thread)?;
         let told = start.control.take().map(|mut control| control.send(&Message::Serving));
@@ -166,7 +167,7 @@ fn serve(
             .serve()
             .map_err(|error| format!("the connection to the kernel broke: {error}"));
         let _hurry = fs.hurry_stewards(); // a busy machine would keep them from their end
-        drop((patrol, follower, steward));
+        drop((patrol, follower, doors, steward));
         served
     });
     // Everything that could report a repair is gone by now, so the agent ends.

@@ -12,8 +12,8 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use support::{
-    DIE, Dice, FOLIO, GIB, MAP, PLACEMENT, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, STEPS,
-    SUBPAGE, Toucher, get, limits, poison, set,
+    DIE, Dice, FOLIO, GIB, MAP, OPEN, PLACEMENT, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, STEPS,
+    SUBPAGE, Toucher, get, limits, open_memory, poison, set,
 };
 
 // ---- at random ---------------------------------------------------------------------------------
@@ -660,6 +660,26 @@ const SITUATIONS: &[Situation] = &[
         verify: |pool| {
             pool.wait_for_free_pages(8);
             fs::write(file(pool), vec![7; 8 * FOLIO as usize]).unwrap();
+        },
+    },
+    Situation {
+        name: "open the memory, spoil the file, and close",
+        options: "",
+        prepare: sevens,
+        change: |pool| {
+            let memory = open_memory(file(pool)).unwrap();
+            memory.set_len(FOLIO).unwrap();
+            fallocate(&memory, FallocateFlags::KEEP_SIZE, 5 * FOLIO, FOLIO).unwrap();
+            drop(memory);
+            let is_shut = || get(file(pool), OPEN) == Err(rustix::io::Errno::NODATA);
+            limits::until(limits::ANSWER, "the end of a door", is_shut);
+        },
+        verify: |pool| {
+            assert_eq!((size_of(pool), pool.free_pages()), (3 * FOLIO, 5));
+            assert_sevens(pool, FOLIO);
+            assert_eq!(Toucher::mapping(&file(pool), 3 * FOLIO).walk(), []);
+            open(pool).set_len(FOLIO).unwrap();
+            fs::write(pool.join("other"), vec![7; 7 * FOLIO as usize]).unwrap();
         },
     },
     Situation {

@@ -17,8 +17,8 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use support::documents::{blocks, document, quoted, rows, section};
 use support::{
-    FOLIO, Held, INJECT, PLACEMENT, Pool, SUBPAGE, get, hugetlb2, kill_worker, limits, poison, run,
-    set,
+    FOLIO, Held, INJECT, PLACEMENT, Pool, SUBPAGE, get, hugetlb2, kill_worker, limits, open_memory,
+    poison, run, set,
 };
 
 const FORMAT: &str = "docs/FORMAT.md";
@@ -116,7 +116,7 @@ fn documented(path: &str) -> String {
     let mut before = "";
     let parts = path.split('/').map(|part| {
         let placed = match before {
-            "objects" | ".orphans" if is_id(part) => "<id>",
+            "objects" | "doors" | ".orphans" if is_id(part) => "<id>",
             "reserve" if is_number(part) => "<node>",
             ".witnesses" if is_number(part) => "<unique>",
             _ => part,
@@ -219,11 +219,13 @@ fn each_name_that_outlives_a_process_is_documented() {
     file(&pool, "read", 1);
     let reader = File::open(pool.join("read")).unwrap();
     let pollers = polled(&pool, "read", 130);
+    file(&pool, "opened", 1);
+    let memory = open_memory(pool.join("opened")).unwrap();
     let unlinked = file(&pool, "unlinked", 1);
     fs::remove_file(pool.join("unlinked")).unwrap();
     make_names(&pool);
     beside_an_exchange(&pool, || seen.look(&pool));
-    drop((reader, pollers, unlinked, pool));
+    drop((reader, pollers, memory, unlinked, pool));
 
     let pool = Pool::mount(&format!("pagesize=2M,size={},punch=keep", 4 * FOLIO));
     punch(&file(&pool, "punched", 2), 1);

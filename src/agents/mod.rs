@@ -2,6 +2,7 @@
 //! processor to the threads that serve.
 
 pub mod collapse;
+pub mod doors;
 pub mod patrol;
 pub mod policies;
 pub mod rounds;

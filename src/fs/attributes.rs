@@ -194,6 +194,14 @@ impl Fs {
                 }
                 Ok(text)
             }
+            OfFile::Open if !object.summary().has_door => Err(Error::NoData),
+            OfFile::Open => {
+                pace.refuse_if(|| Ok(true))?;
+                match self.close_door(object)? {
+                    true => Err(Error::NoData),
+                    false => Ok("open\n".to_owned()),
+                }
+            }
             OfFile::Losses | OfFile::Repair | OfFile::Collapse | OfFile::Inject => {
                 Err(Error::NoData)
             }
@@ -325,7 +333,10 @@ impl Fs {
                 self.set_user_attribute(node, name, text, by, request)?;
                 match relocation {
                     Some((object, placement)) => {
-                        object.relocate(EVERY_PAGE, &placement, &self.pool, &Pace::of(request))
+                        let pace = Pace::of(request);
+                        self.heeding_doors(&object, &pace, || {
+                            object.relocate(EVERY_PAGE, &placement, &self.pool, &pace)
+                        })
                     }
                     None => Ok(()),
                 }
@@ -347,8 +358,13 @@ impl Fs {
         // yet.
         self.look_for_hw_errors_in(&object, &pace)?;
         match attribute {
-            OfFile::Poison => object.quarantine(value, &self.pool, &pace),
-            OfFile::Losses => object.import(value, &self.pool, &pace),
+            OfFile::Poison => {
+                self.heeding_doors(&object, &pace, || object.quarantine(value, &self.pool, &pace))
+            }
+            OfFile::Losses => {
+                self.heeding_doors(&object, &pace, || object.import(value, &self.pool, &pace))
+            }
+            OfFile::Open => self.open_door(&object, value, request),
             OfFile::Repair => {
                 let resumed = self.was_due(request, object.is_repairable(value)?)?;
                 self.repair(&object, value, resumed, request)
@@ -382,6 +398,8 @@ impl Fs {
         self.look_for_hw_errors_in(object, &Pace::of(request))?;
         let repair =
             || self.with_context(object, request, |context| object.repair(value, resumed, context));
+        let pace = Pace::of(request);
+        let repair = || self.heeding_doors(object, &pace, repair);
         match repair() {
             // Programs can meet an error before the kernel counts it, so this looks once more.
             Err(Error::NoData) if object.look_for_hw_errors(&Pace::of(request))? > 0 => repair(),

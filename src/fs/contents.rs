@@ -43,7 +43,7 @@ impl Fs {
             match self.pool.patiently(&mut request) {
                 // The kernel has given the files up. So their pages come back for certain.
                 Err(Error::Returning)
-                    if started.elapsed() < DISMANTLING_PATIENCE && !self.stranded().is_empty() => {}
+                    if started.elapsed() < DISMANTLING_PATIENCE && self.is_dismantling() => {}
                 Err(Error::OpenNatively)
                     if Instant::now() < deadline && self.closings.wait(seen, deadline) => {}
                 result => return result,

@@ -87,6 +87,8 @@ impl Fs {
         request: RequestContext,
         mut access: impl FnMut() -> Result<T>,
     ) -> Result<T> {
+        let pace = Pace::of(request);
+        let mut access = || self.heeding_doors(object, &pace, &mut access);
         let result = match access() {
             Err(Error::Quarantined) => {
                 self.look_for_hw_errors_in(object, &Pace::of(request))?;

@@ -23,6 +23,7 @@ mod attributes;
 mod callers;
 mod check;
 mod contents;
+mod doors;
 mod gate;
 mod hw_errors;
 mod mtime;

@@ -8,8 +8,8 @@
 //! A growth that finds the pool full waits for the pages of orphans and of stranded objects
 //! ([`Fs::patiently`]).
 
-use super::{Fs, Object};
-use crate::error::Result;
+use super::{Fs, Object, Pace};
+use crate::error::{Error, Result};
 use crate::steps::{self, Step};
 use crate::units::InodeId;
 use std::sync::{Arc, MutexGuard};
@@ -91,12 +91,20 @@ impl Fs {
         }
     }
 
+    /// True if memory of removed files is on its way back to the pool.
+    pub(super) fn is_dismantling(&self) -> bool {
+        self.stranded().iter().any(|object| !object.summary().has_door)
+    }
+
     pub(super) fn stranded(&self) -> MutexGuard<'_, Vec<Arc<Object>>> {
         self.stranded.lock().expect("no panic while the list is open")
     }
 
     fn dismantle(&self, object: &Arc<Object>) -> Result<()> {
-        object.empty(&self.pool)?;
+        match self.heeding_doors(object, &Pace::steady(), || object.empty(&self.pool)) {
+            Err(Error::HasDoor) => return Ok(()), // programs still use its memory
+            emptied => emptied?,
+        }
         steps::reached(Step::DismantleEmptied);
         self.places.remove(object.node());
         steps::reached(Step::DismantleDetached);

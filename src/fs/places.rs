@@ -42,10 +42,17 @@ use crate::steps::{self, Step, insist};
 use crate::sys::process::{Descriptors, descriptors};
 use crate::sys::{calls, mounts, tmpfs};
 use crate::units::InodeId;
-use rustix::fs::Mode;
+use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 use rustix::io::Errno;
 use std::ffi::{CStr, CString};
+use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+/// The directory of the doors: mounts of the data of files that programs have open by themselves.
+/// Such a mount cannot be taken away as long as a file is open that was opened through it. So the
+/// kernel counts the programs, also while no worker is there.
+const DOORS: &str = "/doors";
 
 /// Descriptors that no new file gets: some for each request under way, and some for the start of a
 /// worker.
@@ -125,6 +132,50 @@ impl Places {
         Err(Error::TooManyFiles)
     }
 
+    /// Opens the data of the object at the place of `node` through its door, which is mounted if
+    /// it is not there yet. `data` is the same file.
+    ///
+    /// # Errors
+    /// The errors of open_tree(2), move_mount(2) and openat(2).
+    pub fn open_by_door(&self, node: InodeId, data: &File) -> Result<OwnedFd> {
+        let door = door(node);
+        make_directory(DOORS)?;
+        let stub = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC;
+        let is_meant = |file: &OwnedFd| {
+            let (one, other) = (rustix::fs::fstat(file)?, rustix::fs::fstat(data)?);
+            Ok::<_, Error>((one.st_dev, one.st_ino) == (other.st_dev, other.st_ino))
+        };
+        let flags = OFlags::RDWR | OFlags::CLOEXEC;
+        let mode = Mode::from_raw_mode(0o600);
+        if !is_meant(&calls::openat(CWD, &*door, stub, mode)?)? {
+            tmpfs::bind(&format!("{}/data", text(&path(node))), text(&door)).map_err(no_more)?;
+            self.mounts.fetch_add(1, Ordering::Relaxed);
+            steps::reached(Step::DoorMounted);
+        }
+        let opened = calls::openat(CWD, &*door, flags, Mode::empty())?;
+        assert!(is_meant(&opened)?, "the door leads to the file, and nothing is mounted over it");
+        Ok(opened)
+    }
+
+    /// Takes the door of `node` away, unless a program has opened or mapped the file through it.
+    /// True if there is no door any more.
+    ///
+    /// # Errors
+    /// The errors of umount2(2).
+    pub fn close_door(&self, node: InodeId) -> Result<bool> {
+        let door = door(node);
+        if !tmpfs::detach_unused(text(&door))? {
+            return Ok(false);
+        }
+        steps::reached(Step::DoorUnmounted);
+        // Without the stub there is no mount, so a second call does not count one again.
+        match calls::unlinkat(CWD, &*door, AtFlags::empty()) {
+            Ok(()) => drop(self.mounts.fetch_sub(1, Ordering::Relaxed)),
+            Err(error) => log::debug!("file {node}: no stub of a door is removed: {error}"),
+        }
+        Ok(true)
+    }
+
     /// Removes the place of `node`. The superblock ends with its last user. A shortage does not end
     /// this removal, because nothing would try it again.
     pub fn remove(&self, node: InodeId) {
@@ -174,6 +225,19 @@ fn no_more(error: Error) -> Error {
         Error::Os(Errno::MFILE | Errno::NFILE | Errno::NOSPC) => Error::TooManyFiles,
         other => other,
     }
+}
+
+/// Makes a directory, unless it is there.
+fn make_directory(path: &str) -> Result<()> {
+    match calls::mkdir(path, Mode::from_raw_mode(0o700)) {
+        Err(Errno::EXIST) | Ok(()) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// The path of a file's door.
+fn door(node: InodeId) -> CString {
+    CString::new(format!("{DOORS}/{node}")).expect("hexadecimal digits hold no NUL")
 }
 
 fn path(node: InodeId) -> CString {

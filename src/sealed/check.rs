@@ -40,8 +40,13 @@ impl Sealed {
                 self.limit()
             ));
         }
-        if tmpfs::size(&self.data)? != self.size {
-            wrong.push(format!("the data file is not {} bytes long", self.size));
+        match tmpfs::size(&self.data)? {
+            size if size == self.size => {}
+            size if self.has_door => wrong.push(format!(
+                "a program that has the memory open has made {size} bytes of {}",
+                self.size
+            )),
+            _ => wrong.push(format!("the data file is not {} bytes long", self.size)),
         }
         let (ledger, meant) = (self.ledger.blocks()?, self.holes().count() + 1);
         if ledger != meant {

@@ -19,10 +19,11 @@
 //!   limit            = blocks of data + blocks of ledger = 512 * folios with memory + 1
 //! ```
 //!
-//! > **S1.** A sealed file has no free block. There are four exceptions:
+//! > **S1.** A sealed file has no free block. There are five exceptions:
 //! > - inside a resize;
 //! > - for the microseconds of a quarantine or repair;
 //! > - for gaps that a program requested (see below), in a file without soft holes;
+//! > - while programs have `data` open by themselves (see below), in such a file, too;
 //! > - after a program has punched the file by madvise(2) with MADV_REMOVE, until the next request
 //! >   for the file, or the patrol, has taken that memory back.
 //!
@@ -60,8 +61,14 @@
 //! gap, userfaultfd(2) would report the gap as filled. For the same reason, code that only looks at
 //! memory touches no gap ([`Sealed::present`]). Before a change that needs S1,
 //! [`Sealed::reclaim_removed`] fills the gaps.
+//!
+//! **A door.** A program can have `data` itself open, without FUSE ([`Sealed::open_door`]). It can
+//! do what a file of tmpfs lets it do: punch gaps, and change the size. So a file with a door is
+//! one with gaps on request, and its true size is noted with it. Whatever the program does, it does
+//! to this superblock alone, whose limit the program cannot change.
 
 mod check;
+mod door;
 mod gaps;
 mod holes;
 mod huge;
@@ -161,6 +168,8 @@ pub struct Sealed {
     folio_count: u64,
     /// True if the file may have gaps that a program requested. Then it has no soft holes.
     punched: bool,
+    /// True if programs may have `data` open by themselves ([`Sealed::open_door`]).
+    has_door: bool,
 }
 
 impl Sealed {
@@ -180,8 +189,19 @@ impl Sealed {
         let ledger = Ledger::create(data.clone(), first)?;
         let root = handle::of(&mount, c"")?;
         let (folios, unattached) = (Vec::new(), Some(mount));
-        let (size, folio_count, punched) = (0, 0, false);
-        Ok(Self { root, unattached, data, ledger, reach, size, folios, folio_count, punched })
+        let (size, folio_count, punched, has_door) = (0, 0, false, false);
+        Ok(Self {
+            root,
+            unattached,
+            data,
+            ledger,
+            reach,
+            size,
+            folios,
+            folio_count,
+            punched,
+            has_door,
+        })
     }
 
     /// Mounts the superblock at `path`, so that another process finds it when this process is gone.

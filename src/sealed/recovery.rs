@@ -22,6 +22,7 @@
 //!                                                  memory, the next request that needs it fills it
 //! ```
 
+use super::door::noted_size;
 use super::hw_errors::hw_error_subpages;
 use super::{Ledger, PUNCHED, Reach, Sealed};
 use crate::error::{Error, Result};
@@ -43,11 +44,22 @@ impl Sealed {
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
         let data: Arc<File> = Arc::new(calls::openat(&mount, "data", flags, Mode::empty())?.into());
         let ledger = Ledger::open(data.clone(), &mount)?;
-        let (size, root) = (tmpfs::size(&data)?, handle::of(&mount, c"")?);
-        let (folios, folio_count, unattached) = (Vec::new(), 0, None);
+        let (door, root) = (noted_size(ledger.notes())?, handle::of(&mount, c"")?);
+        let size = door.map_or_else(|| tmpfs::size(&data), Ok)?;
+        let (folios, folio_count, unattached, has_door) = (Vec::new(), 0, None, door.is_some());
         let punched = ledger.notes().kept(PUNCHED)?.is_some();
-        let mut sealed =
-            Self { root, unattached, data, ledger, reach, size, folios, folio_count, punched };
+        let mut sealed = Self {
+            root,
+            unattached,
+            data,
+            ledger,
+            reach,
+            size,
+            folios,
+            folio_count,
+            punched,
+            has_door,
+        };
         sealed.find_memory()?;
         Ok(sealed)
     }
@@ -152,7 +164,9 @@ impl Sealed {
     /// first one without memory.
     fn find_memory_ahead(&mut self) -> Result<()> {
         let mut folio = Folio(self.size.div_ceil(FOLIO_SIZE));
-        while self.reach == Reach::Programs && tmpfs::resident(&self.data, folio.range())? > 0 {
+        // Behind the end of a file with a door, memory is what a program has left there.
+        let has_ahead = self.reach == Reach::Programs && !self.has_door;
+        while has_ahead && tmpfs::resident(&self.data, folio.range())? > 0 {
             self.mark(folio.range(), true);
             folio = Folio(folio.0 + 1);
         }

@@ -9,7 +9,8 @@ use rustix::fs::{
 };
 use rustix::io::Result;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, UnmountFlags,
+    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags,
+    UnmountFlags,
 };
 use rustix::path::Arg;
 use std::ffi::CString;
@@ -65,6 +66,7 @@ calls! {
     mount::fsconfig_create(context: impl AsFd) -> (), wants Memory;
     mount::fsconfig_reconfigure(context: impl AsFd) -> (), wants Memory;
     mount::fsmount(context: impl AsFd, flags: FsMountFlags, attributes: MountAttrFlags) -> OwnedFd, wants Descriptor;
+    mount::open_tree(directory: impl AsFd, path: impl Arg, flags: OpenTreeFlags) -> OwnedFd, wants Descriptor;
     mount::move_mount(from: impl AsFd, old: impl Arg, to: impl AsFd, new: impl Arg, flags: MoveMountFlags) -> (),
         wants Room;
     mount::unmount(path: impl Arg, flags: UnmountFlags) -> (), wants Memory;

@@ -17,6 +17,7 @@ pub mod memory_texts;
 pub mod mounts;
 pub mod namespace;
 pub mod numa;
+pub mod passing;
 pub mod policy;
 pub mod process;
 pub mod processors;

@@ -3,7 +3,7 @@
 
 use super::calls::{
     fsconfig_create, fsconfig_reconfigure, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen,
-    fspick, move_mount, unmount,
+    fspick, move_mount, open_tree, unmount,
 };
 use super::shortage::patiently;
 use super::{calls, meaning, uninterrupted};
@@ -14,7 +14,8 @@ use crate::units::{NumaNode, Range, SUBPAGE_SIZE};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, UnmountFlags,
+    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags,
+    UnmountFlags,
 };
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
@@ -91,6 +92,30 @@ pub fn rename(from: &str, to: &str) -> Result<()> {
 #[track_caller]
 pub fn detach(path: &str) -> Result<()> {
     Ok(unmount(path, UnmountFlags::DETACH)?)
+}
+
+/// Mounts the file at `from` at the path `to`, which has a file.
+///
+/// # Errors
+/// The errors of open_tree(2) and move_mount(2).
+#[track_caller]
+pub fn bind(from: &str, to: &str) -> Result<()> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    attach(open_tree(rustix::fs::CWD, from, flags)?, to)
+}
+
+/// Takes a mount away from its path, unless a program has a file open that it opened through this
+/// mount, or maps one. True if no mount is there any more.
+///
+/// # Errors
+/// The errors of umount2(2).
+#[track_caller]
+pub fn detach_unused(path: &str) -> Result<bool> {
+    match unmount(path, UnmountFlags::empty()) {
+        Ok(()) | Err(Errno::INVAL | Errno::NOENT) => Ok(true),
+        Err(Errno::BUSY) => Ok(false),
+        Err(errno) => Err(errno.into()),
+    }
 }
 
 /// Changes the number of blocks that a superblock's files may take.

@@ -16,7 +16,8 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -29,8 +30,8 @@ pub const GIB: u64 = 1 << 30;
 pub use toucher::Toucher;
 
 pub use hugetlb2fs::attributes::{
-    CHECK, COLLAPSE, DIE, FAIL, INJECT, LOSSES, MAP, OPTIONS, PLACEMENT, POISON, POOL, REFUSAL,
-    REPAIR, SIZE, STEPS, STOPPED, TARGETS,
+    CHECK, COLLAPSE, DIE, FAIL, INJECT, LOSSES, MAP, OPEN, OPTIONS, PLACEMENT, POISON, POOL,
+    REFUSAL, REPAIR, SIZE, STEPS, STOPPED, TARGETS,
 };
 
 /// The program under test. It acts by the name under which it is called (argv[0]).
@@ -345,6 +346,14 @@ pub fn set(path: impl AsRef<Path>, name: &str, value: impl AsRef<[u8]>) -> rusti
 }
 
 /// Quarantines `length` bytes at `offset`.
+/// Asks for a descriptor of a file's memory.
+pub fn open_memory(path: impl AsRef<Path>) -> rustix::io::Result<File> {
+    let (own, daemons) = UnixStream::pair().expect("a pair of sockets");
+    set(path, OPEN, daemons.as_raw_fd().to_string())?;
+    let memory = hugetlb2fs::sys::passing::receive(&own).expect("a message");
+    Ok(memory.expect("a descriptor").into())
+}
+
 pub fn poison(path: impl AsRef<Path>, offset: u64, length: u64) -> rustix::io::Result<()> {
     set(path, POISON, format!("{offset} {length}"))
 }

@@ -21,10 +21,11 @@
 //!
 //! `io` reads and writes, `sizes` changes size and pages, `quarantine` quarantines and repairs,
 //! `map` tells how a file is mapped and collapses folios, `policies` reads the NUMA policies that
-//! programs have set, `descriptors` keeps what the kernel and programs hold of a file, `summary`
-//! has the summary and the lock.
+//! programs have set, `door` lets programs open the memory by themselves, `descriptors` keeps what
+//! the kernel and programs hold of a file, `summary` has the summary and the lock.
 
 mod descriptors;
+mod door;
 mod io;
 mod map;
 mod policies;
@@ -41,7 +42,7 @@ use super::mtime::Mtime;
 use super::native::NativeReaders;
 use super::pace::Pace;
 use super::pollers::Pollers;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::placement::Resolved;
 use crate::pool::{Adoption, Change, Holding, PIECE, Pool, Progress, Run};
 use crate::sealed::{Notes, Sealed};
@@ -206,9 +207,10 @@ impl Object {
         read(start).map(Some)
     }
 
-    /// Excludes other changes of size or pages.
+    /// Excludes other changes of size, pages or the quarantine.
     fn begin(&self, pace: &Pace) -> Result<FairGuard<'_, ()>> {
-        pace.lock(|| self.changing.lock(), || self.changing.try_lock())
+        let alone = pace.lock(|| self.changing.lock(), || self.changing.try_lock())?;
+        if self.summary().has_door { Err(Error::HasDoor) } else { Ok(alone) }
     }
 
     /// Shuts the soft holes that a program has opened by MADV_REMOVE, also if the program has
@@ -338,9 +340,9 @@ impl Object {
     /// Gives all pages back to the pool.
     ///
     /// # Errors
-    /// ENOMEM if the machine has no memory for a step; the caller calls again.
+    /// ENOMEM if the machine has no memory for a step, [`Error::HasDoor`]; the caller calls again.
     pub fn empty(&self, pool: &Pool) -> Result<()> {
-        let _one_at_a_time = self.changing.lock();
+        let _one_at_a_time = self.begin(&Pace::steady())?;
         let mut holding = self.write_lock();
         let shrinking = holding.begin_shrinking(pool, 0)?;
         carry_out(&mut holding, shrinking, &Pace::steady())

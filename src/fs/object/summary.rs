@@ -27,6 +27,8 @@ pub struct Summary {
     pub alarm: bool,
     /// The file may have gaps that a program asked for.
     pub punched: bool,
+    /// Programs may have its memory open by themselves.
+    pub has_door: bool,
     /// Pages of the pool that are the file's.
     pub pages: u64,
     /// Those of them that no program has asked for.
@@ -46,8 +48,9 @@ impl Summary {
             }
         };
         let (alarm, punched) = (sealed.header().alarm, sealed.is_punched());
+        let has_door = sealed.has_door();
         let (pages, ahead) = (holding.pages(), holding.pages_ahead());
-        Self { size, memory, soft, hw, alarm, punched, pages, ahead }
+        Self { size, memory, soft, hw, alarm, punched, has_door, pages, ahead }
     }
 
     /// Pages that programs have asked for. The account has the others as ahead.

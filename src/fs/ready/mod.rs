@@ -285,11 +285,13 @@ impl Fs {
         state.shelf.plan(on, &free, &state.history)
     }
 
-    /// True if the stewards have work.
+    /// True if the stewards have work, or will have some when memory is back that is on its way.
     pub(super) fn is_getting_ready(&self) -> bool {
         let has_work = |node: &NumaNode| self.plan_shelf(*node) != Work::Nothing;
         self.ready.is_on
-            && (self.ready.state().shelf.is_making() || self.nodes.iter().any(has_work))
+            && (self.ready.state().shelf.is_making()
+                || self.is_dismantling()
+                || self.nodes.iter().any(has_work))
     }
 
     fn tend_new_files(&self) {

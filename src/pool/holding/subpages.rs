@@ -19,6 +19,30 @@ impl Holding {
         self.sealed.attach(path)
     }
 
+    /// As [`Sealed::open_door`].
+    ///
+    /// # Errors
+    /// Those of [`Sealed::open_door`].
+    pub fn open_door(&mut self) -> Result<()> {
+        self.sealed.open_door()
+    }
+
+    /// As [`Sealed::restore_size`].
+    ///
+    /// # Errors
+    /// Those of [`Sealed::restore_size`].
+    pub fn restore_size(&mut self) -> Result<()> {
+        self.sealed.restore_size()
+    }
+
+    /// As [`Sealed::forget_door`].
+    ///
+    /// # Errors
+    /// Those of [`Sealed::forget_door`].
+    pub fn forget_door(&mut self) -> Result<()> {
+        self.sealed.forget_door()
+    }
+
     /// As [`Sealed::quarantine`], with a loan of the pool.
     ///
     /// # Errors

@@ -5,8 +5,7 @@ use super::hw::inject;
 use super::{cases, load_module, skip};
 use crate::pattern;
 use crate::support::{
-    FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, hugetlb2, limits, poison, run, set,
-    status_and_error,
+    FOLIO, Pool, REPAIR, SUBPAGE, Toucher, hugetlb2, limits, poison, run, set, status_and_error,
 };
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use std::fs::{self, File};
