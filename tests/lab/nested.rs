@@ -1,5 +1,5 @@
-//! Process 1 of a machine within the lab's machine: programs that use known subpages, each checked
-//! again and again. The serial console has a line for each event.
+//! Process 1 of a machine within the lab's machine: programs that use known subpages, or a known
+//! part of the kernel, each checked again and again. The serial console has a line for each event.
 
 use hugetlb2fs::sys::sigbus::Touchable;
 use hugetlb2fs::units::SUBPAGE_SIZE;
@@ -15,9 +15,16 @@ use std::time::Duration;
 #[path = "pattern.rs"]
 mod pattern;
 
-/// The programs: number, subpages, and whether it survives the loss of one and tells it.
-const PROGRAMS: [(u64, u64, bool); 5] =
-    [(1, 1, false), (2, 1, false), (3, 1, true), (4, 1, true), (9, 2000, false)];
+/// The programs: number, subpages, and its kind. A survivor outlives the loss of its subpage and
+/// tells it. A reader has no subpage: it has the kernel read a text of the kernel's.
+const PROGRAMS: [(u64, u64, &str); 6] = [
+    (1, 1, "worker"),
+    (2, 1, "worker"),
+    (3, 1, "survivor"),
+    (4, 1, "survivor"),
+    (5, 0, "reader"),
+    (9, 2000, "worker"),
+];
 
 /// Writes a line at once, so that the lines of several programs are not mixed.
 macro_rules! say {
@@ -35,7 +42,11 @@ fn main() {
     if let [_, word, number, subpages] = &arguments[..]
         && let (Ok(number), Ok(subpages)) = (number.parse(), subpages.parse())
     {
-        return if word == "survivor" { survive(number) } else { work(number, subpages) };
+        return match word.as_str() {
+            "survivor" => survive(number),
+            "reader" => read(number),
+            _ => work(number, subpages),
+        };
     }
     for (kind, place) in [("devtmpfs", "/dev"), ("proc", "/proc")] {
         let _ = std::fs::create_dir(place);
@@ -43,8 +54,7 @@ fn main() {
     }
     let console = File::options().read(true).write(true).open("/dev/ttyS0").expect("a console");
     let mut programs = HashMap::new();
-    for (number, subpages, survives) in PROGRAMS {
-        let word = if survives { "survivor" } else { "worker" };
+    for (number, subpages, word) in PROGRAMS {
         let mut command = Command::new("/proc/self/exe");
         command.stdout(console.try_clone().expect("a descriptor"));
         command.args([word, &number.to_string(), &subpages.to_string()]);
@@ -91,6 +101,20 @@ fn work(number: u64, subpages: u64) {
                 say!("program {number}: WRONG BYTES in subpage {page}");
                 exit(1);
             }
+        }
+    });
+}
+
+/// Reads the kernel's version. The kernel makes it of the text `linux_proc_banner`, which it reads
+/// for nothing else.
+fn read(number: u64) {
+    let version = || std::fs::read("/proc/version").expect("a version");
+    let first = version();
+    say!("program {number} is ready");
+    again_and_again(number, || {
+        if version() != first {
+            say!("program {number}: WRONG BYTES");
+            exit(1);
         }
     });
 }

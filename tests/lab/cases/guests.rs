@@ -1,12 +1,14 @@
 //! A virtual machine that KVM runs within the lab's machine, with a file of ours as its memory: the
 //! processors of AMD that QEMU emulates have what KVM needs.
 
-use super::hw::inject;
+use super::hw::{inject, listed};
 use super::{cases, load_module, skip};
 use crate::pattern;
 use crate::support::{
-    FOLIO, Pool, REPAIR, SUBPAGE, Toucher, hugetlb2, limits, poison, run, set, status_and_error,
+    FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, hugetlb2, limits, poison, run, set,
+    status_and_error,
 };
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -18,6 +20,7 @@ use std::time::{Duration, Instant};
 
 cases! {
     NESTED: a_guest_of_kvm_goes_on_without_the_subpage_that_it_has_lost,
+        an_error_in_what_the_kernel_of_a_guest_uses_is_the_panic_of_that_kernel,
         a_guest_of_kvm_arrives_with_its_loss,
         an_error_costs_a_guest_2_mib_of_hugetlbfs;
 }
@@ -49,7 +52,7 @@ impl Guest {
     fn start(memory: PathBuf) -> Self {
         let guest = Self::spawn(memory, &[]);
         let is_ready = |number: u64| guest.await_line(0, &format!("program {number} is ready"));
-        [1, 2, 3, 4, 9].into_iter().for_each(is_ready);
+        [1, 2, 3, 4, 5, 9].into_iter().for_each(is_ready);
         guest
     }
 
@@ -123,11 +126,18 @@ impl Guest {
 
     /// The subpage of the guest's memory that program `number` uses, as its offset in the file.
     fn subpage_of(&self, number: u64) -> u64 {
-        let (file, meant) = (File::open(&self.memory).unwrap(), pattern::of(number, 0));
-        let mut bytes = [0; SUBPAGE as usize];
-        let mut is_it = |at: &u64| file.read_exact_at(&mut bytes, *at).is_ok() && bytes == meant;
-        let found = (0..BYTES).step_by(SUBPAGE as usize).find(|at| is_it(at));
+        let meant = pattern::of(number, 0);
+        let found = self.subpages_with(|bytes| bytes == meant).first().copied();
         found.unwrap_or_else(|| panic!("program {number} has no subpage with its bytes"))
+    }
+
+    /// The subpages of the guest's memory that can be read and whose bytes are such, as offsets in
+    /// the file.
+    fn subpages_with(&self, is_such: impl Fn(&[u8]) -> bool) -> Vec<u64> {
+        let file = File::open(&self.memory).unwrap();
+        let mut bytes = [0; SUBPAGE as usize];
+        let mut is_it = |at: &u64| file.read_exact_at(&mut bytes, *at).is_ok() && is_such(&bytes);
+        (0..BYTES).step_by(SUBPAGE as usize).filter(|at| is_it(at)).collect()
     }
 }
 
@@ -187,6 +197,41 @@ fn a_guest_of_kvm_goes_on_without_the_subpage_that_it_has_lost() {
     pool.check();
     drop(guest);
     fs::remove_file(&memory).unwrap();
+    pool.unmount();
+}
+
+/// The guest's kernel reads the lost subpage when program 5 asks for its version, and has no
+/// program to end in its place. `panic=-1` has it restart then, and `-no-reboot` makes that the
+/// usual end of QEMU, with status 0.
+fn an_error_in_what_the_kernel_of_a_guest_uses_is_the_panic_of_that_kernel() {
+    /// The beginning of the kernel's `linux_proc_banner`.
+    const BANNER: &[u8] = b"%s version %s (";
+    load_kvm();
+    let pool = Pool::mount(&format!("pagesize=2M,size={}", BYTES + (32 << 20)));
+    let other = pool.join("other");
+    let bytes: Vec<u8> = (0..4).flat_map(|page| pattern::of(7, page)).collect();
+    fs::write(&other, &bytes).unwrap();
+    let mut guest = Guest::start(pool.join("guest"));
+    guest.await_rounds(&[5]);
+    let has_banner = |bytes: &[u8]| bytes.windows(BANNER.len()).any(|part| part == BANNER);
+    let [place] = guest.subpages_with(has_banner)[..] else { panic!("it is in one subpage") };
+    let now = guest.text().len();
+    inject(&guest.memory, place);
+    guest.await_line(now, "Kernel panic - not syncing");
+    let end = limits::exit(PATIENCE, "QEMU, whose guest restarts", &mut guest.qemu);
+    assert_eq!(end.code(), Some(0), "{end}; the guest:\n{}", guest.text());
+    let console = guest.text();
+    let words = console.lines().find(|line| line.contains("Kernel panic"));
+    println!("subpage {place:#x}: {}", words.expect("it is there"));
+    assert_eq!(listed(&guest.memory), [format!("{place:#x} 0x1000 hw")]);
+    assert_eq!(lost_of(&guest.memory), SUBPAGE, "all other subpages can be loaded");
+    assert_eq!(fs::read(&other).unwrap(), bytes);
+    assert_eq!(get(&other, POISON), Err(Errno::NODATA));
+    pool.check();
+    set(&guest.memory, REPAIR, "zero all").unwrap();
+    assert_eq!(lost_of(&guest.memory), 0);
+    ["guest", "other"].iter().for_each(|name| fs::remove_file(pool.join(name)).unwrap());
+    drop(guest);
     pool.unmount();
 }
 
