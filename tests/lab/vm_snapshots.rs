@@ -4,6 +4,7 @@ use crate::cases::Machine;
 use crate::support::{POISON, Pool, REPAIR, SUBPAGE, get, poison, run, set};
 use crate::vm::{
     DOCUMENTED, MEBIBYTES, Vm, free_port, migrate, migrate_out, receive, state, unmount,
+    used_subpages,
 };
 use rustix::io::Errno;
 use std::fs::{self, File};
@@ -12,6 +13,10 @@ use std::path::Path;
 pub const TESTS: &[(&str, fn())] = &[
     ("a_machine_moves_by_several_channels", a_machine_moves_by_several_channels),
     ("a_machine_is_saved_to_a_file_and_comes_back", a_machine_is_saved_to_a_file_and_comes_back),
+    (
+        "a_saved_machine_with_a_quarantine_does_not_come_back",
+        a_saved_machine_with_a_quarantine_does_not_come_back,
+    ),
     ("a_machine_is_copied_while_it_runs", a_machine_is_copied_while_it_runs),
     ("qemu_is_replaced_over_the_same_memory", qemu_is_replaced_over_the_same_memory),
 ];
@@ -98,6 +103,32 @@ fn a_machine_is_saved_to_a_file_and_comes_back() {
     vm.tell("migrate_set_capability mapped-ram on");
     let _answer = vm.order(&format!("migrate_incoming {uri}"));
     arrive(&vm, &list);
+    vm.remembers();
+    vm.works();
+    drop(vm);
+    stage.strike();
+}
+
+/// The file that holds a machine has lost a subpage itself: its beginning, or a part of the
+/// machine's memory. QEMU would start the machine as soon as it has come (there is no `-S`).
+fn a_saved_machine_with_a_quarantine_does_not_come_back() {
+    let stage = Stage::set(3);
+    let saved = stage.pool.join("saved");
+    let uri = format!("file:{}", saved.display());
+    stage.vm.tell("migrate_set_capability mapped-ram on");
+    run(&mut migrate_out(&stage.vm, &uri));
+    let of_memory = used_subpages(&saved);
+    let arrival = ["-global", "migration.mapped-ram=on", "-incoming", &uri];
+    for place in [0, of_memory[of_memory.len() / 2]] {
+        poison(&saved, place, SUBPAGE).unwrap();
+        let mut refused = spawn(&stage.pool.join("vm1"), stage.work.path(), DOCUMENTED, &arrival);
+        assert_eq!(refused.boot.wait_for_end().code(), Some(1), "QEMU refuses the file");
+        assert!(get(&saved, POISON).unwrap().starts_with(&format!("{place:#x} 0x1000 soft ")));
+        set(&saved, REPAIR, "salvage all").unwrap();
+    }
+    let mut vm = spawn(&stage.pool.join("vm1"), stage.work.path(), DOCUMENTED, &arrival);
+    vm.wait_until_there();
+    assert_eq!(state(&vm), "running");
     vm.remembers();
     vm.works();
     drop(vm);
