@@ -67,7 +67,7 @@ pub enum Verdict {
 pub struct Report {
     pub verdict: Verdict,
     /// Output of the case.
-    output: String,
+    pub output: String,
     /// Output of the kernel during the case.
     console: String,
 }

@@ -24,7 +24,7 @@ const PROGRAMS: &[(&str, &str)] = &[
 ];
 
 /// The directory of the initramfs for the kernel's modules of `tests/lab/fetch-kernel`.
-const MODULES: &str = "lib/memory-devices";
+const MODULES: &str = "lib/devices";
 
 /// Our programs as the tests of the host have them: a worker dies where it is told to.
 const KILLABLE: [(&str, &str); 2] = [

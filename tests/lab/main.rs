@@ -35,6 +35,7 @@ mod suites;
 #[path = "../support/mod.rs"]
 mod support;
 mod vm;
+mod vm_devices;
 mod vm_features;
 mod vm_snapshots;
 
@@ -132,7 +133,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let lab = Arc::new(Lab::default());
     let (on_machines, failed) = on_machines();
-    let mut trials: Vec<Trial> = [vm::TESTS, vm_features::TESTS, java::TESTS]
+    let mut trials: Vec<Trial> = [vm::TESTS, vm_devices::TESTS, vm_features::TESTS, java::TESTS]
         .into_iter()
         .flatten()
         .map(|(name, run)| {

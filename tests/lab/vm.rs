@@ -56,7 +56,7 @@ const WORK: &str = "this_kernel_has_real_memory_errors";
 /// memory.
 const REMEMBER: &str = "memory_holds_what_was_left_in_it";
 
-const SIGBUS: i32 = 7;
+pub const SIGBUS: i32 = 7;
 
 /// A machine, and QEMU's monitor.
 pub struct Vm {
@@ -122,10 +122,11 @@ impl Vm {
         self.does(REMEMBER);
     }
 
-    /// Asserts that a case passes in the machine.
-    pub fn does(&mut self, what: &str) {
+    /// Asserts that a case passes in the machine, and returns its output.
+    pub fn does(&mut self, what: &str) -> String {
         let report = self.boot.run(what);
         assert!(matches!(report.verdict, Verdict::Passed), "{}", describe(&report));
+        report.output
     }
 
     /// Asserts that SIGBUS ends QEMU while the machine runs a case.

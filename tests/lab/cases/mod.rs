@@ -22,6 +22,9 @@ mod pools;
 mod ready;
 mod targets;
 
+#[allow(unused_imports)] // the host looks at the disk and the memory
+pub use devices::{DISK_SUBPAGES, FIRST_PATTERN};
+
 /// The properties of a machine besides its two processors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Machine {

@@ -12,6 +12,7 @@ use hugetlb2fs::units::{NumaNode, Range, SUBPAGE_SIZE};
 use memmap2::{MmapOptions, MmapRaw};
 use std::fs::File;
 use std::ops::Deref;
+use std::os::fd::AsRawFd;
 
 /// A mapping that the program reads and writes like memory.
 #[derive(Debug)]
@@ -32,6 +33,15 @@ pub enum Sharing {
     Shared,
     /// MAP_PRIVATE.
     Private,
+}
+
+/// The result of a system call that transfers `length` bytes.
+fn all_done(done: isize, length: usize, if_short: std::io::ErrorKind) -> std::io::Result<()> {
+    match usize::try_from(done) {
+        Err(_) => Err(std::io::Error::last_os_error()),
+        Ok(done) if done < length => Err(if_short.into()),
+        Ok(_) => Ok(()),
+    }
 }
 
 /// The touches that a program makes in spite of SIGBUS.
@@ -126,6 +136,36 @@ impl Mapping {
         unsafe {
             self.pointer(self.start, self.length).write_bytes(byte, self.length as usize);
         }
+    }
+
+    /// Has the kernel write a part of the mapping to the same place of `file` (pwrite(2)).
+    ///
+    /// # Errors
+    /// The errors of pwrite(2). EFAULT at a subpage that the kernel cannot read. WriteZero if the
+    /// call ends short.
+    pub fn write_to(&self, file: &File, part: Range) -> std::io::Result<()> {
+        let (bytes, length) = (self.pointer(part.start, part.len()), part.len() as usize);
+        // SAFETY: the bytes are inside the mapping. The kernel only reads them.
+        #[allow(unsafe_code)]
+        let done = unsafe {
+            libc::pwrite(file.as_raw_fd(), bytes.cast(), length, part.start.cast_signed())
+        };
+        all_done(done, length, std::io::ErrorKind::WriteZero)
+    }
+
+    /// Has the kernel fill a part of the mapping from the same place of `file` (pread(2)).
+    ///
+    /// # Errors
+    /// The errors of pread(2). EFAULT at a subpage that the kernel cannot write. UnexpectedEof if
+    /// the call ends short.
+    pub fn read_from(&self, file: &File, part: Range) -> std::io::Result<()> {
+        let (bytes, length) = (self.pointer(part.start, part.len()), part.len() as usize);
+        // SAFETY: the bytes are inside the mapping, and no reference to them exists.
+        #[allow(unsafe_code)]
+        let done = unsafe {
+            libc::pread(file.as_raw_fd(), bytes.cast(), length, part.start.cast_signed())
+        };
+        all_done(done, length, std::io::ErrorKind::UnexpectedEof)
     }
 
     /// Calls madvise(2) for the whole mapping.
