@@ -309,6 +309,34 @@ fn a_pinned_folio_is_refused_with_its_bytes_as_before() {
     pool.check();
 }
 
+/// A pin never has a new page in place of lost memory. Beside lost memory, a pin delays no repair
+/// and no quarantine.
+#[test]
+fn lost_memory_cannot_be_pinned_and_is_repaired_beside_pins() {
+    let pool = Pool::small(2);
+    let file = filled(&pool, 2 * FOLIO, 7);
+    let mut toucher = Toucher::mapping(&file, 2 * FOLIO);
+    poison(&file, 0x5000, 1).unwrap();
+    for pin in ["pin", "pin-for-io"] {
+        let answer = toucher.ask(&format!("{pin} 20480"));
+        assert!(answer.contains("Bad address"), "{answer}");
+        assert_eq!(toucher.walk(), [0x5000]);
+        assert_eq!(toucher.ask(&format!("{pin} 24576")), "ok");
+        set(&file, REPAIR, "salvage all").unwrap();
+        assert_eq!(toucher.count(&format!("differ 0 {} 7", 2 * FOLIO)), 0);
+        // The 2 MiB are in small pages as long as the pin lasts, so nothing has to be split.
+        assert_eq!(set(&file, COLLAPSE, "all"), Err(Errno::BUSY));
+        poison(&file, 0x5000, 2 * SUBPAGE).unwrap();
+        assert_eq!(toucher.walk(), [0x5000, 0x6000]);
+        assert_eq!(toucher.ask("unpin"), "ok");
+        set(&file, REPAIR, "salvage all").unwrap();
+        set(&file, COLLAPSE, "all").unwrap();
+        assert_eq!(toucher.count(&format!("differ 0 {} 7", 2 * FOLIO)), 0);
+        poison(&file, 0x5000, 1).unwrap();
+        pool.check();
+    }
+}
+
 /// The kernel refers to a folio for a moment for many reasons, which look like this pin.
 #[test]
 fn a_folio_that_is_pinned_for_a_moment_is_quarantined() {
