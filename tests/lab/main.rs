@@ -36,6 +36,7 @@ mod suites;
 mod support;
 mod vm;
 mod vm_devices;
+mod vm_documented;
 mod vm_features;
 mod vm_snapshots;
 
@@ -133,16 +134,17 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let lab = Arc::new(Lab::default());
     let (on_machines, failed) = on_machines();
-    let mut trials: Vec<Trial> = [vm::TESTS, vm_devices::TESTS, vm_features::TESTS, java::TESTS]
-        .into_iter()
-        .flatten()
-        .map(|(name, run)| {
-            Trial::test(*name, move || {
-                run();
-                Ok(())
+    let mut trials: Vec<Trial> =
+        [vm::TESTS, vm_devices::TESTS, vm_documented::TESTS, vm_features::TESTS, java::TESTS]
+            .into_iter()
+            .flatten()
+            .map(|(name, run)| {
+                Trial::test(*name, move || {
+                    run();
+                    Ok(())
+                })
             })
-        })
-        .collect();
+            .collect();
     trials.extend(vm_snapshots::TESTS.iter().map(|(name, run)| {
         Trial::ignorable_test(*name, move || {
             if !boot::qemu_10().exists() {

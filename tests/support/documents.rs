@@ -44,6 +44,14 @@ pub fn section<'a>(text: &'a str, heading: &str) -> &'a str {
     section.split("\n## ").next().expect("there is a first part")
 }
 
+/// The part of `text` under a heading of the third level, up to the next one or to the section's
+/// end.
+pub fn subsection<'a>(text: &'a str, heading: &str) -> &'a str {
+    let (_, rest) = text.split_once(&format!("\n### {heading}\n")).expect("the heading is there");
+    let end = ["\n### ", "\n## "].iter().filter_map(|next| rest.find(next)).min();
+    &rest[..end.unwrap_or(rest.len())]
+}
+
 /// The blocks of code in this language.
 pub fn blocks<'a>(text: &'a str, language: &str) -> Vec<&'a str> {
     let fence = format!("\n```{language}\n");

@@ -4,8 +4,9 @@
 use super::hw::{inject, listed};
 use super::{cases, load_module, skip};
 use crate::pattern;
+use crate::support::documents::{blocks, subsection};
 use crate::support::{
-    FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, hugetlb2, limits, poison, run, set,
+    FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, hugetlb2, limits, run, set,
     status_and_error,
 };
 use rustix::io::Errno;
@@ -30,6 +31,13 @@ const FILES: &str = "/lib/nested";
 
 /// The memory of the guest.
 const BYTES: u64 = 128 << 20;
+
+/// The document with the commands for an error in a machine's memory.
+const OPERATIONS: &str = include_str!("../../../docs/OPERATIONS.md");
+
+fn documented_commands() -> Vec<&'static str> {
+    blocks(subsection(OPERATIONS, "A memory error in a virtual machine"), "text")
+}
 
 /// The time for an event in the guest, which is emulated twice.
 const PATIENCE: Duration = Duration::from_secs(200);
@@ -101,10 +109,10 @@ impl Guest {
         programs.iter().for_each(goes_on);
     }
 
-    /// Runs `change` while no processor of the guest runs. A processor that waits for a quarantined
-    /// subpage touches it again and again, and would see zeros in the microseconds of a repair
-    /// (docs/SEMANTICS.md).
-    fn while_stopped(&self, change: impl FnOnce()) {
+    /// Carries commands out for the subpage at `offset` of the guest's memory: those of hugetlb2 as
+    /// a shell would, and the others in QEMU's monitor. QEMU has carried a command out when it
+    /// takes the next one but one.
+    fn carry_out(&self, commands: &str, offset: u64) {
         let mut monitor = UnixStream::connect(&self.monitor).unwrap();
         monitor.set_read_timeout(Some(PATIENCE)).unwrap();
         let mut tell = |command: &str| {
@@ -116,12 +124,18 @@ impl Guest {
             }
             writeln!(monitor, "{command}").unwrap();
         };
-        tell("stop");
-        tell("info status"); // QEMU takes this command when the guest has stopped
-        tell("info status");
-        change();
-        tell("cont");
-        tell("info status");
+        let here = |word: &str| match word {
+            "FILE" => self.memory.display().to_string(),
+            "OFFSET" => offset.to_string(),
+            "LENGTH" => SUBPAGE.to_string(),
+            _ => word.to_owned(),
+        };
+        for line in commands.lines() {
+            match line.strip_prefix("hugetlb2 ") {
+                Some(words) => drop(run(hugetlb2().args(words.split(' ').map(here)))),
+                None => [line, "info status", "info status"].into_iter().for_each(&mut tell),
+            }
+        }
     }
 
     /// The subpage of the guest's memory that program `number` uses, as its offset in the file.
@@ -173,16 +187,20 @@ fn a_guest_of_kvm_goes_on_without_the_subpage_that_it_has_lost() {
     guest.await_line(now, "program 1 has ended: None Some(7)");
     guest.await_rounds(&[2, 4, 9]);
     assert_eq!(pool.counter("quarantined_hw"), 2, "two errors, two subpages");
+    let list = run(hugetlb2().arg("poison").arg(&memory));
+    assert!(list.contains(" hw"), "{list}");
     // A quarantine on request: the program waits, and goes on with its bytes after the repair.
+    // The machine stands still for either: a processor that waits for a quarantined subpage touches
+    // it again and again, and would see zeros in the microseconds of a repair (docs/SEMANTICS.md).
+    let [quarantine, repair, _] = documented_commands()[..] else { panic!("three blocks") };
     let lost = guest.subpage_of(2);
-    guest.while_stopped(|| poison(&memory, lost, SUBPAGE).unwrap());
+    guest.carry_out(quarantine, lost);
     guest.await_rounds(&[4, 9]);
     let now = guest.text().len();
     std::thread::sleep(WATCH);
     assert!(!guest.text()[now..].contains("program 2"), "it goes on:\n{}", guest.text());
     guest.await_rounds(&[4, 9]);
-    let salvage = format!("salvage {lost} {SUBPAGE}");
-    guest.while_stopped(|| set(&memory, REPAIR, salvage).unwrap());
+    guest.carry_out(repair, lost);
     guest.await_rounds(&[2, 4, 9]);
     // QEMU moves no guest that it has told of an error. The guest stays, and its losses.
     let mut out = hugetlb2();
