@@ -4,14 +4,17 @@
 //! The machines are stopped before their first instruction. At that time their memory is mapped and
 //! taken.
 
+use crate::support::documents::blocks;
 use crate::support::{FOLIO, Pool, end, huge_bytes, hugetlb2, limits, run, text};
 use crate::{outcome, tests};
+use roxmltree::{Document, Node};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 tests!(
     a_machine_by_the_documented_line_is_mapped_huge,
     a_machine_whose_backend_replaces_libvirts_is_mapped_huge,
+    a_machine_by_libvirts_own_settings_is_mapped_small,
     a_machine_without_align_is_named_with_what_helps,
     a_machine_that_does_not_fit_is_refused_by_qemu,
 );
@@ -28,14 +31,20 @@ fn documented() -> String {
     line.replace("/mnt/h2/vm0", "FILE")
 }
 
-/// The arguments that the documented lines add to a domain of libvirt.
+/// The arguments that the documented lines add to a domain of libvirt: the values of
+/// `<qemu:arg>`, in their order.
 fn documented_for_libvirt(file: &Path) -> Vec<String> {
-    let argument = |line: &str| {
-        Some(line.trim().strip_prefix("<qemu:arg value='")?.strip_suffix("'/>")?.to_owned())
-    };
-    let arguments = DOCUMENT.lines().filter_map(argument);
-    let here = |argument: String| {
-        argument
+    const SPACE: &str = "http://libvirt.org/schemas/domain/qemu/1.0";
+    let domain = blocks(DOCUMENT, "xml").pop().expect("a domain");
+    let domain = Document::parse(domain).expect("XML that is well-formed");
+    let root = domain.root_element();
+    assert!(root.has_tag_name("domain"), "a domain, and not {:?}", root.tag_name());
+    let is_line = |node: &Node| node.has_tag_name((SPACE, "commandline"));
+    let line = root.children().find(is_line).expect("a line of commands");
+    let arguments = line.children().filter(|node| node.has_tag_name((SPACE, "arg")));
+    let here = |argument: Node| {
+        let value = argument.attribute("value").expect("an argument has a value");
+        value
             .replace("size=64G", &format!("size={BYTES}"))
             .replace("/mnt/h2/vm0", &file.display().to_string())
     };
@@ -124,8 +133,35 @@ fn a_machine_whose_backend_replaces_libvirts_is_mapped_huge() {
     pool.unmount();
 }
 
-/// Once in 512 times, QEMU's address is a multiple of 2 MiB by chance. Then the test starts another
-/// QEMU.
+/// Asserts that QEMU's address rules huge entries out. Once in 512 times, it is a multiple of 2 MiB
+/// by chance; then `start` starts another QEMU.
+fn mapped_small(file: &Path, start: impl Fn() -> Paused) -> Paused {
+    let machine =
+        (0..4).map(|_| start()).find(|machine| huge_bytes(machine.pid(), file) == (BYTES, 0));
+    machine.expect("QEMU without align does not have its memory aligned")
+}
+
+/// The words of libvirt 9.0 for `<memoryBacking>` with `<source type='file'/>`, `<access
+/// mode='shared'/>` and `<allocation mode='immediate'/>`. It makes the directories itself.
+fn a_machine_by_libvirts_own_settings_is_mapped_small() {
+    let pool = Pool::small(32);
+    let directory = pool.join("libvirt/qemu/1-vm0");
+    std::fs::create_dir_all(&directory).unwrap();
+    let file = directory.join("pc.ram");
+    let backend = serde_json::json!({
+        "qom-type": "memory-backend-file", "id": "pc.ram", "mem-path": file, "share": true,
+        "x-use-canonical-path-for-ramblock-id": false, "prealloc": true, "size": BYTES,
+    });
+    let machine = mapped_small(&file, || {
+        let mut command = machine();
+        command.args(["-object", &backend.to_string(), "-machine", "pc,memory-backend=pc.ram"]);
+        Paused::start(&mut command)
+    });
+    drop(machine);
+    std::fs::remove_file(file).unwrap();
+    pool.unmount();
+}
+
 fn a_machine_without_align_is_named_with_what_helps() {
     let pool = Pool::small(32);
     let file = pool.join("vm0");
@@ -135,9 +171,7 @@ fn a_machine_without_align_is_named_with_what_helps() {
                 .args(["-machine", "pc,memory-backend=h2"]),
         )
     };
-    let machine =
-        (0..4).map(|_| start()).find(|machine| huge_bytes(machine.pid(), &file) == (BYTES, 0));
-    let machine = machine.expect("QEMU without align does not have its memory aligned");
+    let machine = mapped_small(&file, start);
     let said =
         format!("process {} (qemu-system-x86) maps 64 MiB of {}", machine.pid(), file.display());
     let status = run(hugetlb2().arg("status").arg(pool.path()));
