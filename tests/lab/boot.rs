@@ -82,14 +82,28 @@ impl Boot {
 
     /// Starts QEMU for a machine, with `more` arguments.
     pub fn spawn(machine: Machine, more: &[String]) -> Result<Self, String> {
+        Self::spawn_by(None, machine, more)
+    }
+
+    /// As [`Boot::spawn`], by a command that executes its arguments.
+    pub fn spawn_by(
+        by: Option<Command>,
+        machine: Machine,
+        more: &[String],
+    ) -> Result<Self, String> {
         static BOOTS: AtomicU32 = AtomicU32::new(0);
         let image = Image::get()?;
         let number = BOOTS.fetch_add(1, Ordering::Relaxed);
         let console = directory().join(format!("console.{number}"));
-        let mut qemu = command(&image, machine, &console)
-            .args(more)
-            .spawn()
-            .map_err(|error| format!("qemu-system-x86_64 (Debian's qemu-system-x86): {error}"))?;
+        let mut command = command(&image, machine, &console);
+        if let Some(mut by) = by {
+            by.arg(command.get_program()).args(command.get_args());
+            command = by;
+        }
+        let mut qemu =
+            command.args(more).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().map_err(
+                |error| format!("qemu-system-x86_64 (Debian's qemu-system-x86): {error}"),
+            )?;
         let input = qemu.stdin.take().expect("a pipe");
         let output = qemu.stdout.take().expect("a pipe");
         let (sender, lines) = channel();
@@ -220,9 +234,7 @@ fn command(image: &Image, machine: Machine, console: &std::path::Path) -> Comman
         .arg(format!("{COMMAND_LINE} {}", machine.command_line))
         .arg("-serial")
         .arg(format!("file:{}", console.display()))
-        .args(["-serial", "stdio"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped());
+        .args(["-serial", "stdio"]);
     if machine.nodes > 1 {
         command.args(numa(machine)).args(["-drive", DISK, "-device", "nvme,drive=disk,serial=0"]);
     }

@@ -38,6 +38,7 @@ mod vm;
 mod vm_devices;
 mod vm_documented;
 mod vm_features;
+mod vm_postcopy;
 mod vm_snapshots;
 
 use boot::{Boot, Verdict};
@@ -145,7 +146,8 @@ fn main() -> ExitCode {
                 })
             })
             .collect();
-    trials.extend(vm_snapshots::TESTS.iter().map(|(name, run)| {
+    let of_qemu_10 = vm_snapshots::TESTS.iter().chain(vm_postcopy::TESTS);
+    trials.extend(of_qemu_10.map(|(name, run)| {
         Trial::ignorable_test(*name, move || {
             if !boot::qemu_10().exists() {
                 return Ok(Completion::ignored_with(

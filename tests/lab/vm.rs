@@ -80,18 +80,43 @@ impl Vm {
         work: &Path,
         more: &[&str],
     ) -> Self {
+        Self::spawn_by(
+            None,
+            kind,
+            &format!("mem-path={},{options}", memory.display()),
+            memory,
+            work,
+            more,
+        )
+    }
+
+    /// Starts a machine by `hugetlb2 open`: QEMU has the memory of the file `memory`, and not the
+    /// file. Makes the file.
+    pub fn spawn_by_door(kind: Machine, memory: &Path, work: &Path, more: &[&str]) -> Self {
+        File::create(memory).unwrap().set_len(MEBIBYTES << 20).unwrap();
+        let mut by = hugetlb2();
+        by.arg("open").arg(memory).args(["--fd", "9", "--"]);
+        let options = format!("mem-path=/dev/fd/9,{DOCUMENTED}");
+        Self::spawn_by(Some(by), kind, &options, memory, work, more)
+    }
+
+    fn spawn_by(
+        by: Option<Command>,
+        kind: Machine,
+        options: &str,
+        memory: &Path,
+        work: &Path,
+        more: &[&str],
+    ) -> Self {
         let monitor = work.join(memory.file_name().expect("a file"));
-        let backend = format!(
-            "memory-backend-file,id=ram,mem-path={},size={MEBIBYTES}M,{options}",
-            memory.display()
-        );
+        let backend = format!("memory-backend-file,id=ram,size={MEBIBYTES}M,{options}");
         let socket = |path: &Path| format!("unix:{},server=on,wait=off", path.display());
         let (people, programs) = (socket(&monitor), socket(&qmp(&monitor)));
         let mut all = vec!["-object", &backend, "-machine", "memory-backend=ram"];
         all.extend(["-monitor", &people, "-qmp", &programs]);
         all.extend(more);
         let all: Vec<String> = all.into_iter().map(str::to_owned).collect();
-        let boot = Boot::spawn(kind, &all).unwrap();
+        let boot = Boot::spawn_by(by, kind, &all).unwrap();
         Self { boot, monitor, memory: memory.to_owned() }
     }
 
@@ -165,6 +190,11 @@ impl Vm {
         read_to_prompt(&mut monitor);
         writeln!(monitor, "{command}").unwrap();
         monitor
+    }
+
+    /// The socket of QEMU's other monitor, for programs.
+    pub fn qmp(&self) -> PathBuf {
+        qmp(&self.monitor)
     }
 
     /// Waits until the machine has moved to its target.

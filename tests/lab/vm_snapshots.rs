@@ -21,7 +21,7 @@ pub const TESTS: &[(&str, fn())] = &[
     ("qemu_is_replaced_over_the_same_memory", qemu_is_replaced_over_the_same_memory),
 ];
 
-const MACHINE: Machine = Machine { memory: MEBIBYTES, by_qemu_10: true, ..Machine::SMALL };
+pub const MACHINE: Machine = Machine { memory: MEBIBYTES, by_qemu_10: true, ..Machine::SMALL };
 
 /// A pool, a machine that remembers bytes and has a quarantined subpage, and a directory.
 struct Stage {

@@ -6,8 +6,8 @@ use super::{cases, load_module, skip};
 use crate::pattern;
 use crate::support::documents::{blocks, subsection};
 use crate::support::{
-    FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, hugetlb2, limits, run, set,
-    status_and_error,
+    FOLIO, OPEN, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, hugetlb2, kill_worker, limits, run,
+    set, status_and_error,
 };
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -23,11 +23,17 @@ cases! {
     NESTED: a_guest_of_kvm_goes_on_without_the_subpage_that_it_has_lost,
         an_error_in_what_the_kernel_of_a_guest_uses_is_the_panic_of_that_kernel,
         a_guest_of_kvm_arrives_with_its_loss,
+        a_guest_of_kvm_moves_by_postcopy,
         an_error_costs_a_guest_2_mib_of_hugetlbfs;
 }
 
 /// The files that `tests/lab/fetch-nested` has fetched, the kernel, and the guest's programs.
 const FILES: &str = "/lib/nested";
+
+const QEMU: &str = "/lib/nested/qemu-system-x86_64";
+
+/// The guest's programs.
+const PROGRAMS: [u64; 6] = [1, 2, 3, 4, 5, 9];
 
 /// The memory of the guest.
 const BYTES: u64 = 128 << 20;
@@ -60,20 +66,24 @@ impl Guest {
     fn start(memory: PathBuf) -> Self {
         let guest = Self::spawn(memory, &[]);
         let is_ready = |number: u64| guest.await_line(0, &format!("program {number} is ready"));
-        [1, 2, 3, 4, 5, 9].into_iter().for_each(is_ready);
+        PROGRAMS.into_iter().for_each(is_ready);
         guest
     }
 
     /// Starts a guest with these `further` arguments.
     fn spawn(memory: PathBuf, further: &[&str]) -> Self {
+        Self::spawn_by(Command::new(QEMU), &memory.clone(), memory, further)
+    }
+
+    /// As [`Guest::spawn`], by a command that ends as QEMU, to which the memory is at `path`.
+    fn spawn_by(mut command: Command, path: &Path, memory: PathBuf, further: &[&str]) -> Self {
         let of_it = |kind| Path::new("/tmp").join(memory.file_name().unwrap()).with_extension(kind);
         let (console, monitor, qmp) = (of_it("console"), of_it("monitor"), of_it("qmp"));
         let _ = fs::remove_file(&console); // of an earlier guest
         let backend = format!(
             "memory-backend-file,id=ram,mem-path={},size={BYTES},share=on,prealloc=on",
-            memory.display()
+            path.display()
         );
-        let mut command = Command::new(format!("{FILES}/qemu-system-x86_64"));
         command.args(["-L", FILES, "-accel", "kvm", "-cpu", "host", "-nodefaults"]);
         command.args(["-no-user-config", "-display", "none", "-no-reboot", "-object", &backend]);
         command.args(["-machine", "pc,memory-backend=ram", "-m", "128"]);
@@ -110,20 +120,8 @@ impl Guest {
     }
 
     /// Carries commands out for the subpage at `offset` of the guest's memory: those of hugetlb2 as
-    /// a shell would, and the others in QEMU's monitor. QEMU has carried a command out when it
-    /// takes the next one but one.
+    /// a shell would, and the others in QEMU's monitor.
     fn carry_out(&self, commands: &str, offset: u64) {
-        let mut monitor = UnixStream::connect(&self.monitor).unwrap();
-        monitor.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut tell = |command: &str| {
-            let mut byte = [0];
-            let mut said = Vec::new();
-            while !said.ends_with(b"(qemu) ") {
-                assert_eq!(monitor.read(&mut byte).unwrap(), 1, "QEMU has ended");
-                said.push(byte[0]);
-            }
-            writeln!(monitor, "{command}").unwrap();
-        };
         let here = |word: &str| match word {
             "FILE" => self.memory.display().to_string(),
             "OFFSET" => offset.to_string(),
@@ -133,9 +131,19 @@ impl Guest {
         for line in commands.lines() {
             match line.strip_prefix("hugetlb2 ") {
                 Some(words) => drop(run(hugetlb2().args(words.split(' ').map(here)))),
-                None => [line, "info status", "info status"].into_iter().for_each(&mut tell),
+                None => drop(self.ask(line)),
             }
         }
+    }
+
+    /// Gives QEMU's monitor a command, and returns the answer, which comes when the command is
+    /// carried out.
+    fn ask(&self, command: &str) -> String {
+        let mut monitor = UnixStream::connect(&self.monitor).unwrap();
+        monitor.set_read_timeout(Some(PATIENCE)).unwrap();
+        await_prompt(&mut monitor);
+        writeln!(monitor, "{command}").unwrap();
+        await_prompt(&mut monitor)
     }
 
     /// The subpage of the guest's memory that program `number` uses, as its offset in the file.
@@ -153,6 +161,16 @@ impl Guest {
         let mut is_it = |at: &u64| file.read_exact_at(&mut bytes, *at).is_ok() && is_such(&bytes);
         (0..BYTES).step_by(SUBPAGE as usize).filter(|at| is_it(at)).collect()
     }
+}
+
+/// Reads what QEMU's monitor says, up to its prompt.
+fn await_prompt(monitor: &mut UnixStream) -> String {
+    let (mut byte, mut said) = ([0], Vec::new());
+    while !said.ends_with(b"(qemu) ") {
+        assert_eq!(monitor.read(&mut byte).unwrap(), 1, "QEMU has ended");
+        said.push(byte[0]);
+    }
+    String::from_utf8_lossy(&said).into_owned()
 }
 
 impl Drop for Guest {
@@ -283,6 +301,49 @@ fn a_guest_of_kvm_arrives_with_its_loss() {
     set(&there.memory, REPAIR, "zero all").unwrap();
     pool.check();
     drop(there);
+    ["guest", "there"].iter().for_each(|name| fs::remove_file(pool.join(name)).unwrap());
+    pool.unmount();
+}
+
+/// Waits until a migration from `guest` is at a stage.
+fn await_migration(guest: &Guest, stage: &str) {
+    limits::until(limits::PROGRAM, "a stage of a migration", || {
+        let status = guest.ask("info migrate");
+        assert!(!status.contains("Migration status: failed"), "{status}");
+        status.contains(&format!("Migration status: {stage}"))
+    });
+}
+
+/// The guest runs at its destination before its memory is there. The worker dies meanwhile.
+fn a_guest_of_kvm_moves_by_postcopy() {
+    load_kvm();
+    let pool = Pool::mount(&format!("pagesize=2M,size={}", 2 * BYTES + (32 << 20)));
+    let (guest, other) = (Guest::start(pool.join("guest")), pool.join("there"));
+    File::create(&other).unwrap().set_len(BYTES).unwrap();
+    let mut by = hugetlb2();
+    by.arg("open").arg(&other).args(["--fd", "9", "--", QEMU]);
+    let (door, to) = (Path::new("/proc/self/fd/9"), "unix:/tmp/postcopy");
+    let mut there = Guest::spawn_by(by, door, other.clone(), &["-incoming", to]);
+    limits::until(limits::ANSWER, "the other QEMU", || UnixStream::connect(&there.monitor).is_ok());
+    for side in [&there, &guest] {
+        side.ask("migrate_set_capability postcopy-ram on");
+    }
+    guest.ask("migrate_set_parameter max-bandwidth 1M"); // so that some is left for postcopy
+    guest.ask("migrate_set_parameter max-postcopy-bandwidth 4M");
+    guest.ask(&format!("migrate -d {to}"));
+    guest.ask("migrate_start_postcopy");
+    await_migration(&guest, "postcopy-active");
+    kill_worker(&pool);
+    there.await_rounds(&[1, 3]);
+    await_migration(&guest, "completed");
+    drop(guest);
+    there.await_rounds(&PROGRAMS);
+    assert_eq!(there.qemu.try_wait().unwrap(), None, "QEMU runs");
+    pool.check();
+    drop(there);
+    limits::until(limits::ANSWER, "the end of a door", || get(&other, OPEN) == Err(Errno::NODATA));
+    assert_eq!(lost_of(&other), 0);
+    pool.check();
     ["guest", "there"].iter().for_each(|name| fs::remove_file(pool.join(name)).unwrap());
     pool.unmount();
 }
