@@ -175,7 +175,16 @@ fn has_ended(process: &OwnedFd) -> bool {
     poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&now)) != Ok(0)
 }
 
-/// Its descriptor of the device, if that is the one of `connection` (/proc/PID/fdinfo, Linux 6.5).
+/// True if the filesystem of a device is unmounted, which poll(2) tells by POLLERR.
+fn is_over(device: &OwnedFd) -> bool {
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut look = [PollFd::new(device, PollFlags::empty())];
+    poll(&mut look, Some(&now)).is_ok() && look[0].revents().contains(PollFlags::ERR)
+}
+
+/// Its descriptor of the device, if that is the one of `connection` (/proc/PID/fdinfo, Linux 6.5)
+/// and the filesystem is mounted. (The kernel gives the number of a connection that is over to
+/// another one.)
 fn device_of(pid: i32, process: &OwnedFd, connection: i32) -> Result<OwnedFd, Error> {
     for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
         let entry = entry?;
@@ -189,7 +198,7 @@ fn device_of(pid: i32, process: &OwnedFd, connection: i32) -> Result<OwnedFd, Er
             let served = about
                 .lines()
                 .find_map(|line| line.strip_prefix("fuse_connection:")?.trim().parse().ok());
-            if served == Some(connection) {
+            if served == Some(connection) && !is_over(&device) {
                 return Ok(device);
             }
         }

@@ -451,6 +451,62 @@ fn an_upgrade_in_use_fails_no_call() {
     pool.unmount();
 }
 
+/// The processes of daemons, which stand still until this value is dropped.
+struct Stopped(Vec<Worker>);
+
+impl Stopped {
+    fn new(pools: &[Pool]) -> Self {
+        let both = |pool: &Pool| {
+            let process = pool.daemon().process().try_clone().unwrap();
+            [Worker::of(pool), Worker { pid: pool.daemon().pid, process }]
+        };
+        let all = Self(pools.iter().flat_map(both).collect());
+        all.0.iter().for_each(Worker::stop);
+        all
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|process| process.signal(Signal::CONT));
+    }
+}
+
+/// A daemon ends some time after its pool is unmounted, and has the device open until then. The
+/// kernel gives the pool's number to another mount at once: to the next pool, if it is not the
+/// number of one of the filesystems that this pool is made of, or of another test's.
+#[test]
+fn a_daemon_that_has_yet_to_end_is_not_taken_for_that_of_the_next_pool() {
+    const POOLS: usize = 8;
+    let number = |pool: &Pool| fs::metadata(pool.path()).unwrap().dev();
+    limits::until(limits::ANSWER, "a pool with the number of an earlier one", || {
+        let old: Vec<Pool> = (0..POOLS).map(|_| Pool::small(1)).collect();
+        let numbers: Vec<u64> = old.iter().map(number).collect();
+        let paths: Vec<_> = old.iter().map(|pool| pool.path().display().to_string()).collect();
+        let stopped = Stopped::new(&old);
+        std::thread::scope(|scope| {
+            let stopped = stopped; // it is dropped before the threads are waited for
+            old.into_iter().for_each(|pool| drop(scope.spawn(|| drop(pool))));
+            limits::until(limits::ANSWER, "the end of the mounts", || {
+                let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+                paths.iter().all(|path| !mounts.contains(path))
+            });
+            let mut next = Pool::small(1);
+            let is_anothers = numbers.contains(&number(&next));
+            if is_anothers {
+                let said = run(hugetlb2().arg("upgrade").arg(next.path()));
+                let words = format!("in place of {}\n", next.daemon().pid);
+                assert!(said.ends_with(&words), "{said}, and {words}");
+                assert!(next.daemon().ends_within(0), "the daemon that it replaces has ended");
+                next.note_new_daemon();
+                next.check();
+            }
+            drop(stopped);
+            is_anothers
+        })
+    });
+}
+
 #[test]
 fn an_upgrade_that_cannot_be_is_refused_and_the_other_goes_on() {
     let pool = Pool::small(8);
