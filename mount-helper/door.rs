@@ -2,6 +2,7 @@
 
 use crate::{attributes, mounts};
 use hugetlb2fs::sys::passing::{bequeath, receive};
+use rustix::fs::{Mode, OFlags};
 use std::convert::Infallible;
 use std::ffi::OsString;
 use std::os::fd::{AsRawFd, RawFd};
@@ -25,6 +26,10 @@ pub fn open(file: &Path, number: RawFd, command: &[OsString]) -> Result<Infallib
     let memory = memory.ok_or_else(|| format!("{}: no descriptor has come", file.display()))?;
     drop((own, daemons));
     bequeath(memory, number).map_err(|error| format!("descriptor {number}: {error}"))?;
+    // The program keeps the file in use, so that the pool is not unmounted meanwhile.
+    let file = rustix::fs::open(file, OFlags::PATH, Mode::empty())
+        .map_err(|errno| format!("{}: {errno}", file.display()))?;
+    std::mem::forget(file);
     let error = Command::new(program).args(arguments).exec();
     Err(format!("{}: {error}", program.display()))
 }

@@ -298,6 +298,8 @@ pub enum Counter {
     FramesGivenUp,
     /// Descriptors by which the kernel reads itself.
     OpenedNatively,
+    /// Files whose memory programs have open by themselves.
+    MemoryOpen,
     /// Lines that the log has lost.
     LogLinesDropped,
     /// Quarantined subpages that a touch has opened, and that were shut again.
@@ -336,6 +338,7 @@ impl Counter {
             Self::QuarantinedHw => "quarantined_hw",
             Self::FramesGivenUp => "frames_given_up",
             Self::OpenedNatively => "opened_natively",
+            Self::MemoryOpen => "memory_open",
             Self::LogLinesDropped => "log_lines_dropped",
             Self::HolesShutAgain => "holes_shut_again",
             Self::DaemonPid => "daemon_pid",

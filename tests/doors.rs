@@ -5,12 +5,14 @@ mod support;
 
 use rustix::fs::{FallocateFlags, fallocate, fstatfs};
 use rustix::io::Errno;
+use rustix::mount::{UnmountFlags, unmount};
 use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -289,6 +291,18 @@ fn a_program_runs_with_the_memory_as_a_descriptor() {
     let file = path.to_str().unwrap();
     let bytes = run(hugetlb2().args(["open", file, "--", "stat", "-Lf", "-c", "%T", "/dev/fd/3"]));
     assert_eq!(bytes, "tmpfs\n");
+    // The pool is not unmounted meanwhile.
+    let mut reader = hugetlb2();
+    let mut reader = reader.args(["open", file, "--", "cat"]);
+    reader = reader.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut reader = reader.spawn().unwrap();
+    let mut echo = [0];
+    reader.stdin.as_mut().unwrap().write_all(b"x").unwrap();
+    reader.stdout.as_mut().unwrap().read_exact(&mut echo).unwrap();
+    assert_eq!(pool.counter("memory_open"), 1);
+    assert_eq!(unmount(pool.path(), UnmountFlags::empty()), Err(Errno::BUSY));
+    drop(reader.stdin.take());
+    assert!(limits::exit(limits::PROGRAM, "cat", &mut reader).success());
     let mut in_use = hugetlb2();
     let (status, said) = status_and_error(in_use.args(["open", file, "--fd", "1", "--", "true"]));
     assert!(status == 1 && said.contains("descriptor 1"), "{said}");

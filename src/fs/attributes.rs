@@ -249,6 +249,7 @@ impl Fs {
         line(Counter::QuarantinedHw, hw);
         line(Counter::FramesGivenUp, FRAMES_GIVEN_UP.load(Ordering::Relaxed));
         line(Counter::OpenedNatively, objects.iter().map(|object| object.natives() as u64).sum());
+        line(Counter::MemoryOpen, self.with_doors().len() as u64);
         line(Counter::LogLinesDropped, logging::dropped());
         line(Counter::HolesShutAgain, STRAYS_SHUT.load(Ordering::Relaxed));
         line(

@@ -13,6 +13,7 @@
 use super::{Fs, Object, Pace, RequestContext};
 use crate::error::{Error, Result};
 use crate::sys::passing::{has_unreceived, send, socket_of};
+use std::sync::Arc;
 
 impl Fs {
     /// Sends a descriptor of the file's memory over the caller's Unix socket whose number `value`
@@ -42,13 +43,18 @@ impl Fs {
 
     /// Shuts the doors of the files whose memory no program has open any more.
     pub fn close_unused_doors(&self) {
-        let mut objects = self.objects_and_stranded();
-        objects.retain(|object| object.summary().has_door);
-        for object in objects {
+        for object in self.with_doors() {
             if let Err(error) = self.close_door(&object) {
                 log::debug!("file {}: its door is not shut: {error}", object.node());
             }
         }
+    }
+
+    /// The files whose memory programs have open, also those that are removed.
+    pub(super) fn with_doors(&self) -> Vec<Arc<Object>> {
+        let mut objects = self.objects_and_stranded();
+        objects.retain(|object| object.summary().has_door);
+        objects
     }
 
     /// Shuts the file's door unless a program has its memory open. True if there is no door.
