@@ -12,6 +12,8 @@ use std::borrow::Cow;
 
 /// Quarantined ranges.
 pub const POISON: &str = "user.hugetlb2.poison";
+/// The same ranges, for a reader that leaves the alarm to others.
+pub const QUARANTINE: &str = "user.hugetlb2.quarantine";
 /// Lists of losses, with the kind of each.
 pub const LOSSES: &str = "trusted.hugetlb2.poison";
 /// Repair requests.
@@ -60,6 +62,8 @@ pub const LONGEST_VALUE: usize = 64 << 10;
 pub enum OfFile {
     /// [`POISON`].
     Poison,
+    /// [`QUARANTINE`].
+    Quarantine,
     /// [`LOSSES`].
     Losses,
     /// [`REPAIR`].
@@ -164,6 +168,12 @@ pub const TABLE: &[Row] = &[
         File(OfFile::Poison),
         Some("quarantined ranges"),
         Some("quarantine these ranges too"),
+    ),
+    row(
+        QUARANTINE,
+        File(OfFile::Quarantine),
+        Some("quarantined ranges; the alarm does not end"),
+        None,
     ),
     row(
         LOSSES,

@@ -184,6 +184,10 @@ impl Fs {
                     text => Ok(text),
                 }
             }
+            OfFile::Quarantine => {
+                self.look_for_hw_errors_in(object, pace)?;
+                object.report(None, pace)
+            }
             OfFile::Map => {
                 pace.refuse_if(|| Ok(true))?;
                 self.look_for_hw_errors_in(object, pace)?;
@@ -382,7 +386,7 @@ impl Fs {
                     result => result,
                 }
             }
-            OfFile::Map => Err(Error::Unsupported),
+            OfFile::Quarantine | OfFile::Map => Err(Error::Unsupported),
         }
     }
 
