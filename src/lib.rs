@@ -118,6 +118,7 @@
 //! | [`sealed`] | a sealed file: S1, Q1, quarantine, repair, the ledger | [`sealed::Sealed`] |
 //! | [`pool`] | pages, moves of memory, a file's pages: P1 | [`pool::Holding`] |
 //! | [`quarantine`] | the texts of ranges and requests; pure | [`quarantine::parse_repair`] |
+//! | [`guard`] | soft quarantines as memory errors of the process itself | [`guard::watch`] |
 //! | [`index`] | the tree of names | [`index::Index`] |
 //! | [`fs`] | the filesystem as users see it, without FUSE: P2 | [`fs::Fs`] |
 //! | [`agents`] | threads that nothing has asked: patrol, collapse and more | [`agents::patrol`] |
@@ -130,6 +131,7 @@
 //!
 //! Beside the library: `src/main.rs` is hugetlb2fsd. `mount-helper/` is mount.hugetlb2,
 //! umount.fuse.hugetlb2 and the command hugetlb2, which speak to a pool by its attributes alone.
+//! `mount-helper/preload/` is the library that `hugetlb2 guard` loads into a program.
 //! `tests/` has the tests on real mounts, `tests/lab/` those on a kernel with real memory errors,
 //! `tests/programs/` programs of others, `benches/` the figures. `tests/run` runs them all.
 //! `tests/support/` is their base, with the system calls that only tests make; `tests/toucher/` is
@@ -268,6 +270,8 @@ pub mod sealed;
 pub mod pool;
 
 pub mod quarantine;
+
+pub mod guard;
 
 pub mod index;
 

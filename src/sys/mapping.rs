@@ -5,6 +5,7 @@
 //! [`View`] lasts. The kernel copies from it when it delivers the bytes of a read. File bytes go
 //! through system calls alone, where a memory error is an errno and not a signal.
 
+use super::pagemap::{PAGE_IS_HUGE, PageRegion, scan};
 use super::policy::{self, Policy, RangePolicy, Told};
 use super::processors::{at_once, threads_for};
 use super::shortage::{patiently, with_effort};
@@ -15,7 +16,6 @@ use crate::units::{FOLIO_SIZE, Folio, NumaNode, Range, Subpage};
 use memmap2::{Advice, MmapOptions, MmapRaw};
 use rustix::io::Errno;
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// A mapping of a folio-aligned part of a file.
@@ -235,7 +235,7 @@ impl Window {
         let mut start = base;
         while start < end {
             let mut regions = [PageRegion::default(); 64];
-            let (count, walked_to) = scan_huge(&pagemap, start, end, &mut regions)?;
+            let (count, walked_to) = scan(&pagemap, PAGE_IS_HUGE, start, end, &mut regions)?;
             found.extend(regions[..count].iter().map(|region| {
                 Range::new(
                     region.start - base + self.range.start,
@@ -398,66 +398,6 @@ impl View {
             )
         }
     }
-}
-
-/// `struct page_region` of linux/fs.h.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct PageRegion {
-    start: u64,
-    end: u64,
-    categories: u64,
-}
-
-/// `struct pm_scan_arg` of linux/fs.h.
-#[repr(C)]
-#[derive(Default)]
-struct PmScanArg {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    vec: u64,
-    vec_len: u64,
-    max_pages: u64,
-    category_inverted: u64,
-    category_mask: u64,
-    category_anyof_mask: u64,
-    return_mask: u64,
-}
-
-const _: () = assert!(size_of::<PmScanArg>() == 96 && size_of::<PageRegion>() == 24);
-
-/// Fills `regions` with the parts of `start..end` that are mapped huge. Returns their number, and
-/// the address up to which the kernel has walked.
-fn scan_huge(
-    pagemap: &File,
-    start: u64,
-    end: u64,
-    regions: &mut [PageRegion],
-) -> Result<(usize, u64)> {
-    // _IOWR('f', 16, struct pm_scan_arg).
-    const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610u32 as libc::Ioctl;
-    const PAGE_IS_HUGE: u64 = 1 << 6;
-    let mut argument = PmScanArg {
-        size: size_of::<PmScanArg>() as u64,
-        start,
-        end,
-        vec: regions.as_mut_ptr() as u64,
-        vec_len: regions.len() as u64,
-        category_mask: PAGE_IS_HUGE,
-        return_mask: PAGE_IS_HUGE,
-        ..PmScanArg::default()
-    };
-    // SAFETY: the argument has the kernel's layout and names `regions`, which outlives the call,
-    // with its length.
-    #[allow(unsafe_code)]
-    let count = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut argument) };
-    if count < 0 {
-        return Err(std::io::Error::last_os_error().into());
-    }
-    Ok((count as usize, argument.walk_end.max(start + 1)))
 }
 
 #[cfg(test)]

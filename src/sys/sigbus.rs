@@ -63,8 +63,8 @@ mod probe {
 const FAULTED: u32 = 0x100;
 
 thread_local! {
-    /// Address and code of the thread's latest SIGBUS. The handler writes them.
-    static LATEST: Cell<(usize, i32)> = const { Cell::new((0, 0)) };
+    /// Address, code and logarithm of the thread's latest SIGBUS. The handler writes them.
+    static LATEST: Cell<(usize, i32, u8)> = const { Cell::new((0, 0, 0)) };
     /// True while the thread makes a memory error.
     static EXPECTING: Cell<bool> = const { Cell::new(false) };
 }
@@ -83,6 +83,9 @@ pub struct Hit {
     pub subpage: Subpage,
     /// `si_code`: BUS_ADRERR (2) for a hole, BUS_MCEERR_AR (4) for a memory error.
     pub code: i32,
+    /// `si_addr_lsb`: the logarithm of the bytes that a memory error took, 12 for a subpage.
+    /// 0 for a hole.
+    pub lsb: u8,
 }
 
 impl Touchable {
@@ -136,9 +139,9 @@ impl Touchable {
     }
 
     fn latest_hit(&self) -> Hit {
-        let (address, code) = LATEST.get();
+        let (address, code, lsb) = LATEST.get();
         let at = (address - self.map.as_ptr() as usize) as u64;
-        Hit { subpage: Subpage::containing(self.start + at), code }
+        Hit { subpage: Subpage::containing(self.start + at), code, lsb }
     }
 }
 
@@ -182,6 +185,9 @@ fn install_handler() -> Result<()> {
         .clone()
 }
 
+/// The place of `si_addr_lsb` in siginfo_t (asm-generic/siginfo.h), of which the low byte is here.
+const SI_ADDR_LSB: usize = 24;
+
 /// Ignores reports of memory errors. After a SIGBUS of a probe instruction, the thread continues
 /// behind it. Any other SIGBUS ends the process, as if there were no handler.
 extern "C" fn handler(
@@ -190,17 +196,19 @@ extern "C" fn handler(
     context: *mut libc::c_void,
 ) {
     let probes = [hugetlb2_load as *const () as u64, hugetlb2_store as *const () as u64];
-    // SAFETY: the kernel passes valid pointers (SA_SIGINFO), and the handler runs on the thread
-    // that they describe.
+    // SAFETY: the kernel passes valid pointers (SA_SIGINFO) to structures that are filled in
+    // whole, and the handler runs on the thread that they describe.
     #[allow(unsafe_code)]
-    let (address, code, instruction) = unsafe {
+    let (address, code, lsb, instruction) = unsafe {
         let context = &mut *context.cast::<libc::ucontext_t>();
-        ((*info).si_addr() as usize, (*info).si_code, instruction_pointer(context))
+        let lsb = *info.cast::<u8>().add(SI_ADDR_LSB);
+        ((*info).si_addr() as usize, (*info).si_code, lsb, instruction_pointer(context))
     };
+    let lsb = if code == libc::BUS_ADRERR { 0 } else { lsb };
     if EXPECTING.get() || code == libc::BUS_MCEERR_AO {
         // This is a report, and nothing in this thread depends on it.
     } else if probes.contains(instruction) {
-        LATEST.set((address, code));
+        LATEST.set((address, code, lsb));
         *instruction = hugetlb2_fault as *const () as u64;
     } else {
         // SAFETY: signal(2) is async-signal-safe. On return the instruction faults again, and the

@@ -79,7 +79,7 @@ impl Sufferer {
         assert_eq!(self.blocks(), (0, 1024, 1024));
         assert_eq!(
             self.mapping.walk(),
-            [Hit { subpage: Subpage::containing(BAD), code: BUS_MCEERR_AR }]
+            [Hit { subpage: Subpage::containing(BAD), code: BUS_MCEERR_AR, lsb: 12 }]
         );
         assert_eq!(self.read_bad(), Err(Errno::IO));
     }
