@@ -3,7 +3,7 @@
 use crate::mappers::{self, Misaligned};
 use crate::targets::Table;
 use crate::terminal::{Meter, say};
-use crate::{attributes, daemons, demo, door, migrate, mount, mounts, session};
+use crate::{attributes, daemons, demo, door, guard, migrate, mount, mounts, session};
 use clap::{Parser, Subcommand, ValueEnum};
 use hugetlb2fs::attributes::Counter;
 use hugetlb2fs::placement::Placement;
@@ -139,6 +139,23 @@ enum Action {
         #[arg(long)]
         wait: bool,
     },
+    /// Run a program for which quarantines on request are memory errors
+    ///
+    /// Where COMMAND maps a file of a pool shared and writable, a touch of a quarantined subpage is
+    /// SIGBUS with BUS_MCEERR_AR, as for a real memory error: QEMU tells its guest of it, and goes
+    /// on. Other programs get BUS_ADRERR as before, and no memory is given up. What COMMAND starts
+    /// is guarded, too. A library is loaded into COMMAND for that (LD_PRELOAD), so a static program
+    /// or one that is set-user-ID is refused. A subpage that is quarantined while COMMAND runs is
+    /// BUS_ADRERR for the moment until the library has marked it, and one that is repaired is lost
+    /// to COMMAND for up to a second more. A child process that does not exec a program is not
+    /// guarded. The kernel needs CONFIG_MEMORY_FAILURE.
+    ///
+    /// hugetlb2 guard -- qemu-system-x86_64 -accel kvm ...
+    Guard {
+        /// The program and its arguments
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        command: Vec<OsString>,
+    },
     /// Move a virtual machine to another QEMU, and the losses of its memory with it
     ///
     /// QEMU ends by SIGBUS if it meets a quarantined subpage while it moves its memory. So `out`
@@ -256,6 +273,7 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
         Action::Move { file, to } => move_memory(&file, &to, cli.json),
         Action::Inject { file, offset } => inject(&file, &offset, cli.json),
         Action::Ready { directory, wait } => ready(&directory, wait, cli.json),
+        Action::Guard { command } => guard::run(&command).map(|never| match never {}),
         Action::Migrate { direction: Direction::Out { qmp, to } } => {
             migrate::out(&qmp, &to).map(|()| ExitCode::SUCCESS)
         }

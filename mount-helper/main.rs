@@ -31,6 +31,8 @@ mod demo;
 
 mod targets;
 
+mod guard;
+
 mod qemu;
 
 mod migrate;

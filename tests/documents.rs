@@ -53,6 +53,7 @@ fn the_commands_of_a_pools_life_work() {
 
     let readme = document("README.md");
     let use_it = blocks(section(&readme, "Use it"), "sh")[0];
+    support::guard(); // builds the library that is installed
     let built = Path::new(hugetlb2().get_program()).parent().expect("a directory").to_owned();
     let place = format!(
         "mount -t tmpfs bare /usr/sbin; cd {}; export BUILT={}\n",

@@ -9,11 +9,10 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
-use std::time::Duration;
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 /// Test programs of the host that also run in the machine.
-pub const SUITES: &[&str] = &["quarantine"];
+pub const SUITES: &[&str] = &["quarantine", "guard"];
 
 /// Debian's programs of [`Machine::programs`](crate::cases::Machine): the place of each in the
 /// initramfs, and its path here. QEMU loads its emulator of processors at run time.
@@ -36,9 +35,6 @@ const KILLABLE: [(&str, &str); 2] = [
 /// Other packages are those of this test's own build: only the code that is tested has to differ.
 const AS_IN_A_RELEASE: [&str; 3] =
     ["debug-assertions=false", "overflow-checks=false", "opt-level=3"];
-
-/// On a busy machine the compiler needs some minutes.
-const BUILD: Duration = Duration::from_secs(1800);
 
 /// The paths of the files.
 #[derive(Clone)]
@@ -129,7 +125,7 @@ fn own_programs(programs: &Path, suites: &[PathBuf]) -> Result<Vec<Program>, Str
         ("handler-c".to_owned(), handlers::build_c()?),
         ("handler-rust".to_owned(), handlers::build_rust()?),
     ];
-    let own = ["hugetlb2", "hugetlb2fsd", "toucher"];
+    let own = ["hugetlb2", "hugetlb2fsd", "toucher", "libhugetlb2_guard.so"];
     built.extend(own.map(|name| (name.to_owned(), programs.join(name))));
     let suites = SUITES.iter().zip(suites);
     built.extend(suites.map(|(suite, program)| (format!("suite-{suite}"), program.clone())));
@@ -192,7 +188,7 @@ fn libraries_of(program: &Path) -> Result<Vec<PathBuf>, String> {
 
 /// Builds our programs for the machine, and returns their directory.
 fn build() -> Result<PathBuf, String> {
-    run(package_cargo("build")?.args(["--bins", "--examples"]))?;
+    run(package_cargo("build")?.args(["--lib", "--bins", "--examples"]))?;
     Ok(build_directory().join("debug"))
 }
 
@@ -249,7 +245,7 @@ fn cargo(package: &Path, command: &str) -> Command {
 /// Runs a compiler and returns its output; the error holds the output, too.
 fn run(command: &mut Command) -> Result<String, String> {
     let program = command.get_program().to_string_lossy().into_owned();
-    let output = limits::output(BUILD, command)
+    let output = limits::output(limits::BUILD, command)
         .map_err(|error| format!("{program} cannot be started: {error}"))?;
     if output.status.success() {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())

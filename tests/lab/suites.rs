@@ -34,9 +34,10 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("quarantine::the_map_of_an_empty_file_is_empty", TEXT),
     ("quarantine::the_pool_counts_what_is_quarantined_and_the_log_tells", TEXT),
     ("quarantine::without_recovery_write_a_covering_write_is_eio", TEXT),
+    ("guard::a_guarded_program_is_as_without_a_guard", NO_PROGRAMS),
 ];
 
-const NO_PROGRAMS: &str = "the machine has no cp(1), rsync(1) and setpriv(1)";
+const NO_PROGRAMS: &str = "the machine has no cp(1), rsync(1), setpriv(1) and sh(1)";
 const TEXT: &str = "the daemon decides by its ledgers and the request alone, on any kernel";
 
 /// The names of all tests that run in the machine, `<suite>::<test>`.

@@ -168,14 +168,19 @@ fn an_upgrade_looks_at_no_process_of_another_user() {
 #[test]
 fn an_installation_follows_no_link() {
     let place = tempfile::tempdir().unwrap();
+    let (lib, library) = (place.path().join("usr/lib/hugetlb2"), "libhugetlb2_guard.so");
     let (sbin, elsewhere, victim) = (
         place.path().join("usr/sbin"),
         place.path().join("elsewhere"),
         place.path().join("victim"),
     );
     fs::create_dir_all(&sbin).unwrap();
+    fs::create_dir_all(&lib).unwrap();
     fs::create_dir(&elsewhere).unwrap();
     fs::write(&victim, "text").unwrap();
+    for name in [library.to_owned(), format!(".{library}.new")] {
+        symlink(&victim, lib.join(name)).unwrap();
+    }
     for name in ["hugetlb2", "hugetlb2fsd", ".hugetlb2.new", ".hugetlb2fsd.new"] {
         symlink(&victim, sbin.join(name)).unwrap();
     }
@@ -184,6 +189,7 @@ fn an_installation_follows_no_link() {
     {
         symlink(&elsewhere, sbin.join(name)).unwrap();
     }
+    support::guard(); // builds the library
     for _ in 0..2 {
         let built = Path::new(env!("CARGO_BIN_EXE_hugetlb2")).parent().unwrap();
         let mut install =
@@ -192,7 +198,11 @@ fn an_installation_follows_no_link() {
         assert_eq!(fs::read_to_string(&victim).unwrap(), "text");
         assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 0);
         assert_installed(&sbin);
+        assert!(lib.join(library).symlink_metadata().unwrap().is_file());
+        assert_eq!(fs::read_dir(&lib).unwrap().count(), 1, "nothing else is there");
     }
+    // The installed command finds the installed library.
+    run(Command::new(sbin.join("hugetlb2")).args(["guard", "true"]));
 }
 
 fn assert_installed(sbin: &Path) {

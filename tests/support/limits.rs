@@ -38,6 +38,9 @@ use std::time::{Duration, Instant};
 /// limits leave room for a machine that runs ten other programs at the same time.
 pub const PROGRAM: Duration = Duration::from_secs(300);
 
+/// The limit for a compiler on a busy machine.
+pub const BUILD: Duration = Duration::from_secs(1800);
+
 /// The limit for an answer of a process, for the end of a killed process, and for all that the
 /// kernel or the worker does by itself.
 pub const ANSWER: Duration = Duration::from_secs(120);

@@ -21,6 +21,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Once;
 use std::time::{Duration, Instant};
 
 pub const SUBPAGE: u64 = 4096;
@@ -31,6 +32,7 @@ pub use toucher::Toucher;
 
 pub use hugetlb2fs::attributes::{
     CHECK, COLLAPSE, DIE, FAIL, INJECT, LOSSES, MAP, OPEN, OPTIONS, PLACEMENT, POISON, POOL,
+    QUARANTINE,
     REFUSAL, REPAIR, SIZE, STEPS, STOPPED, TARGETS,
 };
 
@@ -48,6 +50,33 @@ fn program() -> PathBuf {
 fn built(variable: &str, path: Option<&str>) -> PathBuf {
     let named = std::env::var_os(variable).map(PathBuf::from);
     named.or(path.map(PathBuf::from)).unwrap_or_else(|| panic!("{variable} is not set"))
+}
+
+/// `hugetlb2 guard --`, which takes a program and its arguments.
+pub fn guard() -> Command {
+    static BUILT: Once = Once::new();
+    if std::env::var_os("HUGETLB2_PROGRAM").is_none() {
+        BUILT.call_once(build_guard);
+    }
+    let mut command = hugetlb2();
+    command.args(["guard", "--"]);
+    command
+}
+
+/// Has cargo build the library of `hugetlb2 guard` beside the program: cargo builds the programs of
+/// a package for its tests, and not the libraries of others. With the examples, the packages have
+/// the features that they have in tests.
+fn build_guard() {
+    let program = program();
+    let (directory, profile) = (program.parent().unwrap(), program.parent().unwrap().file_name());
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.current_dir(env!("CARGO_MANIFEST_DIR")).args(["build", "--quiet", "--lib", "--examples"]);
+    cargo.arg("--target-dir").arg(directory.parent().unwrap());
+    if profile.is_some_and(|profile| profile == "release") {
+        cargo.arg("--release");
+    }
+    let built = limits::output(limits::BUILD, &mut cargo).expect("cargo");
+    assert!(built.status.success(), "{}", text(&built.stderr));
 }
 
 pub fn mount_hugetlb2() -> Command {

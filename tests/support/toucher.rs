@@ -25,7 +25,19 @@ pub struct Toucher {
 
 impl Toucher {
     pub fn start() -> Self {
-        let mut child = Command::new(program())
+        Self::start_by(Command::new(program()))
+    }
+
+    /// The command that starts it under `hugetlb2 guard`.
+    pub fn guarded() -> Command {
+        let mut command = super::guard();
+        command.arg(program());
+        command
+    }
+
+    /// Starts it by a command that becomes its process.
+    pub fn start_by(mut command: Command) -> Self {
+        let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -40,6 +52,10 @@ impl Toucher {
         let mut toucher = Self::start();
         toucher.map(file, 0, length, "shared rw");
         toucher
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     pub fn map(&mut self, file: &Path, offset: u64, length: u64, how: &str) {

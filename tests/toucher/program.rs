@@ -4,6 +4,7 @@
 //! ```text
 //!   map PATH OFFSET LENGTH shared|private ro|rw   ok
 //!   load OFFSET                                   byte N          or: sigbus OFFSET CODE
+//!   report OFFSET                                 byte N          or: sigbus OFFSET CODE LSB (the last is si_addr_lsb)
 //!   store OFFSET BYTE                             ok              or: sigbus OFFSET CODE
 //!   fill OFFSET LENGTH BYTE                       ok              or: sigbus OFFSET CODE
 //!   differ OFFSET LENGTH BYTE                     count N         (bytes that are not BYTE; or: sigbus ...)
@@ -22,6 +23,7 @@
 //!   pin OFFSET                                    ok              (the page there is in a pipe, by vmsplice(2))
 //!   pin-for-io OFFSET                             ok              (it is a fixed buffer of an io_uring)
 //!   unpin                                         ok
+//!   replace OFFSET LENGTH                         ok              (by anonymous memory, in its place)
 //!   unmap                                         ok
 //!   lock PATH flock|fcntl                         ok              (exclusive, without waiting; or: errno E)
 //!   unlock                                        ok
@@ -120,6 +122,8 @@ impl Toucher {
             "map" => self.map(words),
             "unmap" => Ok(release(&mut self.mapping)),
             "load" => self.load(number(words)?),
+            "report" => self.report(number(words)?),
+            "replace" => done(self.mapping()?.replace(range(words)?)),
             "store" => self.store(number(words)?, number(words)?),
             "fill" => self.fill(range(words)?, number(words)?),
             "differ" => self.differ(range(words)?, number(words)?),
@@ -168,6 +172,14 @@ impl Toucher {
 
     fn load(&self, offset: u64) -> Answer {
         Ok(self.mapping()?.load(offset).map_or_else(sigbus, |byte| format!("byte {byte}")))
+    }
+
+    fn report(&self, offset: u64) -> Answer {
+        let loaded = self.mapping()?.load(offset);
+        Ok(loaded.map_or_else(
+            |hit| format!("{} {}", sigbus(hit), hit.lsb),
+            |byte| format!("byte {byte}"),
+        ))
     }
 
     fn store(&self, offset: u64, byte: u8) -> Answer {

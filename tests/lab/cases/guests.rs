@@ -210,7 +210,7 @@ fn a_guest_of_kvm_goes_on_without_the_subpage_that_it_has_lost() {
     // A quarantine on request: the program waits, and goes on with its bytes after the repair.
     // The machine stands still for either: a processor that waits for a quarantined subpage touches
     // it again and again, and would see zeros in the microseconds of a repair (docs/SEMANTICS.md).
-    let [quarantine, repair, _] = documented_commands()[..] else { panic!("three blocks") };
+    let [quarantine, repair, ..] = documented_commands()[..] else { panic!("two blocks") };
     let lost = guest.subpage_of(2);
     guest.carry_out(quarantine, lost);
     guest.await_rounds(&[4, 9]);

@@ -190,6 +190,24 @@ impl Mapping {
         if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
     }
 
+    /// Puts anonymous memory in the place of a part of the mapping (mmap(2), MAP_FIXED).
+    ///
+    /// # Errors
+    /// The errors of mmap(2).
+    pub fn replace(&self, part: Range) -> Result<()> {
+        let start = self.pointer(part.start, part.len()).cast();
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: the part is inside our own mapping, which stays mapped as long as before, and no
+        // reference to its bytes exists.
+        #[allow(unsafe_code)]
+        let result = unsafe { libc::mmap(start, part.len() as usize, protection, flags, -1, 0) };
+        if result == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error().into());
+        }
+        Ok(())
+    }
+
     /// Sets the policy for new memory of the mapped file in `part` (mbind(2)).
     ///
     /// # Errors
