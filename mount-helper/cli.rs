@@ -227,10 +227,16 @@ enum Direction {
         to: String,
     },
     /// At the destination: read the losses from standard input, and have the machine go on
+    ///
+    /// Each lost subpage becomes a real memory error, which costs its frame.
     In {
         /// The socket of QEMU's monitor
         #[arg(long, value_name = "SOCKET")]
         qmp: PathBuf,
+        /// Give up no frames: this QEMU runs under `hugetlb2 guard`, so a quarantine is a memory
+        /// error of it
+        #[arg(long)]
+        keep_frames: bool,
     },
 }
 
@@ -277,8 +283,8 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
         Action::Migrate { direction: Direction::Out { qmp, to } } => {
             migrate::out(&qmp, &to).map(|()| ExitCode::SUCCESS)
         }
-        Action::Migrate { direction: Direction::In { qmp } } => {
-            migrate::into(&qmp).map(|()| ExitCode::SUCCESS)
+        Action::Migrate { direction: Direction::In { qmp, keep_frames } } => {
+            migrate::into(&qmp, keep_frames).map(|()| ExitCode::SUCCESS)
         }
         Action::Open { file, fd, command } => {
             door::open(&file, fd, &command).map(|never| match never {})

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The file of the library.
-const LIBRARY: &str = "libhugetlb2_guard.so";
+pub const LIBRARY: &str = "libhugetlb2_guard.so";
 
 /// The directory of an installed one, seen from that of this program.
 const INSTALLED: &str = "../lib/hugetlb2";

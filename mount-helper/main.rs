@@ -11,6 +11,8 @@ mod daemons;
 
 mod attributes;
 
+mod guard;
+
 mod mappers;
 
 mod mounts;
@@ -30,8 +32,6 @@ mod demo_mapper;
 mod demo;
 
 mod targets;
-
-mod guard;
 
 mod qemu;
 

@@ -5,11 +5,14 @@
 //! chooses such an address, unless the program asks for another one: QEMU first reserves address
 //! space that is aligned to its property `align` only.
 
-use hugetlb2fs::units::FOLIO_SIZE;
+use crate::guard;
+use hugetlb2fs::guard::Area;
+use hugetlb2fs::sys::markers;
+use hugetlb2fs::units::{FOLIO_SIZE, Range};
 use rustix::fs::{major, minor};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::fs::{self, Metadata};
+use std::fs::{self, File, Metadata};
 use std::os::unix::fs::MetadataExt;
 
 /// A process and a file that it maps misaligned.
@@ -73,11 +76,58 @@ pub fn of_file(file: &Metadata) -> Vec<Misaligned> {
 }
 
 fn misaligned(files: Files) -> Vec<Misaligned> {
+    processes().into_iter().flat_map(|pid| of_process(pid, files)).collect()
+}
+
+fn processes() -> Vec<u32> {
     let entries = fs::read_dir("/proc").into_iter().flatten().filter_map(Result::ok);
     let mut pids: Vec<u32> =
         entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
     pids.sort_unstable();
-    pids.into_iter().flat_map(|pid| of_process(pid, files)).collect()
+    pids
+}
+
+/// A process that maps a file, and its mappings of it.
+pub struct Mapper {
+    /// Its process id.
+    pub pid: u32,
+    areas: Vec<Area>,
+    is_guarded: bool,
+}
+
+impl Mapper {
+    /// All of a file. Processes that this one may not look at are left out.
+    pub fn all(file: &Metadata) -> Vec<Self> {
+        processes().into_iter().filter_map(|pid| Self::of(pid, file)).collect()
+    }
+
+    fn of(pid: u32, file: &Metadata) -> Option<Self> {
+        let maps = fs::read(format!("/proc/{pid}/maps")).ok()?;
+        let lines = || maps.split(|byte| *byte == b'\n');
+        let device = (major(file.dev()), minor(file.dev()));
+        let is_of_file = |area: &Area| (area.device, area.inode) == (device, file.ino());
+        let areas: Vec<Area> = lines().filter_map(Area::parse).filter(is_of_file).collect();
+        let has_library = |line: &[u8]| {
+            let path = line.strip_suffix(b" (deleted)").unwrap_or(line); // by an upgrade
+            path.ends_with(format!("/{}", guard::LIBRARY).as_bytes())
+        };
+        let is_guarded = lines().any(has_library);
+        (!areas.is_empty()).then_some(Self { pid, areas, is_guarded })
+    }
+
+    /// True if it runs under `hugetlb2 guard`.
+    pub fn is_guarded(&self) -> bool {
+        self.is_guarded
+    }
+
+    /// True if a touch of `subpage` is a memory error wherever the process maps it, and it maps it.
+    pub fn has_marker(&self, subpage: Range) -> bool {
+        let Ok(pagemap) = File::open(format!("/proc/{}/pagemap", self.pid)) else { return false };
+        let areas = self.areas.iter().filter(|area| area.bytes().covers(subpage));
+        let mut addresses = areas.map(|area| area.addresses_of(subpage).start).peekable();
+        addresses.peek().is_some()
+            && addresses.all(|at| markers::is_marker_in(&pagemap, at).unwrap_or(false))
+    }
 }
 
 fn of_process(pid: u32, files: Files) -> Vec<Misaligned> {

@@ -16,14 +16,19 @@
 //!                                              4. cont
 //! ```
 //!
+//! If frames are to be kept, step 3 makes quarantines of which no byte is known, and waits until
+//! QEMU's guard has marked them (`hugetlb2 guard`).
+//!
 //! QEMU ends by SIGBUS if it reads a quarantined subpage, so no quarantine is left before step 6. A
 //! machine with losses stands still from step 1 to the end, so its programs never see these zeros.
 //! If a step fails, the source's quarantines come back, and its machine goes on there. If `out` is
 //! killed, the machine stands still; the note of step 3 lets the next `out` bring them back.
 
+use crate::mappers::Mapper;
 use crate::qemu::Monitor;
 use crate::terminal::{Meter, say};
 use crate::{attributes, mounts};
+use hugetlb2fs::options::parse_number;
 use hugetlb2fs::quarantine::{Kind, coalesce, parse_poison};
 use hugetlb2fs::units::{Range, SUBPAGE_SIZE};
 use rustix::fs::removexattr;
@@ -35,7 +40,7 @@ use std::io::{Read, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The first word of the text in the pipe, and its version.
 const HEADING: &str = "hugetlb2-losses 1";
@@ -45,6 +50,9 @@ const NOTE: &str = "user.migration.quarantines";
 
 /// The time between two looks at a migration. QEMU announces its end only if it was asked to.
 const PERIOD: Duration = Duration::from_millis(100);
+
+/// The time between two looks for markers, which come within milliseconds.
+const GLANCE: Duration = Duration::from_millis(5);
 
 /// A memory backend of QEMU that is a file of a pool.
 struct Memory {
@@ -127,6 +135,49 @@ impl Memory {
             self.write(attributes::POISON, &list)?;
         }
         Ok(())
+    }
+
+    /// Refuses a file that a process maps without `hugetlb2 guard`.
+    fn require_guard(&self) -> Result<(), String> {
+        let mappers = Mapper::all(&mounts::pool_file(&self.file)?);
+        let file = self.file.display();
+        if mappers.is_empty() {
+            return Err(format!("{file}: no process is seen that maps it"));
+        }
+        match mappers.iter().find(|mapper| !mapper.is_guarded()) {
+            Some(mapper) => Err(format!(
+                "{file}: process {} maps it and does not run under `hugetlb2 guard`; without \
+                 --keep-frames it needs none",
+                mapper.pid
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits until a touch of each of these quarantined subpages is a memory error of the processes
+    /// that map the file.
+    fn await_markers(&self, lost: &[Range]) -> Result<(), String> {
+        const PATIENCE: Duration = Duration::from_secs(10);
+        let file = mounts::pool_file(&self.file)?;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let mappers = Mapper::all(&file);
+            let subpages =
+                || lost.iter().flat_map(|range| range.subpages_out().steps(SUBPAGE_SIZE));
+            let lacks = |mapper: &&Mapper| !subpages().all(|subpage| mapper.has_marker(subpage));
+            match mappers.iter().find(lacks) {
+                None => return Ok(()),
+                Some(mapper) if Instant::now() >= deadline => {
+                    return Err(format!(
+                        "{}: the guard of process {} has not marked the lost subpages; the \
+                         machine stands still",
+                        self.file.display(),
+                        mapper.pid
+                    ));
+                }
+                Some(_) => std::thread::sleep(GLANCE), // the kernel announces no marker
+            }
+        }
     }
 
     fn write(&self, attribute: &str, value: &str) -> Result<(), String> {
@@ -297,9 +348,12 @@ fn losses(memories: &[Memory], was_running: bool) -> String {
 ///
 /// # Errors
 /// A sentence. The machine, if it has come, stands still.
-pub fn into(socket: &Path) -> Result<(), String> {
+pub fn into(socket: &Path, keeps_frames: bool) -> Result<(), String> {
     let mut monitor = Monitor::connect(socket)?;
     let memories = Memory::all(&mut monitor)?;
+    if keeps_frames {
+        memories.iter().try_for_each(Memory::require_guard)?;
+    }
     if monitor.state()? == "inmigrate" {
         monitor.stop()?;
     }
@@ -325,19 +379,28 @@ pub fn into(socket: &Path) -> Result<(), String> {
             return Err(format!("QEMU has no memory backend {name} in a pool here"));
         }
     }
-    for (name, list) in &lists {
-        let mut of_it = memories.iter().filter(|memory| memory.name == *name);
-        of_it.try_for_each(|memory| memory.write(attributes::LOSSES, list))?;
+    let kind = if keeps_frames { "lost" } else { "hw" };
+    for (name, lost) in &lists {
+        let list = lines(lost, |range| format!("{range} {kind}"));
+        for memory in memories.iter().filter(|memory| memory.name == *name) {
+            memory.write(attributes::LOSSES, &list)?;
+            if keeps_frames {
+                memory.await_markers(lost)?;
+            }
+        }
     }
     if !lists.is_empty() {
-        say(format_args!("hugetlb2: {}", prospect()));
+        say(format_args!("hugetlb2: {}", prospect(keeps_frames)));
     }
     if runs { monitor.go_on() } else { Ok(()) }
 }
 
 /// The sentence on what the machine will see of the losses.
-fn prospect() -> &'static str {
+fn prospect(keeps_frames: bool) -> &'static str {
     match hugetlb2fs::sys::memory_failures() {
+        _ if keeps_frames => {
+            "the lost subpages are memory errors of this QEMU: a program of the machine that uses one gets SIGBUS (BUS_MCEERR_AR)"
+        }
         Some(_) => {
             "the lost subpages are memory errors here: under KVM, a program of the machine that uses one gets SIGBUS (BUS_MCEERR_AR)"
         }
@@ -347,33 +410,42 @@ fn prospect() -> &'static str {
     }
 }
 
+/// A backend, and the parts of it that are lost.
+type Lost = (String, Vec<Range>);
+
 /// Parses the text of the pipe: the list of each backend with losses, and whether the machine ran.
 ///
 /// # Errors
 /// A sentence.
-fn parse(text: &str) -> Result<(Vec<(String, String)>, bool), String> {
+fn parse(text: &str) -> Result<(Vec<Lost>, bool), String> {
     let mut rows = text.lines();
     if rows.next() != Some(HEADING) {
         return Err(
             "standard input has no losses of `hugetlb2 migrate out` of this version".to_owned()
         );
     }
-    let mut lists: Vec<(String, String)> = Vec::new();
+    let mut lists: Vec<Lost> = Vec::new();
     for row in rows {
         match row.split(' ').collect::<Vec<_>>()[..] {
             ["lost", name, offset, length] => {
-                let line = format!("{offset} {length} hw\n");
+                let range = parse_number(offset).zip(parse_number(length));
+                let range = range.and_then(|(at, length)| Range::checked_at(at, length));
+                let range = range.ok_or_else(|| misunderstood(row))?;
                 match lists.iter_mut().find(|list| list.0 == name) {
-                    Some(list) => list.1 += &line,
-                    None => lists.push((name.to_owned(), line)),
+                    Some(list) => list.1.push(range),
+                    None => lists.push((name.to_owned(), vec![range])),
                 }
             }
             ["moved", how @ ("running" | "paused")] => return Ok((lists, how == "running")),
-            _ => return Err(format!("standard input: {row:?} is not understood")),
+            _ => return Err(misunderstood(row)),
         }
     }
     Err("the machine has not moved: `hugetlb2 migrate out` has failed, and its machine stays"
         .to_owned())
+}
+
+fn misunderstood(row: &str) -> String {
+    format!("standard input: {row:?} is not understood")
 }
 
 #[cfg(test)]
@@ -397,8 +469,9 @@ mod tests {
         };
         let text =
             losses(&[memory("a", &[0, 0x5000]), memory("b", &[]), memory("c", &[0x1000])], true);
-        let a = ("a".to_owned(), "0x0 0x1000 hw\n0x5000 0x1000 hw\n".to_owned());
-        let c = ("c".to_owned(), "0x1000 0x1000 hw\n".to_owned());
+        let subpages = |at: &[u64]| at.iter().map(|at| Range::at(*at, SUBPAGE_SIZE)).collect();
+        let a = ("a".to_owned(), subpages(&[0, 0x5000]));
+        let c = ("c".to_owned(), subpages(&[0x1000]));
         assert_eq!(parse(&text), Ok((vec![a, c], true)));
         assert_eq!(parse(&losses(&[], false)), Ok((Vec::new(), false)));
         let cut = text.strip_suffix("moved running\n").unwrap();

@@ -90,17 +90,29 @@ pub fn parse_poison(value: &[u8], size: u64) -> Result<Vec<Range>> {
     Ok(ranges)
 }
 
-/// Parses a list of losses: `<offset> <length> hw|soft` on each line, as the poison attribute shows
-/// it. Without a kind a range is soft, and further columns are ignored.
+/// A line of a list of losses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loss {
+    /// `hw`: a real memory error.
+    Error,
+    /// `soft`: a quarantine as on request.
+    Soft,
+    /// `lost`: a soft quarantine of which no byte is known.
+    WithoutBytes,
+}
+
+/// Parses a list of losses: `<offset> <length> hw|soft|lost` on each line, as the poison attribute
+/// shows the first two. Without a kind a range is soft, and further columns are ignored.
 ///
 /// # Errors
 /// [`Error::Invalid`] if the value is not valid for a file of `size` bytes.
-pub fn parse_losses(value: &[u8], size: u64) -> Result<Vec<(Range, Kind)>> {
+pub fn parse_losses(value: &[u8], size: u64) -> Result<Vec<(Range, Loss)>> {
     let ranges = parse_poison(value, size)?;
     let kinds = items(value)?.map(|line| match line.split_ascii_whitespace().nth(2) {
-        Some("hw") => Ok(Kind::Hw),
-        Some("soft") | None => Ok(Kind::Soft),
-        Some(other) => Err(Error::invalid(format!("{other:?} is neither hw nor soft"))),
+        Some("hw") => Ok(Loss::Error),
+        Some("soft") | None => Ok(Loss::Soft),
+        Some("lost") => Ok(Loss::WithoutBytes),
+        Some(other) => Err(Error::invalid(format!("{other:?} is not hw, soft or lost"))),
     });
     ranges.into_iter().zip(kinds).map(|(range, kind)| Ok((range, kind?))).collect()
 }
@@ -274,10 +286,10 @@ mod tests {
 
     #[test]
     fn a_list_of_losses_has_kinds() {
-        let text = b"0 4096 hw 7\n0x2000 1\n0x3000 4096 soft";
-        let kinds: Vec<Kind> =
+        let text = b"0 4096 hw 7\n0x2000 1\n0x3000 4096 soft\n0x1000 1 lost";
+        let kinds: Vec<Loss> =
             parse_losses(text, 16384).unwrap().into_iter().map(|(_, kind)| kind).collect();
-        assert_eq!(kinds, [Kind::Hw, Kind::Soft, Kind::Soft]);
+        assert_eq!(kinds, [Loss::Error, Loss::Soft, Loss::Soft, Loss::WithoutBytes]);
         for wrong in ["", "0", "0 1 hard", "0 4096 hw\n16384 1 hw", "0 1 HW"] {
             assert!(matches!(parse_losses(wrong.as_bytes(), 16384), Err(Error::Invalid(_))));
         }

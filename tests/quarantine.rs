@@ -1191,8 +1191,8 @@ fn injecting_is_refused_with_the_reason_if_the_kernel_cannot() {
 fn losses_become_soft_if_the_kernel_has_no_memory_errors() {
     let pool = Pool::small(1);
     let file = pool.join("file");
-    std::fs::write(&file, vec![7; 16384]).unwrap();
-    for value in ["", "0 4096 bad", "0 4096 hw\n16384 1 hw", "0 4096 soft\nx 1"] {
+    std::fs::write(&file, vec![7; 6 * 4096]).unwrap();
+    for value in ["", "0 4096 bad", "0 4096 hw\n24576 1 hw", "0 4096 soft\nx 1"] {
         assert_eq!(set(&file, LOSSES, value), Err(Errno::INVAL), "{value:?}");
     }
     assert_eq!(get(&file, POISON), Err(Errno::NODATA));
@@ -1200,6 +1200,7 @@ fn losses_become_soft_if_the_kernel_has_no_memory_errors() {
     for _ in 0..2 {
         set(&file, LOSSES, "0x1000 4096 hw 1\n0x2000 4096 soft 2\n0x3000 1\n").unwrap();
     }
+    set(&file, LOSSES, format!("{} 4096 lost", 5 * SUBPAGE)).unwrap();
     let listed = get(&file, POISON).unwrap();
     let kind = |subpage: u64| {
         let holds = |line: &&str| {
@@ -1209,18 +1210,20 @@ fn losses_become_soft_if_the_kernel_has_no_memory_errors() {
         listed.lines().find(holds).unwrap().split(' ').nth(2).unwrap()
     };
     let hw = if has_memory_errors() { "hw" } else { "soft" };
-    assert_eq!([0, 1, 2, 3].map(kind), [hw, hw, "soft", "soft"], "{listed}");
+    assert_eq!([0, 1, 2, 3, 5].map(kind), [hw, hw, "soft", "soft", "soft"], "{listed}");
     if !has_memory_errors() {
         assert_eq!(pool.counter("frames_given_up"), 0);
     }
     // Of the lost ones no byte is known, and of the others each.
     let salvage = |at: u64| set(&file, REPAIR, format!("salvage {at} 4096"));
-    let salvaged = [0, SUBPAGE, 2 * SUBPAGE, 3 * SUBPAGE].map(salvage);
-    assert_eq!(salvaged, [Err(Errno::NODATA), Err(Errno::NODATA), Ok(()), Ok(())]);
+    let salvaged = [0, SUBPAGE, 2 * SUBPAGE, 3 * SUBPAGE, 5 * SUBPAGE].map(salvage);
+    let unknown = Err(Errno::NODATA);
+    assert_eq!(salvaged, [unknown, unknown, Ok(()), Ok(()), unknown]);
     kill_worker(&pool);
-    assert_eq!(salvage(0), Err(Errno::NODATA));
+    assert_eq!([0, 5 * SUBPAGE].map(salvage), [unknown, unknown]);
     set(&file, REPAIR, "zero all").unwrap();
-    assert_eq!(std::fs::read(&file).unwrap(), [vec![0; 8192], vec![7; 8192]].concat());
+    let parts = [vec![0; 8192], vec![7; 3 * 4096], vec![0; 4096]];
+    assert_eq!(std::fs::read(&file).unwrap(), parts.concat());
     pool.check();
 }
 

@@ -32,8 +32,7 @@ pub use toucher::Toucher;
 
 pub use hugetlb2fs::attributes::{
     CHECK, COLLAPSE, DIE, FAIL, INJECT, LOSSES, MAP, OPEN, OPTIONS, PLACEMENT, POISON, POOL,
-    QUARANTINE,
-    REFUSAL, REPAIR, SIZE, STEPS, STOPPED, TARGETS,
+    QUARANTINE, REFUSAL, REPAIR, SIZE, STEPS, STOPPED, TARGETS,
 };
 
 /// The program under test. It acts by the name under which it is called (argv[0]).

@@ -5,7 +5,7 @@ use super::{
 };
 use crate::error::{Error, Result};
 use crate::pool::{Holding, Pool};
-use crate::quarantine::{self, Kind, Quarantined, Repair};
+use crate::quarantine::{self, Kind, Loss, Quarantined, Repair};
 use crate::sealed::{Content, Sealed};
 use crate::sys;
 use crate::units::{Range, SUBPAGE_SIZE, Subpage};
@@ -113,7 +113,8 @@ impl Object {
 
     /// Quarantines the ranges of a list of losses: those of kind hw by a real memory error in each
     /// subpage, which costs its frame. Where the kernel has no memory errors, they become soft
-    /// holes of which no byte is known. Subpages that have a memory error already stay as they are.
+    /// holes of which no byte is known, as those of kind lost do everywhere. Subpages that have a
+    /// memory error already stay as they are.
     ///
     /// # Errors
     /// Those of [`Object::quarantine`]. With nothing done: [`Error::Invalid`] for a subpage of kind
@@ -121,23 +122,26 @@ impl Object {
     /// [`Error::Interrupted`]; the subpages before that one are quarantined then.
     pub fn import(&self, value: &[u8], pool: &Pool, pace: &Pace) -> Result<()> {
         let losses = quarantine::parse_losses(value, self.read_lock().size())?;
-        let of_kind = |kind: Kind| -> Vec<Range> {
-            losses.iter().filter(|loss| loss.1 == kind).map(|loss| loss.0).collect()
-        };
-        let (hw, soft) = (of_kind(Kind::Hw), of_kind(Kind::Soft));
         let has_errors = sys::memory_failures().is_some();
-        if has_errors {
-            let holding = self.read_lock();
-            subpages(&hw).try_for_each(|at| strikable(&holding, at).map(drop))?;
-        }
+        let of_kind = |kind: Loss| -> Vec<Range> {
+            let kind_here = |loss: Loss| match loss {
+                Loss::Error if !has_errors => Loss::WithoutBytes,
+                other => other,
+            };
+            losses.iter().filter(|loss| kind_here(loss.1) == kind).map(|loss| loss.0).collect()
+        };
+        let (hw, soft) = (of_kind(Loss::Error), of_kind(Loss::Soft));
+        let without_bytes = of_kind(Loss::WithoutBytes);
+        let holding = self.read_lock();
+        subpages(&hw).try_for_each(|at| strikable(&holding, at).map(drop))?;
+        drop(holding);
         if !soft.is_empty() {
             self.quarantine_ranges(|_| Ok(soft.clone()), pool, pace)?;
         }
-        match has_errors {
-            _ if hw.is_empty() => Ok(()),
-            true => self.strike(&hw, pace),
-            false => self.quarantine_without_bytes(&hw, pool, pace),
+        if !without_bytes.is_empty() {
+            self.quarantine_without_bytes(&without_bytes, pool, pace)?;
         }
+        if hw.is_empty() { Ok(()) } else { self.strike(&hw, pace) }
     }
 
     /// Makes a real memory error in each subpage of `ranges` that has none.

@@ -30,13 +30,14 @@ cases! {
 /// The files that `tests/lab/fetch-nested` has fetched, the kernel, and the guest's programs.
 const FILES: &str = "/lib/nested";
 
-const QEMU: &str = "/lib/nested/qemu-system-x86_64";
+/// QEMU 10.
+pub const QEMU: &str = "/lib/nested/qemu-system-x86_64";
 
 /// The guest's programs.
 const PROGRAMS: [u64; 6] = [1, 2, 3, 4, 5, 9];
 
 /// The memory of the guest.
-const BYTES: u64 = 128 << 20;
+pub const BYTES: u64 = 128 << 20;
 
 /// The document with the commands for an error in a machine's memory.
 const OPERATIONS: &str = include_str!("../../../docs/OPERATIONS.md");
@@ -52,22 +53,26 @@ const PATIENCE: Duration = Duration::from_secs(200);
 const WATCH: Duration = Duration::from_secs(3);
 
 /// A guest, and its console.
-struct Guest {
-    qemu: Child,
-    memory: PathBuf,
+pub struct Guest {
+    pub qemu: Child,
+    pub memory: PathBuf,
     console: PathBuf,
     monitor: PathBuf,
     /// The other monitor, for programs.
-    qmp: PathBuf,
+    pub qmp: PathBuf,
 }
 
 impl Guest {
     /// Starts a guest and waits until its programs are ready.
-    fn start(memory: PathBuf) -> Self {
+    pub fn start(memory: PathBuf) -> Self {
         let guest = Self::spawn(memory, &[]);
-        let is_ready = |number: u64| guest.await_line(0, &format!("program {number} is ready"));
-        PROGRAMS.into_iter().for_each(is_ready);
+        guest.await_programs();
         guest
+    }
+
+    pub fn await_programs(&self) {
+        let is_ready = |number: u64| self.await_line(0, &format!("program {number} is ready"));
+        PROGRAMS.into_iter().for_each(is_ready);
     }
 
     /// Starts a guest with these `further` arguments.
@@ -76,7 +81,7 @@ impl Guest {
     }
 
     /// As [`Guest::spawn`], by a command that ends as QEMU, to which the memory is at `path`.
-    fn spawn_by(mut command: Command, path: &Path, memory: PathBuf, further: &[&str]) -> Self {
+    pub fn spawn_by(mut command: Command, path: &Path, memory: PathBuf, further: &[&str]) -> Self {
         let of_it = |kind| Path::new("/tmp").join(memory.file_name().unwrap()).with_extension(kind);
         let (console, monitor, qmp) = (of_it("console"), of_it("monitor"), of_it("qmp"));
         let _ = fs::remove_file(&console); // of an earlier guest
@@ -98,12 +103,12 @@ impl Guest {
         Self { qemu, memory, console, monitor, qmp }
     }
 
-    fn text(&self) -> String {
+    pub fn text(&self) -> String {
         String::from_utf8_lossy(&fs::read(&self.console).unwrap_or_default()).replace('\r', "")
     }
 
     /// Waits until the console has `words` in the part behind `from` bytes.
-    fn await_line(&self, from: usize, words: &str) {
+    pub fn await_line(&self, from: usize, words: &str) {
         let deadline = Instant::now() + PATIENCE;
         while !self.text().get(from..).is_some_and(|text| text.contains(words)) {
             let is_wrong = Instant::now() >= deadline || self.text().contains("WRONG BYTES");
@@ -113,7 +118,7 @@ impl Guest {
     }
 
     /// Waits until each of these programs has gone through its memory once more.
-    fn await_rounds(&self, programs: &[u64]) {
+    pub fn await_rounds(&self, programs: &[u64]) {
         let now = self.text().len();
         let goes_on = |number| self.await_line(now, &format!("program {number}: round"));
         programs.iter().for_each(goes_on);
@@ -138,7 +143,7 @@ impl Guest {
 
     /// Gives QEMU's monitor a command, and returns the answer, which comes when the command is
     /// carried out.
-    fn ask(&self, command: &str) -> String {
+    pub fn ask(&self, command: &str) -> String {
         let mut monitor = UnixStream::connect(&self.monitor).unwrap();
         monitor.set_read_timeout(Some(PATIENCE)).unwrap();
         await_prompt(&mut monitor);
@@ -147,7 +152,7 @@ impl Guest {
     }
 
     /// The subpage of the guest's memory that program `number` uses, as its offset in the file.
-    fn subpage_of(&self, number: u64) -> u64 {
+    pub fn subpage_of(&self, number: u64) -> u64 {
         let meant = pattern::of(number, 0);
         let found = self.subpages_with(|bytes| bytes == meant).first().copied();
         found.unwrap_or_else(|| panic!("program {number} has no subpage with its bytes"))
@@ -180,7 +185,7 @@ impl Drop for Guest {
     }
 }
 
-fn load_kvm() {
+pub fn load_kvm() {
     if !Path::new(FILES).join("complete").exists() {
         skip("no KVM modules and no QEMU 10 are there: tests/lab/fetch-nested fetches them");
     }

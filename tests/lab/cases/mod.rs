@@ -7,6 +7,7 @@ mod containment;
 mod devices;
 mod errors;
 mod gigantic;
+mod guarded;
 mod guests;
 mod handlers;
 mod homes;
@@ -135,6 +136,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
             hw::CASES,
             containment::CASES,
             gigantic::CASES,
+            guarded::CASES,
             guests::CASES,
             mixture::CASES,
             handlers::CASES,
