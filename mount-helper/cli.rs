@@ -3,8 +3,10 @@
 use crate::mappers::{self, Misaligned};
 use crate::targets::Table;
 use crate::terminal::{Meter, say};
-use crate::{attributes, daemons, demo, door, guard, migrate, mount, mounts, session};
-use clap::{Parser, Subcommand, ValueEnum};
+use crate::{
+    attributes, daemons, demo, door, guard, manual, migrate, mount, mounts, session, umount,
+};
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use hugetlb2fs::attributes::Counter;
 use hugetlb2fs::placement::Placement;
 use hugetlb2fs::quarantine;
@@ -202,6 +204,11 @@ enum Action {
         #[arg(long)]
         binary: Option<PathBuf>,
     },
+    /// Write the man pages and the completions of shells below a directory, as /usr/share has them
+    Generate {
+        /// The directory
+        directory: PathBuf,
+    },
     /// Show on real memory what this filesystem is for; needs root, 2 GiB and a few seconds
     Demo,
     /// Mount a pool: mount.hugetlb2 by another name, see `hugetlb2 mount --help`
@@ -291,6 +298,7 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
         }
         Action::Check { directory } => check(&directory, cli.json),
         Action::Upgrade { directory, binary } => upgrade(&directory, binary, cli.json),
+        Action::Generate { directory } => generate(&directory),
         Action::Demo => return demo::main(cli.json),
         Action::Mount { arguments } => {
             return mount::main(
@@ -308,6 +316,12 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
 }
 
 type Done = Result<ExitCode, String>;
+
+fn generate(directory: &Path) -> Done {
+    manual::write(directory, &Cli::command(), &[mount::command(), umount::command()])
+        .map_err(|error| format!("{}: {error}", directory.display()))?;
+    Ok(ExitCode::SUCCESS)
+}
 
 /// Prints a line, or several. A reader that has gone away has seen what it wanted.
 fn print(text: impl Display) -> Result<(), String> {

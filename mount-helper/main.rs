@@ -39,6 +39,8 @@ mod migrate;
 
 mod door;
 
+mod manual;
+
 mod cli;
 
 use std::ffi::OsString;

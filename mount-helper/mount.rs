@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// The command line.
-fn command() -> Command {
+pub fn command() -> Command {
     let flag = |name: &'static str, short: char, help: &'static str| {
         Arg::new(name).short(short).action(ArgAction::SetTrue).help(help)
     };

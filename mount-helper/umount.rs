@@ -24,7 +24,8 @@ const ANSWER: Duration = Duration::from_secs(2);
 /// other places, too.
 const PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
-fn command() -> Command {
+/// The command line.
+pub fn command() -> Command {
     let flag = |name: &'static str, short: char, help: &'static str| {
         Arg::new(name).short(short).action(ArgAction::SetTrue).help(help)
     };

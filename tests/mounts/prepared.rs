@@ -198,6 +198,8 @@ fn an_installation_follows_no_link() {
         assert_eq!(fs::read_to_string(&victim).unwrap(), "text");
         assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 0);
         assert_installed(&sbin);
+        let page = place.path().join("usr/share/man/man8/umount.hugetlb2.8");
+        assert!(fs::read_to_string(page).unwrap().contains("umount.fuse.hugetlb2"));
         assert!(lib.join(library).symlink_metadata().unwrap().is_file());
         assert_eq!(fs::read_dir(&lib).unwrap().count(), 1, "nothing else is there");
     }
