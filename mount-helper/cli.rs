@@ -4,7 +4,8 @@ use crate::mappers::{self, Misaligned};
 use crate::targets::Table;
 use crate::terminal::{Meter, say};
 use crate::{
-    attributes, daemons, demo, door, guard, manual, migrate, mount, mounts, session, umount,
+    attributes, daemons, demo, door, guard, manual, metrics, migrate, mount, mounts, session,
+    umount,
 };
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use hugetlb2fs::attributes::Counter;
@@ -40,6 +41,14 @@ struct Cli {
 enum Action {
     /// Show the mounted pools, or those mounted on the directories given
     Status {
+        /// Mount points
+        directories: Vec<PathBuf>,
+    },
+    /// Print the counters of the mounted pools, or of those given, as OpenMetrics text
+    ///
+    /// For node_exporter's textfile collector: write the text to a file beside its place, and
+    /// rename it. A pool whose daemon does not answer within two seconds has hugetlb2_pool_up 0.
+    Metrics {
         /// Mount points
         directories: Vec<PathBuf>,
     },
@@ -277,6 +286,7 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
     let cli = Cli::parse_from(arguments);
     let done = match cli.action {
         Action::Status { directories } => status(&directories, cli.json),
+        Action::Metrics { directories } => print_metrics(&directories),
         Action::Targets { directory } => targets(&directory, cli.json),
         Action::Poison { file, range, hw } => poison(&file, &range, hw, cli.json),
         Action::Repair { file, verb, target } => repair(&file, verb, &target, cli.json),
@@ -369,6 +379,22 @@ fn describe_silence(directory: &Path) -> String {
         PATIENCE.as_secs(),
         list.join(", ")
     )
+}
+
+fn print_metrics(directories: &[PathBuf]) -> Done {
+    for directory in directories {
+        mounts::require_pool(directory).map_err(|why| format!("{}: {why}", directory.display()))?;
+    }
+    let all = if directories.is_empty() { mount_points()? } else { directories.to_vec() };
+    let pools: Vec<_> = all
+        .into_iter()
+        .map(|pool| {
+            let counters = attributes::pool_within(&pool, PATIENCE).and_then(Result::ok);
+            (pool, counters)
+        })
+        .collect();
+    print(metrics::text(&pools).trim_end())?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn status(directories: &[PathBuf], json: bool) -> Done {

@@ -41,6 +41,8 @@ mod door;
 
 mod manual;
 
+mod metrics;
+
 mod cli;
 
 use std::ffi::OsString;

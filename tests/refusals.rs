@@ -852,7 +852,6 @@ fn fail_one(
     if !wrong.is_empty() {
         return Err(format!("{case}: {}", wrong.join("; ")));
     }
-    println!("{case}: {result:?}");
     if std::panic::catch_unwind(|| (operation.verify)(pool)).is_err() {
         return Err(format!("{case}: it has not done what it should"));
     }
