@@ -132,7 +132,8 @@ fn survive(number: u64) {
                     exit(1);
                 }
                 Err(hit) => {
-                    say!("program {number}: SIGBUS {} at subpage {}", hit.code, hit.subpage.0);
+                    let (code, lsb, subpage) = (hit.code, hit.lsb, hit.subpage.0);
+                    say!("program {number}: SIGBUS {code}, lsb {lsb}, at subpage {subpage}");
                     exit(0);
                 }
             }

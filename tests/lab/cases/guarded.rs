@@ -47,7 +47,7 @@ fn a_guarded_qemu_tells_its_guest_of_a_quarantine() {
     guest.await_programs();
     let memory = guest.memory.clone();
     for (program, words) in
-        [(3, "program 3: SIGBUS 4 at subpage 0"), (1, "program 1 has ended: None Some(7)")]
+        [(3, "program 3: SIGBUS 4, lsb 12, at subpage 0"), (1, "program 1 has ended: None Some(7)")]
     {
         let (now, lost) = (guest.text().len(), guest.subpage_of(program));
         guest.ask("stop");
@@ -93,7 +93,7 @@ fn a_guest_of_kvm_arrives_with_its_loss_and_costs_no_frame() {
     into.stdin.take().unwrap().write_all(list.as_bytes()).unwrap();
     assert!(limits::exit(limits::PROGRAM, "hugetlb2 migrate in", &mut into).success());
     drop(guest);
-    there.await_line(0, "program 3: SIGBUS 4 at subpage 0"); // BUS_MCEERR_AR
+    there.await_line(0, "program 3: SIGBUS 4, lsb 12, at subpage 0"); // BUS_MCEERR_AR
     there.await_rounds(&[1, 2, 4, 9]);
     let list = get(&there.memory, POISON).unwrap();
     assert!(list.lines().count() == 1 && list.contains(" soft "), "{list}");

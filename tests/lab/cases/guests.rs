@@ -202,7 +202,7 @@ fn a_guest_of_kvm_goes_on_without_the_subpage_that_it_has_lost() {
     // A program that handles SIGBUS is told of the subpage.
     let now = guest.text().len();
     inject(&memory, guest.subpage_of(3));
-    guest.await_line(now, "program 3: SIGBUS 4 at subpage 0"); // BUS_MCEERR_AR
+    guest.await_line(now, "program 3: SIGBUS 4, lsb 12, at subpage 0"); // BUS_MCEERR_AR
     guest.await_rounds(&[1, 2, 4, 9]);
     // One that does not is ended, and no other.
     let now = guest.text().len();
@@ -298,7 +298,7 @@ fn a_guest_of_kvm_arrives_with_its_loss() {
     into.stdin.take().unwrap().write_all(list.as_bytes()).unwrap();
     assert!(limits::exit(limits::PROGRAM, "hugetlb2 migrate in", &mut into).success());
     drop(guest);
-    there.await_line(0, "program 3: SIGBUS 4 at subpage 0"); // BUS_MCEERR_AR
+    there.await_line(0, "program 3: SIGBUS 4, lsb 12, at subpage 0"); // BUS_MCEERR_AR
     there.await_rounds(&[1, 2, 4, 9]);
     assert_eq!(pool.counter("quarantined_hw"), 1);
     assert_eq!(pool.counter("frames_given_up"), 1);
@@ -392,7 +392,7 @@ fn suffer(memory: PathBuf, others_go_on: bool) -> (u64, String) {
     // Also if the kernel cannot split the folio at once: the error is there.
     injector.ask(&format!("advise {at} {SUBPAGE} {}", libc::MADV_HWPOISON));
     if others_go_on {
-        guest.await_line(now, "program 3: SIGBUS 4 at subpage 0");
+        guest.await_line(now, "program 3: SIGBUS 4, lsb 12, at subpage 0");
         guest.await_rounds(&[1, 2, 4, 9]);
     } else {
         std::thread::sleep(WATCH);
