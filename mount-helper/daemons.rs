@@ -1,9 +1,10 @@
 //! The processes that serve a mount, found without asking the mount, which may not answer.
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use hugetlb2fs::sys::process::descriptor_of;
+use hugetlb2fs::upgrade::{self, connection_in};
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -69,31 +70,21 @@ fn serves(pid: u32, minor: u32) -> bool {
     let devices = descriptors
         .filter(|fd| fs::read_link(fd.path()).is_ok_and(|target| target == Path::new("/dev/fuse")));
     let mut numbers = devices.filter_map(|fd| fd.file_name().to_str()?.parse().ok());
-    numbers.any(|number: i32| {
+    numbers.any(|number: u32| {
         fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}"))
             .is_ok_and(|text| connection_in(&text) == Some(minor) && !is_over(pid, number))
     })
 }
 
-/// The connection that a text of /proc/PID/fdinfo names.
-fn connection_in(text: &str) -> Option<u32> {
-    text.lines().find_map(|line| line.strip_prefix("fuse_connection:")?.trim().parse().ok())
-}
-
-/// True if the filesystem of a device is unmounted, which poll(2) tells by POLLERR. The kernel
-/// gives the number of the connection to the next mount then, and the daemon may take a while to
-/// end.
-/// False if the device cannot be looked at.
-fn is_over(pid: u32, number: i32) -> bool {
+/// True if the filesystem of a device is unmounted: the kernel gives the number of the connection
+/// to the next mount then, and the daemon may take a while to end. False if the device cannot be
+/// looked at.
+fn is_over(pid: u32, number: u32) -> bool {
     let device = || {
         let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(Errno::SRCH)?;
-        pidfd_getfd(pidfd_open(pid, PidfdFlags::empty())?, number, PidfdGetfdFlags::empty())
+        descriptor_of(pidfd_open(pid, PidfdFlags::empty())?, number)
     };
-    device().is_ok_and(|device| {
-        let mut look = [PollFd::new(&device, PollFlags::empty())];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        poll(&mut look, Some(&now)).is_ok() && look[0].revents().contains(PollFlags::ERR)
-    })
+    device().is_ok_and(|device| upgrade::is_over(&device))
 }
 
 /// The fields of /proc/PID/stat behind the name: state, parent, and so on. The name is in brackets

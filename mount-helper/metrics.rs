@@ -34,40 +34,35 @@ enum Scale {
 }
 
 const GAUGES: &[Row] = &[
-    gauge("ready", "Free memory that is cleared ahead", Of::PagesReady, Scale::Page),
-    gauge(
+    row("ready", "Free memory that is cleared ahead", Of::PagesReady, Scale::Page),
+    row(
         "orphaned",
         "Memory of removed files that programs still use",
         Of::PagesOrphaned,
         Scale::Page,
     ),
-    gauge(
-        "missing",
-        "Free memory that is lacking and not handed out",
-        Of::PagesMissing,
-        Scale::Page,
-    ),
-    gauge(
+    row("missing", "Free memory that is lacking and not handed out", Of::PagesMissing, Scale::Page),
+    row(
         "short",
         "Memory that the pool lacks of its pages and its float",
         Of::ShortBytes,
         Scale::Byte,
     ),
-    gauge(
+    row(
         "punched",
         "Memory of files that the machine has until the next touch",
         Of::PunchedBytes,
         Scale::Byte,
     ),
-    gauge("files", "Regular files that were opened at least once", Of::Objects, Scale::One),
-    gauge("files_unavailable", "Files that cannot be opened", Of::FilesUnavailable, Scale::One),
-    gauge(
+    row("files", "Regular files that were opened at least once", Of::Objects, Scale::One),
+    row("files_unavailable", "Files that cannot be opened", Of::FilesUnavailable, Scale::One),
+    row(
         "files_memory_open",
         "Files whose memory programs have open by themselves",
         Of::MemoryOpen,
         Scale::One,
     ),
-    gauge(
+    row(
         "native_descriptors",
         "Descriptors by which the kernel reads itself",
         Of::OpenedNatively,
@@ -77,19 +72,19 @@ const GAUGES: &[Row] = &[
 
 /// The worker counts these from its start on.
 const COUNTERS: &[Row] = &[
-    gauge(
+    row(
         "frames_given_up",
         "Frames of good memory that were given up for losses of other machines",
         Of::FramesGivenUp,
         Scale::One,
     ),
-    gauge(
+    row(
         "log_lines_dropped",
         "Lines that the log did not take in time",
         Of::LogLinesDropped,
         Scale::One,
     ),
-    gauge(
+    row(
         "holes_shut_again",
         "Quarantined subpages that a touch opened and that were shut again",
         Of::HolesShutAgain,
@@ -97,7 +92,7 @@ const COUNTERS: &[Row] = &[
     ),
 ];
 
-const fn gauge(name: &'static str, help: &'static str, counter: Of, scale: Scale) -> Row {
+const fn row(name: &'static str, help: &'static str, counter: Of, scale: Scale) -> Row {
     Row { name, help, counter, scale }
 }
 

@@ -175,11 +175,16 @@ fn has_ended(process: &OwnedFd) -> bool {
     poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&now)) != Ok(0)
 }
 
-/// True if the filesystem of a device is unmounted, which poll(2) tells by POLLERR.
-fn is_over(device: &OwnedFd) -> bool {
+/// True if the filesystem of a device (/dev/fuse) is unmounted, which poll(2) tells by POLLERR.
+pub fn is_over(device: &OwnedFd) -> bool {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     let mut look = [PollFd::new(device, PollFlags::empty())];
     poll(&mut look, Some(&now)).is_ok() && look[0].revents().contains(PollFlags::ERR)
+}
+
+/// The connection that a text of /proc/PID/fdinfo names (Linux 6.5).
+pub fn connection_in(text: &str) -> Option<u32> {
+    text.lines().find_map(|line| line.strip_prefix("fuse_connection:")?.trim().parse().ok())
 }
 
 /// Its descriptor of the device, if that is the one of `connection` (/proc/PID/fdinfo, Linux 6.5)
@@ -195,10 +200,7 @@ fn device_of(pid: i32, process: &OwnedFd, connection: i32) -> Result<OwnedFd, Er
             let device = process::descriptor_of(process, number)?;
             let about =
                 std::fs::read_to_string(format!("/proc/self/fdinfo/{}", device.as_raw_fd()))?;
-            let served = about
-                .lines()
-                .find_map(|line| line.strip_prefix("fuse_connection:")?.trim().parse().ok());
-            if served == Some(connection) && !is_over(&device) {
+            if connection_in(&about) == u32::try_from(connection).ok() && !is_over(&device) {
                 return Ok(device);
             }
         }

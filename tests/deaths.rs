@@ -12,8 +12,8 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use support::{
-    DIE, Dice, FOLIO, GIB, MAP, OPEN, PLACEMENT, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, STEPS,
-    SUBPAGE, Toucher, get, limits, open_memory, poison, set,
+    DIE, Dice, FOLIO, GIB, MAP, PLACEMENT, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, STEPS,
+    SUBPAGE, Toucher, await_shut, get, limits, open_memory, poison, set,
 };
 
 // ---- at random ---------------------------------------------------------------------------------
@@ -671,8 +671,7 @@ const SITUATIONS: &[Situation] = &[
             memory.set_len(FOLIO).unwrap();
             fallocate(&memory, FallocateFlags::KEEP_SIZE, 5 * FOLIO, FOLIO).unwrap();
             drop(memory);
-            let is_shut = || get(file(pool), OPEN) == Err(rustix::io::Errno::NODATA);
-            limits::until(limits::ANSWER, "the end of a door", is_shut);
+            await_shut(file(pool));
         },
         verify: |pool| {
             assert_eq!((size_of(pool), pool.free_pages()), (3 * FOLIO, 5));

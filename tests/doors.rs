@@ -17,8 +17,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use support::{
-    CHECK, COLLAPSE, FOLIO, OPEN, Pool, REPAIR, SUBPAGE, Toucher, get, hugetlb2, kill_worker,
-    limits, open_memory, poison, run, set, status_and_error,
+    CHECK, COLLAPSE, FOLIO, OPEN, Pool, REPAIR, SUBPAGE, Toucher, await_shut, get, hugetlb2,
+    kill_worker, limits, open_memory, poison, run, set, status_and_error,
 };
 
 const PAGES: u64 = 12;
@@ -38,12 +38,6 @@ fn pool(options: &str) -> (Pool, PathBuf) {
 
 fn resize(path: &Path, size: u64) -> std::io::Result<()> {
     File::options().write(true).open(path)?.set_len(size)
-}
-
-/// Waits until the daemon has the file for itself again.
-fn await_shut(path: &Path) {
-    let is_shut = || get(path, OPEN) == Err(Errno::NODATA);
-    limits::until(limits::ANSWER, "the end of a door", is_shut);
 }
 
 /// The number of bytes of the other file that are not as they were written.

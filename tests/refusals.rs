@@ -16,8 +16,8 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use support::{
-    COLLAPSE, FAIL, FOLIO, OPEN, PLACEMENT, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE,
-    get, limits, open_memory, poison, set,
+    COLLAPSE, FAIL, FOLIO, PLACEMENT, POISON, Pool, REPAIR, SIZE as SIZE_OF_POOL, SUBPAGE,
+    await_shut, get, limits, open_memory, poison, set,
 };
 
 const ERRORS: &[&str] = &["ENOMEM", "EMFILE", "ENOSPC"];
@@ -699,8 +699,7 @@ const OPERATIONS: &[Operation] = &[
         prepare: sevens,
         change: |stage| open_memory(stage.path()).map(drop),
         verify: |pool| {
-            let is_shut = || get(file(pool), OPEN) == Err(Errno::NODATA);
-            limits::until(limits::ANSWER, "the end of a door", is_shut);
+            await_shut(file(pool));
             assert_sevens(pool);
         },
     },

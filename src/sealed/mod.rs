@@ -188,20 +188,14 @@ impl Sealed {
         let (first, data) = (create(LEDGER)?, Arc::new(create(c"data")?));
         let ledger = Ledger::create(data.clone(), first)?;
         let root = handle::of(&mount, c"")?;
-        let (folios, unattached) = (Vec::new(), Some(mount));
+        Ok(Self { unattached: Some(mount), ..Self::of(root, data, ledger, reach) })
+    }
+
+    /// An empty file.
+    fn of(root: InodeId, data: Arc<File>, ledger: Ledger, reach: Reach) -> Self {
         let (size, folio_count, punched, has_door) = (0, 0, false, false);
-        Ok(Self {
-            root,
-            unattached,
-            data,
-            ledger,
-            reach,
-            size,
-            folios,
-            folio_count,
-            punched,
-            has_door,
-        })
+        let (unattached, folios) = (None, Vec::new());
+        Self { root, unattached, data, ledger, reach, size, folios, folio_count, punched, has_door }
     }
 
     /// Mounts the superblock at `path`, so that another process finds it when this process is gone.

@@ -46,20 +46,9 @@ impl Sealed {
         let ledger = Ledger::open(data.clone(), &mount)?;
         let (door, root) = (noted_size(ledger.notes())?, handle::of(&mount, c"")?);
         let size = door.map_or_else(|| tmpfs::size(&data), Ok)?;
-        let (folios, folio_count, unattached, has_door) = (Vec::new(), 0, None, door.is_some());
-        let punched = ledger.notes().kept(PUNCHED)?.is_some();
-        let mut sealed = Self {
-            root,
-            unattached,
-            data,
-            ledger,
-            reach,
-            size,
-            folios,
-            folio_count,
-            punched,
-            has_door,
-        };
+        let (punched, has_door) = (ledger.notes().kept(PUNCHED)?.is_some(), door.is_some());
+        let empty = Self::of(root, data, ledger, reach);
+        let mut sealed = Self { size, punched, has_door, ..empty };
         sealed.find_memory()?;
         Ok(sealed)
     }

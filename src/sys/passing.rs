@@ -1,7 +1,7 @@
 //! Passes a descriptor to the program that waits for the answer to a request (pidfd_getfd(2),
 //! unix(7), SCM_RIGHTS).
 
-use super::process::descriptor_of;
+use super::thread::descriptor_of;
 use crate::error::{Error, Result};
 use crate::faults::{Want, attempt};
 use rustix::io::{Errno, FdFlags, IoSlice, IoSliceMut, fcntl_setfd};
@@ -11,7 +11,7 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::Pid;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 
@@ -21,17 +21,14 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 /// [`Error::Invalid`] if there is none; EPERM if this process may not trace the thread (ptrace(2),
 /// PTRACE_MODE_ATTACH_REALCREDS).
 pub fn socket_of(thread: u32, number: u32) -> Result<OwnedFd> {
-    // The bit of PIDFD_THREAD (Linux 6.9), which rustix does not know.
-    let flags = PidfdFlags::from_bits_retain(libc::O_EXCL as u32);
     let seen = i32::try_from(thread).ok().and_then(Pid::from_raw);
     let seen = seen.ok_or_else(|| {
         Error::invalid("the daemon cannot see the caller: it is in another pid namespace")
     })?;
     attempt(Want::Descriptor)?;
-    let process = pidfd_open(seen, flags)?;
-    attempt(Want::Descriptor)?;
     let no_socket = || Error::invalid(format!("descriptor {number} is no Unix socket"));
-    let socket = descriptor_of(process, number).map_err(|error| match error {
+    let number_here = RawFd::try_from(number).map_err(|_| no_socket())?;
+    let socket = descriptor_of(seen, number_here).map_err(|error| match error {
         Error::Os(Errno::BADF) => no_socket(),
         error => error,
     })?;

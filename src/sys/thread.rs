@@ -104,8 +104,8 @@ pub fn own_descriptors() -> Result<()> {
     if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
 }
 
-/// The descriptor `fd` of the thread `thread` of this process, which has another table of them
-/// (Linux 6.9, pidfd_open(2), PIDFD_THREAD).
+/// The descriptor `fd` of a thread, which may have a table of its own, or be one of another process
+/// (Linux 6.9, pidfd_open(2), PIDFD_THREAD; rustix does not know its bit).
 ///
 /// # Errors
 /// The errors of pidfd_open(2) and pidfd_getfd(2).

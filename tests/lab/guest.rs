@@ -3,6 +3,7 @@
 //! ends nothing else.
 
 mod cases;
+mod monitor;
 mod pattern;
 #[path = "../support/mod.rs"]
 mod support;

@@ -30,6 +30,7 @@ mod boot;
 mod cases;
 mod image;
 mod java;
+mod monitor;
 mod pattern;
 mod suites;
 #[path = "../support/mod.rs"]

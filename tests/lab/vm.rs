@@ -3,6 +3,7 @@
 
 use crate::boot::{Boot, Report, Verdict};
 use crate::cases::Machine;
+use crate::monitor::read_to_prompt;
 use crate::support::{
     COLLAPSE, FOLIO, LOSSES, MAP, POISON, Pool, REPAIR, SUBPAGE, get, huge_bytes, hugetlb2, limits,
     poison, run, set, status_and_error,
@@ -10,7 +11,7 @@ use crate::support::{
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::net::TcpListener;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
@@ -245,16 +246,6 @@ impl Vm {
 /// The place of QEMU's other monitor.
 fn qmp(monitor: &Path) -> PathBuf {
     monitor.with_extension("qmp")
-}
-
-fn read_to_prompt(monitor: &mut UnixStream) -> String {
-    let mut said = Vec::new();
-    let mut byte = [0];
-    while !said.ends_with(b"(qemu) ") {
-        assert_eq!(monitor.read(&mut byte).unwrap(), 1, "QEMU has ended");
-        said.push(byte[0]);
-    }
-    String::from_utf8_lossy(&said).into_owned()
 }
 
 fn describe(report: &Report) -> String {

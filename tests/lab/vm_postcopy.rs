@@ -1,6 +1,8 @@
 //! Postcopy migration of QEMU 10 into memory that is a file on tmpfs to it (`hugetlb2 open`).
 
-use crate::support::{COLLAPSE, OPEN, Pool, SUBPAGE, get, kill_worker, limits, poison, set};
+use crate::support::{
+    COLLAPSE, OPEN, Pool, SUBPAGE, await_shut, get, kill_worker, limits, poison, set,
+};
 use crate::vm::{Vm, free_port, pool, unmount};
 use crate::vm_snapshots::MACHINE;
 use rustix::io::Errno;
@@ -61,8 +63,7 @@ impl Stage {
         assert_eq!(pool.free_pages(), 0, "the pages are the files' all along");
         pool.check();
         target.boot.shut_down();
-        let is_shut = || get(&other, OPEN) == Err(Errno::NODATA);
-        limits::until(limits::ANSWER, "the end of a door", is_shut);
+        await_shut(&other);
         set(&other, COLLAPSE, "all").unwrap();
         poison(&other, 0, SUBPAGE).unwrap();
         unmount(pool);

@@ -382,6 +382,12 @@ pub fn open_memory(path: impl AsRef<Path>) -> rustix::io::Result<File> {
     Ok(memory.expect("a descriptor").into())
 }
 
+/// Waits until no program has the memory of a file open any more, and the daemon has noted that.
+pub fn await_shut(path: impl AsRef<Path>) {
+    let is_shut = || get(&path, OPEN) == Err(rustix::io::Errno::NODATA);
+    limits::until(limits::ANSWER, "the end of a door", is_shut);
+}
+
 pub fn poison(path: impl AsRef<Path>, offset: u64, length: u64) -> rustix::io::Result<()> {
     set(path, POISON, format!("{offset} {length}"))
 }

@@ -1,6 +1,6 @@
 //! Programs that have a file's memory open by themselves.
 
-use super::{Object, carry_out, mend, reclaim};
+use super::{Object, mend, reclaim, return_ahead_of};
 use crate::error::{Error, Result};
 use crate::fs::pace::Pace;
 use crate::pool::Pool;
@@ -39,8 +39,7 @@ impl Object {
                 return Err(QUARANTINED);
             }
             mend(&mut holding, pace)?;
-            let returning = holding.begin_shrinking(pool, size)?; // what lies ahead of the end
-            carry_out(&mut holding, returning, pace)?;
+            return_ahead_of(&mut holding, pool, pace)?;
             holding.open_door()?;
         }
         open()

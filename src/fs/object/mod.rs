@@ -328,13 +328,7 @@ impl Object {
     /// ENOMEM if the machine has no memory for a step. The next change tries again.
     pub fn return_ahead(&self, pool: &Pool) -> Result<()> {
         let _one_at_a_time = self.changing.lock();
-        let mut holding = self.write_lock();
-        if holding.pages_ahead() == 0 {
-            return Ok(());
-        }
-        let size = holding.size();
-        let returning = holding.begin_shrinking(pool, size)?;
-        carry_out(&mut holding, returning, &Pace::steady())
+        return_ahead_of(&mut self.write_lock(), pool, &Pace::steady())
     }
 
     /// Gives all pages back to the pool.
@@ -358,6 +352,16 @@ fn carry_out(holding: &mut Locked<'_>, mut change: Change<'_>, pace: &Pace) -> R
         }
     }
     Ok(())
+}
+
+/// Gives the pages back that no program has asked for.
+fn return_ahead_of(holding: &mut Locked<'_>, pool: &Pool, pace: &Pace) -> Result<()> {
+    if holding.pages_ahead() == 0 {
+        return Ok(());
+    }
+    let size = holding.size();
+    let returning = holding.begin_shrinking(pool, size)?;
+    carry_out(holding, returning, pace)
 }
 
 /// The nodes that the pages want of a growth that touches the bytes in `touched`, of a file that is

@@ -2,16 +2,14 @@
 //! and costs no frame.
 
 use super::cases;
-use super::guests::{BYTES, Guest, QEMU, load_kvm};
+use super::guests::{BYTES, Guest, QEMU, await_qemu, load_kvm, move_with_loss};
 use crate::support::{
-    POISON, Pool, REPAIR, SUBPAGE, get, guard, hugetlb2, limits, poison, run, set, status_and_error,
+    POISON, Pool, REPAIR, SUBPAGE, get, guard, hugetlb2, limits, poison, set, status_and_error,
 };
 use hugetlb2fs::guard::Area;
 use hugetlb2fs::sys::markers::is_marker_in;
 use std::fs::{self, File};
-use std::io::Write;
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -82,16 +80,8 @@ fn a_guest_of_kvm_arrives_with_its_loss_and_costs_no_frame() {
     assert!(status == 1 && said.contains("does not run under `hugetlb2 guard`"), "{said}");
     let to = "unix:/tmp/migration-guarded";
     let mut there = guarded(pool.join("there"), &["-incoming", to]);
-    limits::until(limits::ANSWER, "the other QEMU", || {
-        Path::new("/tmp/migration-guarded").exists() && UnixStream::connect(&there.qmp).is_ok()
-    });
-    let mut into = migrate_in(&there.qmp).stdin(Stdio::piped()).spawn().unwrap();
-    let mut out = hugetlb2();
-    let losses = run(out.args(["migrate", "out", "--to", to, "--qmp"]).arg(&guest.qmp));
-    let (heading, end) = losses.split_once('\n').unwrap();
-    let list = format!("{heading}\nlost ram {lost} {SUBPAGE}\n{end}");
-    into.stdin.take().unwrap().write_all(list.as_bytes()).unwrap();
-    assert!(limits::exit(limits::PROGRAM, "hugetlb2 migrate in", &mut into).success());
+    await_qemu(&there, to);
+    move_with_loss(&guest, lost, to, migrate_in(&there.qmp));
     drop(guest);
     there.await_line(0, "program 3: SIGBUS 4, lsb 12, at subpage 0"); // BUS_MCEERR_AR
     there.await_rounds(&[1, 2, 4, 9]);

@@ -3,16 +3,17 @@
 
 use super::hw::{inject, listed};
 use super::{cases, load_module, skip};
+use crate::monitor::read_to_prompt;
 use crate::pattern;
 use crate::support::documents::{blocks, subsection};
 use crate::support::{
-    FOLIO, OPEN, POISON, Pool, REPAIR, SUBPAGE, Toucher, get, hugetlb2, kill_worker, limits, run,
-    set, status_and_error,
+    FOLIO, POISON, Pool, REPAIR, SUBPAGE, Toucher, await_shut, get, hugetlb2, kill_worker, limits,
+    run, set, status_and_error,
 };
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -146,9 +147,9 @@ impl Guest {
     pub fn ask(&self, command: &str) -> String {
         let mut monitor = UnixStream::connect(&self.monitor).unwrap();
         monitor.set_read_timeout(Some(PATIENCE)).unwrap();
-        await_prompt(&mut monitor);
+        read_to_prompt(&mut monitor);
         writeln!(monitor, "{command}").unwrap();
-        await_prompt(&mut monitor)
+        read_to_prompt(&mut monitor)
     }
 
     /// The subpage of the guest's memory that program `number` uses, as its offset in the file.
@@ -166,16 +167,6 @@ impl Guest {
         let mut is_it = |at: &u64| file.read_exact_at(&mut bytes, *at).is_ok() && is_such(&bytes);
         (0..BYTES).step_by(SUBPAGE as usize).filter(|at| is_it(at)).collect()
     }
-}
-
-/// Reads what QEMU's monitor says, up to its prompt.
-fn await_prompt(monitor: &mut UnixStream) -> String {
-    let (mut byte, mut said) = ([0], Vec::new());
-    while !said.ends_with(b"(qemu) ") {
-        assert_eq!(monitor.read(&mut byte).unwrap(), 1, "QEMU has ended");
-        said.push(byte[0]);
-    }
-    String::from_utf8_lossy(&said).into_owned()
 }
 
 impl Drop for Guest {
@@ -285,18 +276,10 @@ fn a_guest_of_kvm_arrives_with_its_loss() {
     let lost = guest.subpage_of(3);
     let to = "unix:/tmp/migration";
     let mut there = Guest::spawn(pool.join("there"), &["-incoming", to]);
-    limits::until(limits::ANSWER, "the other QEMU", || {
-        Path::new("/tmp/migration").exists() && UnixStream::connect(&there.qmp).is_ok()
-    });
+    await_qemu(&there, to);
     let mut into = hugetlb2();
-    into.args(["migrate", "in", "--qmp"]).arg(&there.qmp).stdin(Stdio::piped());
-    let mut into = into.spawn().unwrap();
-    let mut out = hugetlb2();
-    let losses = run(out.args(["migrate", "out", "--to", to, "--qmp"]).arg(&guest.qmp));
-    let (heading, end) = losses.split_once('\n').unwrap();
-    let list = format!("{heading}\nlost ram {lost} {SUBPAGE}\n{end}");
-    into.stdin.take().unwrap().write_all(list.as_bytes()).unwrap();
-    assert!(limits::exit(limits::PROGRAM, "hugetlb2 migrate in", &mut into).success());
+    into.args(["migrate", "in", "--qmp"]).arg(&there.qmp);
+    move_with_loss(&guest, lost, to, into);
     drop(guest);
     there.await_line(0, "program 3: SIGBUS 4, lsb 12, at subpage 0"); // BUS_MCEERR_AR
     there.await_rounds(&[1, 2, 4, 9]);
@@ -308,6 +291,26 @@ fn a_guest_of_kvm_arrives_with_its_loss() {
     drop(there);
     ["guest", "there"].iter().for_each(|name| fs::remove_file(pool.join(name)).unwrap());
     pool.unmount();
+}
+
+/// Waits until a QEMU waits for a guest at the address `to`, unix:PATH.
+pub fn await_qemu(there: &Guest, to: &str) {
+    let socket = Path::new(to.strip_prefix("unix:").expect("a socket"));
+    limits::until(limits::ANSWER, "the other QEMU", || {
+        socket.exists() && UnixStream::connect(&there.qmp).is_ok()
+    });
+}
+
+/// Moves `guest` to the QEMU at `to`, which `migrate_in` is for. The list in the pipe names `lost`
+/// as a lost subpage of the guest's memory.
+pub fn move_with_loss(guest: &Guest, lost: u64, to: &str, mut migrate_in: Command) {
+    let mut into = migrate_in.stdin(Stdio::piped()).spawn().unwrap();
+    let mut out = hugetlb2();
+    let losses = run(out.args(["migrate", "out", "--to", to, "--qmp"]).arg(&guest.qmp));
+    let (heading, end) = losses.split_once('\n').unwrap();
+    let list = format!("{heading}\nlost ram {lost} {SUBPAGE}\n{end}");
+    into.stdin.take().unwrap().write_all(list.as_bytes()).unwrap();
+    assert!(limits::exit(limits::PROGRAM, "hugetlb2 migrate in", &mut into).success());
 }
 
 /// Waits until a migration from `guest` is at a stage.
@@ -346,7 +349,7 @@ fn a_guest_of_kvm_moves_by_postcopy() {
     assert_eq!(there.qemu.try_wait().unwrap(), None, "QEMU runs");
     pool.check();
     drop(there);
-    limits::until(limits::ANSWER, "the end of a door", || get(&other, OPEN) == Err(Errno::NODATA));
+    await_shut(&other);
     assert_eq!(lost_of(&other), 0);
     pool.check();
     ["guest", "there"].iter().for_each(|name| fs::remove_file(pool.join(name)).unwrap());
